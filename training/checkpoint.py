@@ -1,0 +1,158 @@
+"""Checkpoints: a folder with weights and optimiser states (safetensors) and ``checkpoint.json``.
+
+Data, never code: reading one unpickles nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from histostream.training.methods.imems import State
+from histostream.wsi.errors import HistoError
+
+SCHEMA = 1
+
+
+class CheckpointError(HistoError, ValueError):
+    """A checkpoint is missing, damaged or of another kind than asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What ``checkpoint.json`` says: how the model was built and what it was trained on.
+
+    Attributes
+    ----------
+    method, config
+        Name of the method, and its configuration as plain values.
+    classes
+        (name, (r, g, b)) of each class, in label order.
+    channels
+        3 for RGB, 1 for grey.
+    mpp
+        Resolution of the training pixels, in micrometres per pixel.
+    step
+        Optimiser steps taken.
+    record
+        Training record: recipe, data checksum, split, scores, versions, seed.
+    """
+
+    method: str
+    config: dict[str, Any]
+    classes: list[tuple[str, tuple[int, int, int]]]
+    channels: int
+    mpp: float
+    step: int
+    record: dict[str, Any]
+
+
+def save(folder: Path, checkpoint: Checkpoint, state: State, *, optimizers: bool = True) -> None:
+    """Write a checkpoint; an earlier one in ``folder`` is replaced only when this one is whole.
+
+    The optimiser states are left out of a checkpoint that is only to be exported.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = _weights(state)
+    if optimizers:
+        tensors |= _optimizer_tensors(state)
+    # One file holds all tensors and the json goes in its header, so that one rename replaces both.
+    text = json.dumps({"schema": SCHEMA, **_plain(checkpoint)})
+    part = folder / ".checkpoint.safetensors.part"
+    save_file(tensors, part, metadata={"checkpoint": text})
+    os.replace(part, folder / "checkpoint.safetensors")  # noqa: PTH105
+    (folder / "checkpoint.json").write_text(json.dumps(json.loads(text), indent=1) + "\n")
+
+
+def read(folder: Path) -> Checkpoint:
+    """Read what a checkpoint says of itself.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no checkpoint, or it is damaged or of another schema.
+    """
+    return _open(folder)[0]
+
+
+def load(folder: Path, state: State) -> Checkpoint:
+    """Load weights, and optimiser states where the checkpoint has them, into ``state``.
+
+    Raises
+    ------
+    CheckpointError
+        As `read`, or if the weights do not fit the networks of ``state``.
+    """
+    checkpoint, tensors = _open(folder)
+    for name, module in state.modules.items():
+        prefix = f"{name}."
+        own = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+        if not own and name != "generator":
+            continue  # a checkpoint for export may leave the discriminator out
+        try:
+            module.load_state_dict(own)
+        except RuntimeError as error:
+            raise CheckpointError(f"{folder}: weights of {name!r} do not fit: {error}") from error
+    for name, optimizer in state.optimizers.items():
+        _load_optimizer(optimizer, f"optimizer:{name}:", tensors)
+    return checkpoint
+
+
+def _open(folder: Path) -> tuple[Checkpoint, dict[str, Tensor]]:
+    path = folder / "checkpoint.safetensors"
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no checkpoint in it (checkpoint.safetensors)")
+    try:
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            said = json.loads((file.metadata() or {})["checkpoint"])
+        tensors = load_file(path)
+    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+        raise CheckpointError(f"{path}: damaged or not a checkpoint ({error})") from error
+    if said.pop("schema", None) != SCHEMA:
+        raise CheckpointError(f"{path}: made by another version; train or export it again")
+    said["classes"] = [(name, tuple(color)) for name, color in said["classes"]]
+    return Checkpoint(**said), tensors
+
+
+def _plain(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {name: getattr(checkpoint, name) for name in Checkpoint.__slots__}
+
+
+def _weights(state: State) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}": value.detach().cpu().contiguous()
+        for name, module in state.modules.items()
+        for key, value in module.state_dict().items()
+    }
+
+
+def _optimizer_tensors(state: State) -> dict[str, Tensor]:
+    return {
+        f"optimizer:{name}:{index}:{key}": value.detach().cpu().contiguous()
+        for name, optimizer in state.optimizers.items()
+        for index, entries in optimizer.state_dict()["state"].items()
+        for key, value in entries.items()
+    }
+
+
+def _load_optimizer(
+    optimizer: torch.optim.Optimizer, prefix: str, tensors: dict[str, Tensor]
+) -> None:
+    entries: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith(prefix):
+            index, key = name[len(prefix) :].split(":")
+            entries.setdefault(int(index), {})[key] = value
+    if entries:
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": entries, "param_groups": groups})

@@ -1,0 +1,1 @@
+"""Recipes that ship: TOML files for ``histo-train --config NAME``."""
