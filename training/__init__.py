@@ -1,0 +1,1 @@
+"""Annotated images and a method in, a checkpoint out. Needs torch."""

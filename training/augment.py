@@ -41,7 +41,7 @@ class Augmentation:
         (Tellez et al. 2018); 0 is off.
     restain
         Share of crops whose ground is painted anew: the labelled objects keep their own density
-        in haematoxylin, on a synthetic ground of eosin, fibres and gaps. Teaches that nuclei, and
+        in haematoxylin, on a synthetic ground of eosin, fibres, bundles and gaps. Teaches that nuclei, and
         not everything purple or dark, are the objects.
     light
         Strength of random brightness, contrast and gamma; 0 is off.
@@ -165,30 +165,54 @@ def restain(pixels: Floats, labels: NDArray[np.uint8], rng: np.random.Generator)
     h_stain = _unit(HAEMATOXYLIN + rng.normal(0, 0.06, 3).astype(np.float32))
     e_stain = _unit(EOSIN + np.abs(rng.normal(0, 0.12, 3)).astype(np.float32))
     ground = _ground(labels.shape, rng)
-    haze = rng.uniform(0, 0.7) * ground * _noise(labels.shape, rng.uniform(8, 40), rng)
+    haze = rng.uniform(0, 0.9) * ground * _noise(labels.shape, rng.uniform(8, 40), rng)
     contrast = rng.uniform(0.3, 1.3)
-    optical = (
-        (haze + contrast * objects)[..., None] * h_stain
-        + (ground * (1 - rng.uniform(0, 0.6) * soft))[..., None] * e_stain
-    )
+    optical = (haze + contrast * objects)[..., None] * h_stain + (
+        ground * (1 - rng.uniform(0, 0.6) * soft)
+    )[..., None] * e_stain
+    if rng.random() < 0.15:
+        optical = optical + (1 - soft[..., None]) * _ink(labels.shape, rng)
     white = rng.uniform(225, 255, 3) if rng.random() < 0.3 else rng.uniform(238, 252)
-    return (white * np.exp(-optical)).astype(np.float32)
+    return np.asarray(white * np.exp(-optical), np.float32)
 
 
 def _ground(shape: tuple[int, ...], rng: np.random.Generator) -> Floats:
-    """Density of the ground, (H, W): smooth strength, fibres in one direction, bright gaps."""
+    """Density of the ground, (H, W): smooth strength, fibres, dense bundles, bright gaps."""
     smooth = _noise(shape, rng.uniform(10, 60), rng)
-    along = rng.uniform(4, 20)
-    fibres = _noise(shape, (1.2, along) if rng.random() < 0.5 else (along, 1.2), rng)
+    fibres = _fibres(shape, 1.2, rng.uniform(4, 20), rng)
     grain = _noise(shape, 1.0, rng)
-    ground = rng.uniform(0.1, 1.1) * (
-        0.5 + rng.uniform(0, 0.7) * (smooth - 0.5) + rng.uniform(0, 0.8) * (fibres - 0.5)
+    ground: Floats = rng.uniform(0.1, 1.1) * (
+        0.5
+        + rng.uniform(0, 0.7) * (smooth - 0.5)
+        + rng.uniform(0, 0.8) * (fibres - 0.5)
         + rng.uniform(0, 0.4) * (grain - 0.5)
     )
-    if rng.random() < 0.5:
-        gaps = _noise(shape, rng.uniform(4, 20), rng)
-        ground = ground * np.clip((gaps - rng.uniform(0.1, 0.5)) * 12, 0, 1)
-    return np.clip(ground, 0, None).astype(np.float32)
+    if rng.random() < 0.5:  # dense, sharp-edged bundles: collagen, muscle, red cells
+        bundles = _fibres(shape, rng.uniform(2, 8), rng.uniform(6, 40), rng)
+        ground = ground * (1 + rng.uniform(0, 2) * _above(bundles, rng.uniform(0.4, 0.7), rng))
+    if rng.random() < 0.6:  # tears and lumina
+        gaps = _fibres(shape, rng.uniform(2, 15), rng.uniform(4, 30), rng)
+        ground = ground * _above(gaps, rng.uniform(0.1, 0.6), rng)
+    return np.asarray(np.clip(ground, 0, None), np.float32)
+
+
+def _ink(shape: tuple[int, ...], rng: np.random.Generator) -> Floats:
+    """Optical density (H, W, 3) of scattered pigment or marking ink of any colour."""
+    where = _above(_noise(shape, rng.uniform(2, 12), rng), rng.uniform(0.6, 0.9), rng)
+    color = rng.uniform(0.1, 1.0, 3) * rng.uniform(0.4, 2.0)
+    return np.asarray(where[..., None] * color, np.float32)
+
+
+def _fibres(
+    shape: tuple[int, ...], across: float, along: float, rng: np.random.Generator
+) -> Floats:
+    """Noise that is stretched along one of the two axes, (H, W) in 0..1."""
+    return _noise(shape, (across, along) if rng.random() < 0.5 else (along, across), rng)
+
+
+def _above(noise: Floats, level: float, rng: np.random.Generator) -> Floats:
+    """1 where noise is above a level, 0 where it is below, with an edge of random sharpness."""
+    return np.asarray(np.clip((noise - level) * rng.uniform(5, 30) + 0.5, 0, 1), np.float32)
 
 
 def _noise(
@@ -209,7 +233,7 @@ def _unit(stain: Floats) -> Floats:
 
 
 def _jitter_stains(pixels: Floats, strength: float, rng: np.random.Generator) -> Floats:
-    stains = np.stack([_unit(HAEMATOXYLIN), _unit(EOSIN), _unit(DAB)])
+    stains: NDArray[np.floating] = np.stack([_unit(s) for s in (HAEMATOXYLIN, EOSIN, DAB)])
     optical = -np.log((pixels + 1) / 256)
     amounts = optical @ np.linalg.inv(stains).astype(np.float32)
     gain = rng.uniform(1 - strength, 1 + strength, 3).astype(np.float32)
@@ -237,8 +261,8 @@ def _degrade(
     if a.focus and rng.random() < 0.5:
         pixels = _blur(pixels, rng.uniform(0, a.focus))
     if a.noise:
-        pixels = pixels + rng.normal(0, rng.uniform(0, a.noise), pixels.shape)
-    image = np.clip(pixels + 0.5, 0, 255).astype(np.uint8)
+        pixels = pixels + rng.normal(0, rng.uniform(0, a.noise), pixels.shape).astype(np.float32)
+    image: NDArray[np.uint8] = np.clip(pixels + 0.5, 0, 255).astype(np.uint8)
     if image.shape[2] == 3 and rng.random() < a.jpeg:
         coded = io.BytesIO()
         Image.fromarray(image).save(coded, "JPEG", quality=int(rng.integers(40, 95)))

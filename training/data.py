@@ -117,9 +117,7 @@ def class_count(samples: list[Sample]) -> int:
 def _image_files(folder: Path) -> list[Path]:
     if not (folder / "images").is_dir():
         raise DataError(f"{folder}: no folder 'images' in it; see histo-train --help")
-    files = sorted(
-        p for p in (folder / "images").iterdir() if p.suffix.lower() in IMAGE_SUFFIXES
-    )
+    files = sorted(p for p in (folder / "images").iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise DataError(f"{folder / 'images'}: no image in it ({', '.join(IMAGE_SUFFIXES)})")
     return files

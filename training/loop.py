@@ -338,5 +338,4 @@ class _log:
         loss = "" if progress.validation_loss is None else f"{progress.validation_loss:.6f}"
         values = [f"{v:.6f}" for v in progress.losses.values()]
         self._writer.writerow([progress.step, f"{progress.seconds:.1f}", *values, loss])
-        if progress.validation_loss is not None:
-            self._file.flush()
+        self._file.flush()

@@ -18,6 +18,7 @@ D(x, O)     ``discriminator``
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -48,9 +49,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.discriminator not in ("encoder", "pix2pix70"):
-            raise ValueError(
-                f"discriminator={self.discriminator!r}: use 'encoder' or 'pix2pix70'"
-            )
+            raise ValueError(f"discriminator={self.discriminator!r}: use 'encoder' or 'pix2pix70'")
         if self.base_width < 1 or self.depth < 1 or self.discriminator_width < 1:
             raise ValueError("base_width, depth and discriminator_width must be at least 1")
 
@@ -168,9 +167,9 @@ def step(state: State, images: Tensor, labels: Tensor) -> dict[str, float]:
     The losses: ``l1``, and with the adversarial term ``adversarial`` and ``discriminator``.
     """
     generator = state.modules["generator"]
-    classes = generator.head.out_channels
+    classes = cast(UNet, generator).out_channels
     x = images.to(torch.float32) / HALF_RANGE - 1
-    target = embed(labels, luma(images), int(classes)).to(torch.float32) / HALF_RANGE - 1
+    target = embed(labels, luma(images), classes).to(torch.float32) / HALF_RANGE - 1
     output = generator(x)
     losses = {}
     if state.config.adversarial:
@@ -189,7 +188,7 @@ def step(state: State, images: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def adversarial_loss(state: State, x: Tensor, output: Tensor) -> Tensor:
-    """Non-saturating generator loss, mean BCE(D(x, G(x)), 1); the discriminator gets no gradient."""
+    """Mean BCE(D(x, G(x)), 1), the non-saturating loss; the discriminator gets no gradient."""
     discriminator = state.modules["discriminator"].requires_grad_(False)
     logits = discriminator(torch.cat([x, output], dim=1))
     discriminator.requires_grad_(True)
@@ -212,7 +211,7 @@ def _step_discriminator(state: State, x: Tensor, real: Tensor, fake: Tensor) -> 
 
 @torch.no_grad()
 def validate(state: State, images: Tensor, labels: Tensor) -> tuple[float, Tensor]:
-    """Validation L1 on the embedding, and the predicted labels (N, H, W).
+    """Return the validation L1 on the embedding, and the predicted labels (N, H, W).
 
     The adversarial term is left out: it cannot be compared between epochs.
     """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 
 from histostream.training.networks.unet import double_conv, init_he_normal
@@ -18,7 +20,7 @@ class EncoderDiscriminator(nn.Module):
         super().__init__()
         widths = [in_channels, *(base_width << i for i in range(4))]
         stages: list[nn.Module] = []
-        for a, b in zip(widths, widths[1:], strict=False):
+        for a, b in pairwise(widths):
             stages += [double_conv(a, b, dropout), nn.MaxPool2d(2)]
         self.layers = nn.Sequential(
             *stages,
@@ -35,7 +37,10 @@ class EncoderDiscriminator(nn.Module):
 
 
 class Pix2PixDiscriminator(nn.Module):
-    """The 70 x 70 PatchGAN of Isola et al. 2017, C64-C128-C256-C512: logits (N, 1, H/8-2, W/8-2)."""
+    """The 70 x 70 PatchGAN of Isola et al. 2017, C64-C128-C256-C512.
+
+    (N, C, H, W) to logits (N, 1, H/8 - 2, W/8 - 2).
+    """
 
     def __init__(self, in_channels: int, *, base_width: int) -> None:
         super().__init__()

@@ -20,7 +20,8 @@ def double_conv(in_channels: int, out_channels: int, dropout: float) -> nn.Seque
 class Encoder(nn.Module):
     """Stages of double convolutions with 2x2 max pooling after each but the last.
 
-    Maps (N, C, H, W) to one feature map per stage, finest first: (N, width * 2^i, H / 2^i, W / 2^i).
+    Maps (N, C, H, W) to one feature map per stage, finest first:
+    (N, width * 2^i, H / 2^i, W / 2^i).
     """
 
     def __init__(self, in_channels: int, widths: tuple[int, ...], dropout: float) -> None:
@@ -88,6 +89,7 @@ class UNet(nn.Module):
         self.encoder = Encoder(in_channels, widths, dropout)
         self.decoder = Decoder(widths, dropout)
         self.head = nn.Conv2d(base_width, out_channels, 1)
+        self.out_channels = out_channels
         self.stride_px = 1 << depth
         self.apply(init_he_normal)
 
