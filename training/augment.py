@@ -41,8 +41,8 @@ class Augmentation:
         (Tellez et al. 2018); 0 is off.
     restain
         Share of crops whose ground is painted anew: the labelled objects keep their own density
-        in haematoxylin, on a synthetic ground of eosin, fibres, bundles and gaps. Teaches that nuclei, and
-        not everything purple or dark, are the objects.
+        in haematoxylin, on a synthetic ground of eosin, fibres, bundles and gaps. Teaches that
+        nuclei, and not everything purple or dark, are the objects.
     light
         Strength of random brightness, contrast and gamma; 0 is off.
     focus
