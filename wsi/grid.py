@@ -138,9 +138,7 @@ class TileGrid:
     @cached_property
     def columns(self) -> range:
         """Columns of tiles that touch the wanted band ``x0:x1``."""
-        inside = [
-            i for i, x in enumerate(self.xs) if x < self.x1 and x + self.tile_px > self.x0
-        ]
+        inside = [i for i, x in enumerate(self.xs) if x < self.x1 and x + self.tile_px > self.x0]
         return range(inside[0], inside[-1] + 1)
 
     def band(self, x0: int, x1: int) -> TileGrid:

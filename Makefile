@@ -1,0 +1,54 @@
+# make demo [SLIDE=path]   segment a slide (without SLIDE, a synthetic one) into demo/
+# make test                lint, types and tests
+# make model               train, export and score the shipped nucleus model again (hours)
+
+PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3,$(shell $(p) -c "import sys; sys.version_info >= (3, 11) and print('$(p)')" 2>/dev/null)))
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+DATA ?= $(or $(HISTO_DATA),../shared/data)
+SLIDE ?=
+DEMO_SLIDE := $(or $(SLIDE),demo/synthetic.tif)
+
+.PHONY: demo test lint types model clean
+
+demo: $(VENV)/.run $(if $(SLIDE),,demo/synthetic.tif)
+	$(BIN)/histo-infer "$(DEMO_SLIDE)" --out demo
+	@echo "look at demo/$(basename $(notdir $(DEMO_SLIDE)))/overview.png; open labels.tif in QuPath"
+
+demo/synthetic.tif: | $(VENV)/.run
+	mkdir -p demo
+	$(BIN)/python -m histostream.wsi.synthetic $@ --size 4096x4096 --mpp 0.5 --seed 1
+
+test: lint types
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+	$(BIN)/mypy tests
+
+model: $(VENV)/.dev
+	$(BIN)/histo-train --method imems --data "$(DATA)/nuclei-dsb2018/brightfield" --config nuclei --out runs/nuclei
+	$(BIN)/python -m histostream.training.publish runs/nuclei training/weights/imems
+	$(BIN)/histo-export --method imems --out runtime/models/nuclei
+	$(BIN)/python -m histostream.benchmarks.accuracy.nuclei --data "$(DATA)" --out benchmarks/results/accuracy-nuclei.json
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+
+# A virtual environment with what running needs, and one step more with what developing needs.
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; set PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) --editable '.[dev]'
+	touch $@ $(VENV)/.run

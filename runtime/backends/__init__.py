@@ -1,0 +1,1 @@
+"""Inference libraries behind the `Engine` protocol, one file each."""

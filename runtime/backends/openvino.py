@@ -1,0 +1,62 @@
+"""OpenVINO, for CPUs; the package is optional (``pip install 'histostream[openvino]'``)."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from histostream.runtime.card import ModelCard, read_file
+from histostream.runtime.engine import EngineError, check_tiles
+
+
+class OpenVinoEngine:
+    """A bundle's ``model.onnx`` compiled by OpenVINO."""
+
+    def __init__(self, compiled: Any, card: ModelCard, name: str) -> None:
+        self.card = card
+        self.name = name
+        self._compiled = compiled
+
+    def infer(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Map tiles (N, H, W, C) to scores (N, K, H, W)."""
+        check_tiles(self.card, tiles)
+        try:
+            scores = self._compiled(tiles)[0]
+        except RuntimeError as error:
+            raise EngineError(f"{self.name}: inference failed ({error})") from error
+        return np.array(scores, np.uint8)  # a copy: OpenVINO reuses its output buffer
+
+    def close(self) -> None:
+        """Drop the compiled model."""
+        self._compiled = None
+
+
+def open_openvino(bundle: Path, card: ModelCard, threads: int | None) -> OpenVinoEngine:
+    """Compile ``model.onnx`` for the CPU in single precision.
+
+    Raises
+    ------
+    EngineError
+        If OpenVINO is not installed or cannot load the model.
+    """
+    try:
+        import openvino
+    except ImportError as error:
+        raise EngineError(
+            "backend 'openvino' needs a package: pip install 'histostream[openvino]'"
+        ) from error
+    content = read_file(bundle, card, "model.onnx")
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+    if threads:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    core = openvino.Core()
+    try:
+        model = core.read_model(model=io.BytesIO(content))
+        compiled = core.compile_model(model, "CPU", settings)
+    except RuntimeError as error:
+        raise EngineError(f"{bundle / 'model.onnx'}: OpenVINO cannot load it ({error})") from error
+    return OpenVinoEngine(compiled, card, f"openvino {openvino.__version__.split('-')[0]} cpu fp32")

@@ -1,0 +1,181 @@
+"""The model card: what a model bundle says of itself.
+
+A bundle is a folder with ``card.json`` and ONNX files. It is data: reading one runs no code, every
+file in it is named in the card with its SHA-256, and a name may not lead out of the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from histostream.wsi.errors import HistoError
+from histostream.wsi.sink import ClassInfo
+
+SCHEMA = 1
+SCORE_KINDS = ("probability", "embedding")
+
+
+class CardError(HistoError, ValueError):
+    """A model bundle is missing something, damaged, or of another schema."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """Everything that running a model needs to know, and where the model comes from.
+
+    Attributes
+    ----------
+    method
+        Name of the method that trained it.
+    classes
+        Name and display colour of each class, in label order.
+    mpp
+        Resolution that the network expects, in micrometres per pixel.
+    channels
+        3 for RGB, 1 for grey.
+    tile_px
+        Side of the network's input.
+    align_px
+        Tiles must start at multiples of this for the network's pooling to have one phase.
+    halo_px
+        How far into its input an output pixel sees; computed from the network.
+    tile_statistics
+        Whether the result depends on statistics of the whole tile (instance or group norm).
+    score_kind
+        "probability": scores are round(255 p); "embedding": iMEMS's embedding, 0..255. The label
+        is the arg-max of both.
+    files
+        SHA-256 of each file, by name: ``model.onnx`` and others.
+    opset
+        ONNX operator set of the files.
+    parity
+        How far each file is from the network that was trained.
+    training
+        Training record: recipe, data checksum, scores on held-out images, versions.
+    note
+        What the model is for, and where it fails.
+    """
+
+    method: str
+    classes: tuple[ClassInfo, ...]
+    mpp: float
+    channels: int
+    tile_px: int
+    align_px: int
+    halo_px: int
+    tile_statistics: bool
+    score_kind: str
+    files: dict[str, str]
+    opset: int
+    parity: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        for name, valid, wanted in (
+            ("mpp", 0 < self.mpp < math.inf, "a positive number"),
+            ("channels", self.channels in (1, 3), "1 or 3"),
+            ("align_px", self.align_px > 0, "a positive number"),
+            ("tile_px", self.tile_px > 0 and self.tile_px % max(self.align_px, 1) == 0,
+             "a positive multiple of align_px"),
+            ("halo_px", self.halo_px >= 0, "0 or more"),
+            ("classes", 2 <= len(self.classes) <= 254, "2 to 254 classes"),
+            ("score_kind", self.score_kind in SCORE_KINDS, f"one of {SCORE_KINDS}"),
+        ):  # fmt: skip
+            if not valid:
+                raise CardError(f"card: {name}={getattr(self, name)!r} is not {wanted}")
+        for file in self.files:
+            if Path(file).name != file or file in ("", ".", ".."):
+                raise CardError(f"card: {file!r} is not the name of a file in the bundle")
+
+
+def default_bundle() -> Path:
+    """Return the folder of the nucleus model that ships with HistoStream."""
+    return Path(str(resources.files("histostream.runtime"))) / "models" / "nuclei"
+
+
+def read_card(bundle: Path) -> ModelCard:
+    """Read ``card.json`` of a bundle.
+
+    Raises
+    ------
+    CardError
+        If it is missing, not JSON, of another schema, or has a wrong or missing entry.
+    """
+    path = bundle / "card.json"
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CardError(f"{bundle}: not a model bundle (no card.json in it)") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CardError(f"{path}: cannot be read ({error}); export the model again") from error
+    schema = said.pop("schema", None) if isinstance(said, dict) else None
+    if schema != SCHEMA:
+        raise CardError(
+            f"{path}: schema {schema!r}, this version reads {SCHEMA}; export the model again"
+        )
+    try:
+        return _from_plain(said)
+    except (TypeError, KeyError, ValueError) as error:
+        raise CardError(f"{path}: {error}; export the model again") from error
+
+
+def write_card(card: ModelCard, bundle: Path) -> None:
+    """Write ``card.json`` into a bundle's folder."""
+    text = json.dumps({"schema": SCHEMA, **asdict(card)}, indent=1, allow_nan=False)
+    (bundle / "card.json").write_text(text + "\n", encoding="utf-8")
+
+
+def read_file(bundle: Path, card: ModelCard, name: str) -> bytes:
+    """Read a file of a bundle and check it against the card.
+
+    The bytes that were checked are the bytes to use: a file that changes afterwards does no harm.
+
+    Raises
+    ------
+    CardError
+        If the card does not name the file, it is missing, or its SHA-256 differs.
+    """
+    if name not in card.files:
+        raise CardError(f"{bundle}: has no {name}; it has {', '.join(card.files) or 'no files'}")
+    path = bundle / name
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CardError(f"{path}: cannot be read ({error.strerror})") from error
+    found = hashlib.sha256(content).hexdigest()
+    if found != card.files[name]:
+        raise CardError(
+            f"{path} does not match card.json (sha256 {found[:8]}... is not "
+            f"{card.files[name][:8]}...): export again or fetch both files"
+        )
+    return content
+
+
+def _from_plain(said: dict[str, Any]) -> ModelCard:
+    types: dict[str, Any] = {
+        "method": str, "mpp": (int, float), "channels": int, "tile_px": int, "align_px": int,
+        "halo_px": int, "tile_statistics": bool, "score_kind": str, "files": dict, "opset": int,
+        "parity": dict, "training": dict, "note": str, "classes": list,
+    }  # fmt: skip
+    for name, kind in types.items():
+        if name not in said:
+            raise KeyError(f"{name} is missing")
+        if not isinstance(said[name], kind):
+            raise TypeError(f"{name}={said[name]!r} has the wrong type")
+    known = {f.name for f in fields(ModelCard)}
+    classes = tuple(ClassInfo(str(c["name"]), _color(c["color"])) for c in said.pop("classes"))
+    return ModelCard(classes=classes, **{k: v for k, v in said.items() if k in known})
+
+
+def _color(values: Any) -> tuple[int, int, int]:
+    red, green, blue = (int(v) for v in values)
+    if not all(0 <= v <= 255 for v in (red, green, blue)):
+        raise ValueError(f"color {values!r} is not three numbers from 0 to 255")
+    return red, green, blue

@@ -1,0 +1,165 @@
+"""``histo-infer``: slides in, label maps out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from histostream.runtime.blend import WINDOWS
+from histostream.runtime.card import default_bundle
+from histostream.runtime.engine import BACKENDS, Engine, open_engine
+from histostream.runtime.infer import Options, SlideResult, segment_slide, slide_stem
+from histostream.wsi.errors import HistoError
+
+console = Console(stderr=True)
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("slides", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--model", "bundle", type=click.Path(path_type=Path), help="Model bundle; default: nuclei."
+)
+@click.option("--out", default="out", type=click.Path(path_type=Path), help="Folder for results.")
+@click.option("--backend", default="auto", type=click.Choice(BACKENDS), help="What to run on.")
+@click.option(
+    "--overlap", "overlap_px", type=int, metavar="PX", help="Pixels that tiles share; default 64."
+)
+@click.option("--blend", default="hann", type=click.Choice(WINDOWS), help="How tiles are joined.")
+@click.option("--mpp", type=float, help="Resolution of the slide, um per pixel at full size.")
+@click.option(
+    "--roi", type=click.Path(path_type=Path), help="GeoJSON polygons (full-size pixels) to analyse."
+)
+@click.option("--tissue/--no-tissue", default=True, help="Leave glass out, or analyse it too.")
+@click.option("--batch", default=4, type=int, help="Tiles per inference.")
+@click.option("--threads", type=int, help="CPU threads; default: all cores.")
+@click.option(
+    "--max-memory", "max_memory_mib", type=int, metavar="MIB",
+    help="Bound on memory; wide slides are run in column bands.",
+)  # fmt: skip
+@click.option("--probabilities", is_flag=True, help="Write probabilities.tif too.")
+@click.option("--force-upsampling", is_flag=True, help="Enlarge slides coarser than the model.")
+def main(
+    slides: tuple[Path, ...],
+    bundle: Path | None,
+    out: Path,
+    backend: str,
+    threads: int | None,
+    **options: Any,
+) -> None:
+    """Segment whole slides; results go to OUT/<slide name>/.
+
+    Exit status 0 only if every slide was done whole; a slide that fails does not stop the others.
+    """
+    logging.basicConfig(format="histo-infer: %(message)s", level=logging.WARNING)
+    try:
+        _check_names(slides)
+        settings = Options(threads=threads, **options)
+        engine = open_engine(bundle or default_bundle(), backend=backend, threads=threads)
+    except HistoError as error:
+        _fail(str(error))
+        sys.exit(1)
+    card = engine.card
+    console.print(
+        f"model: {card.method} ({', '.join(c.name for c in card.classes)}) at {card.mpp:g} um/px; "
+        f"{engine.name}",
+        highlight=False,
+    )
+    try:
+        failed = sum(not _run(slide, engine, out, settings) for slide in slides)
+    except KeyboardInterrupt:
+        _fail("stopped; nothing half-written is left")
+        sys.exit(130)
+    finally:
+        engine.close()
+    if failed and len(slides) > 1:
+        _fail(f"{failed} of {len(slides)} slides failed")
+    sys.exit(1 if failed else 0)
+
+
+def _run(slide: Path, engine: Engine, out: Path, options: Options) -> bool:
+    """Segment one slide and say how it went."""
+    try:
+        with _progress(slide.name) as report:
+            result = segment_slide(slide, engine, out, options, report=report)
+    except MemoryError:
+        _fail(f"{slide}: out of memory; pass --max-memory MIB, or a smaller --batch")
+        return False
+    except HistoError as error:
+        text = str(error)
+        _fail(text if slide.name in text else f"{slide}: {text}")
+        return False
+    _tell(slide, result)
+    return True
+
+
+def _tell(slide: Path, result: SlideResult) -> None:
+    run = result.run
+    areas = ", ".join(
+        f"{c['name']} {c['area_mm2']:.3g} mm2 ({100 * (c['share'] or 0):.1f} %)"
+        for c in result.summary["classes"]
+    )
+    click.echo(
+        f"{slide.name}: {areas}; {run['mpx']:.1f} Mpx in {run['seconds']['total']:.1f} s "
+        f"({run['mpx_per_s']:.2f} Mpx/s) -> {result.folder}"
+    )
+
+
+class _progress:
+    """A progress bar with Mpx/s and time left; silent where nobody watches."""
+
+    def __init__(self, name: str) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%  {task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(name, total=None, rate="")
+        self._start: float | None = None
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        self._bar.start()
+        return self._report
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def _report(self, done: int, total: int) -> None:
+        now = time.perf_counter()
+        self._start = self._start or now
+        rate = done / 1e6 / (now - self._start) if now > self._start else 0.0
+        text = f"{rate:.2f} Mpx/s" if rate else ""
+        self._bar.update(self._task, completed=done, total=total, rate=text)
+
+
+def _check_names(slides: tuple[Path, ...]) -> None:
+    """Refuse two slides whose results would overwrite each other."""
+    seen: dict[str, Path] = {}
+    for slide in slides:
+        stem = os.path.normcase(slide_stem(slide))
+        if stem in seen:
+            raise HistoError(
+                f"{seen[stem]} and {slide} would both write to {stem}/: "
+                "run them with different --out folders"
+            )
+        seen[stem] = slide
+
+
+def _fail(message: str) -> None:
+    click.echo(f"histo-infer: {message}", err=True)
+
+
+if __name__ == "__main__":
+    main()

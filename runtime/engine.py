@@ -1,0 +1,113 @@
+"""Engine: the deployed network, ready to run on tiles; and how to open one.
+
+The folder ``backends`` is the registry: each file offers ``open(bundle, card, device, threads)``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from histostream.runtime.card import ModelCard, read_card
+from histostream.wsi.errors import HistoError
+
+BACKENDS = ("auto", "cpu", "cuda", "tensorrt", "openvino")
+log = logging.getLogger(__name__)
+
+
+class EngineError(HistoError, RuntimeError):
+    """A backend is not usable on this machine, or the network cannot run on it."""
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """A network behind the tile contract.
+
+    Attributes
+    ----------
+    card
+        The model's card.
+    name
+        Backend, library and precision, for the record.
+    """
+
+    card: ModelCard
+    name: str
+
+    def infer(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Map tiles (N, H, W, C), raw pixels, to scores (N, K, H, W)."""
+
+    def close(self) -> None:
+        """Give the device and its memory back."""
+
+
+def open_engine(bundle: Path, *, backend: str = "auto", threads: int | None = None) -> Engine:
+    """Open the network of a model bundle.
+
+    Parameters
+    ----------
+    bundle
+        Folder with ``card.json``.
+    backend
+        One of `BACKENDS`. "auto" takes the GPU where one is usable, else the CPU; a backend that
+        is named is used or is an error, never silently replaced.
+    threads
+        CPU threads for inference; None leaves it to the library (all cores).
+
+    Raises
+    ------
+    CardError
+        If the bundle is missing something or damaged.
+    EngineError
+        If the backend is unknown or not usable on this machine.
+    """
+    if backend not in BACKENDS:
+        raise EngineError(f"no backend is called {backend!r}: use {', '.join(BACKENDS)}")
+    card = read_card(bundle)
+    if backend == "openvino":
+        from histostream.runtime.backends import openvino
+
+        return openvino.open_openvino(bundle, card, threads)
+    from histostream.runtime.backends import onnxruntime
+
+    if backend != "auto":
+        return onnxruntime.open_onnxruntime(bundle, card, backend, threads)
+    if _gpu_count():
+        try:
+            return onnxruntime.open_onnxruntime(bundle, card, "cuda", threads)
+        except EngineError as error:
+            log.warning("a GPU is here but cannot be used, running on the CPU: %s", error)
+    return onnxruntime.open_onnxruntime(bundle, card, "cpu", threads)
+
+
+def check_tiles(card: ModelCard, tiles: NDArray[np.uint8]) -> None:
+    """Refuse tiles that do not keep the tile contract.
+
+    Raises
+    ------
+    ValueError
+        If type or shape are not what the card says.
+    """
+    wanted = (card.tile_px, card.tile_px, card.channels)
+    if tiles.dtype != np.uint8 or tiles.shape[1:] != wanted:
+        raise ValueError(
+            f"tiles are {tiles.dtype} {tiles.shape}; this model takes uint8 (N, {wanted[0]}, "
+            f"{wanted[1]}, {wanted[2]})"
+        )
+
+
+def _gpu_count() -> int:
+    """Count NVIDIA GPUs as the driver sees them; 0 without a driver."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if hasattr(ctypes, "WinDLL") else "libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return 0
+    return count.value

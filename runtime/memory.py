@@ -1,0 +1,92 @@
+"""How much memory a run takes, and column bands that keep it within a bound."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from histostream.runtime.engine import Engine
+from histostream.wsi.errors import HistoError
+from histostream.wsi.grid import TileGrid
+from histostream.wsi.resolution import SlideView
+
+MIB = 1024 * 1024
+BAND_ALIGN_PX = 512  # sinks take bands at multiples of their tile
+SLACK = 1.25  # allocator and temporaries, over the buffers that are counted
+
+
+class MemoryLimitError(HistoError, ValueError):
+    """The bound on memory is below what the narrowest band takes."""
+
+
+def plan_bands(
+    grid: TileGrid,
+    view: SlideView,
+    engine: Engine,
+    max_memory_mib: int | None,
+    probabilities: bool,
+) -> list[tuple[int, int]]:
+    """Divide a slide into column bands that fit the bound on memory.
+
+    One batch is run first, so that what the network itself takes is measured, not guessed.
+
+    Returns
+    -------
+    (x0, x1) of each band, left to right; one band where there is no bound.
+
+    Raises
+    ------
+    MemoryLimitError
+        If not even a band of 512 px fits; the message says what would.
+    """
+    if max_memory_mib is None:
+        return [(0, grid.width)]
+    card = engine.card
+    engine.infer(np.zeros((1, card.tile_px, card.tile_px, card.channels), np.uint8))
+    per_column = bytes_per_column(grid, view, len(card.classes), probabilities)
+    # A band also holds the tiles that reach into it from both sides.
+    margin = 2 * grid.tile_px * per_column
+    room = max_memory_mib * MIB - resident_bytes() - margin
+    widest = int(room / per_column) // BAND_ALIGN_PX * BAND_ALIGN_PX
+    if widest < BAND_ALIGN_PX:
+        least = (resident_bytes() + margin + BAND_ALIGN_PX * per_column) / MIB
+        raise MemoryLimitError(
+            f"--max-memory {max_memory_mib}: one band of this slide takes {least:.0f} MiB; "
+            f"give at least {int(least * 1.05) + 1}"
+        )
+    count = -(-grid.width // widest)
+    even = -(-grid.width // count // BAND_ALIGN_PX) * BAND_ALIGN_PX
+    return [(x, min(x + even, grid.width)) for x in range(0, grid.width, even)]
+
+
+def bytes_per_column(grid: TileGrid, view: SlideView, classes: int, probabilities: bool) -> float:
+    """Bytes that one column of pixels takes in all buffers of a run."""
+    block_height = view.slide.block_px[view.level][1]
+    native_rows = (grid.tile_px * view.scale + 2 * block_height) * view.scale
+    strips = 3 * grid.tile_px * view.channels
+    sums = 4 * (classes + 1) * grid.tile_px
+    labels = 2 * grid.tile_px + BAND_ALIGN_PX
+    scores = classes * (grid.tile_px + BAND_ALIGN_PX) if probabilities else 0
+    return SLACK * (native_rows * view.channels + strips + sums + labels + scores)
+
+
+def resident_bytes() -> int:
+    """Memory of this process now; where the system does not say, its peak so far."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return int((peak_memory_mib() or 300) * MIB)
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_memory_mib() -> float | None:
+    """Peak memory of this process in MiB; None where the system does not say (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (MIB if sys.platform == "darwin" else 1024), 1)

@@ -1,0 +1,58 @@
+"""Where the tests find real slides and images."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Real data: the folder that HISTO_DATA names, or ../shared/data beside the repository."""
+    folder = Path(os.environ.get("HISTO_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data: {folder} does not exist; set HISTO_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wsi_slides(data_dir: Path) -> Path:
+    """Return the folder of real slides."""
+    folder = data_dir / "wsi-slides"
+    if not folder.is_dir():
+        pytest.skip(f"no real slides: {folder} does not exist")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return an untrained iMEMS of 3 classes, small enough for tests; one for all of them."""
+    import torch
+
+    from histostream.training import checkpoint
+    from histostream.training.checkpoint import Checkpoint
+    from histostream.training.methods import imems
+
+    torch.manual_seed(7)
+    config = imems.Config(base_width=4, depth=2, discriminator_width=4)
+    state = imems.build(config, classes=3)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    classes = [("ground", (255, 255, 255)), ("gland", (200, 30, 60)), ("nucleus", (30, 100, 220))]
+    said = Checkpoint("imems", asdict(config), classes, 3, 0.5, 0, {"recipe": {"note": "tiny"}})
+    checkpoint.save(folder, said, state)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the tiny iMEMS as a model bundle, exported by the real export."""
+    from histostream.export.bundle import export_bundle
+
+    out = tmp_path_factory.mktemp("bundles") / "tiny"
+    export_bundle("imems", tiny_checkpoint, out, tile_px=128)
+    return out

@@ -1,0 +1,81 @@
+"""Small engines and slides whose right result is known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from numpy.typing import NDArray
+
+from histostream.runtime.card import ModelCard
+from histostream.wsi.sink import ClassInfo
+
+CARD = ModelCard(
+    method="identity",
+    classes=tuple(ClassInfo(n, c) for n, c in (
+        ("red", (255, 0, 0)), ("green", (0, 255, 0)), ("blue", (0, 0, 255)))),
+    mpp=0.5,
+    channels=3,
+    tile_px=64,
+    align_px=1,
+    halo_px=0,
+    tile_statistics=False,
+    score_kind="probability",
+    files={},
+    opset=18,
+)  # fmt: skip
+
+
+@dataclass
+class IdentityEngine:
+    """Scores are the pixels themselves: blending must give the slide back, exactly."""
+
+    card: ModelCard = field(default_factory=lambda: CARD)
+    name: str = "identity"
+    tiles: int = 0
+    batches: list[int] = field(default_factory=list)
+
+    def infer(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        self.tiles += len(tiles)
+        self.batches.append(len(tiles))
+        return np.ascontiguousarray(np.moveaxis(tiles, -1, 1))
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass
+class PlaceDependentEngine(IdentityEngine):
+    """Scores depend on the place in the tile, so that overlapping tiles disagree."""
+
+    def infer(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        scores = super().infer(tiles)
+        side = self.card.tile_px
+        pattern = (np.add.outer(7 * np.arange(side), 13 * np.arange(side)) % 97).astype(np.uint8)
+        return np.asarray(scores // 2 + pattern, np.uint8)
+
+
+def identity_engine(tile_px: int = 64, align_px: int = 1) -> IdentityEngine:
+    return IdentityEngine(replace(CARD, tile_px=tile_px, align_px=align_px))
+
+
+def write_slide(path: Path, pixels: NDArray[np.uint8], mpp: float | None = 0.5) -> Path:
+    """Write a tiled, uncompressed TIFF: what comes back is what went in."""
+    resolution = {} if mpp is None else {
+        "resolution": (1e4 / mpp, 1e4 / mpp), "resolutionunit": "CENTIMETER"}  # fmt: skip
+    tifffile.imwrite(path, pixels, tile=(64, 64), photometric="rgb", **resolution)
+    return path
+
+
+def random_pixels(width: int, height: int, seed: int = 0) -> NDArray[np.uint8]:
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def noise_slide(tmp_path: Path) -> tuple[Path, NDArray[np.uint8]]:
+    pixels = random_pixels(301, 217)
+    return write_slide(tmp_path / "noise.tif", pixels), pixels

@@ -1,0 +1,203 @@
+"""Laws of the whole stream, on a slide whose right result is known."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from numpy.typing import NDArray
+
+from histostream.runtime.blend import WINDOWS
+from histostream.runtime.infer import OptionError, Options, segment_slide, slide_stem, to_channels
+from histostream.runtime.memory import MemoryLimitError, bytes_per_column
+from histostream.wsi.errors import SlideError
+from histostream.wsi.grid import TileGrid
+from histostream.wsi.reader import open_slide
+from histostream.wsi.resolution import at_mpp
+from histostream.wsi.sink import OUTSIDE
+
+from .conftest import CARD, PlaceDependentEngine, identity_engine, random_pixels, write_slide
+
+Noise = tuple[Path, NDArray[np.uint8]]
+ALL = Options(tissue=False, overlap_px=16, probabilities=True)
+
+
+def labels_of(folder: Path) -> NDArray[np.uint8]:
+    return np.asarray(tifffile.imread(folder / "labels.tif", level=0))
+
+
+def scores_of(folder: Path) -> NDArray[np.uint8]:
+    return np.asarray(tifffile.imread(folder / "probabilities.tif", level=0))
+
+
+@pytest.mark.parametrize("mode", WINDOWS)
+def test_identity_gives_the_slide_back(noise_slide: Noise, tmp_path: Path, mode: str) -> None:
+    path, pixels = noise_slide
+    result = segment_slide(path, identity_engine(), tmp_path / "out", replace(ALL, blend=mode))
+    np.testing.assert_array_equal(scores_of(result.folder), pixels)
+    np.testing.assert_array_equal(labels_of(result.folder), pixels.argmax(axis=-1))
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (33, 700), (64, 64), (129, 65)])
+@pytest.mark.parametrize("align_px", [1, 16])
+def test_identity_holds_for_odd_sizes(
+    tmp_path: Path, width: int, height: int, align_px: int
+) -> None:
+    pixels = random_pixels(width, height)
+    path = write_slide(tmp_path / "odd.tif", pixels)
+    result = segment_slide(path, identity_engine(align_px=align_px), tmp_path / "out", ALL)
+    np.testing.assert_array_equal(scores_of(result.folder), pixels)
+
+
+def test_labels_do_not_depend_on_batch_threads_or_bands(tmp_path: Path) -> None:
+    path = write_slide(tmp_path / "wide.tif", random_pixels(1700, 150))
+    engine = PlaceDependentEngine()
+    plain = segment_slide(path, engine, tmp_path / "plain", ALL)
+    assert plain.run["grid"]["column_bands"] == 1
+    for batch, threads, banded in itertools.product((1, 7), (1, 3), (False, True)):
+        memory = least_memory(path) if banded else None
+        options = replace(ALL, batch=batch, threads=threads, max_memory_mib=memory)
+        out = tmp_path / f"{batch}-{threads}-{banded}"
+        other = segment_slide(path, PlaceDependentEngine(), out, options)
+        assert (other.run["grid"]["column_bands"] > 1) == banded
+        np.testing.assert_array_equal(labels_of(other.folder), labels_of(plain.folder))
+        np.testing.assert_array_equal(scores_of(other.folder), scores_of(plain.folder))
+
+
+def least_memory(path: Path) -> int:
+    """Ask for less than is possible; the message says what would do."""
+    with pytest.raises(MemoryLimitError) as caught:
+        segment_slide(path, identity_engine(), path.parent / "never",
+                      replace(ALL, max_memory_mib=1))  # fmt: skip
+    assert not (path.parent / "never").exists()
+    return int(str(caught.value).rsplit(" ", 1)[1])
+
+
+def test_memory_of_buffers_depends_on_width_not_on_height(tmp_path: Path) -> None:
+    counts = []
+    for height in (200, 900):
+        path = write_slide(tmp_path / f"h{height}.tif", random_pixels(300, height))
+        with open_slide(path) as slide:
+            grid = TileGrid.cover(300, height, tile_px=64, overlap_px=16)
+            counts.append(bytes_per_column(grid, at_mpp(slide, 0.5), 3, True))
+    assert counts[0] == counts[1]
+
+
+def test_every_tile_is_inferred_once_and_every_block_decoded_once(noise_slide: Noise,
+                                                                  tmp_path: Path) -> None:  # fmt: skip
+    path, pixels = noise_slide
+    engine = identity_engine()
+    done: list[tuple[int, int]] = []
+    result = segment_slide(
+        path, engine, tmp_path / "out", replace(ALL, batch=3),
+        report=lambda *pair: done.append(pair),
+    )  # fmt: skip
+    grid = TileGrid.cover(301, 217, tile_px=64, overlap_px=16)
+    assert engine.tiles == len(grid) == result.run["grid"]["tiles_inferred"]
+    assert max(engine.batches) == 3
+    blocks = -(-301 // 64) * -(-217 // 64)
+    # The overview reads the slide once more, before the stream.
+    assert result.run["slide"]["source_blocks_decoded"] == 2 * blocks
+    assert done[-1] == (301 * 217, 301 * 217)
+    assert [d for d, _ in done] == sorted(d for d, _ in done)
+
+
+def test_glass_is_left_out(tmp_path: Path) -> None:
+    pixels = np.full((900, 1100, 3), 243, np.uint8)
+    pixels[200:600, 300:700] = (random_pixels(400, 400) // 3) + np.array([120, 30, 110], np.uint8)
+    path = write_slide(tmp_path / "island.tif", pixels)
+    engine = identity_engine()
+    result = segment_slide(path, engine, tmp_path / "out", Options(overlap_px=16))
+    labels = labels_of(result.folder)
+    assert (labels[200:600, 300:700] != OUTSIDE).all()
+    assert (labels[:60, :60] == OUTSIDE).all()
+    assert engine.tiles < result.run["grid"]["tiles"] / 2
+    analysed = (labels != OUTSIDE).sum() * 0.25e-6
+    assert result.summary["analysed_mm2"] == pytest.approx(analysed, rel=1e-4)
+
+
+def test_only_the_region_of_interest_is_analysed(noise_slide: Noise, tmp_path: Path) -> None:
+    path, pixels = noise_slide
+    roi = tmp_path / "roi.geojson"
+    triangle = [[20, 10], [220, 10], [20, 190], [20, 10]]
+    roi.write_text(json.dumps({"type": "Polygon", "coordinates": [triangle]}))
+    result = segment_slide(path, identity_engine(), tmp_path / "out", replace(ALL, roi=roi))
+    labels = labels_of(result.folder)
+    y, x = np.mgrid[:217, :301]
+    edge = (x - 20) / 200 + (y - 10) / 180
+    inside = (x > 21) & (y > 11) & (edge < 0.98)
+    outside = (x < 19) | (y < 9) | (edge > 1.02)
+    np.testing.assert_array_equal(labels[inside], pixels.argmax(axis=-1)[inside])
+    assert (labels[outside] == OUTSIDE).all()
+
+
+def test_summary_and_run_record_agree_with_the_labels(noise_slide: Noise, tmp_path: Path) -> None:
+    path, _ = noise_slide
+    result = segment_slide(path, identity_engine(), tmp_path / "out", ALL)
+    labels = labels_of(result.folder)
+    summary = json.loads((result.folder / "summary.json").read_text())
+    assert summary == json.loads(json.dumps(result.summary))
+    for k, entry in enumerate(summary["classes"]):
+        assert entry["pixels"] == (labels == k).sum()
+        assert entry["area_mm2"] == pytest.approx((labels == k).sum() * 0.25e-6, rel=1e-6)
+    with (result.folder / "summary.csv").open(newline="") as file:
+        assert len(list(csv.reader(file))) == 1 + len(summary["classes"])
+    run = json.loads((result.folder / "run.json").read_text())
+    stages = {k: v for k, v in run["seconds"].items() if k != "total"}
+    assert sum(stages.values()) <= run["seconds"]["total"] + 0.01
+    assert run["bound_by"] in stages
+    assert run["versions"]["histostream"]
+
+
+def test_a_slide_without_resolution_names_the_option(tmp_path: Path) -> None:
+    path = write_slide(tmp_path / "unknown.tif", random_pixels(80, 80), mpp=None)
+    with pytest.raises(SlideError, match=r"unknown\.tif.*--mpp"):
+        segment_slide(path, identity_engine(), tmp_path / "out", ALL)
+    assert not (tmp_path / "out").exists()
+    result = segment_slide(path, identity_engine(), tmp_path / "out", replace(ALL, mpp=0.5))
+    assert labels_of(result.folder).shape == (80, 80)
+
+
+def test_a_finer_slide_is_averaged_down_to_the_models_resolution(tmp_path: Path) -> None:
+    pixels = np.repeat(np.repeat(random_pixels(90, 70), 2, axis=0), 2, axis=1)
+    path = write_slide(tmp_path / "fine.tif", pixels, mpp=0.25)
+    result = segment_slide(path, identity_engine(), tmp_path / "out", ALL)
+    np.testing.assert_array_equal(scores_of(result.folder), pixels[::2, ::2])
+
+
+def test_a_failure_leaves_nothing_behind(noise_slide: Noise, tmp_path: Path) -> None:
+    class Failing(PlaceDependentEngine):
+        def infer(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+            if self.tiles > 10:
+                raise SlideError("planted")
+            return super().infer(tiles)
+
+    path, _ = noise_slide
+    with pytest.raises(SlideError, match="planted"):
+        segment_slide(path, Failing(), tmp_path / "out", ALL)
+    assert not (tmp_path / "out").exists()
+
+
+def test_grey_and_colour_are_converted_to_what_the_model_takes() -> None:
+    grey = np.arange(8, dtype=np.uint8).reshape(1, 2, 4, 1)
+    np.testing.assert_array_equal(to_channels(grey, 3), np.repeat(grey, 3, axis=-1))
+    np.testing.assert_array_equal(to_channels(to_channels(grey, 3), 1), grey)
+
+
+@pytest.mark.parametrize("wrong", [{"batch": 0}, {"threads": -1}, {"overlap_px": -4}])
+def test_options_out_of_range_are_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(OptionError, match=next(iter(wrong))):
+        Options(**wrong)  # type: ignore[arg-type]
+
+
+def test_results_are_named_after_the_slide(tmp_path: Path) -> None:
+    assert slide_stem(Path("a/CMU-1.svs")) == "CMU-1"
+    assert slide_stem(Path("a/OS-1.ome.tif")) == "OS-1.ome"
+    assert slide_stem(tmp_path) == tmp_path.name
+    assert CARD.channels == 3

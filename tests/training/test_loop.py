@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from histostream.training import checkpoint, data, loop, methods
+from histostream.training.augment import Augmentation, draw_crop
+from histostream.training.checkpoint import CheckpointError
+from histostream.training.loop import Recipe, Schedule
+from histostream.training.methods import imems
+from histostream.training.methods.imems import Config
+
+ALL_ON = Augmentation(
+    flips=True, object_px=9.0, zoom=1.3, stain=0.2, restain=0.5, light=0.2, focus=1.0,
+    noise=4.0, jpeg=0.3,
+)  # fmt: skip
+
+
+def recipe(steps: int = 6, **more: object) -> Recipe:
+    return Recipe(
+        method="imems",
+        config=Config(base_width=4, depth=2, discriminator_width=4, learning_rate=2e-3),
+        mpp=0.5,
+        schedule=Schedule(
+            steps=steps, batch=2, crop_px=32, validate_every=3, validation=0.25, test=0.25,
+            decay="cosine", **more,  # type: ignore[arg-type]
+        ),
+        augmentation=ALL_ON,
+        classes=(("background", (255, 255, 255)), ("nucleus", (30, 100, 220))),
+    )  # fmt: skip
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_run_goes_on_as_if_it_never_stopped(nuclei_folder: Path, tmp_path: Path) -> None:
+    samples = data.read_folder(nuclei_folder)
+    whole = loop.train(recipe(), imems, samples, tmp_path / "whole")
+
+    def kill(progress: loop.Progress) -> None:
+        if progress.step == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        loop.train(recipe(), imems, samples, tmp_path / "broken", report=kill)
+    resumed = loop.train(recipe(), imems, samples, tmp_path / "broken")
+    for name in ("last", "best"):
+        one, other = (
+            load_file(tmp_path / run / name / "checkpoint.safetensors")
+            for run in ("whole", "broken")
+        )
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[k], other[k]) for k in one)
+    assert resumed.record["scores"] == whole.record["scores"]
+    steps = [row["step"] for row in csv.DictReader((tmp_path / "broken" / "log.csv").open())]
+    assert steps == [str(i) for i in range(1, 7)]
+
+
+def test_a_run_of_another_recipe_or_other_data_is_not_continued(
+    nuclei_folder: Path, tmp_path: Path
+) -> None:
+    samples = data.read_folder(nuclei_folder)
+    loop.train(recipe(3), imems, samples, tmp_path)
+    with pytest.raises(CheckpointError, match="another recipe"):
+        loop.train(recipe(3, seed=5), imems, samples, tmp_path)
+    with pytest.raises(CheckpointError, match="another data"):
+        loop.train(recipe(3), imems, samples[::-1], tmp_path)
+
+
+def test_the_record_tells_what_was_trained_on_what(nuclei_folder: Path, tmp_path: Path) -> None:
+    samples = data.read_folder(nuclei_folder)
+    best = loop.train(recipe(3), imems, samples, tmp_path)
+    record = checkpoint.read(tmp_path / "best").record
+    assert record == best.record
+    assert record["images"] == {"train": 4, "validation": 2, "test": 2}
+    assert len(record["test_images"]) == 2
+    assert record["data_sha256"] == data.checksum(samples)
+    assert record["recipe"]["augmentation"]["jpeg"] == 0.3
+    for part in ("validation", "test"):
+        assert 0 <= record["scores"][part]["pixel_accuracy"] <= 1
+    assert json.loads((tmp_path / "best" / "checkpoint.json").read_text())["method"] == "imems"
+
+
+def test_training_lowers_the_loss(nuclei_folder: Path, tmp_path: Path) -> None:
+    samples = data.read_folder(nuclei_folder)
+    plain = replace(recipe(60), augmentation=Augmentation())
+    losses: list[float] = []
+    loop.train(plain, imems, samples, tmp_path, report=lambda p: losses.append(p.losses["l1"]))
+    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
+
+
+def test_a_crop_keeps_pixels_and_labels_together(nuclei_folder: Path) -> None:
+    """Pixels are made from the labels, so that any step that moves one but not the other shows."""
+    (sample, *_) = data.read_folder(nuclei_folder)
+    painted = replace(sample, image=np.repeat(sample.labels[..., None] * np.uint8(200), 3, axis=-1))
+    geometry = Augmentation(flips=True, object_px=9.0, zoom=1.4)
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        pixels, labels = draw_crop(painted, 48, geometry, 10.0, rng)
+        assert pixels.shape == (48, 48, 3)
+        assert ((pixels[..., 0] > 100) == (labels > 0)).mean() > 0.97
+        whole = draw_crop(sample, 48, ALL_ON, 10.0, np.random.default_rng(seed))
+        again = draw_crop(sample, 48, ALL_ON, 10.0, np.random.default_rng(seed))
+        np.testing.assert_array_equal(whole[0], again[0])
+        assert whole[0].dtype == np.uint8
+
+
+def test_a_damaged_checkpoint_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+    file = copy / "checkpoint.safetensors"
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(CheckpointError, match="damaged"):
+        checkpoint.read(copy)
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        checkpoint.read(tmp_path)
+
+
+def test_weights_that_do_not_fit_are_refused(tiny_checkpoint: Path) -> None:
+    state = imems.build(Config(base_width=8, depth=2, discriminator_width=4), 3)
+    with pytest.raises(CheckpointError, match="do not fit"):
+        checkpoint.load(tiny_checkpoint, state)
+
+
+def test_an_unknown_method_names_the_nearest() -> None:
+    with pytest.raises(methods.MethodError, match="did you mean 'imems'"):
+        methods.load("imem")
+    assert "imems" in methods.names()
+
+
+def train(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "histostream.training.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_command_trains_and_scores(nuclei_folder: Path, tmp_path: Path) -> None:
+    settings = ["schedule.steps=2", "schedule.batch=1", "schedule.crop_px=32", "method.depth=2",
+                "method.base_width=4", "method.discriminator_width=4"]  # fmt: skip
+    arguments = ["--data", nuclei_folder, "--out", tmp_path / "run", "--config", "nuclei"]
+    done = train(*arguments, *(word for s in settings for word in ("--set", s)))
+    assert done.returncode == 0, done.stderr
+    assert "F-score background" in done.stdout
+    assert checkpoint.read(tmp_path / "run" / "best").mpp == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config", "nuclei", "--set", "method.width=3"], "method.width"),
+        (["--config", "nuclei", "--set", "schedule.steps=many"], "schedule.steps='many'"),
+        (["--config", "nuclei", "--set", "steps"], "write key=value"),
+        (["--config", "nuclei", "--set", "colour=3"], "unknown key 'colour'"),
+        (["--config", "nowhere"], "nowhere"),
+        (["--method", "imem", "--config", "nuclei"], "did you mean 'imems'"),
+        ([], "--mpp"),
+    ],
+)
+def test_a_wrong_option_is_one_clear_line(
+    nuclei_folder: Path, tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    done = train("--data", nuclei_folder, "--out", tmp_path / "run", *arguments)
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_training_set_is_one_clear_line(nuclei_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(nuclei_folder, tmp_path / "set")
+    (folder / "images" / "3.png").write_bytes(b"no picture")
+    done = train("--data", folder, "--out", tmp_path / "run", "--config", "nuclei")
+    assert done.returncode == 1
+    assert "3.png" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    (folder / "images" / "3.png").unlink()
+    (folder / "labels_instance" / "5.png").unlink()
+    with pytest.raises(data.DataError, match=r"5\.png: no label file"):
+        data.read_folder(folder)
+    with pytest.raises(data.DataError, match="no folder 'images'"):
+        data.read_folder(tmp_path)

@@ -1,0 +1,30 @@
+"""Slides in, tiles out: what the rest of HistoStream needs of a whole-slide image."""
+
+from histostream.wsi.errors import HistoError, OutputError, SlideError
+from histostream.wsi.grid import Box, Strip, Tile, TileGrid
+from histostream.wsi.reader import Level, SlideReader, open_slide
+from histostream.wsi.resolution import SlideView, at_mpp, thumbnail
+from histostream.wsi.strips import cut, read_strips
+from histostream.wsi.tissue import RegionOfInterest, TissueMask, find_tissue, read_roi
+
+__all__ = [
+    "Box",
+    "HistoError",
+    "Level",
+    "OutputError",
+    "RegionOfInterest",
+    "SlideError",
+    "SlideReader",
+    "SlideView",
+    "Strip",
+    "Tile",
+    "TileGrid",
+    "TissueMask",
+    "at_mpp",
+    "cut",
+    "find_tissue",
+    "open_slide",
+    "read_roi",
+    "read_strips",
+    "thumbnail",
+]

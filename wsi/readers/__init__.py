@@ -1,0 +1,1 @@
+"""Slide readers, one per file; `histostream.wsi.reader.open_slide` picks one."""

@@ -1,0 +1,169 @@
+"""Reader for every other format, through large-image and its sources."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from histostream.wsi.errors import SlideError
+from histostream.wsi.reader import DeclinedError, Level, check_box, square_mpp
+from histostream.wsi.readers.tiff import refuse_cut_off
+
+MAX_PLAIN_IMAGE_PX = 65_535  # side of a PNG or JPEG, which is decoded as a whole: JPEG's own limit
+CHANNELS = {1: 1, 2: 1, 3: 3, 4: 3}  # bands -> channels: an even number of bands ends with alpha
+
+
+class LargeImageReader:
+    """A large-image tile source; see `SlideReader`.
+
+    Pixels are always fetched in the source's own blocks. OpenSlide moves a region by a fraction of
+    a pixel where a level's downsample is no whole number, so free regions would depend on where
+    they begin.
+    """
+
+    name = "large_image"
+
+    def __init__(self, path: Path, source: Any) -> None:
+        found = source.getMetadata()
+        self.path = path
+        self._zs, self.levels = _levels(source)
+        block = (int(source.tileWidth), int(source.tileHeight))
+        self.block_px = (block,) * len(self.levels)
+        mm = (found.get("mm_x"), found.get("mm_y"))
+        self.mpp = square_mpp(path, *(1000 * side if side else None for side in mm))
+        self.channels = CHANNELS[found["bandCount"]]
+        self.decoded_blocks = 0
+        self._source = source
+        self._lock = threading.Lock()
+
+    def read(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+        """Read a box of one level, (height, width, channels); see `SlideReader.read`."""
+        check_box(self.levels[level], x, y, width, height)
+        block_w, block_h = self.block_px[level]
+        out = np.empty((height, width, self.channels), np.uint8)
+        for row in range(y // block_h, (y + height - 1) // block_h + 1):
+            for column in range(x // block_w, (x + width - 1) // block_w + 1):
+                block = self._block(level, row, column)
+                left, top = column * block_w, row * block_h
+                x0, x1 = max(x, left), min(x + width, left + block.shape[1])
+                y0, y1 = max(y, top), min(y + height, top + block.shape[0])
+                out[y0 - y : y1 - y, x0 - x : x1 - x] = block[
+                    y0 - top : y1 - top, x0 - left : x1 - left
+                ]
+        return out
+
+    def _block(self, level: int, row: int, column: int) -> NDArray[np.uint8]:
+        import large_image
+
+        try:
+            # Without style: large-image would apply ICC profiles, we promise raw pixels.
+            block = self._source.getTile(
+                column, row, self._zs[level], numpyAllowed="always", applyStyle=False
+            )
+        except (
+            large_image.exceptions.TileGeneralError,
+            OSError,
+            RuntimeError,
+            ValueError,
+        ) as error:
+            raise SlideError(
+                f"{self.path}: block {column}, {row} of level {level} cannot be decoded ({error}); "
+                "the file is damaged there: copy or scan it again"
+            ) from error
+        with self._lock:
+            self.decoded_blocks += 1
+        return _without_alpha(np.asarray(block))
+
+    def close(self) -> None:
+        """Let go of the file; large-image closes it when nothing refers to it."""
+        image = getattr(self._source, "_pilImage", None)  # but not that of a PNG or JPEG
+        if image is not None:
+            image.close()
+        self._source = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def open_reader(path: Path) -> LargeImageReader:
+    """Open a file with the source that large-image prefers for it.
+
+    Raises
+    ------
+    DeclinedError
+        If no source of large-image opens it.
+    SlideError
+        If it is a TIFF that was cut off, or holds something else than one 8-bit RGB or grey
+        image.
+    """
+    refuse_cut_off(path)  # OpenSlide and libtiff open such files and fail in the middle
+    import large_image
+    from cachetools import LRUCache
+
+    # Read when a plain image is opened; its default refuses images above 4096 px.
+    large_image.config.setConfig("max_small_image_size", MAX_PLAIN_IMAGE_PX)
+    try:
+        source = large_image.open(str(_file_of(path)), noCache=True)
+    except large_image.exceptions.TileGeneralError as error:
+        raise DeclinedError(str(error).replace(f" for {path}", "")) from error
+    # Nothing is read twice, and the default keeps up to 512 tiles alive for the whole process.
+    source.cache, source.cache_lock = LRUCache(maxsize=1), threading.Lock()
+    _refuse_other_than_image(path, source.getMetadata())
+    return LargeImageReader(path, source)
+
+
+def _file_of(path: Path) -> Path:
+    """Return the path, or one file of the DICOM series in a folder."""
+    if path.is_file():
+        return path
+    files = sorted(path.glob("*.dcm"))
+    if not files:
+        raise SlideError(f"{path}: a folder without .dcm files; name a slide file")
+    return files[0]
+
+
+def _refuse_other_than_image(path: Path, found: dict[str, Any]) -> None:
+    frames, bands, dtype = len(found.get("frames", ())), found["bandCount"], found["dtype"]
+    if frames > 1 or bands not in CHANNELS:
+        raise SlideError(
+            f"{path}: it holds {frames or 1} frames of {bands} bands (channels, planes or times); "
+            "export one RGB or grey image from it"
+        )
+    if np.dtype(dtype) != np.uint8:
+        raise SlideError(f"{path}: its pixels are {dtype}; convert it to 8 bits per channel")
+
+
+def _levels(source: Any) -> tuple[tuple[int, ...], tuple[Level, ...]]:
+    """Return large-image's number of each stored level, and the levels, finest first."""
+    zs = [z for z, stored in enumerate(source._nonemptyLevelsList()) if stored is not None]
+    if source.name == "dicom":  # does not tell large-image which levels it has
+        pyramid = source._dicom.pyramids[0]
+        widths = [round(source.sizeX / level.size.width) for level in pyramid]
+        zs = [z for z in zs if 2 ** (source.levels - 1 - z) in widths]
+    found = []
+    for z in reversed(zs):
+        downsample = 2 ** (source.levels - 1 - z)
+        # Rounded down: some formats round up, but then the last pixel is partly made up.
+        width, height = source.sizeX // downsample, source.sizeY // downsample
+        found.append((z, Level(max(width, 1), max(height, 1), float(downsample))))
+    return tuple(z for z, _ in found), tuple(level for _, level in found)
+
+
+def _without_alpha(block: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Lay a block on white if its last band is alpha; (H, W, C) uint8."""
+    if block.ndim == 2:
+        block = block[..., None]
+    if block.shape[2] in (1, 3):
+        return block
+    colours, alpha = block[..., :-1], block[..., -1:]
+    if alpha.min() == 255:
+        return colours
+    over_white = colours.astype(np.uint16) * alpha + 255 * (255 - alpha.astype(np.uint16))
+    return ((over_white + 127) // 255).astype(np.uint8)

@@ -1,0 +1,246 @@
+"""Fast reader for tiled 8-bit TIFF and SVS: one positioned read and one decode per tile.
+
+Two to four times large-image on one core, and pixel for pixel the same. Files outside of what was
+compared with OpenSlide and libtiff are declined, and large-image reads them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import threading
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from histostream.wsi.errors import SlideError
+from histostream.wsi.reader import (
+    DeclinedError,
+    Level,
+    check_box,
+    downsample_between,
+    square_mpp,
+)
+
+MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and Big TIFF, both byte orders
+# none, LZW, JPEG, deflate (two tags), JPEG 2000 RGB by Aperio. Aperio's JPEG 2000 YCbCr (33003)
+# is missing on purpose: OpenSlide rounds its colours differently, by up to 1 of 255.
+COMPRESSIONS = {1, 5, 7, 8, 32946, 33005}
+JPEG = 7
+GREY, RGB, YCBCR = 1, 2, 6  # PhotometricInterpretation
+UM_PER_UNIT = {2: 25_400.0, 3: 10_000.0}  # ResolutionUnit: inch, centimetre
+UM_PER_OME_UNIT = {"nm": 1e-3, "um": 1.0, "µm": 1.0, "μm": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6}
+
+
+class TiffReader:
+    """Tiles of a TIFF file, decoded one by one; see `SlideReader`."""
+
+    name = "tiff"
+
+    def __init__(self, path: Path, file: Any, pages: list[Any]) -> None:
+        # pages: tifffile.TiffPage, finest first
+        base = (pages[0].imagewidth, pages[0].imagelength)
+        self.path = path
+        self.levels = tuple(
+            Level(p.imagewidth, p.imagelength, downsample_between(base, _size(p))) for p in pages
+        )
+        self.block_px = tuple((page.tilewidth, page.tilelength) for page in pages)
+        self.mpp = _mpp(path, file, pages[0])
+        self.channels: int = pages[0].samplesperpixel
+        self.decoded_blocks = 0
+        # Taken here once: tifffile builds these on first use, which would race between threads.
+        self._decoders = [(p.decode, p.jpegtables, p.dataoffsets, p.databytecounts) for p in pages]
+        self._lock = threading.Lock()
+        self._handle = path.open("rb", buffering=0)
+
+    def read(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+        """Read a box of one level, (height, width, channels); see `SlideReader.read`."""
+        check_box(self.levels[level], x, y, width, height)
+        block_w, block_h = self.block_px[level]
+        columns = range(x // block_w, (x + width - 1) // block_w + 1)
+        rows = range(y // block_h, (y + height - 1) // block_h + 1)
+        out = np.empty((height, width, self.channels), np.uint8)
+        for row in rows:
+            for column in columns:
+                tile = self._tile(level, row, column)
+                left, top = column * block_w, row * block_h
+                x0, x1 = max(x, left), min(x + width, left + tile.shape[1])
+                y0, y1 = max(y, top), min(y + height, top + tile.shape[0])
+                out[y0 - y : y1 - y, x0 - x : x1 - x] = tile[
+                    y0 - top : y1 - top, x0 - left : x1 - left
+                ]
+        return out
+
+    def _tile(self, level: int, row: int, column: int) -> NDArray[np.uint8]:
+        decode, tables, offsets, counts = self._decoders[level]
+        index = row * -(-self.levels[level].width // self.block_px[level][0]) + column
+        try:
+            data = self._pread(offsets[index], counts[index])
+            tile: NDArray[np.uint8] = decode(data, index, jpegtables=tables)[0][0]
+        except (OSError, RuntimeError, ValueError) as error:
+            raise SlideError(
+                f"{self.path}: tile {column}, {row} of level {level} cannot be decoded ({error}); "
+                "the file is damaged there: copy or scan it again"
+            ) from error
+        with self._lock:
+            self.decoded_blocks += 1
+        return tile
+
+    def _pread(self, offset: int, count: int) -> bytes:
+        if hasattr(os, "pread"):
+            return os.pread(self._handle.fileno(), count, offset)
+        with self._lock:  # Windows has no positioned read
+            self._handle.seek(offset)
+            return self._handle.read(count)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._handle.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def open_reader(path: Path) -> TiffReader:
+    """Open a TIFF file if this reader fits it.
+
+    Raises
+    ------
+    DeclinedError
+        If it is no TIFF, or one that another reader must take.
+    SlideError
+        If it is a TIFF that was cut off.
+    """
+    if not _is_tiff(path):
+        raise DeclinedError("not a TIFF file")
+    import tifffile
+
+    try:
+        with tifffile.TiffFile(path) as file:
+            _check_length(path, file)
+            return TiffReader(path, file, _pages(file))
+    except tifffile.TiffFileError as error:
+        raise DeclinedError(str(error)) from error
+
+
+def refuse_cut_off(path: Path) -> None:
+    """Raise SlideError if a file is a TIFF and shorter than what its directories point at."""
+    if not _is_tiff(path):
+        return
+    import tifffile
+
+    # What tifffile cannot parse at all is for others to judge.
+    with contextlib.suppress(tifffile.TiffFileError), tifffile.TiffFile(path) as file:
+        _check_length(path, file)
+
+
+def _is_tiff(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as head:
+        return head.read(4) in MAGIC
+
+
+def _check_length(path: Path, file: Any) -> None:
+    size = path.stat().st_size
+    end = 0
+    for page in file.pages:
+        spans = zip(page.dataoffsets, page.databytecounts, strict=False)
+        end = max(end, max((offset + count for offset, count in spans), default=0))
+    # tifffile stops in silence where the chain of directories leaves the file.
+    chain = file.tiff
+    file.filehandle.seek(file.pages.next_page_offset)
+    link = file.filehandle.read(chain.offsetsize)
+    if len(link) == chain.offsetsize:
+        end = max(end, int.from_bytes(link, "little" if chain.byteorder == "<" else "big"))
+    if end > size or not len(file.pages):
+        raise SlideError(
+            f"{path}: the file was cut off (it has {size} bytes and refers to byte {end}); "
+            "copy it again"
+        )
+
+
+def _pages(file: Any) -> list[Any]:
+    """Return the pages of the levels, finest first; raise DeclinedError if they do not fit."""
+    if file.is_ndpi or not file.series:
+        raise DeclinedError("no tiles in the file")
+    series = file.series[0]
+    if series.axes not in ("YX", "YXS"):
+        raise DeclinedError(f"its axes are {series.axes}")
+    first = series.levels[0].keyframe
+    found = {first.offset: first}
+    # Aperio does not mark its levels as reduced, others mark them and tifffile does not join them.
+    levels = [level.keyframe for level in series.levels[1:]]
+    for page in [*levels, *(page for page in file.pages if page.is_reduced)]:
+        if page.is_tiled and _same_shape(first, page):
+            found.setdefault(page.offset, page)
+    pages = sorted(found.values(), key=lambda page: -int(page.imagewidth))
+    for page in pages:
+        _check_page(page)
+    if len({page.samplesperpixel for page in pages}) > 1:
+        raise DeclinedError("its levels have different channels")
+    return pages
+
+
+def _check_page(page: Any) -> None:
+    if not page.is_tiled or page.imagedepth != 1 or page.planarconfig != 1:
+        raise DeclinedError("not made of interleaved tiles")
+    if page.bitspersample != 8 or page.sampleformat != 1:
+        raise DeclinedError(f"its pixels have {page.bitspersample} bits")
+    if page.compression not in COMPRESSIONS:
+        raise DeclinedError(f"compression {int(page.compression)}")
+    colours = (page.samplesperpixel, page.photometric)
+    if colours not in ((1, GREY), (3, RGB)) and (*colours, page.compression) != (3, YCBCR, JPEG):
+        raise DeclinedError(f"{colours[0]} channels of photometric kind {int(colours[1])}")
+    if 0 in page.databytecounts:
+        raise DeclinedError("some tiles are missing")
+
+
+def _size(page: Any) -> tuple[int, int]:
+    return page.imagewidth, page.imagelength
+
+
+def _same_shape(first: Any, page: Any) -> bool:
+    """Whether a page can be a smaller copy of the first: both sides shrink by the same factor."""
+    ratio = first.imagewidth / page.imagewidth
+    # Scanners round down, some pad to whole tiles: a pixel and a half, or 2 % of a long side.
+    slack = max(1.5, 0.02 * page.imagelength)
+    return bool(ratio > 1 and abs(first.imagelength / ratio - page.imagelength) < slack)
+
+
+def _mpp(path: Path, file: Any, page: Any) -> float | None:
+    """Micrometres per pixel of level 0, from whatever the kind of file offers."""
+    if file.is_svs:
+        found = re.search(r"\|\s*MPP\s*=\s*([0-9.]+)", page.description)
+        return float(found.group(1)) if found else None
+    if file.is_ome:
+        return square_mpp(path, *_ome_mpp(file.ome_metadata))
+    um = UM_PER_UNIT.get(int(page.resolutionunit))
+    x, y = page.resolution
+    # 1 per inch is what writers put where they know nothing.
+    if um is None or x <= 1 or y <= 1:
+        return None
+    return square_mpp(path, um / x, um / y)
+
+
+def _ome_mpp(xml: str) -> tuple[float | None, float | None]:
+    try:
+        pixels = ET.fromstring(xml).find(".//{*}Pixels")
+    except ET.ParseError:
+        return None, None
+    if pixels is None:
+        return None, None
+
+    def side(axis: str) -> float | None:
+        size = pixels.get(f"PhysicalSize{axis}")
+        um = UM_PER_OME_UNIT.get(pixels.get(f"PhysicalSize{axis}Unit", "um"))
+        return float(size) * um if size and um else None
+
+    return side("X"), side("Y")

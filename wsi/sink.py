@@ -1,0 +1,313 @@
+"""Where finished rows go: the contract of a sink, and the folder that its files are published in.
+
+A sink writes beside its final names. The folder moves everything there at the end, ``run.json``
+last, so that a folder with a ``run.json`` is always complete and never a mixture of two runs.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from histostream.wsi.errors import OutputError
+
+OUTSIDE = 255  # label of pixels that were not analysed: outside the tissue mask or the ROI
+RUN_FILE = "run.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ClassInfo:
+    """A class of the label map; its label is its place in the list of classes.
+
+    Attributes
+    ----------
+    name
+        As shown to people. The class called "background" is never painted.
+    color
+        Red, green, blue, 0 to 255.
+    """
+
+    name: str
+    color: tuple[int, int, int]
+
+    def __post_init__(self) -> None:
+        if len(self.color) != 3 or not all(0 <= value <= 255 for value in self.color):
+            raise ValueError(f"color {self.color!r} of class {self.name!r}: use 3 x 0 to 255")
+
+
+@dataclass(frozen=True, slots=True)
+class SlideInfo:
+    """What sinks need to know of a slide.
+
+    Attributes
+    ----------
+    name
+        Name of the slide, as it appears in tables.
+    width, height
+        Pixels of the level that inference runs at.
+    mpp
+        Side of such a pixel, in um.
+    classes
+        The class of label 0, 1, ...; at most 255, since `OUTSIDE` is none of them.
+    """
+
+    name: str
+    width: int
+    height: int
+    mpp: float
+    classes: tuple[ClassInfo, ...]
+
+    def __post_init__(self) -> None:
+        if self.width < 1 or self.height < 1:
+            raise ValueError(f"{self.name}: {self.width} x {self.height} px has no pixels")
+        if not self.mpp > 0:
+            raise ValueError(f"{self.name}: mpp={self.mpp!r} is not a size: use um per pixel")
+        if not 1 <= len(self.classes) <= OUTSIDE:
+            raise ValueError(f"{self.name}: {len(self.classes)} classes: use 1 to {OUTSIDE}")
+
+
+@dataclass(frozen=True, slots=True)
+class Segmented:
+    """Finished rows of one column band.
+
+    Attributes
+    ----------
+    x, y
+        Top left corner, in pixels of the level that inference runs at.
+    labels
+        (H, W) uint8, a class or `OUTSIDE`.
+    probabilities
+        (H, W, K) uint8, ``round(255 p)`` of each class, or None.
+    """
+
+    x: int
+    y: int
+    labels: NDArray[np.uint8]
+    probabilities: NDArray[np.uint8] | None = None
+
+    def __post_init__(self) -> None:
+        if self.labels.ndim != 2 or self.labels.dtype != np.uint8:
+            raise ValueError(f"labels are {_kind(self.labels)}: use (H, W) uint8")
+        probs = self.probabilities
+        if probs is not None and (
+            probs.ndim != 3 or probs.shape[:2] != self.labels.shape or probs.dtype != np.uint8
+        ):
+            raise ValueError(
+                f"probabilities are {_kind(probs)}: use (H, W, K) uint8 beside {_kind(self.labels)}"
+            )
+
+
+class Sink(Protocol):
+    """Takes finished rows, leaves files.
+
+    Parts come in column bands: inside a band top to bottom without gaps, each band from the first
+    row to the last; band edges are multiples of 512 px except at the slide's right border; part
+    heights vary. Rows without tissue come too, full of `OUTSIDE`.
+    """
+
+    def write(self, part: Segmented) -> None:
+        """Take the next rows."""
+
+    def finish(self) -> list[tuple[Path, Path]]:
+        """Complete the files under temporary names; return (temporary, final) pairs."""
+
+    def abort(self) -> None:
+        """Remove the temporary files. Allowed at any time, also twice, also after `finish`."""
+
+
+AnySink = TypeVar("AnySink", bound=Sink)
+
+
+class OutputFolder:
+    """The folder ``out/stem``: all files of a run appear in it, or none.
+
+    ::
+
+        with OutputFolder(out, "slide") as folder:
+            folder.add(LabelTiff(folder.path / "labels.tif", info))
+            for part in parts:
+                folder.write(part)
+            folder.run["seconds"] = 12.3
+
+    Leaving the block publishes; an exception inside it removes what was written, and the folder
+    too if it is new and empty.
+
+    Attributes
+    ----------
+    path
+        The folder.
+    run
+        What ``run.json`` will say; the names of the published files are added as ``outputs``.
+    """
+
+    def __init__(self, out: Path, stem: str) -> None:
+        if not stem or stem == ".." or Path(stem).name != stem:
+            raise ValueError(f"stem {stem!r} is not a plain name: use the slide's, without a path")
+        self.path = Path(out) / stem
+        self.run: dict[str, object] = {}
+        self._sinks: list[Sink] = []
+        self._finished: list[tuple[Path, Path]] | None = None
+        self._created: list[Path] = []
+
+    def __enter__(self) -> Self:
+        missing = [p for p in (self.path, *self.path.parents) if not p.exists()]
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        self._created = missing
+        return self
+
+    def add(self, sink: AnySink) -> AnySink:
+        """Send what is written to the folder to ``sink`` too; returns it."""
+        self._sinks.append(sink)
+        return sink
+
+    def write(self, part: Segmented) -> None:
+        """Hand finished rows to every sink."""
+        for sink in self._sinks:
+            sink.write(part)
+
+    def finish(self) -> None:
+        """Complete every file, still under its temporary name.
+
+        Leaving the block does it too; call it to measure the time it takes.
+        """
+        if self._finished is None:
+            self._finished = [pair for sink in self._sinks for pair in sink.finish()]
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self._abort()
+            return
+        try:
+            self.finish()
+            self._publish()
+        except BaseException:
+            self._abort()
+            raise
+
+    def _publish(self) -> None:
+        pairs = list(self._finished or [])
+        names = sorted(final.name for _, final in pairs)
+        marker = self.path / RUN_FILE
+        last = write_temporary(marker, json_text({**self.run, "outputs": names}))
+        for temporary, final in (*pairs, last):
+            with writing(final):
+                _sync(temporary)
+        with writing(marker):
+            # From here to the end the folder is a mixture of two runs, and has no marker.
+            marker.unlink(missing_ok=True)
+            _sync(self.path)
+        for temporary, final in (*pairs, last):
+            with writing(final):
+                if final == marker:
+                    _sync(self.path)
+                temporary.replace(final)
+        with writing(self.path):
+            _sync(self.path)
+
+    def _abort(self) -> None:
+        for sink in self._sinks:
+            sink.abort()
+        remove([temporary_name(self.path / RUN_FILE)])
+        with suppress(OSError):  # not empty, or already gone: then it is not ours to remove
+            for folder in self._created:
+                folder.rmdir()
+
+
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """Write one JSON file, whole or not at all."""
+    temporary, final = write_temporary(path, json_text(content))
+    with writing(final):
+        _sync(temporary)
+        temporary.replace(final)
+
+
+def json_text(content: Mapping[str, object]) -> str:
+    """Return ``content`` as indented JSON, in the order of its keys."""
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_temporary(path: Path, text: str) -> tuple[Path, Path]:
+    """Write ``text`` (UTF-8) beside ``path``; return the (temporary, final) pair."""
+    temporary = temporary_name(path)
+    with writing(path):
+        try:
+            temporary.write_text(text, encoding="utf-8", newline="")
+        except OSError:
+            remove([temporary])
+            raise
+    return temporary, path
+
+
+def temporary_name(path: Path, suffix: str = "part") -> Path:
+    """Return the hidden name beside ``path`` that an unfinished file has.
+
+    It is the same in every run, so what a killed run left is overwritten by the next.
+    """
+    return path.with_name(f".{path.name}.{suffix}")
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Remove files that may not exist; the error that led here matters more than a new one."""
+    for path in paths:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the operating system's errors while writing ``path`` into an `OutputError`."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(_message(path, error)) from error
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def _message(path: Path, error: OSError) -> str:
+    reason = error.strerror or str(error)
+    if error.errno in _FULL:
+        return f"no room to write {path} ({reason}): free space there or choose another folder"
+    if error.errno in _DENIED:
+        return f"may not write {path} ({reason}): change its permissions or choose another folder"
+    if error.errno in {errno.EEXIST, errno.ENOTDIR, errno.EISDIR}:
+        return f"cannot write {path} ({reason}): move what is in the way or choose another folder"
+    return f"cannot write {path} ({reason}): check the disk or choose another folder"
+
+
+def _sync(path: Path) -> None:
+    # A rename may reach the disk before the bytes it points to, unless they are forced first.
+    if os.name == "nt" and path.is_dir():  # Windows has no such call for folders
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in {errno.EINVAL, errno.ENOTSUP}:  # network drives: no such call
+            raise
+    finally:
+        os.close(handle)
+
+
+def _kind(array: NDArray[np.uint8]) -> str:
+    return f"{array.shape} {array.dtype}"

@@ -1,0 +1,100 @@
+"""summary.json and summary.csv: area and share of each class."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import numpy as np
+
+from histostream.wsi.sink import OUTSIDE, Segmented, SlideInfo, json_text, remove, write_temporary
+
+_COUNTED_PX = 1 << 20  # at a time: np.bincount makes 8 bytes of each label
+
+
+class Summary:
+    """Counts pixels of each class.
+
+    Parameters
+    ----------
+    folder
+        Where summary.json and summary.csv will be.
+    info
+        The slide.
+    """
+
+    def __init__(self, folder: Path, info: SlideInfo) -> None:
+        self.folder, self._info = folder, info
+        self._counts = np.zeros(256, np.int64)
+        self._temporary: list[Path] = []
+
+    def write(self, part: Segmented) -> None:
+        """Take the next rows.
+
+        Raises
+        ------
+        ValueError
+            If a label is neither a class nor `OUTSIDE`.
+        """
+        rows = max(1, _COUNTED_PX // part.labels.shape[1])
+        for top in range(0, len(part.labels), rows):
+            labels = part.labels[top : top + rows].ravel()
+            self._counts += np.bincount(labels, minlength=256)
+        strange = self._counts[len(self._info.classes) : OUTSIDE]
+        if strange.any():
+            label = len(self._info.classes) + int(strange.argmax())
+            raise ValueError(
+                f"{self._info.name}: label {label} at y={part.y} or after is no class: "
+                f"use 0 to {len(self._info.classes) - 1}, or {OUTSIDE} for outside"
+            )
+
+    def as_dict(self) -> dict[str, object]:
+        """Return what summary.json says, of the rows so far; areas in mm2, shares of 1."""
+        info, pixel_mm2 = self._info, (self._info.mpp / 1000) ** 2
+        analysed = int(self._counts[:OUTSIDE].sum())
+        return {
+            "slide": info.name,
+            "mpp": info.mpp,
+            "width_px": info.width,
+            "height_px": info.height,
+            "slide_mm2": info.width * info.height * pixel_mm2,
+            "analysed_mm2": analysed * pixel_mm2,
+            "classes": [
+                {
+                    "label": label,
+                    "name": entry.name,
+                    "color": list(entry.color),
+                    "pixels": int(self._counts[label]),
+                    "area_mm2": int(self._counts[label]) * pixel_mm2,
+                    "share": int(self._counts[label]) / analysed if analysed else None,
+                }
+                for label, entry in enumerate(info.classes)
+            ],
+        }
+
+    def finish(self) -> list[tuple[Path, Path]]:
+        """Write both files under their temporary names."""
+        texts = {"summary.json": json_text(self.as_dict()), "summary.csv": self._csv()}
+        pairs = []
+        for name, text in texts.items():
+            pairs.append(write_temporary(self.folder / name, text))
+            self._temporary.append(pairs[-1][0])
+        return pairs
+
+    def abort(self) -> None:
+        """Remove what was written."""
+        remove(self._temporary)
+
+    def _csv(self) -> str:
+        """One line a class; the slide's values are repeated, so that tables can be joined."""
+        summary, text = self.as_dict(), io.StringIO()
+        classes = summary.pop("classes")
+        assert isinstance(classes, list)
+        lines = [
+            summary | entry | {"color": "#" + bytes(entry["color"]).hex()} for entry in classes
+        ]
+        table = csv.DictWriter(text, fieldnames=list(lines[0]), lineterminator="\n")
+        table.writeheader()
+        table.writerows(lines)
+        return text.getvalue()
