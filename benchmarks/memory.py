@@ -57,7 +57,7 @@ def write_repeated(path: Path, width: int, height: int, seed: int = 0) -> None:
     def tiles() -> Iterator[bytes]:
         for y in range(height // TILE_PX):
             for x in range(width // TILE_PX):
-                yield coded[y % side][x % side]
+                yield bytes(coded[y % side][x % side])
 
     with tifffile.TiffWriter(path, bigtiff=True) as tiff:
         tiff.write(
@@ -101,7 +101,7 @@ def main(out: Path) -> None:
             write_repeated(slide, WIDTH, height)
             command = [sys.executable, "-m", "histostream.runtime.cli", slide, "--model", bundle,
                        "--out", folder / "out", "--no-tissue", "--backend", "cpu"]  # fmt: skip
-            subprocess.run(command, check=True)
+            subprocess.run([str(word) for word in command], check=True)
             run = json.loads((folder / "out" / slide.stem / "run.json").read_text())
             blocks = (WIDTH // TILE_PX) * (height // TILE_PX)
             runs.append({

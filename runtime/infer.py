@@ -377,6 +377,7 @@ def _run_band(
 
 
 def _add_sinks(folder: OutputFolder, view: SlideView, card: ModelCard, options: Options) -> Summary:
+    assert view.mpp is not None  # a resolution was asked for, so the view has one
     info = SlideInfo(view.slide.path.name, view.width, view.height, view.mpp, card.classes)
     folder.add(LabelTiff(folder.path / "labels.tif", info))
     if options.probabilities:

@@ -4,16 +4,23 @@ from histostream.wsi.errors import HistoError, OutputError, SlideError
 from histostream.wsi.grid import Box, Strip, Tile, TileGrid
 from histostream.wsi.reader import Level, SlideReader, open_slide
 from histostream.wsi.resolution import SlideView, at_mpp, thumbnail
+from histostream.wsi.sink import OUTSIDE, ClassInfo, OutputFolder, Segmented, Sink, SlideInfo
 from histostream.wsi.strips import cut, read_strips
 from histostream.wsi.tissue import RegionOfInterest, TissueMask, find_tissue, read_roi
 
 __all__ = [
+    "OUTSIDE",
     "Box",
+    "ClassInfo",
     "HistoError",
     "Level",
     "OutputError",
+    "OutputFolder",
     "RegionOfInterest",
+    "Segmented",
+    "Sink",
     "SlideError",
+    "SlideInfo",
     "SlideReader",
     "SlideView",
     "Strip",

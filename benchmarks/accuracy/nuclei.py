@@ -1,8 +1,8 @@
-"""Score a nucleus model on annotated images that it was not trained on.
+r"""Score a nucleus model on annotated images that it was not trained on.
 
 ::
 
-    python -m histostream.benchmarks.accuracy.nuclei --data ../shared/data \\
+    python -m histostream.benchmarks.accuracy.nuclei --data ../shared/data \
         --out benchmarks/results/accuracy-nuclei.json
 
 TNBC (Naylor et al. 2018, 50 images) and the MoNuSeg test set (14 images), both at 0.25 um per

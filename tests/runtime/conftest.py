@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def identity_engine(tile_px: int = 64, align_px: int = 1) -> IdentityEngine:
 
 def write_slide(path: Path, pixels: NDArray[np.uint8], mpp: float | None = 0.5) -> Path:
     """Write a tiled, uncompressed TIFF: what comes back is what went in."""
-    resolution = {} if mpp is None else {
+    resolution: dict[str, Any] = {} if mpp is None else {
         "resolution": (1e4 / mpp, 1e4 / mpp), "resolutionunit": "CENTIMETER"}  # fmt: skip
     tifffile.imwrite(path, pixels, tile=(64, 64), photometric="rgb", **resolution)
     return path

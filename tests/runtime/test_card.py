@@ -34,7 +34,7 @@ def test_a_card_comes_back_as_it_was_written(bundle: Path) -> None:
 
 def test_a_changed_file_is_refused(bundle: Path) -> None:
     (bundle / "model.onnx").write_bytes(b"other weights")
-    with pytest.raises(CardError, match="does not match card.json"):
+    with pytest.raises(CardError, match=r"does not match card\.json"):
         read_file(bundle, read_card(bundle), "model.onnx")
 
 

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,7 +56,8 @@ def test_scores_do_not_depend_on_threads(tiny_bundle: Path, tiles: NDArray[np.ui
 
 
 def test_tiles_of_a_wrong_kind_are_refused(engine: Engine, tiles: NDArray[np.uint8]) -> None:
-    for wrong in (tiles[:, :64], tiles[..., :1], tiles.astype(np.float32)):
+    wrongs: list[Any] = [tiles[:, :64], tiles[..., :1], tiles.astype(np.float32)]
+    for wrong in wrongs:
         with pytest.raises(ValueError, match=r"takes uint8 \(N, 128, 128, 3\)"):
             engine.infer(wrong)
 

@@ -89,9 +89,10 @@ def test_memory_of_buffers_depends_on_width_not_on_height(tmp_path: Path) -> Non
     assert counts[0] == counts[1]
 
 
-def test_every_tile_is_inferred_once_and_every_block_decoded_once(noise_slide: Noise,
-                                                                  tmp_path: Path) -> None:  # fmt: skip
-    path, pixels = noise_slide
+def test_every_tile_is_inferred_once_and_every_block_decoded_once(
+    noise_slide: Noise, tmp_path: Path
+) -> None:
+    path, _ = noise_slide
     engine = identity_engine()
     done: list[tuple[int, int]] = []
     result = segment_slide(

@@ -53,7 +53,7 @@ def test_the_adversarial_gradient_reaches_the_first_convolution(
     x = batch[0].float() / imems.HALF_RANGE - 1
     generator = state.modules["generator"]
     before = imems.adversarial_loss(state, x, generator(x))
-    before.backward()  # type: ignore[no-untyped-call]
+    before.backward()
     first = next(generator.parameters()).grad
     assert first is not None
     assert first.norm() > 0
@@ -61,7 +61,7 @@ def test_the_adversarial_gradient_reaches_the_first_convolution(
     with torch.no_grad():
         for p in generator.parameters():
             if p.grad is not None:
-                p -= 1e-4 * p.grad / p.grad.norm().clamp(min=1e-12)
+                p.sub_(1e-4 * p.grad / p.grad.norm().clamp(min=1e-12))
         assert imems.adversarial_loss(state, x, generator(x)) < before
 
 

@@ -13,7 +13,8 @@ TILES = [(16, 0, 1), (16, 4, 1), (16, 15, 1), (32, 16, 16), (32, 0, 32), (48, 16
 
 @pytest.fixture(params=SIZES, ids=str)
 def size(request: pytest.FixtureRequest) -> tuple[int, int]:
-    return request.param
+    width, height = request.param
+    return width, height
 
 
 @pytest.fixture(params=TILES, ids=str)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openslide
@@ -20,7 +21,7 @@ from histostream.wsi.reader import SlideReader, downsample_between, open_slide
 PIXELS = np.random.default_rng(0).integers(0, 256, (150, 200, 3), dtype=np.uint8)
 
 
-def write_tiff(path: Path, pixels: np.ndarray = PIXELS, **options: object) -> Path:
+def write_tiff(path: Path, pixels: np.ndarray = PIXELS, **options: Any) -> Path:
     tifffile.imwrite(path, pixels, **{"photometric": "rgb", "tile": (64, 48)} | options)
     return path
 
@@ -50,9 +51,7 @@ def test_a_read_is_a_crop_of_the_whole(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_both_readers_agree_on_every_compression(
-    tmp_path: Path, options: dict[str, object]
-) -> None:
+def test_both_readers_agree_on_every_compression(tmp_path: Path, options: dict[str, Any]) -> None:
     path = write_tiff(tmp_path / "a.tif", **options)
     with open_slide(path, reader="tiff") as fast, open_slide(path, reader="large_image") as slow:
         np.testing.assert_array_equal(whole(fast), whole(slow))
@@ -99,7 +98,7 @@ def test_downsample_is_the_factor_that_the_scanner_meant() -> None:
     ],
 )
 def test_resolution_comes_from_the_tags(
-    tmp_path: Path, options: dict[str, object], mpp: float | None
+    tmp_path: Path, options: dict[str, Any], mpp: float | None
 ) -> None:
     with open_slide(write_tiff(tmp_path / "a.tif", **options)) as slide:
         assert slide.mpp == (pytest.approx(mpp, abs=0.1) if mpp else None)
@@ -130,7 +129,7 @@ def test_resolution_of_ome_tiff_comes_from_its_xml(tmp_path: Path) -> None:
     ids=["strips", "planar", "16 bit", "alpha"],
 )
 def test_the_fast_reader_declines_what_it_was_not_compared_on(
-    tmp_path: Path, options: dict[str, object], reason: str
+    tmp_path: Path, options: dict[str, Any], reason: str
 ) -> None:
     pixels = options.pop("pixels", PIXELS)
     if options.get("planarconfig"):
@@ -201,7 +200,7 @@ def test_a_damaged_tile_is_named(tmp_path: Path) -> None:
 
 @pytest.fixture(params=["auto", "tiff", "large_image"])
 def reader(request: pytest.FixtureRequest) -> str:
-    return request.param
+    return str(request.param)
 
 
 def test_missing_and_empty_files_are_named(tmp_path: Path, reader: str) -> None:
@@ -296,7 +295,7 @@ def test_threads_read_the_same_pixels(wsi_slides: Path, reader: str) -> None:
         expected = whole(slide)
         places = [(x, y) for y in range(0, 2900, 311) for x in range(0, 2100, 257)]
         with ThreadPoolExecutor(4) as pool:
-            boxes = pool.map(lambda xy: slide.read(0, *xy, 60, 60), places)
+            boxes = pool.map(lambda xy: slide.read(0, xy[0], xy[1], 60, 60), places)
         for (x, y), pixels in zip(places, boxes, strict=True):
             np.testing.assert_array_equal(pixels, expected[y : y + 60, x : x + 60])
 

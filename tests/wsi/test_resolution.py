@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pytest
@@ -37,6 +38,15 @@ class ArraySlide:
         step = self.downsamples[level]
         return self.pixels[::step, ::step][y : y + height, x : x + width].copy()
 
+    def close(self) -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
 
 def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
     return np.random.default_rng(7).integers(0, 256, (height, width, channels), dtype=np.uint8)
@@ -50,11 +60,11 @@ def averaged(pixels: np.ndarray, scale: float) -> np.ndarray:
         source = np.arange(size)[None, :]
         shared = np.minimum((out + 1) * scale, source + 1) - np.maximum(out * scale, source)
         shared = np.clip(shared, 0, None)
-        return shared / shared.sum(axis=1, keepdims=True)
+        return np.asarray(shared / shared.sum(axis=1, keepdims=True))
 
     height, width = pixels.shape[:2]
     rows = np.einsum("yh,hwc->ywc", weights(height), pixels.astype(float))
-    return np.einsum("ywc,xw->yxc", rows, weights(width))
+    return np.asarray(np.einsum("ywc,xw->yxc", rows, weights(width)))
 
 
 @pytest.mark.parametrize("scale", [1.03, 1.5, 2.0, 2.004, 3.7, 4.0])

@@ -129,9 +129,9 @@ def test_every_reader_sees_the_same_levels(tmp_path: Path, width: int, height: i
     sink = LabelTiff(tmp_path / "labels.tif", slide_info(width, height))
     path = write(sink, parts(label_map(width, height), seed=0))
     with tifffile.TiffFile(path) as file:
-        sizes = tuple((page.imagewidth, page.imagelength) for page in file.pages)
+        sizes = tuple((page.shape[1], page.shape[0]) for page in file.pages)
         assert file.is_bigtiff
-        assert all(page.is_tiled for page in file.pages)
+        assert all(page.aspage().is_tiled for page in file.pages)
     with openslide.OpenSlide(path) as slide:
         assert slide.level_dimensions == sizes
     source = large_image.open(str(path))
@@ -148,10 +148,10 @@ def test_every_reader_sees_the_resolution_and_the_classes(tmp_path: Path) -> Non
     assert large_image.open(str(path)).getMetadata()["mm_x"] == pytest.approx(0.2527e-3, rel=1e-6)
     with tifffile.TiffFile(path) as file:
         for level, page in enumerate(file.pages):
-            numerator, denominator = page.tags["XResolution"].value
+            numerator, denominator = page.aspage().tags["XResolution"].value
             um = 1e4 * denominator / numerator
             assert um == pytest.approx(0.2527 * 2**level, rel=1e-6)
-        about = json.loads(file.pages[0].description)
+        about = json.loads(file.pages.first.description)
     assert [entry["name"] for entry in about["classes"]] == [entry.name for entry in CLASSES]
     assert about["outside"] == OUTSIDE
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,12 +25,12 @@ def make_slide(folder: Path, width: int, height: int) -> SlideReader:
     return open_slide(folder / "slide.tif", reader="tiff")
 
 
-def assert_tiles_are_the_padded_image(view: SlideView, grid: TileGrid, **options: int) -> None:
+def assert_tiles_are_the_padded_image(view: SlideView, grid: TileGrid, **options: Any) -> None:
     whole = view.read(0, 0, view.width, view.height)
     bottom = max(grid.ys) + grid.tile_px - view.height
     right = max(grid.xs) + grid.tile_px - view.width
-    mode = "reflect"
-    padded = np.pad(whole, ((0, max(bottom, 0)), (0, max(right, 0)), (0, 0)), mode=mode)
+    padding = ((0, max(bottom, 0)), (0, max(right, 0)), (0, 0))
+    padded = np.pad(whole, padding, mode="reflect")
     seen = []
     for tiles, strip in read_strips(view, grid, **options):
         for tile in tiles:
@@ -111,7 +112,11 @@ def break_block(folder: Path, number: int) -> None:
     """Make one block of the slide unreadable, by a compression that checks its data."""
     path = folder / "slide.tif"
     pixels = tifffile.imread(path)
-    options = {"photometric": "rgb", "tile": (BLOCK_H, BLOCK_W), "compression": "zlib"}
+    options: dict[str, Any] = {
+        "photometric": "rgb",
+        "tile": (BLOCK_H, BLOCK_W),
+        "compression": "zlib",
+    }
     tifffile.imwrite(path, pixels, **options)
     with tifffile.TiffFile(path) as file:
         offset = file.pages[0].dataoffsets[number]

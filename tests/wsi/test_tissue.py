@@ -150,8 +150,8 @@ def test_regions_are_read_from_every_kind_of_geojson(tmp_path: Path, geometry: o
 
 def test_holes_stay_out_but_not_of_other_polygons(tmp_path: Path) -> None:
     with_hole = polygon(square(100, 100, 600), square(200, 200, 400))
-    collection = {"type": "GeometryCollection", "geometries": [polygon(square(300, 300, 100))]}
-    collection["geometries"].append(with_hole)
+    polygons = [polygon(square(300, 300, 100)), with_hole]
+    collection = {"type": "GeometryCollection", "geometries": polygons}
     view = drawn(GLASS, PINK, None)
     inside = read_roi(saved(tmp_path, collection), view).inside(Box(0, 0, PIXELS, PIXELS))
     assert inside[150, 150]

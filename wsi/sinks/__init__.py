@@ -1,0 +1,1 @@
+"""What becomes of finished rows: one kind of output file each."""
