@@ -59,7 +59,7 @@ def main(
 
     Exit status 0 only if every slide was done whole; a slide that fails does not stop the others.
     """
-    logging.basicConfig(format="histo-infer: %(message)s", level=logging.WARNING)
+    _show_only_our_warnings()
     try:
         _check_names(slides)
         settings = Options(threads=threads, **options)
@@ -142,6 +142,14 @@ class _progress:
         rate = done / 1e6 / (now - self._start) if now > self._start else 0.0
         text = f"{rate:.2f} Mpx/s" if rate else ""
         self._bar.update(self._task, completed=done, total=total, rate=text)
+
+
+def _show_only_our_warnings() -> None:
+    """Show HistoStream's own warnings; what libraries say is in the error that they raise."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("histo-infer: %(message)s"))
+    handler.addFilter(logging.Filter("histostream"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
 
 
 def _check_names(slides: tuple[Path, ...]) -> None:

@@ -314,13 +314,13 @@ def predict(
         yield some, engine.infer(to_channels(np.stack(pixels), engine.card.channels))
 
 
-def to_channels(tiles: NDArray[np.uint8], channels: int) -> NDArray[np.uint8]:
-    """Turn grey tiles (N, H, W, 1) into RGB by repetition, or RGB into grey (ITU-R 601)."""
-    if tiles.shape[-1] == channels:
-        return tiles
+def to_channels(pixels: NDArray[np.uint8], channels: int) -> NDArray[np.uint8]:
+    """Turn grey pixels (..., 1) into RGB by repetition, or RGB into grey (ITU-R 601)."""
+    if pixels.shape[-1] == channels:
+        return pixels
     if channels == 3:
-        return np.repeat(tiles, 3, axis=-1)
-    grey = tiles.astype(np.float32) @ np.array((0.299, 0.587, 0.114), np.float32)
+        return np.repeat(pixels, 3, axis=-1)
+    grey = pixels.astype(np.float32) @ np.array((0.299, 0.587, 0.114), np.float32)
     return np.asarray(np.floor(grey + 0.5), np.uint8)[..., None]
 
 
@@ -382,7 +382,7 @@ def _add_sinks(folder: OutputFolder, view: SlideView, card: ModelCard, options: 
     folder.add(LabelTiff(folder.path / "labels.tif", info))
     if options.probabilities:
         folder.add(ProbabilityTiff(folder.path / "probabilities.tif", info))
-    picture = thumbnail(view, max(overview_size(view.width, view.height)))
+    picture = to_channels(thumbnail(view, max(overview_size(view.width, view.height))), 3)
     folder.add(Overview(folder.path / "overview.png", info, picture))
     return folder.add(Summary(folder.path, info))
 

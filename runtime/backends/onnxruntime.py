@@ -70,7 +70,10 @@ def open_onnxruntime(
     if device != "cpu":
         onnxruntime.preload_dlls()
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = FATAL_ONLY if device != "cpu" else ERRORS_ONLY
+    options.log_severity_level = ERRORS_ONLY
+    if device != "cpu":  # what goes wrong with a GPU is said by the error below
+        options.log_severity_level = FATAL_ONLY
+        onnxruntime.set_default_logger_severity(FATAL_ONLY)
     options.intra_op_num_threads = threads or 0
     try:
         session = onnxruntime.InferenceSession(content, options, providers=[provider])

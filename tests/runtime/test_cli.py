@@ -92,7 +92,9 @@ def test_a_missing_resolution_names_the_option(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "text", "truncated", "unreadable"])
+@pytest.mark.parametrize(
+    "kind", ["missing", "empty", "text", "truncated", "unreadable", "below a file"]
+)
 def test_a_broken_slide_is_one_clear_line(
     kind: str, slide: Path, tiny_bundle: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -104,6 +106,8 @@ def test_a_broken_slide_is_one_clear_line(
     elif kind == "truncated":
         slides = request.getfixturevalue("wsi_slides")
         broken.write_bytes((slides / "CMU-1-Small-Region.svs").read_bytes()[:1_000_000])
+    elif kind == "below a file":
+        broken = slide / "inside.svs"
     elif kind == "unreadable":
         shutil.copy(slide, broken)
         broken.chmod(0)

@@ -13,6 +13,7 @@ import pytest
 import tifffile
 from numpy.typing import NDArray
 
+from histostream.runtime import infer, memory
 from histostream.runtime.blend import WINDOWS
 from histostream.runtime.infer import OptionError, Options, segment_slide, slide_stem, to_channels
 from histostream.runtime.memory import MemoryLimitError, bytes_per_column
@@ -55,28 +56,54 @@ def test_identity_holds_for_odd_sizes(
     np.testing.assert_array_equal(scores_of(result.folder), pixels)
 
 
-def test_labels_do_not_depend_on_batch_threads_or_bands(tmp_path: Path) -> None:
+def test_labels_do_not_depend_on_batch_threads_or_bands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write_slide(tmp_path / "wide.tif", random_pixels(1700, 150))
-    engine = PlaceDependentEngine()
-    plain = segment_slide(path, engine, tmp_path / "plain", ALL)
+    plain = segment_slide(path, PlaceDependentEngine(), tmp_path / "plain", ALL)
     assert plain.run["grid"]["column_bands"] == 1
     for batch, threads, banded in itertools.product((1, 7), (1, 3), (False, True)):
-        memory = least_memory(path) if banded else None
-        options = replace(ALL, batch=batch, threads=threads, max_memory_mib=memory)
+        if banded:
+            bands = [(0, 512), (512, 1536), (1536, 1700)]
+            monkeypatch.setattr(infer, "plan_bands", lambda *_, bands=bands: bands)
+        options = replace(ALL, batch=batch, threads=threads)
         out = tmp_path / f"{batch}-{threads}-{banded}"
         other = segment_slide(path, PlaceDependentEngine(), out, options)
+        monkeypatch.undo()
         assert (other.run["grid"]["column_bands"] > 1) == banded
         np.testing.assert_array_equal(labels_of(other.folder), labels_of(plain.folder))
         np.testing.assert_array_equal(scores_of(other.folder), scores_of(plain.folder))
 
 
-def least_memory(path: Path) -> int:
-    """Ask for less than is possible; the message says what would do."""
+@pytest.mark.parametrize("room_mib", [3, 5, 9, 1000])
+def test_bands_fit_the_bound_on_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room_mib: int
+) -> None:
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 200 * memory.MIB)
+    path = write_slide(tmp_path / "wide.tif", random_pixels(4000, 20))
+    with open_slide(path) as slide:
+        view = at_mpp(slide, 0.5)
+        grid = TileGrid.cover(4000, 20, tile_px=64, overlap_px=16)
+        bands = memory.plan_bands(grid, view, identity_engine(), 200 + room_mib, False)
+        per_column = memory.bytes_per_column(grid, view, 3, False)
+    assert [x0 for x0, _ in bands] == [0, *(x1 for _, x1 in bands[:-1])]
+    assert bands[-1][1] == 4000
+    assert all(x % 512 == 0 for x, _ in bands)
+    widest = max(x1 - x0 for x0, x1 in bands) + 2 * 64
+    assert widest * per_column <= room_mib * memory.MIB
+    assert (len(bands) == 1) == (room_mib == 1000)
+
+
+def test_a_bound_that_no_band_fits_names_one_that_would_do(
+    noise_slide: Noise, tmp_path: Path
+) -> None:
+    path, _ = noise_slide
     with pytest.raises(MemoryLimitError) as caught:
-        segment_slide(path, identity_engine(), path.parent / "never",
-                      replace(ALL, max_memory_mib=1))  # fmt: skip
-    assert not (path.parent / "never").exists()
-    return int(str(caught.value).rsplit(" ", 1)[1])
+        segment_slide(path, identity_engine(), tmp_path / "out", replace(ALL, max_memory_mib=1))
+    assert not (tmp_path / "out").exists()
+    enough = int(str(caught.value).rsplit(" ", 1)[1])
+    options = replace(ALL, max_memory_mib=enough)
+    segment_slide(path, identity_engine(), tmp_path / "out", options)
 
 
 def test_memory_of_buffers_depends_on_width_not_on_height(tmp_path: Path) -> None:
@@ -202,3 +229,11 @@ def test_results_are_named_after_the_slide(tmp_path: Path) -> None:
     assert slide_stem(Path("a/OS-1.ome.tif")) == "OS-1.ome"
     assert slide_stem(tmp_path) == tmp_path.name
     assert CARD.channels == 3
+
+
+def test_a_grey_slide_runs(tmp_path: Path) -> None:
+    grey = random_pixels(150, 90)[..., 0]
+    path = tmp_path / "grey.tif"
+    tifffile.imwrite(path, grey, tile=(64, 64), photometric="minisblack")
+    result = segment_slide(path, identity_engine(), tmp_path / "out", replace(ALL, mpp=0.5))
+    np.testing.assert_array_equal(scores_of(result.folder), np.repeat(grey[..., None], 3, axis=-1))

@@ -63,7 +63,8 @@ def test_a_killed_run_goes_on_as_if_it_never_stopped(nuclei_folder: Path, tmp_pa
         assert one.keys() == other.keys()
         assert all(torch.equal(one[k], other[k]) for k in one)
     assert resumed.record["scores"] == whole.record["scores"]
-    steps = [row["step"] for row in csv.DictReader((tmp_path / "broken" / "log.csv").open())]
+    with (tmp_path / "broken" / "log.csv").open(newline="") as file:
+        steps = [row["step"] for row in csv.DictReader(file)]
     assert steps == [str(i) for i in range(1, 7)]
 
 
