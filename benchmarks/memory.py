@@ -111,7 +111,7 @@ def main(out: Path) -> None:
                 "seconds": run["seconds"],
                 "source_blocks": blocks,
                 # The overview, made before the stream, decodes the slide too: it has one level.
-                "source_blocks_decoded": run["slide"]["source_blocks_decoded"],
+                "source_blocks_decoded": run["source_blocks_decoded"],
                 "tiles": run["grid"]["tiles"], "tiles_inferred": run["grid"]["tiles_inferred"],
             })  # fmt: skip
             click.echo(f"{slide.stem}: peak {run['peak_memory_mib']} MiB")

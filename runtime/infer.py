@@ -187,9 +187,11 @@ def segment_slide(
             view = at_mpp(
                 slide, engine.card.mpp, slide_mpp=options.mpp, force=options.force_upsampling
             )
-            grid, roi = plan_grid(view, engine.card, options)
+            picture = thumbnail(view, max(overview_size(view.width, view.height)))
+            grid, roi = plan_grid(view, engine.card, options, picture)
             bands = plan_bands(grid, view, engine, options.max_memory_mib, options.probabilities)
-            summary = _add_sinks(folder, view, engine.card, options)
+            summary = _add_sinks(folder, view, engine.card, options, picture)
+            overview_blocks = slide.decoded_blocks
         counts.total_pixels = sum(_write_pixels(grid.band(x0, x1)) for x0, x1 in bands)
         for x0, x1 in bands:
             _run_band(view, grid.band(x0, x1), roi, engine, options, folder, seconds, counts)
@@ -197,6 +199,10 @@ def segment_slide(
             folder.finish()
         record = {
             "slide": _slide_record(slide, view),
+            "source_blocks_decoded": {
+                "overview": overview_blocks,
+                "stream": slide.decoded_blocks - overview_blocks,
+            },
             "model": {"method": engine.card.method, "engine": engine.name,
                       "sha256": engine.card.files, "mpp": engine.card.mpp},
             "options": _plain(asdict(options)),
@@ -256,9 +262,21 @@ def slide_stem(path: Path) -> str:
 
 
 def plan_grid(
-    view: SlideView, card: ModelCard, options: Options
+    view: SlideView,
+    card: ModelCard,
+    options: Options,
+    picture: NDArray[np.uint8] | None = None,
 ) -> tuple[TileGrid, RegionOfInterest | None]:
     """Lay tiles over a slide and choose those to run.
+
+    Parameters
+    ----------
+    view
+        The slide at the model's resolution.
+    card, options
+        The model, and how to run it.
+    picture
+        An overview (H, W, C) of the slide, where one was read already.
 
     Returns
     -------
@@ -275,7 +293,7 @@ def plan_grid(
     roi = None if options.roi is None else read_roi(options.roi, view)
     keep = None if roi is None else roi.tiles(grid)
     if options.tissue:
-        tissue = find_tissue(view).tiles(grid)
+        tissue = find_tissue(view, picture=picture).tiles(grid)
         keep = tissue if keep is None else keep & tissue
     if keep is None:
         return grid, roi
@@ -376,14 +394,19 @@ def _run_band(
                 folder.write(part)
 
 
-def _add_sinks(folder: OutputFolder, view: SlideView, card: ModelCard, options: Options) -> Summary:
+def _add_sinks(
+    folder: OutputFolder,
+    view: SlideView,
+    card: ModelCard,
+    options: Options,
+    picture: NDArray[np.uint8],
+) -> Summary:
     assert view.mpp is not None  # a resolution was asked for, so the view has one
     info = SlideInfo(view.slide.path.name, view.width, view.height, view.mpp, card.classes)
     folder.add(LabelTiff(folder.path / "labels.tif", info))
     if options.probabilities:
         folder.add(ProbabilityTiff(folder.path / "probabilities.tif", info))
-    picture = to_channels(thumbnail(view, max(overview_size(view.width, view.height))), 3)
-    folder.add(Overview(folder.path / "overview.png", info, picture))
+    folder.add(Overview(folder.path / "overview.png", info, to_channels(picture, 3)))
     return folder.add(Summary(folder.path, info))
 
 
@@ -409,7 +432,6 @@ def _slide_record(slide: SlideReader, view: SlideView) -> dict[str, Any]:
         "width": view.width,
         "height": view.height,
         "result_mpp": view.mpp,
-        "source_blocks_decoded": slide.decoded_blocks,
     }
 
 

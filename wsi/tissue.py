@@ -88,7 +88,11 @@ class RegionOfInterest:
 
 
 def find_tissue(
-    view: SlideView, *, min_area_um2: float = MIN_AREA_UM2, max_px: int = OVERVIEW_PX
+    view: SlideView,
+    *,
+    min_area_um2: float = MIN_AREA_UM2,
+    max_px: int = OVERVIEW_PX,
+    picture: NDArray[np.uint8] | None = None,
 ) -> TissueMask:
     """Find the tissue on an overview of a slide.
 
@@ -104,10 +108,13 @@ def find_tissue(
         Smaller pieces are dropped.
     max_px
         Longest side of the overview.
+    picture
+        (H, W, C) uint8 of the whole slide, where one was read already; it is used if it is fine
+        enough.
     """
     mpp = view.mpp or GUESSED_MPP * view.downsample
     longest_um = max(view.width, view.height) * mpp
-    overview = thumbnail(view, max(1, min(max_px, round(longest_um / OVERVIEW_MPP))))
+    overview = _overview(view, max(1, min(max_px, round(longest_um / OVERVIEW_MPP))), picture)
     height, width = overview.shape[:2]
     scale_x, scale_y = view.width / width, view.height / height
     um2 = mpp**2 * scale_x * scale_y
@@ -148,6 +155,19 @@ def read_roi(path: str | Path, view: SlideView) -> RegionOfInterest:
             "coordinates are pixels of level 0, check that the two belong together"
         )
     return RegionOfInterest(tuple(polygons), mask, scale_x, scale_y)
+
+
+def _overview(
+    view: SlideView, longest_px: int, picture: NDArray[np.uint8] | None
+) -> NDArray[np.uint8]:
+    """Return the whole slide, its longest side ``longest_px`` at most."""
+    if picture is None or max(picture.shape[:2]) < longest_px:
+        return thumbnail(view, longest_px)
+    scale = longest_px / max(picture.shape[:2])
+    height, width = (max(1, round(side * scale)) for side in picture.shape[:2])
+    image = Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture)
+    smaller = np.asarray(image.resize((width, height), Image.Resampling.BOX))
+    return smaller.reshape(height, width, picture.shape[2])
 
 
 def _is_tissue(overview: NDArray[np.uint8]) -> NDArray[np.bool_]:
