@@ -92,7 +92,7 @@ def export_bundle(
     except OSError as error:
         raise OutputError(f"{out}: cannot be written ({error.strerror})") from error
     try:
-        card = _write(part, module, said, method.SCORE_KIND, tile_px)
+        card = _write(part, module, said, method.SCORE_KIND, tile_px, checkpoints.read_note(folder))
         _publish(part, out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -100,7 +100,7 @@ def export_bundle(
 
 
 def _write(
-    part: Path, module: nn.Module, said: Checkpoint, score_kind: str, tile_px: int
+    part: Path, module: nn.Module, said: Checkpoint, score_kind: str, tile_px: int, note: str
 ) -> ModelCard:
     path = part / "model.onnx"
     export_onnx(module, path, channels=said.channels, tile_px=tile_px)
@@ -119,7 +119,7 @@ def _write(
         files={path.name: hashlib.sha256(path.read_bytes()).hexdigest()},
         opset=OPSET,
         training={**said.record, "step": said.step},
-        note=str(said.record.get("recipe", {}).get("note", "")),
+        note=note,
     )
     write_card(card, part)
     engine = open_engine(part, backend="cpu")

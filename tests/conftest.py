@@ -43,8 +43,9 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     state = imems.build(config, classes=3)
     folder = tmp_path_factory.mktemp("checkpoint")
     classes = [("ground", (255, 255, 255)), ("gland", (200, 30, 60)), ("nucleus", (30, 100, 220))]
-    said = Checkpoint("imems", asdict(config), classes, 3, 0.5, 0, {"recipe": {"note": "tiny"}})
+    said = Checkpoint("imems", asdict(config), classes, 3, 0.5, 0, {})
     checkpoint.save(folder, said, state)
+    (folder / "note.md").write_text("Tiny and\nuntrained.")
     return folder
 
 

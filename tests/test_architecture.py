@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -99,3 +103,48 @@ def test_training_loads_slide_libraries_only_when_it_reads_slides() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_deployment_install_brings_no_torch() -> None:
+    needed = [text for text in metadata.requires("histostream") or [] if "extra ==" not in text]
+    names = {re.split(r"[ <>=;\[~!]", text)[0].lower() for text in needed}
+    assert {"numpy", "large-image", "click"} <= names
+    assert not names & {"torch", "onnx", "safetensors", "openvino", "tensorrt"}
+
+
+def test_onnxruntime_is_named_once_on_every_platform() -> None:
+    from packaging.markers import Marker
+
+    needed = [text for text in metadata.requires("histostream") or [] if "extra ==" not in text]
+    for system, machine in (("linux", "x86_64"), ("win32", "AMD64"), ("darwin", "arm64"),
+                            ("linux", "aarch64")):  # fmt: skip
+        here = {"sys_platform": system, "platform_machine": machine}
+        runtimes = [
+            text for text in needed
+            if text.startswith("onnxruntime") and Marker(text.split(";")[1]).evaluate(here)
+        ]  # fmt: skip
+        assert len(runtimes) == 1, (system, machine, runtimes)
+
+
+def test_the_wheel_holds_the_model_and_the_recipes(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    for folder in ALLOWED:
+        shutil.copytree(ROOT / folder, tree / folder)
+    code = "from setuptools import build_meta; print(build_meta.build_wheel('.'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tree, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(tree / done.stdout.splitlines()[-1]) as wheel:
+        names = set(wheel.namelist())
+    assert {
+        "histostream/runtime/models/nuclei/card.json",
+        "histostream/runtime/models/nuclei/model.onnx",
+        "histostream/training/weights/imems/checkpoint.safetensors",
+        "histostream/training/recipes/nuclei.toml",
+        "histostream/wsi/py.typed",
+    } <= names
+    assert all(name.startswith("histostream") for name in names)

@@ -1,5 +1,7 @@
 """Checkpoints: a folder with weights and optimiser states (safetensors) and ``checkpoint.json``.
 
+A ``note.md`` beside them, written by a person, says what the model is for and where it fails.
+
 Data, never code: reading one unpickles nothing.
 """
 
@@ -70,6 +72,12 @@ def save(folder: Path, checkpoint: Checkpoint, state: State, *, optimizers: bool
     save_file(tensors, part, metadata={"checkpoint": text})
     os.replace(part, folder / "checkpoint.safetensors")  # noqa: PTH105
     (folder / "checkpoint.json").write_text(json.dumps(json.loads(text), indent=1) + "\n")
+
+
+def read_note(folder: Path) -> str:
+    """Return what ``note.md`` beside a checkpoint says of the model, "" without one."""
+    path = folder / "note.md"
+    return " ".join(path.read_text(encoding="utf-8").split()) if path.is_file() else ""
 
 
 def read(folder: Path) -> Checkpoint:

@@ -99,7 +99,6 @@ def read_recipe(
         schedule=_fill(Schedule, tables.pop("schedule", {}), "schedule"),
         augmentation=_fill(Augmentation, tables.pop("augmentation", {}), "augmentation"),
         classes=classes,
-        note=" ".join(str(tables.pop("note", "")).split()),
     )
     if tables:
         raise RecipeError(f"unknown key {next(iter(tables))!r} in the recipe")

@@ -84,8 +84,6 @@ class Recipe:
         Resolution of the training pixels (after any zoom), in micrometres per pixel.
     classes
         (name, (r, g, b)) of each class; empty: named by number.
-    note
-        One paragraph for the model card: what the model is for and where it fails.
     """
 
     method: str
@@ -94,7 +92,6 @@ class Recipe:
     schedule: Schedule = field(default_factory=Schedule)
     augmentation: Augmentation = field(default_factory=Augmentation)
     classes: tuple[tuple[str, tuple[int, int, int]], ...] = ()
-    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)

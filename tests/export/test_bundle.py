@@ -31,7 +31,7 @@ def test_a_bundle_says_what_it_holds(tiny_bundle: Path) -> None:
     assert (card.method, card.mpp, card.tile_px, card.align_px) == ("imems", 0.5, 128, 4)
     assert [c.name for c in card.classes] == ["ground", "gland", "nucleus"]
     assert not card.tile_statistics
-    assert card.note == "tiny"
+    assert card.note == "Tiny and untrained."
     assert read_file(tiny_bundle, card, "model.onnx")
     figures = card.parity["model.onnx"]
     assert figures["label_agreement"] >= 0.9999
