@@ -40,7 +40,7 @@ def bare_seconds(engine: Engine, tiles: np.ndarray, count: int, batch: int) -> f
 @click.option("--model", "bundle", type=click.Path(path_type=Path), help="Default: the shipped.")
 @click.option("--backend", default="cpu")
 @click.option("--size", default=3000, help="Side of the synthetic slide, px.")
-@click.option("--batch", default=4)
+@click.option("--batch", default=1)
 @click.option("--repeats", default=3)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="JSON to write.")
 def main(bundle: Path | None, backend: str, size: int, batch: int, repeats: int, out: Path) -> None:

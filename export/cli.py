@@ -11,6 +11,7 @@ from histostream.wsi.errors import HistoError
 
 
 @click.command(context_settings={"show_default": True})
+@click.version_option(package_name="histostream")
 @click.option("--method", "method_name", required=True, help="Which paper the model is of.")
 @click.option(
     "--checkpoint", "run", type=click.Path(path_type=Path),

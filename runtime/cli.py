@@ -24,6 +24,7 @@ console = Console(stderr=True)
 
 
 @click.command(context_settings={"show_default": True})
+@click.version_option(package_name="histostream")
 @click.argument("slides", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "--model", "bundle", type=click.Path(path_type=Path), help="Model bundle; default: nuclei."
@@ -39,7 +40,7 @@ console = Console(stderr=True)
     "--roi", type=click.Path(path_type=Path), help="GeoJSON polygons (full-size pixels) to analyse."
 )
 @click.option("--tissue/--no-tissue", default=True, help="Leave glass out, or analyse it too.")
-@click.option("--batch", default=4, type=int, help="Tiles per inference.")
+@click.option("--batch", type=int, help="Tiles per inference; default: what suits the device.")
 @click.option("--threads", type=int, help="CPU threads; default: all cores.")
 @click.option(
     "--max-memory", "max_memory_mib", type=int, metavar="MIB",

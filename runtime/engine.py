@@ -34,10 +34,13 @@ class Engine(Protocol):
         The model's card.
     name
         Backend, library and precision, for the record.
+    batch
+        Tiles per inference that suit the device: 1 on a CPU, where more only take more memory.
     """
 
     card: ModelCard
     name: str
+    batch: int
 
     def infer(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Map tiles (N, H, W, C), raw pixels, to scores (N, K, H, W)."""

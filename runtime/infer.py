@@ -64,7 +64,7 @@ class Options:
     tissue
         Whether glass is left out.
     batch
-        Tiles per inference.
+        Tiles per inference; None: what suits the device.
     threads
         CPU threads for reading; None: 2.
     max_memory_mib
@@ -80,7 +80,7 @@ class Options:
     mpp: float | None = None
     roi: Path | None = None
     tissue: bool = True
-    batch: int = 4
+    batch: int | None = None
     threads: int | None = None
     max_memory_mib: int | None = None
     probabilities: bool = False
@@ -189,7 +189,14 @@ def segment_slide(
             )
             picture = thumbnail(view, max(overview_size(view.width, view.height)))
             grid, roi = plan_grid(view, engine.card, options, picture)
-            bands = plan_bands(grid, view, engine, options.max_memory_mib, options.probabilities)
+            bands = plan_bands(
+                grid,
+                view,
+                engine,
+                options.max_memory_mib,
+                batch=options.batch or engine.batch,
+                probabilities=options.probabilities,
+            )
             summary = _add_sinks(folder, view, engine.card, options, picture)
             overview_blocks = slide.decoded_blocks
         counts.total_pixels = sum(_write_pixels(grid.band(x0, x1)) for x0, x1 in bands)
@@ -219,7 +226,7 @@ def segment_slide(
 
 
 def segment_pixels(
-    pixels: NDArray[np.uint8], engine: Engine, *, blend: str = "hann", batch: int = 4
+    pixels: NDArray[np.uint8], engine: Engine, *, blend: str = "hann"
 ) -> NDArray[np.uint8]:
     """Segment an image that is in memory, at the model's resolution.
 
@@ -231,8 +238,6 @@ def segment_pixels(
         The network.
     blend
         Window of the weighted sum, as in `Options`.
-    batch
-        Tiles per inference.
 
     Returns
     -------
@@ -249,7 +254,7 @@ def segment_pixels(
     whole = Strip(0, 0, pixels)
     rows = []
     for row in range(len(grid.ys)):
-        for tiles, scores in predict(engine, grid, whole, grid.row(row), batch):
+        for tiles, scores in predict(engine, grid, whole, grid.row(row), engine.batch):
             for tile, score in zip(tiles, scores, strict=True):
                 blender.add(tile, score)
         rows.append(blender.finish_row(row).labels)
@@ -373,7 +378,7 @@ def _run_band(
             if grid.row(row):
                 with seconds.time("read"):
                     tiles, strip = next(strips)
-                batches = predict(engine, grid, strip, tiles, options.batch)
+                batches = predict(engine, grid, strip, tiles, options.batch or engine.batch)
                 while True:
                     with seconds.time("infer"):
                         some, scores = next(batches, ([], np.empty(0, np.uint8)))

@@ -27,6 +27,8 @@ def plan_bands(
     view: SlideView,
     engine: Engine,
     max_memory_mib: int | None,
+    *,
+    batch: int,
     probabilities: bool,
 ) -> list[tuple[int, int]]:
     """Divide a slide into column bands that fit the bound on memory.
@@ -45,7 +47,7 @@ def plan_bands(
     if max_memory_mib is None:
         return [(0, grid.width)]
     card = engine.card
-    engine.infer(np.zeros((1, card.tile_px, card.tile_px, card.channels), np.uint8))
+    engine.infer(np.zeros((batch, card.tile_px, card.tile_px, card.channels), np.uint8))
     per_column = bytes_per_column(grid, view, len(card.classes), probabilities)
     # A band also holds the tiles that reach into it from both sides.
     margin = 2 * grid.tile_px * per_column

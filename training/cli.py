@@ -25,6 +25,7 @@ class RecipeError(HistoError, ValueError):
 
 
 @click.command(context_settings={"show_default": True})
+@click.version_option(package_name="histostream")
 @click.option("--method", "method_name", default="imems", help="Which paper to train.")
 @click.option(
     "--data",

@@ -18,14 +18,16 @@ PROVIDERS = {
 }
 ERRORS_ONLY = 3  # ONNX Runtime's severity for messages on stderr; failures are raised by us
 FATAL_ONLY = 4
+GPU_BATCH = 8  # not measured yet; a few tiles fill a GPU at 512 px
 
 
 class OnnxRuntimeEngine:
     """A bundle's ``model.onnx`` in ONNX Runtime."""
 
-    def __init__(self, session: Any, card: ModelCard, name: str) -> None:
+    def __init__(self, session: Any, card: ModelCard, name: str, batch: int) -> None:
         self.card = card
         self.name = name
+        self.batch = batch
         self._session = session
 
     def infer(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -87,7 +89,8 @@ def open_onnxruntime(
             "or no CUDA and cuDNN libraries); pip install 'histostream[cuda]', or use --backend cpu"
         )
     _check_contract(session, card, bundle)
-    return OnnxRuntimeEngine(session, card, f"onnxruntime {onnxruntime.__version__} {device} fp32")
+    name = f"onnxruntime {onnxruntime.__version__} {device} fp32"
+    return OnnxRuntimeEngine(session, card, name, 1 if device == "cpu" else GPU_BATCH)
 
 
 def _check_contract(session: Any, card: ModelCard, bundle: Path) -> None:

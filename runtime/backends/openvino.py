@@ -19,6 +19,7 @@ class OpenVinoEngine:
     def __init__(self, compiled: Any, card: ModelCard, name: str) -> None:
         self.card = card
         self.name = name
+        self.batch = 1
         self._compiled = compiled
 
     def infer(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:

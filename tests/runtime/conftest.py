@@ -36,6 +36,7 @@ class IdentityEngine:
 
     card: ModelCard = field(default_factory=lambda: CARD)
     name: str = "identity"
+    batch: int = 4
     tiles: int = 0
     batches: list[int] = field(default_factory=list)
 

@@ -65,7 +65,7 @@ def test_labels_do_not_depend_on_batch_threads_or_bands(
     for batch, threads, banded in itertools.product((1, 7), (1, 3), (False, True)):
         if banded:
             bands = [(0, 512), (512, 1536), (1536, 1700)]
-            monkeypatch.setattr(infer, "plan_bands", lambda *_, bands=bands: bands)
+            monkeypatch.setattr(infer, "plan_bands", lambda *_, bands=bands, **__: bands)
         options = replace(ALL, batch=batch, threads=threads)
         out = tmp_path / f"{batch}-{threads}-{banded}"
         other = segment_slide(path, PlaceDependentEngine(), out, options)
@@ -84,7 +84,9 @@ def test_bands_fit_the_bound_on_memory(
     with open_slide(path) as slide:
         view = at_mpp(slide, 0.5)
         grid = TileGrid.cover(4000, 20, tile_px=64, overlap_px=16)
-        bands = memory.plan_bands(grid, view, identity_engine(), 200 + room_mib, False)
+        bands = memory.plan_bands(
+            grid, view, identity_engine(), 200 + room_mib, batch=1, probabilities=False
+        )
         per_column = memory.bytes_per_column(grid, view, 3, False)
     assert [x0 for x0, _ in bands] == [0, *(x1 for _, x1 in bands[:-1])]
     assert bands[-1][1] == 4000
