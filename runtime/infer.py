@@ -12,6 +12,7 @@ There is one way through, and each stage is a generator or an object that is fed
 
 from __future__ import annotations
 
+import logging
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -41,6 +42,7 @@ from histostream.wsi.strips import cut, read_strips
 from histostream.wsi.tissue import RegionOfInterest, find_tissue, read_roi
 
 DEFAULT_OVERLAP_PX = 64
+log = logging.getLogger(__name__)
 
 
 class OptionError(HistoError, ValueError):
@@ -306,6 +308,11 @@ def plan_grid(
         raise SlideError(
             f"{options.roi}: no tissue inside the region of interest; "
             "check the polygons, or pass --no-tissue to analyse glass too"
+        )
+    if not keep.any():
+        log.warning(
+            "%s: no tissue found, nothing is analysed; pass --no-tissue to analyse all of it",
+            view.slide.path,
         )
     return grid.where(keep), roi
 

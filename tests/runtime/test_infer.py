@@ -152,6 +152,18 @@ def test_glass_is_left_out(tmp_path: Path) -> None:
     assert result.summary["analysed_mm2"] == pytest.approx(analysed, rel=1e-4)
 
 
+def test_a_slide_of_glass_is_all_outside_and_said_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_slide(tmp_path / "glass.tif", np.full((300, 200, 3), 243, np.uint8))
+    engine = identity_engine()
+    result = segment_slide(path, engine, tmp_path / "out")
+    assert engine.tiles == 0
+    assert (labels_of(result.folder) == OUTSIDE).all()
+    assert result.summary["analysed_mm2"] == 0
+    assert "--no-tissue" in caplog.text
+
+
 def test_only_the_region_of_interest_is_analysed(noise_slide: Noise, tmp_path: Path) -> None:
     path, pixels = noise_slide
     roi = tmp_path / "roi.geojson"
