@@ -17,6 +17,7 @@ BACKGROUND = "background"  # the class that is not painted
 # Samples a side of each overview pixel: 64 levels of opacity, and most pixels need no counting.
 SAMPLES = 8
 LEGEND_PX = 200
+PNG_LEVEL = 3  # two thirds of the time of the default level, for a file 7 % larger
 LINE_PX = 24
 
 
@@ -86,8 +87,9 @@ class Overview:
 
     def image(self) -> NDArray[np.uint8]:
         """Return the painted thumbnail, (h, w, 3) uint8, without the legend."""
-        share = self._counts / np.maximum(self._total, 1)[..., None]
-        colors = np.array([self._info.classes[k].color for k in self._painted], float)
+        total = np.maximum(self._total, 1)[..., None].astype(np.float32)
+        share = self._counts.astype(np.float32) / total
+        colors = np.array([self._info.classes[k].color for k in self._painted], np.float32)
         paint = share @ colors.reshape(-1, 3)
         opacity = PAINT * share.sum(axis=2, keepdims=True)
         mixed = self._thumbnail * (1 - opacity) + PAINT * paint
@@ -98,7 +100,7 @@ class Overview:
         """Write the picture under its temporary name."""
         temporary = temporary_name(self.path)
         with writing(self.path):
-            self._page().save(temporary, format="PNG", optimize=False)
+            self._page().save(temporary, format="PNG", compress_level=PNG_LEVEL)
         return [(temporary, self.path)]
 
     def abort(self) -> None:
