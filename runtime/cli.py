@@ -18,6 +18,7 @@ from histostream.runtime.blend import WINDOWS
 from histostream.runtime.card import default_bundle
 from histostream.runtime.engine import BACKENDS, Engine, open_engine
 from histostream.runtime.infer import Options, SlideResult, segment_slide, slide_stem
+from histostream.runtime.memory import return_buffers_at_once
 from histostream.wsi.errors import HistoError
 
 console = Console(stderr=True)
@@ -61,6 +62,7 @@ def main(
     Exit status 0 only if every slide was done whole; a slide that fails does not stop the others.
     """
     _show_only_our_warnings()
+    return_buffers_at_once()
     try:
         _check_names(slides)
         settings = Options(threads=threads, **options)
