@@ -115,8 +115,8 @@ def main(out: Path) -> None:
                 "tiles": run["grid"]["tiles"], "tiles_inferred": run["grid"]["tiles_inferred"],
             })  # fmt: skip
             click.echo(f"{slide.stem}: peak {run['peak_memory_mib']} MiB")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(said, indent=1) + "\n")
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(said, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -99,6 +99,11 @@ def resident_bytes() -> int:
 
 def peak_memory_mib() -> float | None:
     """Peak memory of this process in MiB; None where the system does not say (Windows)."""
+    # Not getrusage on Linux: its peak counts the process that started this one, until its exec.
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return round(int(line.split()[1]) / 1024, 1)
     try:
         import resource
     except ImportError:

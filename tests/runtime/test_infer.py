@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,6 +75,18 @@ def test_labels_do_not_depend_on_batch_threads_or_bands(
         assert (other.run["grid"]["column_bands"] > 1) == banded
         np.testing.assert_array_equal(labels_of(other.folder), labels_of(plain.folder))
         np.testing.assert_array_equal(scores_of(other.folder), scores_of(plain.folder))
+
+
+def test_the_peak_of_memory_is_this_processs_own() -> None:
+    """A process that was started by a large one is not charged for it."""
+    ballast = np.ones(300 * memory.MIB, np.uint8)
+    code = "from histostream.runtime.memory import peak_memory_mib; print(peak_memory_mib())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ballast.sum() > 0
+    assert 5 < float(done.stdout) < 200
+    before = memory.peak_memory_mib()
+    assert before is not None
+    assert before > 300
 
 
 @pytest.mark.parametrize("room_mib", [3, 5, 9, 1000])
