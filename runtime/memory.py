@@ -81,8 +81,7 @@ def bytes_per_column(grid: TileGrid, view: SlideView, classes: int, probabilitie
 def return_buffers_at_once() -> None:
     """Let the C library give large freed buffers back to the system (glibc; elsewhere nothing).
 
-    By default glibc learns to keep them, in one arena per thread: on a 16384 px wide slide that
-    was 50 of 445 MiB.
+    By default glibc learns to keep them, in one arena per thread.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, MIB)

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from histostream.training.methods.imems import State
+from histostream.training.methods import State
 from histostream.wsi.errors import HistoError
 
 SCHEMA = 1
@@ -88,7 +88,7 @@ def read(folder: Path) -> Checkpoint:
     CheckpointError
         If there is no checkpoint, or it is damaged or of another schema.
     """
-    return _open(folder)[0]
+    return _read_header(_file(folder))
 
 
 def load(folder: Path, state: State) -> Checkpoint:
@@ -99,7 +99,8 @@ def load(folder: Path, state: State) -> Checkpoint:
     CheckpointError
         As `read`, or if the weights do not fit the networks of ``state``.
     """
-    checkpoint, tensors = _open(folder)
+    path = _file(folder)
+    checkpoint, tensors = _read_header(path), load_file(path)
     for name, module in state.modules.items():
         prefix = f"{name}."
         own = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
@@ -114,22 +115,23 @@ def load(folder: Path, state: State) -> Checkpoint:
     return checkpoint
 
 
-def _open(folder: Path) -> tuple[Checkpoint, dict[str, Tensor]]:
+def _file(folder: Path) -> Path:
     path = folder / "checkpoint.safetensors"
     if not path.is_file():
         raise CheckpointError(f"{folder}: no checkpoint in it (checkpoint.safetensors)")
-    try:
-        from safetensors import safe_open
+    return path
 
+
+def _read_header(path: Path) -> Checkpoint:
+    try:
         with safe_open(path, framework="pt") as file:
             said = json.loads((file.metadata() or {})["checkpoint"])
-        tensors = load_file(path)
     except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
         raise CheckpointError(f"{path}: damaged or not a checkpoint ({error})") from error
     if said.pop("schema", None) != SCHEMA:
         raise CheckpointError(f"{path}: made by another version; train or export it again")
     said["classes"] = [(name, tuple(color)) for name, color in said["classes"]]
-    return Checkpoint(**said), tensors
+    return Checkpoint(**said)
 
 
 def _plain(checkpoint: Checkpoint) -> dict[str, Any]:

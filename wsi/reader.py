@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
@@ -11,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histostream.wsi.errors import SlideError
+from histostream.wsi.grid import Box
 
+Pixels = NDArray[np.uint8]
 AUTO_ORDER = ("tiff", "large_image")  # fastest first; the last one opens everything
 SQUARE_TOLERANCE = 0.10  # relative difference of x and y that still counts as a square pixel
 
@@ -135,6 +138,40 @@ def open_slide(path: str | Path, *, reader: str = "auto") -> SlideReader:
         f"{path}: no reader opens this file ({'; '.join(reasons)}); "
         "check that it is a whole slide file of a known format"
     )
+
+
+def read_from_blocks(
+    box: Box, block_px: tuple[int, int], channels: int, block: Callable[[int, int], Pixels]
+) -> Pixels:
+    """Put a box of a level together from the blocks that it lies on, each asked for once.
+
+    Parameters
+    ----------
+    box
+        In pixels of the level.
+    block_px
+        (width, height) of a block; those at the right and bottom border may be smaller.
+    channels
+        Channels of the result.
+    block
+        Gives the block at (row, column), (H, W, channels).
+
+    Returns
+    -------
+    (height, width, channels) uint8, contiguous.
+    """
+    block_w, block_h = block_px
+    out = np.empty((box.height, box.width, channels), np.uint8)
+    for row in range(box.y // block_h, (box.bottom - 1) // block_h + 1):
+        for column in range(box.x // block_w, (box.right - 1) // block_w + 1):
+            pixels = block(row, column)
+            left, top = column * block_w, row * block_h
+            x0, x1 = max(box.x, left), min(box.right, left + pixels.shape[1])
+            y0, y1 = max(box.y, top), min(box.bottom, top + pixels.shape[0])
+            out[y0 - box.y : y1 - box.y, x0 - box.x : x1 - box.x] = pixels[
+                y0 - top : y1 - top, x0 - left : x1 - left
+            ]
+    return out
 
 
 def downsample_between(base: tuple[int, int], level: tuple[int, int]) -> float:

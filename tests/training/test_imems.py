@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from histostream.training.methods import imems
+from histostream.training.methods import State, imems
 
 
 @pytest.mark.parametrize("classes", [2, 5])
@@ -39,7 +39,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return images, (images[:, 0] > 127).long()
 
 
-def tiny(**more: object) -> imems.State:
+def tiny(**more: object) -> State:
     torch.manual_seed(0)
     config = imems.Config(base_width=4, depth=2, discriminator_width=4, **more)  # type: ignore[arg-type]
     return imems.build(config, classes=2)

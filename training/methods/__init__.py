@@ -10,9 +10,23 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
 
 from histostream.wsi.errors import HistoError
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """Networks and optimisers of one model; ``config`` says how they were built."""
+
+    config: Any
+    modules: dict[str, nn.Module]
+    optimizers: dict[str, torch.optim.Optimizer]
 
 
 class MethodError(HistoError, ValueError):

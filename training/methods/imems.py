@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from histostream.training.methods import State
 from histostream.training.networks.discriminator import EncoderDiscriminator, Pix2PixDiscriminator
 from histostream.training.networks.unet import UNet
 
@@ -52,15 +53,6 @@ class Config:
             raise ValueError(f"discriminator={self.discriminator!r}: use 'encoder' or 'pix2pix70'")
         if self.base_width < 1 or self.depth < 1 or self.discriminator_width < 1:
             raise ValueError("base_width, depth and discriminator_width must be at least 1")
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """Networks and optimisers of one model; ``config`` says how they were built."""
-
-    config: Config
-    modules: dict[str, nn.Module]
-    optimizers: dict[str, torch.optim.Adam]
 
 
 def luma(images: Tensor) -> Tensor:
@@ -132,7 +124,7 @@ def build(config: Config, classes: int, channels: int = 3) -> State:
     )
     modules: dict[str, nn.Module] = {"generator": generator}
     betas = (config.beta1, config.beta2)
-    optimizers = {
+    optimizers: dict[str, torch.optim.Optimizer] = {
         "generator": torch.optim.Adam(generator.parameters(), config.learning_rate, betas)
     }
     if config.adversarial:
@@ -182,7 +174,7 @@ def step(state: State, images: Tensor, labels: Tensor) -> dict[str, float]:
         losses["adversarial"] = adversarial.item()
         total = total + adversarial
     state.optimizers["generator"].zero_grad(set_to_none=True)
-    total.backward()  # type: ignore[no-untyped-call]
+    total.backward()
     state.optimizers["generator"].step()
     return losses
 

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histostream.wsi.errors import SlideError
-from histostream.wsi.reader import DeclinedError, Level, check_box, square_mpp
+from histostream.wsi.grid import Box
+from histostream.wsi.reader import DeclinedError, Level, check_box, read_from_blocks, square_mpp
 from histostream.wsi.readers.tiff import refuse_cut_off
 
 MAX_PLAIN_IMAGE_PX = 65_535  # side of a PNG or JPEG, which is decoded as a whole: JPEG's own limit
@@ -43,18 +44,12 @@ class LargeImageReader:
     def read(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
         """Read a box of one level, (height, width, channels); see `SlideReader.read`."""
         check_box(self.levels[level], x, y, width, height)
-        block_w, block_h = self.block_px[level]
-        out = np.empty((height, width, self.channels), np.uint8)
-        for row in range(y // block_h, (y + height - 1) // block_h + 1):
-            for column in range(x // block_w, (x + width - 1) // block_w + 1):
-                block = self._block(level, row, column)
-                left, top = column * block_w, row * block_h
-                x0, x1 = max(x, left), min(x + width, left + block.shape[1])
-                y0, y1 = max(y, top), min(y + height, top + block.shape[0])
-                out[y0 - y : y1 - y, x0 - x : x1 - x] = block[
-                    y0 - top : y1 - top, x0 - left : x1 - left
-                ]
-        return out
+        return read_from_blocks(
+            Box(x, y, width, height),
+            self.block_px[level],
+            self.channels,
+            lambda row, column: self._block(level, row, column),
+        )
 
     def _block(self, level: int, row: int, column: int) -> NDArray[np.uint8]:
         import large_image

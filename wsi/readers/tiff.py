@@ -18,11 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histostream.wsi.errors import SlideError
+from histostream.wsi.grid import Box
 from histostream.wsi.reader import (
     DeclinedError,
     Level,
     check_box,
     downsample_between,
+    read_from_blocks,
     square_mpp,
 )
 
@@ -60,20 +62,12 @@ class TiffReader:
     def read(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
         """Read a box of one level, (height, width, channels); see `SlideReader.read`."""
         check_box(self.levels[level], x, y, width, height)
-        block_w, block_h = self.block_px[level]
-        columns = range(x // block_w, (x + width - 1) // block_w + 1)
-        rows = range(y // block_h, (y + height - 1) // block_h + 1)
-        out = np.empty((height, width, self.channels), np.uint8)
-        for row in rows:
-            for column in columns:
-                tile = self._tile(level, row, column)
-                left, top = column * block_w, row * block_h
-                x0, x1 = max(x, left), min(x + width, left + tile.shape[1])
-                y0, y1 = max(y, top), min(y + height, top + tile.shape[0])
-                out[y0 - y : y1 - y, x0 - x : x1 - x] = tile[
-                    y0 - top : y1 - top, x0 - left : x1 - left
-                ]
-        return out
+        return read_from_blocks(
+            Box(x, y, width, height),
+            self.block_px[level],
+            self.channels,
+            lambda row, column: self._tile(level, row, column),
+        )
 
     def _tile(self, level: int, row: int, column: int) -> NDArray[np.uint8]:
         decode, tables, offsets, counts = self._decoders[level]
