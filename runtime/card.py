@@ -18,6 +18,8 @@ from histostream.wsi.errors import HistoError
 from histostream.wsi.sink import ClassInfo
 
 SCHEMA = 1
+PRECISIONS = {"fp32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
+ENGINES = "engines"  # the one folder that a bundle may have: TensorRT engines
 SCORE_KINDS = ("probability", "embedding")
 
 
@@ -51,11 +53,14 @@ class ModelCard:
         "probability": scores are round(255 p); "embedding": iMEMS's embedding, 0..255. The label
         is the arg-max of both.
     files
-        SHA-256 of each file, by name: ``model.onnx`` and others.
+        SHA-256 of each file, by name: the ONNX files of `PRECISIONS` and ``engines/...``.
     opset
         ONNX operator set of the files.
     parity
         How far each file is from the network that was trained.
+    precision
+        For "fp16" and "int8", how the graph was converted: the nodes that stay in single
+        precision, and the steps that found them.
     training
         Training record: recipe, data checksum, scores on held-out images, versions.
     note
@@ -74,6 +79,7 @@ class ModelCard:
     files: dict[str, str]
     opset: int
     parity: dict[str, Any] = field(default_factory=dict)
+    precision: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     note: str = ""
 
@@ -91,8 +97,25 @@ class ModelCard:
             if not valid:
                 raise CardError(f"card: {name}={getattr(self, name)!r} is not {wanted}")
         for file in self.files:
-            if Path(file).name != file or file in ("", ".", ".."):
+            name = file.removeprefix(f"{ENGINES}/")
+            if Path(name).name != name or name in ("", ".", "..", "card.json"):
                 raise CardError(f"card: {file!r} is not the name of a file in the bundle")
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """The precisions that the bundle has a graph of."""
+        return tuple(name for name, file in PRECISIONS.items() if file in self.files)
+
+    def digest(self) -> str:
+        """SHA-256 of what the card says of the model, engines left out.
+
+        An engine names the card that it was built for by this digest, so adding an engine to a
+        bundle does not change it, and any other change does.
+        """
+        said = _plain(self)
+        for entry in ("files", "parity"):
+            said[entry] = {k: v for k, v in said[entry].items() if not k.startswith(f"{ENGINES}/")}
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def default_bundle() -> Path:
@@ -128,7 +151,7 @@ def read_card(bundle: Path) -> ModelCard:
 
 def write_card(card: ModelCard, bundle: Path) -> None:
     """Write ``card.json`` into a bundle's folder."""
-    text = json.dumps({"schema": SCHEMA, **asdict(card)}, indent=1, allow_nan=False)
+    text = json.dumps(_plain(card), indent=1, allow_nan=False)
     (bundle / "card.json").write_text(text + "\n", encoding="utf-8")
 
 
@@ -158,12 +181,17 @@ def read_file(bundle: Path, card: ModelCard, name: str) -> bytes:
     return content
 
 
+def _plain(card: ModelCard) -> dict[str, Any]:
+    return {"schema": SCHEMA, **asdict(card)}
+
+
 def _from_plain(said: dict[str, Any]) -> ModelCard:
     types: dict[str, Any] = {
         "method": str, "mpp": (int, float), "channels": int, "tile_px": int, "align_px": int,
         "halo_px": int, "tile_statistics": bool, "score_kind": str, "files": dict, "opset": int,
-        "parity": dict, "training": dict, "note": str, "classes": list,
+        "parity": dict, "precision": dict, "training": dict, "note": str, "classes": list,
     }  # fmt: skip
+    said.setdefault("precision", {})  # cards written before there were other precisions
     for name, kind in types.items():
         if name not in said:
             raise KeyError(f"{name} is missing")
