@@ -25,7 +25,8 @@ import tifffile
 import torch
 
 from histostream.benchmarks.hardware import hardware
-from histostream.export.bundle import export_bundle
+from histostream.export.bundle import Options
+from histostream.export.trained import export_checkpoint
 from histostream.training import checkpoint
 from histostream.training.checkpoint import Checkpoint
 from histostream.training.methods import imems
@@ -81,7 +82,8 @@ def base_4_bundle(folder: Path) -> Path:
     classes = [("background", (255, 255, 255)), ("nucleus", (30, 100, 220))]
     said = Checkpoint("imems", asdict(config), classes, 3, 0.5, 0, {})
     checkpoint.save(folder / "checkpoint", said, state, optimizers=False)
-    export_bundle("imems", folder / "checkpoint", folder / "base4")
+    only_fp32 = Options(precisions=("fp32",), tensorrt="off")
+    export_checkpoint("imems", folder / "checkpoint", folder / "base4", only_fp32)
     return folder / "base4"
 
 

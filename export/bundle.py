@@ -1,149 +1,400 @@
-"""From a checkpoint to a model bundle: export, compare, describe; written whole or not at all."""
+"""From a network to a model bundle: each precision judged; written whole or not at all."""
 
 from __future__ import annotations
 
 import hashlib
 import shutil
 import tempfile
-from dataclasses import replace
-from importlib import resources
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import nn
+import numpy as np
+import onnx
+from numpy.typing import NDArray
 
-from histostream.export.graph import depends_on_tile_statistics, halo_px
-from histostream.export.onnx import OPSET, export_onnx
-from histostream.export.parity import FP32_AGREEMENT, compare, demo_tiles
-from histostream.runtime.card import ModelCard, write_card
-from histostream.runtime.engine import open_engine
-from histostream.training import checkpoint as checkpoints
-from histostream.training import methods
-from histostream.training.checkpoint import Checkpoint, CheckpointError
-from histostream.wsi.errors import OutputError
+from histostream.export.freeze import freeze_statistics
+from histostream.export.heal import Conversion, heal
+from histostream.export.int8 import Quantizer
+from histostream.export.parity import LIMITS, Judge, ParityError, ParityReport, run_graph
+from histostream.export.precision import fp32_islands, multiply_accumulates, name_nodes, to_fp16
+from histostream.export.reach import reach
+from histostream.export.tiles import Tiles, collect_tiles
+from histostream.export.triton import write_triton
+from histostream.runtime import tensorrt
+from histostream.runtime.card import ENGINES, PRECISIONS, ModelCard, write_card
+from histostream.runtime.engine import EngineError, open_engine
+from histostream.runtime.engine_file import read_engine
+from histostream.wsi.errors import HistoError, OutputError
 from histostream.wsi.sink import ClassInfo
 
 TILE_PX = 512
+TILES = 8  # to judge on, and as many to calibrate on
+QUICK_TILES = 3  # while looking for what must stay in FP32
+# Multiply-accumulates that one pass over the tiles may take; large networks get fewer tiles.
+WORK = 200e9
+
+Say = Callable[[str], None]
 
 
-def shipped_checkpoint(method: str) -> Path:
-    """Folder of the weights that ship for a method.
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a network is exported; ``histo-export`` has an option for each.
+
+    Attributes
+    ----------
+    precisions
+        Which of fp32, fp16 and int8 to write; fp32 is always written.
+    tensorrt
+        "auto" builds an engine where a TensorRT is installed; "tensorrt" or "rtx" demands one;
+        "off" builds none.
+    targets
+        Compute capabilities to build for ("sm86", ...); empty: all that the library has.
+    tile_px
+        Side of the network's input.
+    calibrate
+        Slide or folder whose tiles calibrate INT8 and judge parity; None: the synthetic slide.
+    freeze
+        Slide or folder over which tile statistics are estimated and made constants.
+    triton
+        Triton model repository to write too.
+    """
+
+    precisions: tuple[str, ...] = tuple(PRECISIONS)
+    tensorrt: str = "auto"
+    targets: tuple[str, ...] = ()
+    tile_px: int = TILE_PX
+    calibrate: Path | None = None
+    freeze: Path | None = None
+    triton: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in self.precisions:
+            if name not in PRECISIONS:
+                raise OptionError(f"no precision is called {name!r}: use {', '.join(PRECISIONS)}")
+        if self.tensorrt not in ("auto", "tensorrt", "rtx", "off"):
+            raise OptionError(f"tensorrt={self.tensorrt!r}: use auto, tensorrt, rtx or off")
+        if self.tile_px < 1:
+            raise OptionError(f"tile_px={self.tile_px}: use 1 or more")
+        for path in (self.calibrate, self.freeze):
+            if path is not None and not path.exists():
+                raise OptionError(f"{path}: does not exist")
+
+
+class OptionError(HistoError, ValueError):
+    """An option has a value that cannot work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """What is exported: a graph that keeps the tile contract, and what it has to reproduce.
+
+    Attributes
+    ----------
+    model
+        The graph in FP32.
+    reference
+        Maps tiles (N, H, W, C) uint8 to scores (N, K, H, W) uint8, by other means than the graph.
+    method, classes, mpp, channels, tile_px, score_kind, training, note
+        As in the card.
+    """
+
+    model: onnx.ModelProto
+    reference: Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
+    method: str
+    classes: tuple[ClassInfo, ...]
+    mpp: float
+    channels: int
+    tile_px: int
+    score_kind: str
+    training: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """What an export wrote.
+
+    Attributes
+    ----------
+    card
+        The card of the bundle.
+    failures
+        Artefacts that were asked for and are not in the bundle, each with the reason.
+    """
+
+    card: ModelCard
+    failures: tuple[str, ...]
+
+
+def check_out(out: Path) -> None:
+    """Refuse to replace what is not a model bundle.
 
     Raises
     ------
-    CheckpointError
-        If none ship for it.
+    OutputError
+        If ``out`` exists and is something else.
     """
-    folder = Path(str(resources.files("histostream.training"))) / "weights" / method
-    if not folder.is_dir():
-        raise CheckpointError(f"no weights ship for {method!r}: pass --checkpoint RUN")
-    return folder
+    if out.exists() and not (
+        out.is_dir() and ((out / "card.json").exists() or not any(out.iterdir()))
+    ):
+        raise OutputError(f"{out}: exists and is not a model bundle; choose another folder")
 
 
-def find_checkpoint(run: Path) -> Path:
-    """Folder of the checkpoint in a run: the best one, or the folder itself."""
-    return run / "best" if (run / "best").is_dir() else run
-
-
-def export_bundle(
-    method_name: str, run: Path | None, out: Path, *, tile_px: int = TILE_PX
-) -> ModelCard:
-    """Export a checkpoint to the bundle ``out``.
+def write_bundle(
+    network: Network, out: Path, options: Options, *, say: Say = lambda text: None
+) -> Export:
+    """Write a network to the bundle ``out``, in every precision that holds parity.
 
     Parameters
     ----------
-    method_name
-        Name of the method; the checkpoint has to be one of it.
-    run
-        Folder of a training run or of a checkpoint; None takes the weights that ship.
+    network
+        What to export.
     out
         Folder to write; an existing bundle there is replaced once the new one is whole.
-    tile_px
-        Side of the network's input.
+    options
+        How.
+    say
+        Told what is done, one line at a time.
 
     Raises
     ------
-    CheckpointError
-        If the checkpoint is missing, damaged or of another method.
     GraphError, ParityError
-        If the exported graph may not be deployed, or does not compute the same.
+        If the graph may not be deployed, or does not compute the same in FP32.
+    TilesError, SlideError
+        If the tiles to calibrate on cannot be read.
+    EngineError
+        If TensorRT was demanded and is not usable, or has not the target.
     OutputError
         If ``out`` is something else than a bundle, or cannot be written.
     """
-    method = methods.load(method_name)
-    folder = shipped_checkpoint(method_name) if run is None else find_checkpoint(run)
-    said = checkpoints.read(folder)
-    if said.method != method_name:
-        raise CheckpointError(f"{folder}: trained by {said.method!r}, not {method_name!r}")
-    if out.exists() and not (out.is_dir() and ((out / "card.json").exists() or _empty(out))):
-        raise OutputError(f"{out}: exists and is not a model bundle; choose another folder")
-    try:
-        config = method.Config(**said.config)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder}: its config does not fit {method_name}: {error}"
-        ) from error
-    state = method.build(config, len(said.classes), said.channels)
-    checkpoints.load(folder, state)
-    module = method.deployed(state)
+    check_out(out)
+    library = _find_library(options, say)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     except OSError as error:
         raise OutputError(f"{out}: cannot be written ({error.strerror})") from error
     try:
-        card = _write(part, module, said, method.SCORE_KIND, tile_px, checkpoints.read_note(folder))
+        writer = _Writer(network, part, options, say)
+        writer.write_fp32()
+        if "fp16" in options.precisions:
+            writer.write_fp16()
+        if "int8" in options.precisions:
+            writer.write_int8()
+        if library is not None:
+            writer.write_engine(library)
         _publish(part, out)
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be written ({error.strerror})") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return card
+    if options.triton is not None:
+        _write_triton(out, writer.card, options.triton, say)
+    return Export(writer.card, tuple(writer.failures))
 
 
-def _write(
-    part: Path, module: nn.Module, said: Checkpoint, score_kind: str, tile_px: int, note: str
-) -> ModelCard:
-    path = part / "model.onnx"
-    export_onnx(module, path, channels=said.channels, tile_px=tile_px)
-    network = next(iter(module.children()))
-    align_px = int(getattr(network, "stride_px", 1))
-    card = ModelCard(
-        method=said.method,
-        classes=tuple(ClassInfo(name, color) for name, color in said.classes),
-        mpp=said.mpp,
-        channels=said.channels,
-        tile_px=tile_px,
-        align_px=align_px,
-        halo_px=halo_px(network, said.channels, align_px),
-        tile_statistics=depends_on_tile_statistics(network),
-        score_kind=score_kind,
-        files={path.name: hashlib.sha256(path.read_bytes()).hexdigest()},
-        opset=OPSET,
-        training={**said.record, "step": said.step},
-        note=note,
-    )
-    write_card(card, part)
-    engine = open_engine(part, backend="cpu")
-    tiles = demo_tiles(tile_px, said.channels, said.mpp)
-    report = compare(module, engine, tiles, agreement=FP32_AGREEMENT)
-    engine.close()
-    card = replace(card, parity={path.name: {"torch": torch.__version__, **report.as_dict()}})
-    write_card(card, part)
-    return card
+class _Writer:
+    """One export: the bundle's folder as it fills, and its card."""
+
+    def __init__(self, network: Network, part: Path, options: Options, say: Say) -> None:
+        self.network = network
+        self.part = part
+        self.options = options
+        self.say = say
+        self.failures: list[str] = []
+        self.model = network.model
+        name_nodes(self.model)
+        work = max(multiply_accumulates(self.model), 1)
+        count = int(min(max(WORK // work, 1), TILES))
+        self.tiles = self._collect(options.calibrate, count)
+        self.judge = Judge(self.tiles, network.reference(self.tiles.gate))
+        self.quick = Judge(
+            replace(
+                self.tiles,
+                gate=self.tiles.gate[:QUICK_TILES],
+                truth=None if self.tiles.truth is None else self.tiles.truth[:QUICK_TILES],
+            ),
+            self.judge.reference[:QUICK_TILES],
+        )
+        frozen = {} if options.freeze is None else self._freeze(options.freeze, count)
+        found = reach(self.model)
+        self.card = ModelCard(
+            method=network.method,
+            classes=network.classes,
+            mpp=network.mpp,
+            channels=network.channels,
+            tile_px=network.tile_px,
+            align_px=found.align_px,
+            halo_px=found.halo_px,
+            tile_statistics=bool(found.whole_tile),
+            score_kind=network.score_kind,
+            files={},
+            opset=max(o.version for o in self.model.opset_import if o.domain in ("", "ai.onnx")),
+            precision=frozen,
+            training=network.training,
+            note=network.note,
+        )
+
+    def write_fp32(self) -> None:
+        """Write the graph as it is; it has to agree with the reference."""
+        report = self.judge.judge(self.model)
+        if not report.meets(LIMITS["fp32"]):
+            raise ParityError(f"fp32: {report}; nothing was written")
+        self._add("fp32", self.model, report)
+
+    def write_fp16(self) -> None:
+        """Write the graph in half precision, as much of it as holds parity."""
+
+        def judge(fp32_nodes: Collection[str], *, quick: bool) -> ParityReport:
+            rounded = to_fp16(self.model, fp32_nodes, emulate=True)
+            return (self.quick if quick else self.judge).judge(rounded)
+
+        found = heal(
+            self.model, judge, LIMITS["fp16"], fp32_islands(self.model), say=self._of("fp16")
+        )
+        self._add_conversion("fp16", found, lambda: to_fp16(self.model, found.fp32_nodes))
+
+    def write_int8(self) -> None:
+        """Write the graph in eight-bit integers, as much of it as holds parity."""
+        with Quantizer(self.model, self.tiles.calibration) as quantizer:
+
+            def judge(fp32_nodes: Collection[str], *, quick: bool) -> ParityReport:
+                return (self.quick if quick else self.judge).judge(quantizer.quantize(fp32_nodes))
+
+            found = heal(
+                self.model, judge, LIMITS["int8"], fp32_islands(self.model), say=self._of("int8")
+            )
+            self._add_conversion("int8", found, lambda: quantizer.quantize(found.fp32_nodes))
+
+    def write_engine(self, library: tensorrt.Library) -> None:
+        """Build a TensorRT engine of the half-precision graph, or of FP32 for want of one."""
+        precision = "fp16" if "fp16" in self.card.precisions else "fp32"
+        name = f"{ENGINES}/{tensorrt.engine_name(precision, library)}"
+        path = self.part / name
+        path.parent.mkdir(exist_ok=True)
+        try:
+            header = tensorrt.build_engine(
+                self.part, self.card, precision, library=library,
+                targets=self.options.targets or None, out=path,
+            )  # fmt: skip
+        except EngineError as error:
+            self.failures.append(f"engine: {error}")
+            return
+        built = {"library": str(library), "targets": list(header.targets),
+                 "parity": "not compared: an engine runs on a GPU only"}  # fmt: skip
+        self._record(name, path.read_bytes(), {"engine": built})
+        self.say(f"engine: {precision} by {built['library']} for {', '.join(header.targets)}")
+
+    def _collect(self, source: Path | None, count: int) -> Tiles:
+        return collect_tiles(
+            source,
+            tile_px=self.network.tile_px,
+            channels=self.network.channels,
+            mpp=self.network.mpp,
+            classes=tuple(c.name for c in self.network.classes),
+            count=count,
+        )
+
+    def _freeze(self, source: Path, count: int) -> dict[str, Any]:
+        """Make tile statistics constants; what was exported before is judged first."""
+        live = self.judge.judge(self.model)
+        if not live.meets(LIMITS["fp32"]):
+            raise ParityError(f"fp32: {live}; nothing was written")
+        tiles = self._collect(source, count)
+        # Both halves: nothing is judged on what the statistics are estimated over.
+        over = np.concatenate([tiles.gate, tiles.calibration])
+        self.model = freeze_statistics(self.model, over)
+        name_nodes(self.model)
+        cost = self.judge.judge(self.model)
+        self.say(f"statistics frozen over {len(over)} tiles of {tiles.source}; {cost}")
+        scores, _ = run_graph(self.model, self.judge.tiles.gate)
+        self.judge = Judge(self.judge.tiles, scores)
+        self.quick = Judge(self.quick.tiles, scores[:QUICK_TILES])
+        return {
+            "fp32": {
+                "statistics_frozen_over": tiles.source,
+                "tiles": len(over),
+                "live_graph_against_reference": live.as_dict(),
+                "frozen_against_live": cost.as_dict(),
+            }
+        }
+
+    def _add_conversion(
+        self, precision: str, found: Conversion, convert: Callable[[], onnx.ModelProto]
+    ) -> None:
+        record = {**self.card.precision, precision: found.as_dict()}
+        if not found.passed:
+            self.failures.append(
+                f"{precision}: {found.report}; no choice of FP32 nodes meets the limits; "
+                f"{PRECISIONS[precision]} was not written"
+            )
+            return
+        if found.healed:
+            self.say(f"{precision}: healed with {len(found.healed)} more nodes in FP32")
+        model = convert()
+        deployed = self.judge.judge(model)  # FP16 was judged by its emulation till here
+        if not deployed.meets(LIMITS[precision]):
+            self.failures.append(
+                f"{precision}: {deployed}; {PRECISIONS[precision]} was not written"
+            )
+            return
+        self.card = replace(self.card, precision=record)
+        self._add(precision, model, max(deployed, found.report, key=lambda r: r.damage))
+
+    def _add(self, precision: str, model: onnx.ModelProto, report: ParityReport) -> None:
+        name = PRECISIONS[precision]
+        content = model.SerializeToString(deterministic=True)
+        (self.part / name).write_bytes(content)
+        self._record(name, content, report.as_dict())
+        open_engine(self.part, backend="cpu", precision=precision).close()  # it keeps the contract
+        self.say(f"{precision}: {report}")
+
+    def _record(self, name: str, content: bytes, parity: dict[str, Any]) -> None:
+        self.card = replace(
+            self.card,
+            files={**self.card.files, name: hashlib.sha256(content).hexdigest()},
+            parity={**self.card.parity, name: parity},
+        )
+        write_card(self.card, self.part)
+
+    def _of(self, precision: str) -> Say:
+        return lambda text: self.say(f"{precision}: {text}")
+
+
+def _find_library(options: Options, say: Say) -> tensorrt.Library | None:
+    """Find the TensorRT to build with, before any work; None where none is wanted or installed."""
+    if options.tensorrt == "off":
+        return None
+    try:
+        library = tensorrt.find_library(options.tensorrt)
+    except EngineError as error:
+        if options.tensorrt != "auto":
+            raise
+        say(f"no engine: {error}")
+        return None
+    tensorrt.choose_targets(library, options.targets or None)
+    return library
+
+
+def _write_triton(bundle: Path, card: ModelCard, repository: Path, say: Say) -> None:
+    """Write the ONNX files, and a native TensorRT plan where one was built, for Triton."""
+    native = [f for f in card.files if f.startswith(ENGINES) and f.endswith(".trt.engine")]
+    most: dict[str, Any] = {}
+    if native:
+        header, plan = read_engine(bundle / native[0])
+        most = {"plan": plan, "max_batch": header.profile.max_batch}
+    for path in write_triton(bundle, card, repository, **most):
+        say(f"triton: {path}")
 
 
 def _publish(part: Path, out: Path) -> None:
-    try:
-        part.chmod(0o755)  # mkdtemp makes it private
-        if out.exists():
-            old = part.with_name(f"{part.name}.old")
-            out.rename(old)
-            part.rename(out)
-            shutil.rmtree(old)
-        else:
-            part.rename(out)
-    except OSError as error:
-        raise OutputError(f"{out}: cannot be written ({error.strerror})") from error
-
-
-def _empty(folder: Path) -> bool:
-    return not any(folder.iterdir())
+    part.chmod(0o755)  # mkdtemp makes it private
+    if out.exists():
+        old = part.with_name(f"{part.name}.old")
+        out.rename(old)
+        part.rename(out)
+        shutil.rmtree(old)
+    else:
+        part.rename(out)

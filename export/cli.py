@@ -1,48 +1,238 @@
-"""``histo-export``: a checkpoint in, a model bundle out."""
+"""``histo-export``: a checkpoint or a foreign ONNX file in, a model bundle out."""
 
 from __future__ import annotations
 
+import functools
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from histostream.wsi.errors import HistoError
 
+if TYPE_CHECKING:
+    from histostream.export.bundle import Export, Options
 
-@click.command(context_settings={"show_default": True})
+PATH = click.Path(path_type=Path)
+
+
+def _words(_: click.Context, __: click.Parameter, text: str) -> tuple[str, ...]:
+    """Words with commas between them."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _numbers(_: click.Context, __: click.Parameter, text: str) -> tuple[float, ...]:
+    """Numbers with commas between them."""
+    try:
+        return tuple(float(word) for word in text.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is not numbers with commas between them") from error
+
+
+def _how(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that every export has."""
+    for option in reversed(
+        (
+            click.option("--out", type=PATH, help="Bundle to write.  [default: bundles/NAME]"),
+            click.option(
+                "--precision", "precisions", callback=_words, default="fp32,fp16,int8",
+                metavar="LIST", help="Which graphs to write; fp32 is always written.",
+            ),
+            click.option(
+                "--tensorrt", default="auto", metavar="auto|tensorrt|rtx|off",
+                help="Which library builds the engine; auto: where one is installed.",
+            ),
+            click.option(
+                "--targets", callback=_words, default="", metavar="sm80,sm86,...",
+                help="GPUs to build the engine for; default: what the library suggests.",
+            ),
+            click.option("--tile", "tile_px", default=512, metavar="PX", help="Side of a tile."),
+            click.option(
+                "--calibrate", type=PATH, metavar="SLIDE_OR_FOLDER",
+                help="Tiles to calibrate INT8 and to judge on; default: a synthetic slide.",
+            ),
+            click.option(
+                "--freeze-statistics", "freeze", type=PATH, metavar="SLIDE_OR_FOLDER",
+                help="Make the statistics of instance and group normalisation constants, "
+                "estimated here, so that tiles agree.",
+            ),
+            click.option(
+                "--triton", type=PATH, metavar="REPO",
+                help="Write the models to a Triton model repository too.",
+            ),
+        )
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Say what went wrong in one line, and leave with status 1."""
+
+    @functools.wraps(command)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except HistoError as error:
+            _fail(str(error))
+            sys.exit(1)
+        except ImportError as error:
+            if error.name is None or error.name.startswith("histostream"):
+                raise
+            _fail(f"{error.name} is not installed: pip install 'histostream[export]'")
+            sys.exit(1)
+        except MemoryError:
+            _fail("out of memory; try a smaller --tile, or --precision fp32")
+            sys.exit(1)
+        except KeyboardInterrupt:
+            _fail("stopped; nothing half-written is left")
+            sys.exit(130)
+
+    return guarded
+
+
+@click.group(invoke_without_command=True, context_settings={"show_default": True})
 @click.version_option(package_name="histostream")
-@click.option("--method", "method_name", required=True, help="Which paper the model is of.")
+@click.option("--method", "method_name", help="Which paper the model is of, as imems.")
 @click.option(
-    "--checkpoint", "run", type=click.Path(path_type=Path),
+    "--checkpoint", "run", type=PATH,
     help="Folder of a training run or checkpoint; default: the weights that ship.",
 )  # fmt: skip
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Bundle to write.  [default: bundles/METHOD]"
-)
-def main(method_name: str, run: Path | None, out: Path | None) -> None:
-    """Export a trained model to a bundle that histo-infer runs."""
-    try:
-        from histostream.export.bundle import export_bundle
-    except ImportError as error:
-        click.echo(
-            f"histo-export: {error.name} is not installed: pip install 'histostream[export]'",
-            err=True,
-        )
-        sys.exit(1)
+@_how
+@click.pass_context
+@_one_line_errors
+def main(
+    context: click.Context,
+    method_name: str | None,
+    run: Path | None,
+    out: Path | None,
+    **how: Any,
+) -> None:
+    """Export a trained model to a bundle that histo-infer runs.
+
+    In single precision, half precision and 8-bit integers, each compared with the trained network
+    before it is written, and as a TensorRT engine. Exit status 0 only if all of it was written.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    if method_name is None:
+        raise click.UsageError("--method is missing; or use wrap, inspect (--help shows them)")
+    options = _options(how)
+    from histostream.export.trained import export_checkpoint
+
     out = out or Path("bundles") / method_name
-    try:
-        card = export_bundle(method_name, run, out)
-    except HistoError as error:
-        click.echo(f"histo-export: {error}", err=True)
+    _tell(export_checkpoint(method_name, run, out, options, say=click.echo), out)
+
+
+@main.command()
+@click.argument("model", type=PATH)
+@click.option("--classes", callback=_words, required=True, help="Names in label order.")
+@click.option("--mpp", type=float, required=True, help="Resolution it was trained at, um/px.")
+@click.option(
+    "--mean",
+    callback=_numbers,
+    default="0,0,0",
+    help="Of each channel, scaled; one for grey.",
+)
+@click.option("--std", callback=_numbers, default="1,1,1", help="Of each channel, after --scale.")
+@click.option("--scale", default=1 / 255, help="Factor of the raw pixels, 0 to 255.")
+@click.option("--layout", default="auto", metavar="auto|nchw|nhwc", help="Of its input.")
+@click.option(
+    "--activation", default="auto", metavar="auto|softmax|sigmoid|none",
+    help="What makes probabilities of its output; none: it gives them.",
+)  # fmt: skip
+@click.option("--bgr", is_flag=True, help="Its channels are blue, green, red.")
+@click.option("--resize-output", is_flag=True, help="Enlarge an output coarser than its input.")
+@click.option("--input", "input_name", help="Which input, where it has several.")
+@click.option("--output", "output_name", help="Which output, where it has several.")
+@click.option("--note", default="", help="What the model is for and where it fails.")
+@_how
+@_one_line_errors
+def wrap(
+    model: Path,
+    classes: tuple[str, ...],
+    mpp: float,
+    bgr: bool,
+    note: str,
+    out: Path | None,
+    **how: Any,
+) -> None:
+    """Make a bundle of a segmentation network from elsewhere, as ONNX.
+
+    Its normalisation and activation become part of the graph; then it goes through the same
+    comparisons as a network of ours.
+    """
+    names = ("mean", "std", "scale", "layout", "activation", "resize_output", "input_name",
+             "output_name")  # fmt: skip
+    said = {name: how.pop(name) for name in names}
+    options = _options(how)
+    from histostream.export.bundle import write_bundle
+    from histostream.export.foreign import ForeignModel, foreign_network
+
+    foreign = ForeignModel(
+        classes=classes, tile_px=options.tile_px, order="bgr" if bgr else "rgb", **said
+    )
+    out = out or Path("bundles") / model.stem
+    network = foreign_network(model, foreign, mpp=mpp, note=note)
+    _tell(write_bundle(network, out, options, say=click.echo), out)
+
+
+@main.command()
+@click.argument("file", type=PATH)
+@_one_line_errors
+def inspect(file: Path) -> None:
+    """Print what an engine file or a model bundle says of itself."""
+    from histostream.runtime.card import read_card, read_file
+    from histostream.runtime.engine_file import describe
+
+    if not file.is_dir():
+        click.echo(describe(file))
+        return
+    card = read_card(file)
+    click.echo(f"{file}: {card.method}, {', '.join(c.name for c in card.classes)}")
+    click.echo(
+        f"tiles of {card.tile_px} px at {card.mpp:g} um/px, {card.channels} channels, halo "
+        f"{card.halo_px} px, {'depends on' if card.tile_statistics else 'no'} tile statistics"
+    )
+    for name in card.files:
+        read_file(file, card, name)  # says so if it is damaged
+        click.echo(f"{name}: {_figures(card.parity.get(name, {}))}")
+    for precision, how in card.precision.items():
+        click.echo(f"{precision}: {json.dumps({k: v for k, v in how.items() if k != 'steps'})}")
+
+
+def _options(how: dict[str, Any]) -> Options:
+    from histostream.export.bundle import Options
+
+    return Options(**how)
+
+
+def _tell(export: Export, out: Path) -> None:
+    card = export.card
+    statistics = ", depends on tile statistics" if card.tile_statistics else ""
+    click.echo(
+        f"{out}: {card.tile_px} px tiles at {card.mpp:g} um/px, halo {card.halo_px} px{statistics}"
+    )
+    for failure in export.failures:
+        _fail(failure)
+    if export.failures:
         sys.exit(1)
-    for name, parity in card.parity.items():
-        click.echo(
-            f"{out / name}: labels agree with torch on {parity['label_agreement']:.4%} of "
-            f"{parity['pixels'] / 1e6:.1f} Mpx (largest score difference "
-            f"{parity['max_difference']}/255)"
+
+
+def _figures(parity: dict[str, Any]) -> str:
+    if "label_agreement" in parity:
+        return (
+            f"{parity['label_agreement']:.4%} of the labels agree on {parity['tiles']} tiles of "
+            f"{parity.get('source', '?')}, largest difference {parity['max_difference']}/255"
         )
-    click.echo(f"{out}: {card.tile_px} px tiles at {card.mpp:g} um/px, halo {card.halo_px} px")
+    return json.dumps(parity)
+
+
+def _fail(message: str) -> None:
+    click.echo(f"histo-export: {message}", err=True)
 
 
 if __name__ == "__main__":

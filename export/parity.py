@@ -1,4 +1,8 @@
-"""Parity: whether what was exported is the network that was trained."""
+"""Parity: whether what was exported is the network that was trained.
+
+The judge runs a graph in ONNX Runtime on a CPU and compares its uint8 scores with the reference's
+(torch in single precision) on the same tiles.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
+import onnx
+import onnxruntime
 from numpy.typing import NDArray
-from torch import nn
+from onnx import TensorProto, helper
 
-from histostream.runtime.engine import Engine
+from histostream.export.graph import GraphError
+from histostream.export.tiles import Tiles
 from histostream.wsi.errors import HistoError
-from histostream.wsi.synthetic import SyntheticSlide
 
-FP32_AGREEMENT = 0.9999  # share of labels that must agree; methods.md section 8
-TILES = 6
+# A Dice of a class that covers less of the tiles is noise; it is recorded, not judged.
+SMALLEST_SHARE = 0.01
+FATAL_ONLY = 4  # ONNX Runtime's severity
 
 
 class ParityError(HistoError, ValueError):
@@ -23,13 +29,38 @@ class ParityError(HistoError, ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """What an artefact has to reach (methods.md section 8).
+
+    Attributes
+    ----------
+    agreement
+        Share of the labels that must be the reference's.
+    dice_change
+        Largest change of any class's Dice; see `ParityReport.dice_change`.
+    """
+
+    agreement: float
+    dice_change: float
+
+
+LIMITS = {
+    "fp32": Limits(0.9999, 0.002),
+    "fp16": Limits(0.999, 0.002),
+    "int8": Limits(0.99, 0.005),
+}
+
+
+@dataclass(frozen=True, slots=True)
 class ParityReport:
-    """Scores of an exported file beside those of the network in torch, on the same tiles.
+    """Scores of an exported graph beside those of the reference, on the same tiles.
 
     Attributes
     ----------
     engine
-        What ran the file.
+        What ran the graph.
+    source
+        Where the tiles are from.
     tiles, pixels
         How much was compared.
     max_difference, mean_difference
@@ -40,9 +71,18 @@ class ParityReport:
         The same among the darkest tenth of the pixels, where iMEMS's margin is smallest.
     dice
         Dice of each class between the two label maps; None where neither has it.
+    dice_change
+        Largest change of a class's Dice, over the classes that cover at least `SMALLEST_SHARE`:
+        against the true labels where the tiles have them, else against the reference's own labels,
+        which is 1 - Dice and stricter.
+    truth
+        Whether ``dice_change`` is against true labels.
+    not_finite
+        Scores that were NaN or infinite before they were clipped to 0..255.
     """
 
     engine: str
+    source: str
     tiles: int
     pixels: int
     max_difference: int
@@ -50,58 +90,153 @@ class ParityReport:
     label_agreement: float
     dark_label_agreement: float
     dice: tuple[float | None, ...]
+    dice_change: float
+    truth: bool
+    not_finite: int
+
+    def meets(self, limits: Limits) -> bool:
+        """Whether the graph may be deployed."""
+        return (
+            self.not_finite == 0
+            and self.label_agreement >= limits.agreement
+            and self.dice_change <= limits.dice_change
+        )
+
+    @property
+    def damage(self) -> tuple[bool, float, float]:
+        """How bad it is, to order by: not finite, then labels, then scores."""
+        return self.not_finite > 0, 1 - self.label_agreement, self.mean_difference
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain values for the card."""
         return asdict(self)
 
+    def __str__(self) -> str:
+        finite = f", {self.not_finite} scores not finite" if self.not_finite else ""
+        return (
+            f"{self.label_agreement:.4%} of the labels agree (darkest tenth "
+            f"{self.dark_label_agreement:.4%}), Dice changes by {self.dice_change:.4f}{finite}"
+        )
 
-def compare(
-    module: nn.Module, engine: Engine, tiles: NDArray[np.uint8], *, agreement: float
-) -> ParityReport:
-    """Run both on ``tiles`` (N, H, W, C) and compare.
+
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """Compares graphs with one reference.
+
+    Attributes
+    ----------
+    tiles
+        What to compare on.
+    reference
+        (N, K, H, W) uint8: scores of the reference on ``tiles.gate``.
+    """
+
+    tiles: Tiles
+    reference: NDArray[np.uint8]
+
+    def judge(self, model: onnx.ModelProto) -> ParityReport:
+        """Run a graph on every tile and compare.
+
+        Raises
+        ------
+        GraphError
+            If ONNX Runtime cannot run the graph.
+        """
+        found, not_finite = run_graph(model, self.tiles.gate)
+        return self.report(found, not_finite, f"onnxruntime {onnxruntime.__version__} cpu")
+
+    def report(self, found: NDArray[np.uint8], not_finite: int, engine: str) -> ParityReport:
+        """Compare scores (N, K, H, W) with the reference's."""
+        difference = np.abs(self.reference.astype(np.int16) - found)
+        labels, other = self.reference.argmax(axis=1), found.argmax(axis=1)
+        same = labels == other
+        grey = self.tiles.gate.mean(axis=-1)
+        classes = range(self.reference.shape[1])
+        dice = tuple(dice_of(labels == k, other == k) for k in classes)
+        truth = self.tiles.truth
+        return ParityReport(
+            engine=engine,
+            source=self.tiles.source,
+            tiles=len(found),
+            pixels=same.size,
+            max_difference=int(difference.max()),
+            mean_difference=float(difference.mean()),
+            label_agreement=float(same.mean()),
+            dark_label_agreement=float(same[grey <= np.quantile(grey, 0.1)].mean()),
+            dice=dice,
+            dice_change=max((_change(labels, other, truth, k) for k in classes), default=0.0),
+            truth=truth is not None,
+            not_finite=not_finite,
+        )
+
+
+def run_graph(model: onnx.ModelProto, tiles: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], int]:
+    """Run a graph that keeps the tile contract on tiles (N, H, W, C), one by one.
+
+    Returns
+    -------
+    scores
+        (N, K, H, W) uint8.
+    not_finite
+        How many scores were NaN or infinite before they became uint8.
 
     Raises
     ------
-    ParityError
-        If fewer labels agree than ``agreement``.
+    GraphError
+        If ONNX Runtime cannot load or run it.
     """
-    with torch.no_grad():
-        wanted = np.concatenate([module(torch.from_numpy(t[None])).numpy() for t in tiles])
-    found = np.concatenate([engine.infer(t[None]) for t in tiles])
-    difference = np.abs(wanted.astype(np.int16) - found)
-    labels, other = wanted.argmax(axis=1), found.argmax(axis=1)
-    same = labels == other
-    grey = tiles.mean(axis=-1)
-    dark = grey <= np.quantile(grey, 0.1)
-    report = ParityReport(
-        engine=engine.name,
-        tiles=len(tiles),
-        pixels=same.size,
-        max_difference=int(difference.max()),
-        mean_difference=float(difference.mean()),
-        label_agreement=float(same.mean()),
-        dark_label_agreement=float(same[dark].mean()),
-        dice=tuple(_dice(labels == k, other == k) for k in range(wanted.shape[1])),
+    scores, not_finite = [], 0
+    try:
+        session = open_session(_with_raw_scores(model))
+        for tile in tiles:
+            outputs = session.run(None, {"tiles": tile[None]})
+            scores.append(outputs[0])
+            not_finite += sum(int((~np.isfinite(raw)).sum()) for raw in outputs[1:])
+    except Exception as error:  # ONNX Runtime's own exceptions have no common base
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise GraphError(f"ONNX Runtime cannot run the graph: {reason}") from error
+    return np.concatenate(scores), not_finite
+
+
+def open_session(model: onnx.ModelProto) -> Any:
+    """Open a graph in ONNX Runtime on the CPU, to look into it."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = FATAL_ONLY  # what goes wrong is raised
+    options.enable_cpu_mem_arena = False  # it would keep what the largest tile needed
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    if report.label_agreement < agreement:
-        raise ParityError(
-            f"{engine.name}: {report.label_agreement:.4%} of the labels agree with torch, "
-            f"{agreement:.2%} are needed; nothing was written"
-        )
-    return report
 
 
-def demo_tiles(tile_px: int, channels: int, mpp: float) -> NDArray[np.uint8]:
-    """Tiles of the synthetic slide, (TILES, tile_px, tile_px, channels), for want of a real one."""
-    side = 8 * tile_px
-    slide = SyntheticSlide(side, side, mpp=mpp, seed=0)
-    # Along the diagonal: glass, borders and tissue.
-    starts = np.linspace(0, side - tile_px, TILES).astype(int)
-    tiles = np.stack([slide.region(int(s), int(s), tile_px, tile_px)[0] for s in starts])
-    return tiles if channels == 3 else tiles[..., :1]
+def _with_raw_scores(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Make the scores an output too as they are before Clip and Cast hide what is not finite."""
+    producer = {name: node for node in model.graph.node for name in node.output}
+    name = model.graph.output[0].name
+    while name in producer and producer[name].op_type in ("Cast", "Clip", "Round", "Floor"):
+        name = producer[name].input[0]
+    if name not in producer:
+        return model
+    watched = onnx.ModelProto()
+    watched.CopyFrom(model)
+    watched.graph.node.append(
+        helper.make_node("Cast", [name], ["raw_scores"], "raw_scores_cast", to=TensorProto.FLOAT)
+    )
+    raw = helper.make_tensor_value_info("raw_scores", TensorProto.FLOAT, None)
+    watched.graph.output.append(raw)
+    return watched
 
 
-def _dice(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float | None:
+def dice_of(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float | None:
+    """Dice of two masks; None where both are empty."""
     total = int(a.sum()) + int(b.sum())
     return float(2 * (a & b).sum() / total) if total else None
+
+
+def _change(
+    labels: NDArray[Any], other: NDArray[Any], truth: NDArray[np.uint8] | None, k: int
+) -> float:
+    target = labels if truth is None else truth
+    if (target == k).mean() < SMALLEST_SHARE:
+        return 0.0
+    before, after = dice_of(labels == k, target == k), dice_of(other == k, target == k)
+    return abs((before or 0.0) - (after or 0.0))

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from histostream.runtime.blend import WINDOWS
-from histostream.runtime.card import default_bundle
+from histostream.runtime.card import PRECISIONS, default_bundle
 from histostream.runtime.engine import BACKENDS, Engine, open_engine
 from histostream.runtime.infer import Options, SlideResult, segment_slide, slide_stem
 from histostream.runtime.memory import return_buffers_at_once
@@ -32,6 +32,10 @@ console = Console(stderr=True)
 )
 @click.option("--out", default="out", type=click.Path(path_type=Path), help="Folder for results.")
 @click.option("--backend", default="auto", type=click.Choice(BACKENDS), help="What to run on.")
+@click.option(
+    "--precision", default="auto", type=click.Choice(("auto", *PRECISIONS)),
+    help="Which graph of the model is run; int8 is the fastest on a CPU.",
+)  # fmt: skip
 @click.option(
     "--overlap", "overlap_px", type=int, metavar="PX", help="Pixels that tiles share; default 64."
 )
@@ -54,6 +58,7 @@ def main(
     bundle: Path | None,
     out: Path,
     backend: str,
+    precision: str,
     threads: int | None,
     **options: Any,
 ) -> None:
@@ -66,7 +71,9 @@ def main(
     try:
         _check_names(slides)
         settings = Options(threads=threads, **options)
-        engine = open_engine(bundle or default_bundle(), backend=backend, threads=threads)
+        engine = open_engine(
+            bundle or default_bundle(), backend=backend, precision=precision, threads=threads
+        )
     except HistoError as error:
         _fail(str(error))
         sys.exit(1)

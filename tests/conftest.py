@@ -52,8 +52,10 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the tiny iMEMS as a model bundle, exported by the real export."""
-    from histostream.export.bundle import export_bundle
+    from histostream.export.bundle import Options
+    from histostream.export.trained import export_checkpoint
 
     out = tmp_path_factory.mktemp("bundles") / "tiny"
-    export_bundle("imems", tiny_checkpoint, out, tile_px=128)
+    options = Options(precisions=("fp32",), tensorrt="off", tile_px=128)
+    export_checkpoint("imems", tiny_checkpoint, out, options)
     return out

@@ -126,7 +126,7 @@ def _image_files(folder: Path) -> list[Path]:
 def _read_sample(path: Path, label_path: Path, instances: bool) -> Sample:
     if not label_path.is_file():
         raise DataError(f"{path.name}: no label file {label_path}")
-    image, raw = _read_image(path), np.asarray(_open(label_path))
+    image, raw = read_image(path), np.asarray(_open(label_path))
     if raw.ndim != 2:
         raise DataError(f"{label_path}: {raw.ndim} axes; labels are one grey channel")
     if raw.shape != image.shape[:2]:
@@ -138,7 +138,14 @@ def _read_sample(path: Path, label_path: Path, instances: bool) -> Sample:
     return Sample(path.name, image, raw.astype(np.uint8), float("nan"))
 
 
-def _read_image(path: Path) -> NDArray[np.uint8]:
+def read_image(path: Path) -> NDArray[np.uint8]:
+    """Read an image as (H, W, 3) uint8 RGB, or (H, W, 1) where it is grey.
+
+    Raises
+    ------
+    DataError
+        If it is no image.
+    """
     image = _open(path)
     if image.mode in ("L", "1"):
         return np.asarray(image.convert("L"))[..., None]

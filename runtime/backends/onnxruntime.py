@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.runtime.card import ModelCard, read_file
+from histostream.runtime.card import PRECISIONS, ModelCard, read_file
 from histostream.runtime.engine import EngineError, check_tiles
 
 PROVIDERS = {
@@ -22,7 +22,7 @@ GPU_BATCH = 8  # not measured yet; a few tiles fill a GPU at 512 px
 
 
 class OnnxRuntimeEngine:
-    """A bundle's ``model.onnx`` in ONNX Runtime."""
+    """One graph of a bundle in ONNX Runtime."""
 
     def __init__(self, session: Any, card: ModelCard, name: str, batch: int) -> None:
         self.card = card
@@ -48,9 +48,9 @@ class OnnxRuntimeEngine:
 
 
 def open_onnxruntime(
-    bundle: Path, card: ModelCard, device: str, threads: int | None
+    bundle: Path, card: ModelCard, device: str, precision: str, threads: int | None
 ) -> OnnxRuntimeEngine:
-    """Open ``model.onnx`` on "cpu", "cuda" or "tensorrt".
+    """Open the graph of one precision on "cpu", "cuda" or "tensorrt".
 
     ONNX Runtime falls back to the CPU silently when a GPU provider cannot be loaded; here that is
     an error.
@@ -62,7 +62,8 @@ def open_onnxruntime(
     """
     import onnxruntime
 
-    content = read_file(bundle, card, "model.onnx")
+    file = PRECISIONS[precision]
+    content = read_file(bundle, card, file)
     provider = PROVIDERS[device]
     if provider not in onnxruntime.get_available_providers():
         raise EngineError(
@@ -81,26 +82,26 @@ def open_onnxruntime(
         session = onnxruntime.InferenceSession(content, options, providers=[provider])
     except Exception as error:  # ONNX Runtime's own exceptions have no common base
         raise EngineError(
-            f"{bundle / 'model.onnx'}: ONNX Runtime cannot load it ({_first_line(error)})"
+            f"{bundle / file}: ONNX Runtime cannot load it ({_first_line(error)})"
         ) from error
     if session.get_providers()[0] != provider:
         raise EngineError(
             f"backend {device!r} was asked for, but ONNX Runtime cannot use a GPU here (no driver, "
             "or no CUDA and cuDNN libraries); pip install 'histostream[cuda]', or use --backend cpu"
         )
-    _check_contract(session, card, bundle)
-    name = f"onnxruntime {onnxruntime.__version__} {device} fp32"
+    _check_contract(session, card, bundle / file)
+    name = f"onnxruntime {onnxruntime.__version__} {device} {precision}"
     return OnnxRuntimeEngine(session, card, name, 1 if device == "cpu" else GPU_BATCH)
 
 
-def _check_contract(session: Any, card: ModelCard, bundle: Path) -> None:
+def _check_contract(session: Any, card: ModelCard, path: Path) -> None:
     inputs = [(i.name, i.type, i.shape[1:]) for i in session.get_inputs()]
     outputs = [(o.name, o.type, o.shape[1]) for o in session.get_outputs()]
     wanted_in = [("tiles", "tensor(uint8)", [card.tile_px, card.tile_px, card.channels])]
     wanted_out = [("scores", "tensor(uint8)", len(card.classes))]
     if inputs != wanted_in or outputs != wanted_out:
         raise EngineError(
-            f"{bundle / 'model.onnx'}: takes {inputs} and gives {outputs}, "
+            f"{path}: takes {inputs} and gives {outputs}, "
             f"the card says {wanted_in} and {wanted_out}; export the model again"
         )
 

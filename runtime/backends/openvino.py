@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.runtime.card import ModelCard, read_file
+from histostream.runtime.card import PRECISIONS, ModelCard, read_file
 from histostream.runtime.engine import EngineError, check_tiles
 
 
 class OpenVinoEngine:
-    """A bundle's ``model.onnx`` compiled by OpenVINO."""
+    """One graph of a bundle compiled by OpenVINO."""
 
     def __init__(self, compiled: Any, card: ModelCard, name: str) -> None:
         self.card = card
@@ -36,8 +36,10 @@ class OpenVinoEngine:
         self._compiled = None
 
 
-def open_openvino(bundle: Path, card: ModelCard, threads: int | None) -> OpenVinoEngine:
-    """Compile ``model.onnx`` for the CPU in single precision.
+def open_openvino(
+    bundle: Path, card: ModelCard, precision: str, threads: int | None
+) -> OpenVinoEngine:
+    """Compile the graph of one precision for the CPU; what is not INT8 in it computes in FP32.
 
     Raises
     ------
@@ -50,7 +52,8 @@ def open_openvino(bundle: Path, card: ModelCard, threads: int | None) -> OpenVin
         raise EngineError(
             "backend 'openvino' needs a package: pip install 'histostream[openvino]'"
         ) from error
-    content = read_file(bundle, card, "model.onnx")
+    file = PRECISIONS[precision]
+    content = read_file(bundle, card, file)
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
     if threads:
         settings["INFERENCE_NUM_THREADS"] = threads
@@ -59,5 +62,6 @@ def open_openvino(bundle: Path, card: ModelCard, threads: int | None) -> OpenVin
         model = core.read_model(model=io.BytesIO(content))
         compiled = core.compile_model(model, "CPU", settings)
     except RuntimeError as error:
-        raise EngineError(f"{bundle / 'model.onnx'}: OpenVINO cannot load it ({error})") from error
-    return OpenVinoEngine(compiled, card, f"openvino {openvino.__version__.split('-')[0]} cpu fp32")
+        raise EngineError(f"{bundle / file}: OpenVINO cannot load it ({error})") from error
+    name = f"openvino {openvino.__version__.split('-')[0]} cpu {precision}"
+    return OpenVinoEngine(compiled, card, name)

@@ -1,9 +1,13 @@
+"""Bundles: what they hold, that their graphs agree as the card says, and how they fail."""
+
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,19 +15,34 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper
-from torch import Tensor, nn
+from torch import nn
 
-from histostream.export import parity
-from histostream.export.bundle import export_bundle
-from histostream.export.graph import GraphError, check_graph, depends_on_tile_statistics, halo_px
-from histostream.export.parity import ParityError, compare, demo_tiles
-from histostream.runtime.card import read_card, read_file
-from histostream.runtime.engine import open_engine
+from histostream.export import bundle as bundles
+from histostream.export.bundle import OptionError, Options, write_bundle
+from histostream.export.graph import GraphError, check_graph
+from histostream.export.parity import LIMITS, Limits, ParityError
+from histostream.export.tiles import collect_tiles
+from histostream.export.trained import export_checkpoint, trained_network
+from histostream.runtime.card import CardError, default_bundle, read_card, read_file
+from histostream.runtime.engine import EngineError, open_engine
+from histostream.runtime.engine_file import read_engine
 from histostream.training import checkpoint
 from histostream.training.checkpoint import CheckpointError
 from histostream.training.methods import imems
-from histostream.training.networks.unet import UNet
 from histostream.wsi.errors import OutputError
+from histostream.wsi.sink import ClassInfo
+
+from .networks import (
+    GroupNormNet,
+    PyramidNet,
+    TileNetwork,
+    TranslationNet,
+    TransposedNet,
+    train_briefly,
+)
+
+CLASSES = (ClassInfo("background", (255, 255, 255)), ClassInfo("nucleus", (0, 0, 255)))
+QUICK = Options(precisions=("fp32",), tensorrt="off", tile_px=64)
 
 
 def test_a_bundle_says_what_it_holds(tiny_bundle: Path) -> None:
@@ -36,7 +55,8 @@ def test_a_bundle_says_what_it_holds(tiny_bundle: Path) -> None:
     figures = card.parity["model.onnx"]
     assert figures["label_agreement"] >= 0.9999
     assert figures["dark_label_agreement"] >= 0.999
-    assert figures["pixels"] == parity.TILES * 128 * 128
+    assert figures["pixels"] == figures["tiles"] * 128 * 128
+    assert figures["source"] == "synthetic slide"
     assert len(figures["dice"]) == 3
 
 
@@ -62,120 +82,275 @@ def test_forbidden_nodes_are_named() -> None:
         check_graph(model)
 
 
-class TwoConvolutions(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = nn.Conv2d(3, 4, 5, padding=2), nn.Conv2d(4, 2, (3, 7), padding=(1, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.two(torch.relu(self.one(x)))
-        return out
+# --- The networks of the methods to come, in every precision and as an engine. ---
 
 
-def test_the_halo_is_the_reach_of_the_convolutions() -> None:
-    assert halo_px(TwoConvolutions(), 3, 1) == 2 + 3
-    assert halo_px(nn.Conv2d(3, 2, 1), 3, 1) == 0
-    assert halo_px(nn.Conv2d(3, 2, 3, padding=4, dilation=4), 3, 1) == 4
+def taught(network: TileNetwork, tile_px: int = 64) -> bundles.Network:
+    tiles = collect_tiles(
+        None, tile_px=tile_px, channels=network.channels, mpp=0.5,
+        classes=tuple(c.name for c in CLASSES), count=8,
+    )  # fmt: skip
+    assert tiles.truth is not None
+    train_briefly(network, torch.from_numpy(tiles.gate), torch.from_numpy(tiles.truth))
+    if isinstance(network, TranslationNet):
+        network.fold()
+    return trained_network(
+        network, method="operators", classes=CLASSES, mpp=0.5, channels=network.channels,
+        tile_px=tile_px,
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("depth", [1, 2])
-def test_beyond_the_halo_of_a_u_net_nothing_is_seen_and_within_it_something(depth: int) -> None:
-    torch.manual_seed(0)
-    net = UNet(3, 2, base_width=4, depth=depth, dropout=0.0).eval()
-    halo = halo_px(net, 3, 1 << depth)
-
-    def sees(position: int, distance: int) -> bool:
-        x = torch.rand(1, 3, 16, 128)
-        y = x.clone()
-        y[..., position + distance :] = 10 * torch.rand(1, 3, 16, 128 - position - distance)
-        with torch.no_grad():
-            return not torch.equal(net(x)[..., position], net(y)[..., position])
-
-    phases = range(48, 48 + (1 << depth))
-    assert not any(sees(p, halo + 1) for p in phases)
-    assert any(sees(p, halo) for p in phases)
+NETWORKS: dict[str, Callable[[], TileNetwork]] = {
+    "pyramid": PyramidNet,
+    "translation": lambda: TranslationNet(64),
+    "layer norm": lambda: TranslationNet(64, norm="layer"),
+    "group norm": GroupNormNet,
+    "transposed": lambda: TransposedNet(classes=2),
+}
 
 
-def test_layers_with_tile_statistics_are_found() -> None:
-    assert depends_on_tile_statistics(nn.Sequential(nn.Conv2d(3, 4, 1), nn.InstanceNorm2d(4)))
-    assert depends_on_tile_statistics(nn.GroupNorm(2, 4))
-    assert not depends_on_tile_statistics(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+@pytest.fixture(scope="module", params=NETWORKS)
+def network(request: pytest.FixtureRequest) -> bundles.Network:
+    torch.manual_seed(4)
+    return taught(NETWORKS[request.param]())
 
 
-def test_a_graph_of_other_weights_fails_the_parity_gate(
-    tiny_bundle: Path, tiny_checkpoint: Path
+def test_every_method_s_operators_export_in_every_precision_and_build(
+    network: bundles.Network, tmp_path: Path
 ) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="no TensorRT-RTX to build with")
+    said: list[str] = []
+    export = write_bundle(network, tmp_path / "out", Options(tile_px=64), say=said.append)
+    assert export.failures == ()
+    card = read_card(tmp_path / "out")
+    assert card.digest() == export.card.digest()
+    assert list(card.files) == [
+        "model.onnx", "model.fp16.onnx", "model.int8.onnx", "engines/model.fp16.rtx.engine",
+    ]  # fmt: skip
+    for name, sha256 in card.files.items():
+        content = (tmp_path / "out" / name).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == sha256
+    tiles = collect_tiles(
+        None, tile_px=64, channels=card.channels, mpp=0.5, classes=(), count=8
+    ).gate
+    wanted = network.reference(tiles).argmax(axis=1)
+    assert 0.01 < wanted.mean() < 0.99  # it learnt to see both classes
+    for precision, limits in LIMITS.items():
+        engine = open_engine(tmp_path / "out", backend="cpu", precision=precision)
+        assert engine.name.endswith(precision)
+        labels = engine.infer(tiles).argmax(axis=1)
+        assert (labels == wanted).mean() >= limits.agreement, precision
+        file = {"fp32": "model.onnx"}.get(precision, f"model.{precision}.onnx")
+        assert card.parity[file]["label_agreement"] >= limits.agreement
+    header, plan = read_engine(tmp_path / "out" / "engines" / "model.fp16.rtx.engine")
+    assert header.card == card.digest()
+    assert header.onnx_sha256 == card.files["model.fp16.onnx"]
+    assert header.precision_map == card.precision["fp16"]
+    assert len(plan) == header.plan_bytes > 0
+    kinds = {
+        precision: {n.op_type for n in onnx.load(tmp_path / "out" / file).graph.node}
+        for precision, file in (("fp16", "model.fp16.onnx"), ("int8", "model.int8.onnx"))
+    }
+    assert "QuantizeLinear" in kinds["int8"]
+    half = onnx.load(tmp_path / "out" / "model.fp16.onnx").graph.initializer
+    assert any(t.data_type == TensorProto.FLOAT16 for t in half)
+
+
+def test_two_exports_are_the_same_bytes(tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    network = taught(TransposedNet(classes=2))
+    for name in ("one", "two"):
+        write_bundle(network, tmp_path / name, Options(tensorrt="off", tile_px=64))
+    files = read_card(tmp_path / "one").files
+    assert files == read_card(tmp_path / "two").files
+    assert len(files) == 3
+
+
+def test_frozen_statistics_make_tiles_agree_and_the_card_says_what_it_cost(
+    wsi_slides: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(4)
+    network = taught(GroupNormNet())
+    slide = wsi_slides / "CMU-1-Small-Region.svs"
+    live = write_bundle(network, tmp_path / "live", QUICK).card
+    frozen = write_bundle(network, tmp_path / "frozen", replace(QUICK, freeze=slide)).card
+    assert live.tile_statistics
+    assert not frozen.tile_statistics
+    assert (live.halo_px, live.align_px) == (frozen.halo_px, frozen.align_px)
+    record = frozen.precision["fp32"]
+    assert record["statistics_frozen_over"] == slide.name
+    assert 0.5 < record["frozen_against_live"]["label_agreement"] < 1
+    # A pixel more than a halo away from a change does not notice it; live, it does.
+    rng = np.random.default_rng(0)
+    one = rng.integers(0, 256, (1, 64, 64, 1), np.uint8)
+    other = one.copy()
+    other[:, :, 32 + frozen.halo_px + 1 :] = 255
+    notices = {}
+    for name in ("live", "frozen"):
+        engine = open_engine(tmp_path / name, backend="cpu")
+        a, b = engine.infer(one), engine.infer(other)
+        notices[name] = not np.array_equal(a[..., :32], b[..., :32])
+    assert notices == {"live": True, "frozen": False}
+
+
+# --- Failing. ---
+
+
+@pytest.fixture
+def imems_network(tiny_checkpoint: Path) -> bundles.Network:
     said = checkpoint.read(tiny_checkpoint)
-    torch.manual_seed(99)
-    other = imems.deployed(imems.build(imems.Config(**said.config), 3))
-    engine = open_engine(tiny_bundle, backend="cpu")
-    with pytest.raises(ParityError, match="of the labels agree with torch"):
-        compare(other, engine, demo_tiles(128, 3, 0.5), agreement=0.9999)
+    state = imems.build(imems.Config(**said.config), 3)
+    checkpoint.load(tiny_checkpoint, state)
+    classes = tuple(ClassInfo(name, color) for name, color in said.classes)
+    return trained_network(
+        imems.deployed(state), method="imems", classes=classes, mpp=0.5, channels=3, tile_px=64
+    )
+
+
+def test_a_graph_that_is_not_the_network_is_never_written(
+    imems_network: bundles.Network, tmp_path: Path
+) -> None:
+    def other(tiles: np.ndarray) -> np.ndarray:
+        return imems_network.reference(tiles)[:, ::-1].copy()
+
+    with pytest.raises(ParityError, match=r"fp32: .* of the labels agree .* nothing was written"):
+        write_bundle(replace(imems_network, reference=other), tmp_path / "out", QUICK)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_export_leaves_the_old_bundle(
-    tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_bundle: Path, imems_network: bundles.Network, tmp_path: Path
 ) -> None:
     out = shutil.copytree(tiny_bundle, tmp_path / "bundles" / "model")
     before = (out / "card.json").read_bytes()
-    monkeypatch.setattr("histostream.export.bundle.FP32_AGREEMENT", 1.1)
+    broken = replace(imems_network, reference=lambda tiles: imems_network.reference(tiles) // 2 * 0)
     with pytest.raises(ParityError):
-        export_bundle("imems", tiny_checkpoint, out, tile_px=64)
+        write_bundle(broken, out, QUICK)
     assert (out / "card.json").read_bytes() == before
     assert [p.name for p in out.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_a_precision_that_cannot_be_healed_is_left_out_and_said(
+    imems_network: bundles.Network,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+) -> None:
+    monkeypatch.setitem(bundles.LIMITS, precision, Limits(1.1, 0.0))
+    export = write_bundle(
+        imems_network, tmp_path / "out", replace(QUICK, precisions=("fp32", precision))
+    )
+    (failure,) = export.failures
+    assert failure.startswith(f"{precision}: ")
+    assert f"model.{precision}.onnx was not written" in failure
+    assert not (tmp_path / "out" / f"model.{precision}.onnx").exists()
+    card = read_card(tmp_path / "out")
+    assert precision not in card.precisions
+    assert precision not in card.precision
+    assert list(card.files) == ["model.onnx"]
+    with pytest.raises(CardError, match=f"has no {precision} graph, but fp32"):
+        open_engine(tmp_path / "out", precision=precision)
 
 
 def test_a_folder_that_is_no_bundle_is_not_replaced(tiny_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.doc").write_text("years of work")
     with pytest.raises(OutputError, match="is not a model bundle"):
-        export_bundle("imems", tiny_checkpoint, tmp_path)
+        export_checkpoint("imems", tiny_checkpoint, tmp_path)
     assert (tmp_path / "thesis.doc").exists()
 
 
 def test_a_checkpoint_of_another_method_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
     said = checkpoint.read(tiny_checkpoint)
     state = imems.build(imems.Config(**said.config), 3)
-    from dataclasses import replace
-
     checkpoint.save(tmp_path / "other", replace(said, method="apma_net"), state)
     with pytest.raises(CheckpointError, match="trained by 'apma_net', not 'imems'"):
-        export_bundle("imems", tmp_path / "other", tmp_path / "out")
-
-
-def export(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "histostream.export.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-def test_without_a_checkpoint_the_shipped_weights_are_exported(tmp_path: Path) -> None:
-    from histostream.runtime.card import default_bundle
-
-    done = export("--method", "imems", "--out", tmp_path / "bundle")
-    assert done.returncode == 0, done.stderr
-    assert "labels agree with torch" in done.stdout
-    exported, shipped = open_engine(tmp_path / "bundle"), open_engine(default_bundle())
-    tiles = demo_tiles(512, 3, 0.5)[2:4]
-    np.testing.assert_array_equal(exported.infer(tiles), shipped.infer(tiles))
+        export_checkpoint("imems", tmp_path / "other", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("changed", "words"),
     [
-        (["--method", "imens"], "did you mean 'imems'"),
-        (["--method", "imems", "--checkpoint", "nowhere"], "no checkpoint in it"),
+        ({"precisions": ("fp32", "fp8")}, "no precision is called 'fp8': use fp32, fp16, int8"),
+        ({"tensorrt": "always"}, "use auto, tensorrt, rtx or off"),
+        ({"tile_px": 0}, "tile_px=0"),
+        ({"calibrate": Path("nowhere.svs")}, r"nowhere\.svs: does not exist"),
     ],
 )
-def test_a_wrong_option_is_one_clear_line(tmp_path: Path, arguments: list[str], words: str) -> None:
-    done = export(*arguments, "--out", tmp_path / "bundle")
-    assert done.returncode == 1
-    assert words in done.stderr
-    assert len(done.stderr.splitlines()) == 1
-    assert not (tmp_path / "bundle").exists()
+def test_a_wrong_option_is_refused(changed: dict[str, object], words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        Options(**changed)  # type: ignore[arg-type]
+
+
+def test_a_tile_that_the_network_does_not_take_is_refused_with_the_nearest_that_it_does(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(GraphError, match="66 px: this network takes multiples of 4; use 64 or 68"):
+        export_checkpoint("imems", tiny_checkpoint, tmp_path / "out", replace(QUICK, tile_px=66))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_operator_without_form_in_onnx_is_named() -> None:
+    class Bessel(TileNetwork):
+        channels, classes = 3, 2
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 2, 1)
+
+        def probs(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.special.bessel_j0(self.conv(x))
+
+    with pytest.raises(GraphError, match=r"node %bessel_j0 .*No ONNX function found") as caught:
+        trained_network(Bessel(), method="m", classes=CLASSES, mpp=0.5, channels=3, tile_px=32)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_target_that_the_library_does_not_have_is_refused_before_any_work(
+    imems_network: bundles.Network, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="no TensorRT-RTX to build with")
+
+    def never(tiles: np.ndarray) -> np.ndarray:
+        raise AssertionError("work was done")
+
+    options = replace(QUICK, tensorrt="rtx", targets=("sm86", "sm90"))
+    with pytest.raises(EngineError, match="sm90"):
+        write_bundle(replace(imems_network, reference=never), tmp_path / "out", options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_tensorrt_an_engine_is_left_out_unless_it_was_demanded(
+    imems_network: bundles.Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, name, None)  # which is how Python says: not installed
+    said: list[str] = []
+    export = write_bundle(
+        imems_network, tmp_path / "out", replace(QUICK, tensorrt="auto"), say=said.append
+    )
+    assert export.failures == ()
+    assert any("no engine: " in line and "histostream[rtx]" in line for line in said)
+    with pytest.raises(EngineError, match="histostream"):
+        write_bundle(imems_network, tmp_path / "other", replace(QUICK, tensorrt="rtx"))
+
+
+def test_triton_gets_every_graph(imems_network: bundles.Network, tmp_path: Path) -> None:
+    options = replace(QUICK, precisions=("fp32", "fp16"), triton=tmp_path / "repository")
+    write_bundle(imems_network, tmp_path / "mine", options)
+    models = sorted(p.name for p in (tmp_path / "repository").iterdir())
+    assert models == ["mine_fp16", "mine_fp32"]
+
+
+def test_a_network_too_large_for_many_tiles_gets_few(
+    imems_network: bundles.Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bundles, "WORK", 1.0)
+    card = write_bundle(imems_network, tmp_path / "out", QUICK).card
+    assert card.parity["model.onnx"]["tiles"] == 1
 
 
 def test_the_shipped_bundle_is_what_the_issue_of_models_asks() -> None:
-    from histostream.runtime.card import default_bundle
-
     bundle = default_bundle()
     card = read_card(bundle)
     weights = onnx.load(bundle / "model.onnx").graph.initializer
@@ -186,3 +361,4 @@ def test_the_shipped_bundle_is_what_the_issue_of_models_asks() -> None:
     assert scores["pixel_accuracy"] > 0.85
     assert json.dumps(card.training["recipe"])
     assert "fails" in card.note
+    assert asdict(card)["halo_px"] == 122

@@ -64,9 +64,9 @@ def test_tiles_of_a_wrong_kind_are_refused(engine: Engine, tiles: NDArray[np.uin
 
 @pytest.mark.parametrize("backend", ["cuda", "tensorrt"])
 def test_a_gpu_that_is_not_there_is_an_error_not_a_cpu_run(tiny_bundle: Path, backend: str) -> None:
-    from histostream.runtime.engine import _gpu_count
+    from histostream.runtime.engine import gpu_count
 
-    if _gpu_count():
+    if gpu_count():
         pytest.skip("a GPU is here")
     with pytest.raises(EngineError, match=backend):
         open_engine(tiny_bundle, backend=backend)
