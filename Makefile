@@ -34,7 +34,8 @@ types: $(VENV)/.dev
 model: $(VENV)/.dev
 	$(BIN)/histo-train --method imems --data "$(DATA)/nuclei-dsb2018/brightfield" --config nuclei --out runs/nuclei
 	$(BIN)/python -m histostream.training.publish runs/nuclei training/weights/imems
-	$(BIN)/histo-export --method imems --out runtime/models/nuclei
+	$(BIN)/histo-export --method imems --out runtime/models/nuclei --precision fp32,int8 \
+	  --tensorrt off --calibrate "$(DATA)/nuclei-dsb2018/brightfield"
 	$(BIN)/python -m histostream.benchmarks.accuracy.nuclei --data "$(DATA)" --out benchmarks/results/accuracy-nuclei.json
 
 clean:

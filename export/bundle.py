@@ -20,13 +20,14 @@ from histostream.export.int8 import Quantizer
 from histostream.export.parity import LIMITS, Judge, ParityError, ParityReport, run_graph
 from histostream.export.precision import fp32_islands, multiply_accumulates, name_nodes, to_fp16
 from histostream.export.reach import reach
-from histostream.export.tiles import Tiles, collect_tiles
+from histostream.export.tiles import PLAIN_SUFFIXES, Tiles, collect_tiles
 from histostream.export.triton import write_triton
 from histostream.runtime import tensorrt
 from histostream.runtime.card import ENGINES, PRECISIONS, ModelCard, write_card
 from histostream.runtime.engine import EngineError, open_engine
 from histostream.runtime.engine_file import read_engine
 from histostream.wsi.errors import HistoError, OutputError
+from histostream.wsi.reader import open_slide
 from histostream.wsi.sink import ClassInfo
 
 TILE_PX = 512
@@ -128,18 +129,26 @@ class Export:
     failures: tuple[str, ...]
 
 
-def check_out(out: Path) -> None:
-    """Refuse to replace what is not a model bundle.
+def check(out: Path, options: Options) -> None:
+    """Refuse what cannot work, before any work is done.
 
     Raises
     ------
     OutputError
-        If ``out`` exists and is something else.
+        If ``out`` exists and is not a model bundle.
+    EngineError
+        If TensorRT was demanded and is not usable, or has not the target.
+    SlideError
+        If the slide to calibrate on cannot be opened.
     """
     if out.exists() and not (
         out.is_dir() and ((out / "card.json").exists() or not any(out.iterdir()))
     ):
         raise OutputError(f"{out}: exists and is not a model bundle; choose another folder")
+    _find_library(options, lambda text: None)
+    for source in (options.calibrate, options.freeze):
+        if source is not None and source.is_file() and source.suffix not in PLAIN_SUFFIXES:
+            open_slide(source).close()
 
 
 def write_bundle(
@@ -169,7 +178,7 @@ def write_bundle(
     OutputError
         If ``out`` is something else than a bundle, or cannot be written.
     """
-    check_out(out)
+    check(out, options)
     library = _find_library(options, say)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -169,13 +169,14 @@ def wrap(
              "output_name")  # fmt: skip
     said = {name: how.pop(name) for name in names}
     options = _options(how)
-    from histostream.export.bundle import write_bundle
+    from histostream.export.bundle import check, write_bundle
     from histostream.export.foreign import ForeignModel, foreign_network
 
     foreign = ForeignModel(
         classes=classes, tile_px=options.tile_px, order="bgr" if bgr else "rgb", **said
     )
     out = out or Path("bundles") / model.stem
+    check(out, options)
     network = foreign_network(model, foreign, mpp=mpp, note=note)
     _tell(write_bundle(network, out, options, say=click.echo), out)
 

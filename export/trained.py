@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from histostream.export.bundle import Export, Network, Options, Say, check_out, write_bundle
+from histostream.export.bundle import Export, Network, Options, Say, check, write_bundle
 from histostream.export.graph import GraphError
 from histostream.export.onnx import export_onnx
 from histostream.training import checkpoint as checkpoints
@@ -74,7 +74,7 @@ def export_checkpoint(
     said = checkpoints.read(folder)
     if said.method != method_name:
         raise CheckpointError(f"{folder}: trained by {said.method!r}, not {method_name!r}")
-    check_out(out)
+    check(out, options)
     try:
         config = method.Config(**said.config)
     except (TypeError, ValueError) as error:

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from histostream.runtime import Engine, default_bundle, open_engine, segment_pixels
+from histostream.runtime.card import read_card
 from histostream.training.augment import zoom
 from histostream.training.data import Sample, read_folder
 from histostream.training.metrics import Confusion
@@ -74,23 +75,23 @@ def outlined(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="JSON to write.")
 @click.option("--sheets", type=click.Path(path_type=Path), help="Folder for outlined images.")
 def main(bundle: Path | None, data_dir: Path, out: Path, sheets: Path | None) -> None:
-    """Score a nucleus model on TNBC and the MoNuSeg test set."""
-    engine = open_engine(bundle or default_bundle(), backend="cpu")
-    scores = {}
-    for name, folder in SETS.items():
-        samples = read_folder(data_dir / folder)
-        result = score(samples, engine, sheets / name if sheets else None)
-        scores[name] = result
-        click.echo(
-            f"{name}: Dice {result['dice_pooled']} pooled, "
-            f"{result['dice_mean_over_images']} mean over {len(samples)} images"
-        )
-    said = {
-        "model_sha256": engine.card.files["model.onnx"],
-        "mpp": engine.card.mpp,
-        "engine": engine.name,
-        "scores": scores,
-    }
+    """Score a nucleus model on TNBC and the MoNuSeg test set, in every precision that it has."""
+    bundle = bundle or default_bundle()
+    card = read_card(bundle)
+    sets = {name: read_folder(data_dir / folder) for name, folder in SETS.items()}
+    scores: dict[str, object] = {}
+    for precision in card.precisions:
+        engine = open_engine(bundle, backend="cpu", precision=precision)
+        found = {}
+        for name, samples in sets.items():
+            sheet = sheets / precision / name if sheets else None
+            found[name] = score(samples, engine, sheet)
+            click.echo(
+                f"{precision} {name}: Dice {found[name]['dice_pooled']} pooled, "
+                f"{found[name]['dice_mean_over_images']} mean over {len(samples)} images"
+            )
+        scores[precision] = {"engine": engine.name, **found}
+    said = {"model_sha256": card.files, "mpp": card.mpp, "scores": scores}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(said, indent=1) + "\n")
 

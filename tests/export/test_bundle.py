@@ -237,7 +237,7 @@ def test_a_precision_that_cannot_be_healed_is_left_out_and_said(
     monkeypatch: pytest.MonkeyPatch,
     precision: str,
 ) -> None:
-    monkeypatch.setitem(bundles.LIMITS, precision, Limits(1.1, 0.0))
+    monkeypatch.setitem(LIMITS, precision, Limits(1.1, 0.0))
     export = write_bundle(
         imems_network, tmp_path / "out", replace(QUICK, precisions=("fp32", precision))
     )
@@ -299,7 +299,8 @@ def test_an_operator_without_form_in_onnx_is_named() -> None:
             self.conv = nn.Conv2d(3, 2, 1)
 
         def probs(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.special.bessel_j0(self.conv(x))
+            out: torch.Tensor = torch.special.bessel_j0(self.conv(x))
+            return out
 
     with pytest.raises(GraphError, match=r"node %bessel_j0 .*No ONNX function found") as caught:
         trained_network(Bessel(), method="m", classes=CLASSES, mpp=0.5, channels=3, tile_px=32)

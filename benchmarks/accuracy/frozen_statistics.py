@@ -1,0 +1,171 @@
+r"""What it costs to freeze the statistics of instance and group normalisation, and what it buys.
+
+::
+
+    python -m histostream.benchmarks.accuracy.frozen_statistics --data ../shared/data \
+        --out benchmarks/results/frozen-statistics.json
+
+Two small U-Nets, one with instance and one with group normalisation after each convolution, learn
+nuclei from the brightfield images of the 2018 Data Science Bowl. Each is exported as it is, with
+its statistics frozen over the training images, and with its statistics frozen over what it is then
+scored on, without labels, as a user would with a slide of the own laboratory. Scored are TNBC and
+the MoNuSeg test set; and a slide, where two tiles that lie half a tile apart should agree.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from histostream.benchmarks.accuracy.nuclei import SETS, score
+from histostream.benchmarks.hardware import hardware
+from histostream.export.bundle import Options, write_bundle
+from histostream.export.trained import trained_network
+from histostream.runtime import Engine, open_engine
+from histostream.training.augment import Augmentation, draw_crop
+from histostream.training.data import Sample, read_folder, split
+from histostream.training.loop import typical_object_px
+from histostream.training.networks.unet import UNet
+from histostream.wsi.reader import open_slide
+from histostream.wsi.resolution import at_mpp
+from histostream.wsi.sink import ClassInfo
+
+CLASSES = (ClassInfo("background", (255, 255, 255)), ClassInfo("nucleus", (30, 100, 220)))
+MPP = 0.5
+TILE_PX = 256
+WIDTH = 16
+BATCH, CROP_PX = 8, 128
+AUGMENTATION = Augmentation(
+    flips=True, object_px=11.0, zoom=1.5, stain=0.25, restain=0.65, light=0.25, focus=1.0,
+    noise=6.0, jpeg=0.3,
+)  # fmt: skip
+
+
+class NormedUNet(nn.Module):
+    """A U-Net with a normalisation after each 3x3 convolution, behind the tile contract."""
+
+    def __init__(self, norm: str) -> None:
+        super().__init__()
+        self.network = UNet(3, 2, base_width=WIDTH, depth=4, dropout=0.1)
+        for parent in list(self.network.modules()):
+            for name, conv in list(parent.named_children()):
+                if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3):
+                    width = conv.out_channels
+                    layer = (
+                        nn.InstanceNorm2d(width, affine=True)
+                        if norm == "instance"
+                        else nn.GroupNorm(8, width)
+                    )
+                    setattr(parent, name, nn.Sequential(conv, layer))
+
+    def forward(self, tiles: Tensor) -> Tensor:
+        """Map uint8 (N, H, W, 3) to uint8 probabilities (N, 2, H, W)."""
+        x = tiles.to(torch.float32).permute(0, 3, 1, 2) / 127.5 - 1
+        return torch.clamp(self.network(x).softmax(1) * 255 + 0.5, 0, 255).to(torch.uint8)
+
+
+def train(network: NormedUNet, samples: list[Sample], steps: int) -> None:
+    """Cross-entropy with Adam, the rate falling to zero along a cosine."""
+    rng = np.random.default_rng(0)
+    typical = typical_object_px(samples)
+    optimizer = torch.optim.Adam(network.parameters(), 2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    network.train()
+    for _ in range(steps):
+        chosen = rng.integers(len(samples), size=BATCH)
+        crops = [draw_crop(samples[i], CROP_PX, AUGMENTATION, typical, rng) for i in chosen]
+        x = torch.from_numpy(np.stack([c[0] for c in crops])).to(torch.float32)
+        labels = torch.from_numpy(np.stack([c[1] for c in crops])).long()
+        loss = F.cross_entropy(network.network(x.permute(0, 3, 1, 2) / 127.5 - 1), labels)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+    network.eval()
+
+
+def disagreement_of_tiles(engine: Engine, slide: Path) -> float:
+    """Share of a slide's pixels whose label depends on which of two tiles they lie in.
+
+    Each tile is compared with four that are half a tile away, where the two overlap, a quarter of
+    a tile away from either's border.
+    """
+    side, half, quarter = TILE_PX, TILE_PX // 2, TILE_PX // 4
+    with open_slide(slide) as reader:
+        view = at_mpp(reader, MPP)
+        pixels = view.read(0, 0, view.width, view.height)
+
+    def labels(x: int, y: int) -> np.ndarray:
+        tile = np.ascontiguousarray(pixels[y : y + side, x : x + side])
+        found: np.ndarray = engine.infer(tile[None])[0].argmax(axis=0)
+        return found
+
+    differ = total = 0
+    for y in range(0, pixels.shape[0] - side - half, side):
+        for x in range(0, pixels.shape[1] - side - half, side):
+            one, other = labels(x, y), labels(x + half, y + half)
+            # The middle of the overlap, which is half a tile wide.
+            a = one[half + quarter // 2 : -quarter // 2, half + quarter // 2 : -quarter // 2]
+            b = other[quarter // 2 : half - quarter // 2, quarter // 2 : half - quarter // 2]
+            differ += int((a != b).sum())
+            total += a.size
+    return differ / total
+
+
+@click.command()
+@click.option("--data", "data_dir", required=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="JSON to write.")
+@click.option("--steps", default=600, show_default=True, help="Training steps of each network.")
+def main(data_dir: Path, out: Path, steps: int) -> None:
+    """Train, freeze, score, compare."""
+    folder = data_dir / "nuclei-dsb2018" / "brightfield"
+    samples = read_folder(folder)
+    chosen = [samples[i] for i in split(len(samples), validation=0.12, test=0.2, seed=1).train]
+    slide = data_dir / "wsi-slides" / "CMU-1-Small-Region.svs"
+    scored = {**{name: data_dir / where for name, where in SETS.items()}, "slide": slide}
+    results: dict[str, object] = {}
+    for norm in ("instance", "group"):
+        torch.manual_seed(0)
+        module = NormedUNet(norm)
+        start = time.perf_counter()
+        train(module, chosen, steps)
+        seconds = time.perf_counter() - start
+        network = trained_network(
+            module, method=f"unet_{norm}_norm", classes=CLASSES, mpp=MPP, channels=3,
+            tile_px=TILE_PX,
+        )  # fmt: skip
+        rows: dict[str, dict[str, object]] = {}
+        for kind in ("live", "frozen over training images", "frozen over what is scored"):
+            rows[kind] = {}
+            for name, place in scored.items():
+                freeze = {"live": None, "frozen over training images": folder}.get(kind, place)
+                with tempfile.TemporaryDirectory() as scratch:
+                    options = Options(
+                        precisions=("fp32",), tensorrt="off", tile_px=TILE_PX, calibrate=slide,
+                        freeze=freeze,
+                    )  # fmt: skip
+                    write_bundle(network, Path(scratch) / "bundle", options)
+                    engine = open_engine(Path(scratch) / "bundle", backend="cpu")
+                if place == slide:
+                    share = disagreement_of_tiles(engine, slide)
+                    rows[kind]["labels_that_depend_on_the_tile"] = round(share, 6)
+                else:
+                    found = score(read_folder(place), engine)
+                    rows[kind][f"dice_{name}"] = found["dice_pooled"]
+        results[norm] = {"training_steps": steps, "training_seconds": round(seconds), **rows}
+        click.echo(f"{norm}: {json.dumps(rows)}")
+    said = {"hardware": hardware(), "tile_px": TILE_PX, "width": WIDTH, "networks": results}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(said, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
