@@ -20,7 +20,7 @@ import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 import numpy as np
@@ -36,6 +36,7 @@ from histostream.runtime.memory import peak_memory_mib, return_buffers_at_once
 from histostream.training import checkpoint
 from histostream.training.checkpoint import Checkpoint
 from histostream.training.methods import imems
+from histostream.training.networks.unet import UNet
 
 REPEATS = 5
 LARGE = imems.Config(base_width=64, adversarial=False)
@@ -93,7 +94,9 @@ def export_large(folder: Path) -> dict[str, Any]:
     """Export an untrained U-Net of 34.5 M parameters in a process of its own."""
     torch.manual_seed(0)
     state = imems.build(LARGE, 2)
-    generator = state.modules["generator"]
+    generator = cast(UNet, state.modules["generator"])
+    with torch.no_grad():  # untrained, its classes are all but equal everywhere: nothing to judge
+        generator.head.weight.mul_(8)
     classes = [("background", (255, 255, 255)), ("nucleus", (30, 100, 220))]
     said = Checkpoint("imems", asdict(LARGE), classes, 3, 0.5, 0, {})
     checkpoint.save(folder / "large", said, state)

@@ -1,31 +1,42 @@
 """Wrap a segmentation network from elsewhere, as ONNX, so that it keeps the tile contract.
 
-The file is data: nothing of it runs but operators of the ONNX standard, in ONNX Runtime, and
-weights outside the file are read only from its own folder. Beside the wrapped graph comes a
-reference, the file as it is in ONNX Runtime with NumPy around it, for the parity gate.
+Beside the wrapped graph comes a reference, the file as it is in ONNX Runtime with NumPy around it,
+for the parity gate.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnx.inliner
-import onnx.shape_inference
-import onnx.version_converter
-from google.protobuf.message import DecodeError, Message
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from histostream.export.bundle import Network
+from histostream.export.foreign_file import (
+    INVALID,
+    OLDEST_OPSET,
+    check_operators,
+    convert,
+    either,
+    first_line,
+    open_file,
+    open_session,
+    opset_of,
+    prune,
+    read_onnx,
+    unused_name,
+    value_names,
+)
+from histostream.export.free_batch import with_free_batch
 from histostream.export.graph import GraphError, check_graph
-from histostream.export.onnx import OPSET
+from histostream.export.shapes import resize_scale
 from histostream.wsi.sink import ClassInfo
 
 # White, then Okabe and Ito's colours, which people with any colour vision tell apart.
@@ -33,18 +44,11 @@ PALETTE = (
     (255, 255, 255), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178),
     (213, 94, 0), (204, 121, 167), (0, 0, 0),
 )  # fmt: skip
-OLDEST_OPSET = 13  # the nodes that are added here mean the same from this operator set on
-STANDARD_DOMAINS = ("", "ai.onnx")
 LAYOUTS = ("auto", "nchw", "nhwc")
 ACTIVATIONS = ("auto", "softmax", "sigmoid", "none")
 ORDERS = ("rgb", "bgr")
 FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-MOST_BYTES = 2**31 - 1  # of one ONNX file: protobuf's limit
-MOST_NODES = 100_000  # once local functions are written out; large networks have some thousands
-MOST_DEPTH = 100  # of functions in functions; exporters need a few
-INVALID = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError)
 PREFIX = "histostream/"  # of the names of nodes and values that are added
-FATAL_ONLY = 4  # ONNX Runtime's severity for messages on stderr; failures are raised by us
 SLACK = 1e-3  # how far probabilities may leave 0..1 by rounding, half precision included
 # Nodes that move or average values, so that probabilities stay probabilities.
 MOVING = frozenset(
@@ -167,13 +171,13 @@ def wrap_onnx(path: Path, options: ForeignModel) -> WrappedModel:
     GraphError
         If it is not an ONNX file, does not fit the options, or may not be deployed.
     """
-    original = _read(path)
-    _check_operators(original)
-    session = _session(path, original)
+    original = read_onnx(path)
+    check_operators(original)
+    session = open_file(path, original)
     options = _named(session, options)
-    model = _pruned(original, options)
+    model = prune(original, str(options.input_name), str(options.output_name))
     if len(session.get_inputs()) > 1:  # the others are not needed, but would have to be given
-        session = _open(model)
+        session = open_session(model)
     network = _Network.of(session, options)
     options = replace(options, layout=network.layout)
     tiles = _trial_tiles(options)
@@ -182,15 +186,15 @@ def wrap_onnx(path: Path, options: ForeignModel) -> WrappedModel:
     options = replace(options, activation=_activation(model, output, geometry, options))
     reference = _Reference(network, geometry, options)
     wanted = reference(tiles)
-    converted = _converted(model)
+    converted = convert(model)
     try:
         wrapped, notes = _wrapped(converted, network, geometry, options, tiles, wanted)
     except GraphError:
-        if converted is model or _opset(model) < OLDEST_OPSET:
+        if converted is model or opset_of(model) < OLDEST_OPSET:
             raise
         # The converter between operator sets has gaps.
         wrapped, notes = _wrapped(model, network, geometry, options, tiles, wanted)
-    return WrappedModel(wrapped, reference, options, _opset(wrapped), notes)
+    return WrappedModel(wrapped, reference, options, opset_of(wrapped), notes)
 
 
 def foreign_network(path: Path, options: ForeignModel, *, mpp: float, note: str = "") -> Network:
@@ -244,122 +248,11 @@ def _wrapped(
     wanted: Scores,
 ) -> tuple[onnx.ModelProto, tuple[str, ...]]:
     """Build the wrapped graph, and try it out."""
-    freed, changed, stuck = _with_free_batch(network, said, options)
+    freed, changed, stuck = with_free_batch(network, said.input_shape(options))
     model = _assembled(freed, said, geometry, options)
     _check(model)
     _try_out(model, tiles, wanted, stuck)
     return model, tuple(f"{name}: freed of the fixed batch" for name in changed)
-
-
-# --- the file -----------------------------------------------------------------------------------
-
-
-def _read(path: Path) -> onnx.ModelProto:
-    """Read the file and its external data, none of which may lie outside its folder."""
-    try:
-        content = path.read_bytes()
-        model = onnx.load_model_from_string(content)
-        tensors = [part for part in _parts(model) if isinstance(part, TensorProto)]
-    except OSError as error:
-        raise GraphError(f"{path}: cannot be read ({error.strerror})") from error
-    except (DecodeError, UnicodeDecodeError) as error:  # which one depends on protobuf's version
-        raise GraphError(f"{path}: not an ONNX file, or damaged; export the model again") from error
-    if not model.graph.node or not model.graph.output:
-        raise GraphError(f"{path}: not an ONNX file, or one without a network")
-    folder, outside = path.resolve().parent, dict[Path, int]()
-    for tensor in tensors:
-        if tensor.data_location != TensorProto.EXTERNAL:
-            continue
-        location = next((e.value for e in tensor.external_data if e.key == "location"), "")
-        data = folder / location
-        try:
-            inside = bool(location) and data.resolve().is_relative_to(folder)
-        except (OSError, RuntimeError, ValueError):  # a loop of links, or not a name at all
-            inside = False
-        if not inside:
-            raise GraphError(
-                f"{path}: weights {tensor.name!r} lie in {location!r}, outside the model's folder; "
-                "only files beside the model are read"
-            )
-        if not data.is_file():
-            raise GraphError(f"{data}: is missing; weights of {path.name} lie in it")
-        outside[data] = data.stat().st_size
-    if len(content) + sum(outside.values()) > MOST_BYTES:
-        raise GraphError(f"{path}: with its weights larger than one ONNX file can be (2 GiB)")
-    try:
-        onnx.load_external_data_for_model(model, str(folder))
-        onnx.checker.check_model(model)
-    except (ValueError, OSError, *INVALID) as error:
-        raise GraphError(f"{path}: damaged ({_first_line(error)})") from error
-    for tensor in tensors:
-        if tensor.data_location == TensorProto.EXTERNAL:
-            raise GraphError(f"{path}: weights {tensor.name!r} outside the file, in a function")
-    return model
-
-
-def _parts(message: Message) -> Iterator[Message]:
-    """Every message in a model, in attributes and functions too; DecodeError if a text is none."""
-    yield message
-    for said, value in message.ListFields():
-        if said.message_type is not None:
-            for part in [value] if isinstance(value, Message) else value:
-                yield from _parts(part)
-        elif said.type == said.TYPE_STRING:
-            # Protobuf leaves what is not UTF-8 as bytes.
-            texts = [value] if isinstance(value, str | bytes) else value
-            if not all(isinstance(text, str) for text in texts):
-                raise DecodeError(f"{said.name} is not text")
-
-
-def _check_operators(model: onnx.ModelProto) -> None:
-    """Refuse operators outside the standard, subgraphs, and functions that multiply endlessly."""
-    functions = {(f.domain, f.name, f.overload): f for f in model.functions}
-    sizes: dict[tuple[str, str, str], int] = {}
-
-    def size(nodes: Any, within: tuple[tuple[str, str, str], ...]) -> int:
-        total = 0
-        for node in nodes:
-            key = (node.domain, node.op_type, node.overload)
-            if any(a.HasField("g") or a.graphs for a in node.attribute):
-                raise GraphError(f"node {node.name!r} is a {node.op_type}: not in a deployed graph")
-            if key in within or len(within) > MOST_DEPTH:
-                raise GraphError(f"function {node.op_type!r} calls itself, or is too deep")
-            if key not in functions:
-                if node.domain not in STANDARD_DOMAINS:
-                    raise GraphError(
-                        f"node {node.name!r} is a {node.op_type} of {node.domain!r}, not an "
-                        "operator of the ONNX standard; export the model without custom operators"
-                    )
-                total += 1
-                continue
-            if key not in sizes:
-                sizes[key] = size(functions[key].node, (*within, key))
-            total += sizes[key]
-        return total
-
-    if (nodes := size(model.graph.node, ())) > MOST_NODES:
-        raise GraphError(f"{nodes} nodes once functions are written out: too many to be a network")
-
-
-def _session(path: Path, model: onnx.ModelProto) -> Any:
-    """Open the network in ONNX Runtime: the file's own bytes, with external data put inside."""
-    try:
-        return _open(model)
-    except GraphError as error:
-        raise GraphError(f"{path}: ONNX Runtime cannot load it ({error})") from error
-
-
-def _open(model: onnx.ModelProto) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = FATAL_ONLY
-    try:
-        return onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-    except Exception as error:  # ONNX Runtime's own exceptions have no common base
-        raise GraphError(_first_line(error)) from error
 
 
 # --- the network as it came ---------------------------------------------------------------------
@@ -377,9 +270,9 @@ def _named(session: Any, options: ForeignModel) -> ForeignModel:
 
 def _one_of(kind: str, asked: str | None, names: list[str]) -> str:
     if asked is None and len(names) != 1:
-        raise GraphError(f"the network has {len(names)} {kind}s: pass --{kind} {_or(names)}")
+        raise GraphError(f"the network has {len(names)} {kind}s: pass --{kind} {either(names)}")
     if asked is not None and asked not in names:
-        raise GraphError(f"the network has no {kind} {asked!r}; it has {_or(names)}")
+        raise GraphError(f"the network has no {kind} {asked!r}; it has {either(names)}")
     return asked or names[0]
 
 
@@ -399,7 +292,7 @@ class _Network:
         said = next(i for i in session.get_inputs() if i.name == options.input_name)
         if said.type not in FLOATS:
             raise GraphError(
-                f"input {said.name!r} is a {said.type}: use one of {_or(list(FLOATS))}"
+                f"input {said.name!r} is a {said.type}: use one of {either(list(FLOATS))}"
             )
         if len(said.shape) != 4:
             raise GraphError(f"input {said.name!r} is {said.shape}: four dimensions are needed")
@@ -426,6 +319,13 @@ class _Network:
             )
         return cls(session, said.name, str(options.output_name), said.type, layout, batch)
 
+    def input_shape(self, options: ForeignModel) -> tuple[int, int, int, int]:
+        """Shape of the input for tiles; N is 1 where it is free."""
+        batch, side, channels = self.batch or 1, options.tile_px, options.channels
+        if self.layout == "nchw":
+            return batch, channels, side, side
+        return batch, side, side, channels
+
     def run(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """Map normalised tiles, in the network's layout, to its raw output; in its batches."""
         size = self.batch or len(x)
@@ -440,7 +340,7 @@ class _Network:
                 multiple = -(-side // 32) * 32
                 raise GraphError(
                     f"the network does not take {_by([side] * 2)} pixels "
-                    f"({_first_line(error)}); "
+                    f"({first_line(error)}); "
                     f"try --tile-px {multiple if multiple > side else side + 32}, a multiple of 32"
                 ) from error
             parts.append(out[: len(part)])
@@ -587,76 +487,6 @@ def _trial_tiles(options: ForeignModel) -> Tiles:
 # --- the wrapped graph --------------------------------------------------------------------------
 
 
-def _pruned(original: onnx.ModelProto, options: ForeignModel) -> onnx.ModelProto:
-    """Write out functions; keep what the output needs; name what has no name."""
-    model = onnx.ModelProto()
-    model.CopyFrom(original)
-    if model.functions:
-        try:
-            model = onnx.inliner.inline_local_functions(model)
-        except (RuntimeError, ValueError, *INVALID) as error:
-            raise GraphError(f"functions cannot be written out ({_first_line(error)})") from error
-        _check_operators(model)
-    graph = model.graph
-    makers = {name: node for node in graph.node for name in node.output if name}
-    needed: set[str] = set()
-    waiting = [str(options.output_name)]
-    while waiting:
-        name = waiting.pop()
-        if name and name not in needed:
-            needed.add(name)
-            waiting += makers[name].input if name in makers else []
-    nodes = [n for n in graph.node if needed & set(n.output)]
-    weights = [t for t in graph.initializer if t.name in needed]
-    sparse = [t for t in graph.sparse_initializer if t.values.name in needed]
-    known = {t.name for t in weights} | {t.values.name for t in sparse}
-    missing = needed - set(makers) - known - {str(options.input_name)}
-    if missing:
-        raise GraphError(
-            f"output {options.output_name!r} also needs the inputs {_or(sorted(missing))}: "
-            "only networks of one image can be wrapped"
-        )
-    if options.input_name not in needed:
-        raise GraphError(f"output {options.output_name!r} does not depend on the input")
-    names = {n.name for n in nodes}
-    for count, node in enumerate(nodes):
-        if not node.name:
-            node.name = _free(f"{node.op_type}_{count}", names)
-            names.add(node.name)
-        node.doc_string = ""  # exporters leave paths of their machine here
-        del node.metadata_props[:]
-        if node.op_type == "Dropout" and len(node.input) < 3 and not any(node.output[1:]):
-            node.op_type = "Identity"  # without training_mode it does nothing, by the standard
-            del node.input[1:], node.output[1:], node.attribute[:]
-    kept = helper.make_graph(
-        nodes,
-        graph.name or "network",
-        [i for i in graph.input if i.name == options.input_name],
-        [o for o in graph.output if o.name == options.output_name],
-        weights,
-        sparse_initializer=sparse,
-    )
-    standard = [i for i in model.opset_import if i.domain in STANDARD_DOMAINS]
-    # From version 4 on weights need not be inputs.
-    return helper.make_model(kept, ir_version=max(model.ir_version, 4), opset_imports=standard)
-
-
-def _converted(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return the network in operator set 18 if it is older and can be converted, else itself."""
-    opset = _opset(model)
-    if opset >= OPSET:
-        return model
-    try:
-        return onnx.version_converter.convert_version(model, OPSET)
-    except (RuntimeError, ValueError, *INVALID) as error:
-        if opset >= OLDEST_OPSET:
-            return model
-        raise GraphError(
-            f"operator set {opset} cannot be converted to {OPSET} ({_first_line(error)}); "
-            f"export the model again with operator set {OLDEST_OPSET} or later"
-        ) from error
-
-
 def _assembled(
     network: onnx.ModelProto, said: _Network, geometry: _Geometry, options: ForeignModel
 ) -> onnx.ModelProto:
@@ -688,7 +518,7 @@ def _assembled(
     if geometry.layout == "nhwc":
         y = after.add("Transpose", y, perm=[0, 3, 1, 2])
     if (geometry.height, geometry.width) != (side, side):
-        scales = [1, 1, _factor(geometry.height, side), _factor(geometry.width, side)]
+        scales = [1, 1, resize_scale(geometry.height, side), resize_scale(geometry.width, side)]
         y = after.add(
             "Resize", y, "", after.constant("scales", np.array(scales, np.float32)),
             mode="linear", coordinate_transformation_mode="half_pixel",
@@ -731,7 +561,7 @@ class _Nodes:
     def add(self, kind: str, *inputs: str, **attributes: Any) -> str:
         """Add a node of one output and return the output's name."""
         taken = {node.name for node in self.nodes}
-        name = _free(f"{self._stage}{kind.lower()}", taken)
+        name = unused_name(f"{self._stage}{kind.lower()}", taken)
         self.nodes.append(helper.make_node(kind, inputs, [name], name=name, **attributes))
         return name
 
@@ -743,10 +573,11 @@ class _Nodes:
 
 def _make_room(graph: onnx.GraphProto) -> None:
     """Rename values and nodes of the network that have names of the contract or of ours."""
-    used = _value_names(graph)
+    used = value_names(graph)
     taken = {n for n in used if n in ("tiles", "scores") or n.startswith(PREFIX)}
     new = {
-        name: _free(f"{name.removeprefix(PREFIX)}_", used | {"tiles", "scores"}) for name in taken
+        name: unused_name(f"{name.removeprefix(PREFIX)}_", used | {"tiles", "scores"})
+        for name in taken
     }
     for node in graph.node:
         node.name = node.name.removeprefix(PREFIX)
@@ -758,126 +589,6 @@ def _make_room(graph: onnx.GraphProto) -> None:
         tensor.values.name = new.get(tensor.values.name, tensor.values.name)
 
 
-def _value_names(graph: onnx.GraphProto) -> set[str]:
-    weights = {t.name for t in graph.initializer} | {
-        t.values.name for t in graph.sparse_initializer
-    }
-    return weights | {name for node in graph.node for name in (*node.input, *node.output)}
-
-
-def _factor(source: int, target: int) -> np.float32:
-    """Scale with which ONNX's Resize, which rounds down, makes ``target`` of ``source``."""
-    scale = np.float32(target / source)
-    while math.floor(np.float32(source) * scale) < target:
-        scale = np.nextafter(scale, np.float32(math.inf))
-    return scale
-
-
-def _free(name: str, taken: set[str]) -> str:
-    while name in taken:
-        name += "_"
-    return name
-
-
-# --- a batch of any size ------------------------------------------------------------------------
-
-
-def _with_free_batch(
-    network: onnx.ModelProto, said: _Network, options: ForeignModel
-) -> tuple[onnx.ModelProto, list[str], list[str]]:
-    """Replace the batch size where exporters write it into constants.
-
-    Nothing changes for batches of the size that the network was exported with.
-
-    Returns
-    -------
-    The network, what was changed, and the reshapes that still have a fixed first dimension.
-    """
-    batch, side, channels = said.batch or 1, options.tile_px, options.channels
-    shape = (
-        [batch, channels, side, side] if said.layout == "nchw" else [batch, side, side, channels]
-    )
-    model = onnx.ModelProto()
-    model.CopyFrom(network)
-    graph = model.graph
-    _set_shape(graph.input[0], shape)
-    del graph.value_info[:]
-    graph.output[0].type.tensor_type.ClearField("shape")
-    shapes = _shapes(model)
-    values = _constants(graph)
-    changed: list[str] = []
-    stuck: list[str] = []
-    moving = {graph.input[0].name}  # values that hold pixels, not sizes
-    for node in graph.node:
-        if node.op_type in ("Shape", "Size") or not moving & set(node.input):
-            continue
-        moving |= set(node.output)
-        first = shapes.get(node.input[0], [None])
-        last = values.get(node.input[-1])
-        if last is None or last.ndim != 1 or not last.size:
-            continue
-        if node.op_type == "Reshape" and last[0] not in (-1, 0):
-            if last[0] == batch and (-1 not in last or first[:1] == [batch]):
-                # Of two unknowns only one can be -1; 0 takes the dimension of the input.
-                new = np.array([0 if -1 in last else -1, *last[1:]])
-                _replace_input(graph, node, 1, new)
-                changed.append(node.name)
-            else:
-                stuck.append(node.name)
-        elif node.op_type == "Expand" and last[0] == batch:
-            _replace_input(graph, node, 1, np.array([1, *last[1:]]))
-            changed.append(node.name)
-        elif node.op_type == "Resize" and len(node.input) == 4 and last[0] == batch:
-            sides = [side for side in first if side is not None]
-            if len(sides) != len(last):
-                continue
-            scales = [_factor(old, new) for old, new in zip(sides, last, strict=True)]
-            del node.input[3:]
-            _replace_input(graph, node, 2, np.array(scales, np.float32))
-            changed.append(node.name)
-    _set_shape(graph.input[0], ["N", *shape[1:]])
-    return model, changed, stuck
-
-
-def _shapes(model: onnx.ModelProto) -> dict[str, list[int | None]]:
-    """Shape of every value as far as it can be inferred."""
-    try:
-        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
-    except (RuntimeError, ValueError, *INVALID):
-        return {}
-    return {
-        v.name: [d.dim_value or None for d in v.type.tensor_type.shape.dim]
-        for v in (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output)
-    }
-
-
-def _constants(graph: onnx.GraphProto) -> dict[str, NDArray[Any]]:
-    """Return the whole numbers of a graph that may be shapes, by name."""
-    found = {t.name: t for t in graph.initializer}
-    for node in graph.node:
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
-            found[node.output[0]] = node.attribute[0].t
-    return {
-        name: numpy_helper.to_array(tensor)
-        for name, tensor in found.items()
-        if tensor.data_type == TensorProto.INT64 and len(tensor.dims) == 1
-    }
-
-
-def _replace_input(
-    graph: onnx.GraphProto, node: onnx.NodeProto, place: int, value: NDArray[Any]
-) -> None:
-    """Give a node a constant of its own."""
-    name = _free(f"{node.output[0]}_{place}", _value_names(graph))
-    graph.initializer.append(numpy_helper.from_array(value, name))
-    node.input[place] = name
-
-
-def _set_shape(value: onnx.ValueInfoProto, shape: list[Any]) -> None:
-    kind = value.type.tensor_type.elem_type
-    value.CopyFrom(helper.make_tensor_value_info(value.name, kind, shape))
-
-
 # --- whether it works ---------------------------------------------------------------------------
 
 
@@ -885,12 +596,12 @@ def _check(model: onnx.ModelProto) -> None:
     try:
         check_graph(model)
     except INVALID as error:
-        raise GraphError(f"the graph is not valid ONNX ({_first_line(error)})") from error
+        raise GraphError(f"the graph is not valid ONNX ({first_line(error)})") from error
 
 
 def _try_out(model: onnx.ModelProto, tiles: Tiles, wanted: Scores, stuck: list[str]) -> None:
     """Run a wrapped network on two tiles, together and alone."""
-    session = _open(model)
+    session = open_session(model)
     advice = "export the network with a dynamic batch axis"
 
     def scores(batch: Tiles) -> NDArray[np.int16]:
@@ -898,7 +609,7 @@ def _try_out(model: onnx.ModelProto, tiles: Tiles, wanted: Scores, stuck: list[s
             (out,) = session.run(["scores"], {"tiles": batch})
         except Exception as error:  # ONNX Runtime's own exceptions have no common base
             raise GraphError(
-                f"a batch of {len(batch)} tiles fails ({_first_line(error)}); {advice}"
+                f"a batch of {len(batch)} tiles fails ({first_line(error)}); {advice}"
             ) from error
         return np.asarray(out, np.int16)
 
@@ -911,22 +622,9 @@ def _try_out(model: onnx.ModelProto, tiles: Tiles, wanted: Scores, stuck: list[s
         )
     together = scores(tiles)
     if together.shape != alone.shape or np.abs(together - alone).max() > 1:
-        culprits = f" (perhaps at the Reshape {_or(stuck)})" if stuck else ""
+        culprits = f" (perhaps at the Reshape {either(stuck)})" if stuck else ""
         raise GraphError(f"two tiles together score unlike each alone{culprits}; {advice}")
-
-
-def _opset(model: onnx.ModelProto) -> int:
-    return max((i.version for i in model.opset_import if i.domain in STANDARD_DOMAINS), default=1)
 
 
 def _by(sides: Iterable[int | None]) -> str:
     return " x ".join("any" if side is None else str(side) for side in sides)
-
-
-def _or(names: Sequence[str]) -> str:
-    *most, last = (repr(name) for name in names)
-    return f"{', '.join(most)} or {last}" if most else last
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

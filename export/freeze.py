@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from onnx import helper, inliner, numpy_helper
 
 from histostream.export.graph import GraphError, check_graph
-from histostream.export.reach import POINTWISE, Step, Trace, label, reach, tiles_input, trace
+from histostream.export.reach import Step, Trace, label, reach, trace
+from histostream.export.reach_rules import POINTWISE
+from histostream.export.shapes import tiles_input
 
 
 def freeze_statistics(model: onnx.ModelProto, tiles: NDArray[np.uint8]) -> onnx.ModelProto:

@@ -127,8 +127,8 @@ def monai_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("monai") / "unet.onnx"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from monai.networks.utils import convert_to_onnx
         from monai.networks.nets.unet import UNet
+        from monai.networks.utils import convert_to_onnx
 
         torch.manual_seed(0)
         net = UNet(2, 3, 3, channels=(8, 16, 32), strides=(2, 2), norm="batch", num_res_units=1)

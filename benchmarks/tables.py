@@ -1,0 +1,91 @@
+r"""Fill the tables of ``docs/`` from the result files that are committed.
+
+::
+
+    python -m histostream.benchmarks.tables          # from the repository's root
+
+A table stands between ``<!-- table: benchmarks/results/NAME.json -->`` and
+``<!-- end of table -->``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+MARKED = re.compile(
+    r"(<!-- table: benchmarks/results/(?P<name>[\w-]+)\.json -->\n).*?(<!-- end of table -->)",
+    re.DOTALL,
+)
+
+
+def filled(text: str, results: Path) -> str:
+    """Return a document with its tables made anew from the files in ``results``."""
+
+    def table(match: re.Match[str]) -> str:
+        found = json.loads((results / f"{match['name']}.json").read_text())
+        rows = [list(row) for row in TABLES[match["name"]](found)]
+        rows.insert(1, ["---"] * len(rows[0]))
+        body = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+        return f"{match[1]}{body}{match[3]}"
+
+    return MARKED.sub(table, text)
+
+
+def export_cpu(found: dict[str, Any]) -> Iterator[list[str]]:
+    """Parity, size and speed of each artefact of the shipped model."""
+    yield ["judged and calibrated on", "artefact", "MB", "labels that agree", "darkest tenth",
+           "Dice changes by", "nodes healed", "ONNX Runtime", "OpenVINO"]  # fmt: skip
+    for source, export in found["nuclei"].items():
+        for precision, row in export["artefacts"].items():
+            if "label_agreement" in row:
+                speed = row["speed_against_fp32"]
+                yield [
+                    source, precision, f"{row['megabytes']:.2f}", f"{row['label_agreement']:.3%}",
+                    f"{row['dark_label_agreement']:.3%}", f"{row['dice_change']:.4f}",
+                    str(row["nodes_healed"]), f"{speed['cpu']:.2f} x",
+                    f"{speed['openvino']:.2f} x" if "openvino" in speed else "",
+                ]  # fmt: skip
+
+
+def accuracy_nuclei(found: dict[str, Any]) -> Iterator[list[str]]:
+    """Dice of the shipped model in each precision."""
+    yield ["", "TNBC, 50 images", "MoNuSeg test set, 14 images"]
+    for precision, scores in found["scores"].items():
+        yield [precision, *(f"{scores[s]['dice_pooled']:.4f}" for s in ("tnbc", "monuseg-test"))]
+
+
+def frozen_statistics(found: dict[str, Any]) -> Iterator[list[str]]:
+    """Dice and seams of networks with live and with frozen statistics."""
+    yield ["normalisation", "statistics", "Dice, TNBC", "Dice, MoNuSeg test set",
+           "labels that depend on the tile"]  # fmt: skip
+    for norm, kinds in found["networks"].items():
+        for kind, row in kinds.items():
+            if isinstance(row, dict):
+                yield [
+                    norm, kind, f"{row['dice_tnbc']:.3f}", f"{row['dice_monuseg-test']:.3f}",
+                    f"{row['labels_that_depend_on_the_tile']:.2%}",
+                ]  # fmt: skip
+
+
+TABLES = {
+    "export-cpu": export_cpu,
+    "accuracy-nuclei": accuracy_nuclei,
+    "frozen-statistics": frozen_statistics,
+}
+
+
+@click.command()
+def main() -> None:
+    """Fill the tables of docs/."""
+    for path in sorted(Path("docs").glob("*.md")):
+        path.write_text(filled(path.read_text(), Path("benchmarks/results")))
+
+
+if __name__ == "__main__":
+    main()
