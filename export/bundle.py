@@ -308,6 +308,9 @@ class _Writer:
 
     def _freeze(self, source: Path, count: int) -> dict[str, Any]:
         """Make tile statistics constants; what was exported before is judged first."""
+        if not reach(self.model).whole_tile:
+            self.say("the network has no statistics of the tile: there is nothing to freeze")
+            return {}
         live = self.judge.judge(self.model)
         if not live.meets(LIMITS["fp32"]):
             raise ParityError(f"fp32: {live}; nothing was written")

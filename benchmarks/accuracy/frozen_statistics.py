@@ -95,8 +95,8 @@ def train(network: NormedUNet, samples: list[Sample], steps: int) -> None:
 def disagreement_of_tiles(engine: Engine, slide: Path) -> float:
     """Share of a slide's pixels whose label depends on which of two tiles they lie in.
 
-    Each tile is compared with four that are half a tile away, where the two overlap, a quarter of
-    a tile away from either's border.
+    Each tile is compared with one that lies half a tile away along both axes, where the two
+    overlap, an eighth of a tile or more away from either's border.
     """
     side, half, quarter = TILE_PX, TILE_PX // 2, TILE_PX // 4
     with open_slide(slide) as reader:

@@ -193,6 +193,20 @@ def test_frozen_statistics_make_tiles_agree_and_the_card_says_what_it_cost(
     assert notices == {"live": True, "frozen": False}
 
 
+def test_where_there_is_nothing_to_freeze_nothing_is_changed(
+    imems_network: bundles.Network, wsi_slides: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    slide = wsi_slides / "CMU-1-Small-Region.svs"
+    plain = write_bundle(imems_network, tmp_path / "plain", QUICK).card
+    frozen = write_bundle(
+        imems_network, tmp_path / "frozen", replace(QUICK, freeze=slide), say=said.append
+    ).card
+    assert any("nothing to freeze" in line for line in said)
+    assert frozen.files == plain.files
+    assert frozen.precision == {}
+
+
 # --- Failing. ---
 
 
