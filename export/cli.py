@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from histostream.runtime.cli import show_only_our_warnings
+from histostream.runtime.memory import return_buffers_at_once
 from histostream.wsi.errors import HistoError
 
 if TYPE_CHECKING:
@@ -74,6 +76,8 @@ def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> None:
+        show_only_our_warnings("histo-export")
+        return_buffers_at_once()
         try:
             command(*args, **kwargs)
         except HistoError as error:

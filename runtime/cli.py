@@ -66,7 +66,7 @@ def main(
 
     Exit status 0 only if every slide was done whole; a slide that fails does not stop the others.
     """
-    _show_only_our_warnings()
+    show_only_our_warnings("histo-infer")
     return_buffers_at_once()
     try:
         _check_names(slides)
@@ -154,10 +154,10 @@ class _progress:
         self._bar.update(self._task, completed=done, total=total, rate=text)
 
 
-def _show_only_our_warnings() -> None:
+def show_only_our_warnings(command: str) -> None:
     """Show HistoStream's own warnings; what libraries say is in the error that they raise."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("histo-infer: %(message)s"))
+    handler.setFormatter(logging.Formatter(f"{command}: %(message)s"))
     handler.addFilter(logging.Filter("histostream"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
 
