@@ -293,7 +293,7 @@ class _Writer:
             return
         built = {"library": str(library), "targets": list(header.targets),
                  "parity": "not compared: an engine runs on a GPU only"}  # fmt: skip
-        self._record(name, path.read_bytes(), {"engine": built})
+        self._record(name, path.read_bytes(), built)
         self.say(f"engine: {precision} by {built['library']} for {', '.join(header.targets)}")
 
     def _collect(self, source: Path | None, count: int) -> Tiles:
