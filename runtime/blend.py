@@ -102,6 +102,44 @@ def profile(mode: str, tile_px: int, overlap_px: int) -> NDArray[np.uint32]:
     return flat
 
 
+def axis_profile(
+    mode: str, weights: NDArray[np.uint32], starts: tuple[int, ...], i: int
+) -> NDArray[np.uint32]:
+    """Integer weight along one axis of one tile, as its neighbours and the slide's border make it.
+
+    Parameters
+    ----------
+    mode
+        One of `WINDOWS`.
+    weights
+        `profile` of the mode, (tile_px,).
+    starts
+        Where the tiles of the axis begin, in pixels.
+    i
+        Which of them.
+
+    Returns
+    -------
+    (tile_px,) uint32 in 0..FULL.
+    """
+    first, last = i == 0, i == len(starts) - 1
+    weights = weights.copy()
+    tile_px = len(weights)
+    if mode in ("crop", "exact"):
+        if not first:
+            weights[: (starts[i - 1] + tile_px - starts[i]) // 2] = 0
+        if not last:
+            weights[(starts[i + 1] + tile_px - starts[i]) // 2 :] = 0
+        return weights
+    # At the slide's border there is no neighbour to fall off to.
+    half = tile_px // 2
+    if first:
+        weights[:half] = weights[:half].max()
+    if last:
+        weights[half:] = weights[half:].max()
+    return weights
+
+
 class Blender:
     """Weighted sum of tile scores over a ring of rows; finished rows leave it.
 
@@ -151,7 +189,7 @@ class Blender:
         grid = self._grid
         last = row + 1 == len(grid.ys)
         bottom = grid.height if last else grid.ys[row + 1]
-        wy = self._axis_profile(grid.ys, row, grid.height)
+        wy = self._axis_profile(grid.ys, row)
         self._weights.append((grid.ys[row], wy, self._columns))
         self._columns = np.zeros_like(self._columns)
         count = min(bottom - self._top, grid.tile_px)
@@ -192,27 +230,12 @@ class Blender:
     def _tile_profiles(self, tile: Tile) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
         grid = self._grid
         return (
-            self._axis_profile(grid.ys, tile.row, grid.height),
-            self._axis_profile(grid.xs, tile.column, grid.width),
+            self._axis_profile(grid.ys, tile.row),
+            self._axis_profile(grid.xs, tile.column),
         )
 
-    def _axis_profile(self, starts: tuple[int, ...], i: int, size: int) -> NDArray[np.uint32]:
-        grid = self._grid
-        first, last = i == 0, i == len(starts) - 1
-        weights = self._profile.copy()
-        if self._mode in ("crop", "exact"):
-            if not first:
-                weights[: (starts[i - 1] + grid.tile_px - starts[i]) // 2] = 0
-            if not last:
-                weights[(starts[i + 1] + grid.tile_px - starts[i]) // 2 :] = 0
-            return weights
-        # At the slide's border there is no neighbour to fall off to.
-        half = grid.tile_px // 2
-        if first:
-            weights[:half] = weights[:half].max()
-        if last:
-            weights[half:] = weights[half:].max()
-        return weights
+    def _axis_profile(self, starts: tuple[int, ...], i: int) -> NDArray[np.uint32]:
+        return axis_profile(self._mode, self._profile, starts, i)
 
 
 def _extent(weights: NDArray[np.uint32]) -> slice:

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from histostream.runtime.blend import WINDOWS
 from histostream.runtime.card import PRECISIONS, default_bundle
 from histostream.runtime.engine import BACKENDS, Engine, open_engine
+from histostream.runtime.fleet import Fleet
 from histostream.runtime.infer import Options, SlideResult, segment_slide, slide_stem
 from histostream.runtime.memory import return_buffers_at_once
 from histostream.wsi.errors import HistoError
@@ -46,6 +47,10 @@ console = Console(stderr=True)
 )
 @click.option("--tissue/--no-tissue", default=True, help="Leave glass out, or analyse it too.")
 @click.option("--batch", type=int, help="Tiles per inference; default: what suits the device.")
+@click.option(
+    "--devices", metavar="0,1,...",
+    help="GPUs that share the work, a process each: slides, or the columns of one slide.",
+)  # fmt: skip
 @click.option("--threads", type=int, help="CPU threads; default: all cores.")
 @click.option(
     "--max-memory", "max_memory_mib", type=int, metavar="MIB",
@@ -59,6 +64,7 @@ def main(
     out: Path,
     backend: str,
     precision: str,
+    devices: str | None,
     threads: int | None,
     **options: Any,
 ) -> None:
@@ -71,9 +77,10 @@ def main(
     try:
         _check_names(slides)
         settings = Options(threads=threads, **options)
-        engine = open_engine(
-            bundle or default_bundle(), backend=backend, precision=precision, threads=threads
-        )
+        engine = _open(
+            bundle or default_bundle(), devices,
+            backend=backend, precision=precision, threads=threads,
+        )  # fmt: skip
     except HistoError as error:
         _fail(str(error))
         sys.exit(1)
@@ -84,7 +91,10 @@ def main(
         highlight=False,
     )
     try:
-        failed = sum(not _run(slide, engine, out, settings) for slide in slides)
+        if isinstance(engine, Fleet) and 1 < engine.devices <= len(slides):
+            failed = _share(slides, engine, out, settings)
+        else:
+            failed = sum(not _run(slide, engine, out, settings) for slide in slides)
     except KeyboardInterrupt:
         _fail("stopped; nothing half-written is left")
         sys.exit(130)
@@ -95,7 +105,25 @@ def main(
     sys.exit(1 if failed else 0)
 
 
-def _run(slide: Path, engine: Engine, out: Path, options: Options) -> bool:
+def _open(bundle: Path, devices: str | None, **how: Any) -> Engine | Fleet:
+    if devices is None:
+        return open_engine(bundle, **how)
+    return Fleet(bundle, tuple(d.strip() for d in devices.split(",") if d.strip()), **how)
+
+
+def _share(slides: tuple[Path, ...], fleet: Fleet, out: Path, options: Options) -> int:
+    """Segment slides on several devices, a slide on each; returns how many failed."""
+    failed = 0
+    for slide, result in fleet.segment_slides(slides, out, options):
+        if isinstance(result, HistoError):
+            failed += 1
+            _fail_slide(slide, result)
+        else:
+            _tell(slide, result)
+    return failed
+
+
+def _run(slide: Path, engine: Engine | Fleet, out: Path, options: Options) -> bool:
     """Segment one slide and say how it went."""
     try:
         with _progress(slide.name) as report:
@@ -104,11 +132,15 @@ def _run(slide: Path, engine: Engine, out: Path, options: Options) -> bool:
         _fail(f"{slide}: out of memory; pass --max-memory MIB, or a smaller --batch")
         return False
     except HistoError as error:
-        text = str(error)
-        _fail(text if slide.name in text else f"{slide}: {text}")
+        _fail_slide(slide, error)
         return False
     _tell(slide, result)
     return True
+
+
+def _fail_slide(slide: Path, error: HistoError) -> None:
+    text = str(error)
+    _fail(text if slide.name in text else f"{slide}: {text}")
 
 
 def _tell(slide: Path, result: SlideResult) -> None:

@@ -55,6 +55,7 @@ def open_engine(
     backend: str = "auto",
     precision: str = "auto",
     threads: int | None = None,
+    device: int = 0,
 ) -> Engine:
     """Open the network of a model bundle.
 
@@ -63,13 +64,16 @@ def open_engine(
     bundle
         Folder with ``card.json``.
     backend
-        One of `BACKENDS`. "auto" takes the GPU where one is usable, else the CPU; a backend that
-        is named is used or is an error, never silently replaced.
+        One of `BACKENDS`. "auto" takes TensorRT where an engine fits or can be built, else ONNX
+        Runtime on the GPU where one is usable, else the CPU; a backend that is named is used or is
+        an error, never silently replaced.
     precision
         "fp32", "fp16" or "int8": which graph of the bundle is run. "auto" takes FP32 on a CPU,
-        where FP16 is not faster, and FP16 on a GPU where the bundle has it.
+        where FP16 is not faster; INT8 with OpenVINO and FP16 on a GPU, where the bundle has it.
     threads
         CPU threads for inference; None leaves it to the library (all cores).
+    device
+        Which GPU, as the driver counts.
 
     Raises
     ------
@@ -88,23 +92,51 @@ def open_engine(
             f"{bundle}: has no {precision} graph, but {', '.join(card.precisions) or 'none'}; "
             "export the model with --precision"
         )
-    on_cpu = "fp32" if precision == "auto" else precision
-    on_gpu = ("fp16" if "fp16" in card.precisions else "fp32") if precision == "auto" else precision
+    if backend != "auto":
+        engine = _open(bundle, card, backend, precision, threads, device)
+        log.info("running on %s: asked for", engine.name)
+        return engine
+    reasons = []
+    for name in ("tensorrt", "cuda") if gpu_count() else ():
+        try:
+            engine = _open(bundle, card, name, precision, threads, device)
+        except CardError:
+            raise
+        except HistoError as error:
+            reasons.append(f"{name}: {error}")
+            continue
+        log.info("running on %s%s", engine.name, "".join(f"; not on {why}" for why in reasons))
+        return engine
+    if reasons:
+        log.warning("a GPU is here but cannot be used, running on the CPU: %s", "; ".join(reasons))
+    engine = _open(bundle, card, "cpu", precision, threads, device)
+    log.info("running on %s%s", engine.name, "" if reasons else ": no GPU is here")
+    return engine
+
+
+def _open(
+    bundle: Path,
+    card: ModelCard,
+    backend: str,
+    precision: str,
+    threads: int | None,
+    device: int,
+) -> Engine:
+    """Open one backend, or say why not."""
+    if precision == "auto":
+        best = {"cpu": "fp32", "openvino": "int8"}.get(backend, "fp16")
+        precision = best if best in card.precisions else "fp32"
     if backend == "openvino":
         from histostream.runtime.backends import openvino
 
-        return openvino.open_openvino(bundle, card, on_cpu, threads)
+        return openvino.open_openvino(bundle, card, precision, threads)
+    if backend == "tensorrt":
+        from histostream.runtime.backends import tensorrt
+
+        return tensorrt.open_tensorrt(bundle, card, precision, index=device)
     from histostream.runtime.backends import onnxruntime
 
-    if backend == "auto" and gpu_count():
-        try:
-            return onnxruntime.open_onnxruntime(bundle, card, "cuda", on_gpu, threads)
-        except EngineError as error:
-            log.warning("a GPU is here but cannot be used, running on the CPU: %s", error)
-    device = "cpu" if backend == "auto" else backend
-    return onnxruntime.open_onnxruntime(
-        bundle, card, device, on_cpu if device == "cpu" else on_gpu, threads
-    )
+    return onnxruntime.open_onnxruntime(bundle, card, backend, precision, threads, index=device)
 
 
 def check_tiles(card: ModelCard, tiles: NDArray[np.uint8]) -> None:
@@ -121,6 +153,16 @@ def check_tiles(card: ModelCard, tiles: NDArray[np.uint8]) -> None:
             f"tiles are {tiles.dtype} {tiles.shape}; this model takes uint8 (N, {wanted[0]}, "
             f"{wanted[1]}, {wanted[2]})"
         )
+
+
+def to_channels(pixels: NDArray[np.uint8], channels: int) -> NDArray[np.uint8]:
+    """Turn grey pixels (..., 1) into RGB by repetition, or RGB into grey (ITU-R 601)."""
+    if pixels.shape[-1] == channels:
+        return pixels
+    if channels == 3:
+        return np.repeat(pixels, 3, axis=-1)
+    grey = pixels.astype(np.float32) @ np.array((0.299, 0.587, 0.114), np.float32)
+    return np.asarray(np.floor(grey + 0.5), np.uint8)[..., None]
 
 
 def gpu_count() -> int:

@@ -3,11 +3,12 @@
 ::
 
     read_strips     every source block decoded once, ahead of need, in threads
-      predict       every tile inferred once
-        Blender     weighted sums over a ring of rows; finished rows leave
-          sinks     every output row written once
+      RowStream     every tile inferred once, and blended: weighted sums over a ring of rows
+        sinks       every output row written once
 
-There is one way through, and each stage is a generator or an object that is fed.
+There is one way through, and each stage is a generator or an object that is fed. A `RowStream` is
+fed rows of tiles and gives finished rows back: `HostStream` with any engine, `DeviceStream` where
+the engine runs on a GPU, with the pixels staying there from the strip to the labels.
 """
 
 from __future__ import annotations
@@ -21,20 +22,22 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from histostream.runtime.blend import Blender, check_blend, exact_overlap_px
 from histostream.runtime.card import ModelCard
+from histostream.runtime.device_stream import DeviceEngine, DeviceStream
 from histostream.runtime.engine import Engine
+from histostream.runtime.engine import to_channels as to_channels
 from histostream.runtime.memory import peak_memory_mib, plan_bands
 from histostream.wsi.errors import HistoError, SlideError
 from histostream.wsi.grid import Box, Strip, Tile, TileGrid
 from histostream.wsi.reader import SlideReader, open_slide
 from histostream.wsi.resolution import SlideView, at_mpp, thumbnail
-from histostream.wsi.sink import OUTSIDE, OutputFolder, SlideInfo
+from histostream.wsi.sink import OUTSIDE, OutputFolder, Segmented, SlideInfo
 from histostream.wsi.sinks.overview import Overview, overview_size
 from histostream.wsi.sinks.summary import Summary
 from histostream.wsi.sinks.tiff import LabelTiff, ProbabilityTiff
@@ -118,10 +121,15 @@ class SlideResult:
 
 @dataclass(slots=True)
 class StageSeconds:
-    """Seconds that the main thread spent in, or waited for, each stage."""
+    """Seconds that the main thread spent in, or waited for, each stage.
+
+    On a device, infer is the time for queueing its work and waiting for it, blending included, and
+    copy that for staging rows in pinned memory; on the host there is no copy.
+    """
 
     prepare: float = 0.0
     read: float = 0.0
+    copy: float = 0.0
     infer: float = 0.0
     blend: float = 0.0
     write: float = 0.0
@@ -149,7 +157,7 @@ class Counts:
 
 def segment_slide(
     path: Path,
-    engine: Engine,
+    engine: Engine | ManyDevices,
     out: Path,
     options: Options | None = None,
     *,
@@ -162,7 +170,7 @@ def segment_slide(
     path
         The slide.
     engine
-        The network, from `open_engine`.
+        The network, from `open_engine`, or a `Fleet` of several devices.
     out
         Folder for results; a folder with the slide's name is made in it.
     options
@@ -191,26 +199,26 @@ def segment_slide(
             )
             picture = thumbnail(view, max(overview_size(view.width, view.height)))
             grid, roi = plan_grid(view, engine.card, options, picture)
-            bands = plan_bands(
-                grid,
-                view,
-                engine,
-                options.max_memory_mib,
-                batch=options.batch or engine.batch,
-                probabilities=options.probabilities,
-            )
+            bands = _plan_bands(grid, view, engine, options)
             summary = _add_sinks(folder, view, engine.card, options, picture)
             overview_blocks = slide.decoded_blocks
         counts.total_pixels = sum(_write_pixels(grid.band(x0, x1)) for x0, x1 in bands)
-        for x0, x1 in bands:
-            _run_band(view, grid.band(x0, x1), roi, engine, options, folder, seconds, counts)
+        device: dict[str, Any] = {}
+        if isinstance(engine, ManyDevices):
+            device = engine.run_bands(path, grid, roi, bands, options, folder, seconds, counts)
+        else:
+            for x0, x1 in bands:
+                band = grid.band(x0, x1)
+                record = run_band(view, band, roi, engine, options, folder, seconds, counts)
+                device = _of_all_bands(device, record)
         with seconds.time("finish"):
             folder.finish()
         record = {
             "slide": _slide_record(slide, view),
             "source_blocks_decoded": {
                 "overview": overview_blocks,
-                "stream": slide.decoded_blocks - overview_blocks,
+                "stream": slide.decoded_blocks - overview_blocks
+                + sum(d["source_blocks_decoded"] for d in device.get("devices", ())),
             },
             "model": {"method": engine.card.method, "engine": engine.name,
                       "sha256": engine.card.files, "mpp": engine.card.mpp},
@@ -220,6 +228,7 @@ def segment_slide(
                      "column_bands": len(bands)},
             **_time_record(seconds, counts, time.perf_counter() - clock),
             "peak_memory_mib": peak_memory_mib(),
+            **({"device": device} if device else {}),
             "started": started.isoformat(timespec="seconds"),
             "versions": versions(),
         }  # fmt: skip
@@ -344,19 +353,12 @@ def predict(
         yield some, engine.infer(to_channels(np.stack(pixels), engine.card.channels))
 
 
-def to_channels(pixels: NDArray[np.uint8], channels: int) -> NDArray[np.uint8]:
-    """Turn grey pixels (..., 1) into RGB by repetition, or RGB into grey (ITU-R 601)."""
-    if pixels.shape[-1] == channels:
-        return pixels
-    if channels == 3:
-        return np.repeat(pixels, 3, axis=-1)
-    grey = pixels.astype(np.float32) @ np.array((0.299, 0.587, 0.114), np.float32)
-    return np.asarray(np.floor(grey + 0.5), np.uint8)[..., None]
-
-
 def versions() -> dict[str, str]:
     """Versions of what made a result."""
-    names = ("histostream", "numpy", "onnxruntime-gpu", "onnxruntime", "large-image", "tifffile")
+    names = (
+        "histostream", "numpy", "onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-rtx",
+        "cuda-python", "pycuda", "large-image", "tifffile",
+    )  # fmt: skip
     found = {"python": platform.python_version()}
     for name in names:
         try:
@@ -366,44 +368,210 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _run_band(
+class TakesRows(Protocol):
+    """Where finished rows go: an `OutputFolder`, or what stands for one in another process."""
+
+    def write(self, part: Segmented) -> None:
+        """Take the next rows."""
+
+
+@runtime_checkable
+class ManyDevices(Protocol):
+    """The same network on several devices, which share the column bands of a slide."""
+
+    card: ModelCard
+    name: str
+
+    def plan_bands(self, grid: TileGrid) -> list[tuple[int, int]]:
+        """Cut a slide into column bands."""
+
+    def run_bands(
+        self,
+        slide: Path,
+        grid: TileGrid,
+        roi: RegionOfInterest | None,
+        bands: list[tuple[int, int]],
+        options: Options,
+        folder: OutputFolder,
+        seconds: StageSeconds,
+        counts: Counts,
+    ) -> dict[str, Any]:
+        """Run the bands and write their rows; returns what ``run.json`` says of the devices."""
+
+
+def _plan_bands(
+    grid: TileGrid, view: SlideView, engine: Engine | ManyDevices, options: Options
+) -> list[tuple[int, int]]:
+    if isinstance(engine, ManyDevices):
+        if options.max_memory_mib is not None:
+            raise OptionError("--max-memory cannot be kept while several devices share a slide")
+        return engine.plan_bands(grid)
+    return plan_bands(
+        grid, view, engine, options.max_memory_mib,
+        batch=options.batch or engine.batch, probabilities=options.probabilities,
+    )  # fmt: skip
+
+
+class RowStream(Protocol):
+    """Rows of tiles in, finished rows of one column band out."""
+
+    def feed(self, strip: Strip, tiles: list[Tile]) -> Iterator[list[Tile]]:
+        """Infer and blend the tiles of one row of the grid; yields those of each batch."""
+
+    def finish_row(self, row: int) -> list[Segmented]:
+        """Say that row ``row`` was fed, or has no tiles; returns the rows that are ready now."""
+
+    def drain(self) -> list[Segmented]:
+        """Return the rows that are left."""
+
+    def record(self) -> dict[str, Any]:
+        """Return what ``run.json`` says of the device; nothing on the host."""
+
+    def close(self) -> None:
+        """Give memory back."""
+
+
+class HostStream:
+    """One column band through an engine and a `Blender` in host memory.
+
+    Parameters
+    ----------
+    engine
+        The network.
+    grid
+        The tiles of the band.
+    options
+        How to run.
+    seconds
+        Where the time goes to.
+    """
+
+    def __init__(
+        self, engine: Engine, grid: TileGrid, options: Options, seconds: StageSeconds
+    ) -> None:
+        self._engine, self._grid, self._seconds = engine, grid, seconds
+        self._batch = options.batch or engine.batch
+        self._blender = Blender(
+            grid, len(engine.card.classes), options.blend, probabilities=options.probabilities
+        )
+
+    def feed(self, strip: Strip, tiles: list[Tile]) -> Iterator[list[Tile]]:
+        """Infer and blend the tiles of one row; yields those of each batch."""
+        batches = predict(self._engine, self._grid, strip, tiles, self._batch)
+        while True:
+            with self._seconds.time("infer"):
+                some, scores = next(batches, ([], np.empty(0, np.uint8)))
+            if not some:
+                return
+            with self._seconds.time("blend"):
+                for tile, score in zip(some, scores, strict=True):
+                    self._blender.add(tile, score)
+            yield some
+
+    def finish_row(self, row: int) -> list[Segmented]:
+        """Return the rows that no tile after row ``row`` reaches."""
+        with self._seconds.time("blend"):
+            return [self._blender.finish_row(row)]
+
+    def drain(self) -> list[Segmented]:
+        """Return nothing: every row was returned at once."""
+        return []
+
+    def record(self) -> dict[str, Any]:
+        """Return nothing: there is no device."""
+        return {}
+
+    def close(self) -> None:
+        """Do nothing: memory ends with the object."""
+
+
+def open_stream(
+    engine: Engine, grid: TileGrid, options: Options, seconds: StageSeconds, *, channels: int
+) -> RowStream:
+    """Open the way through one column band: on the engine's device where it has one.
+
+    Parameters
+    ----------
+    engine
+        The network.
+    grid
+        The tiles of the band.
+    options
+        How to run.
+    seconds
+        Where the time goes to.
+    channels
+        Of the strips that will be fed.
+
+    Raises
+    ------
+    DeviceMemoryError
+        If the band does not fit on the device.
+    """
+    if not isinstance(engine, DeviceEngine):
+        return HostStream(engine, grid, options, seconds)
+    return DeviceStream(
+        engine, grid, options.blend, channels=channels, batch=options.batch or engine.batch,
+        probabilities=options.probabilities, time=seconds.time,
+    )  # fmt: skip
+
+
+def run_band(
     view: SlideView,
     grid: TileGrid,
     roi: RegionOfInterest | None,
     engine: Engine,
     options: Options,
-    folder: OutputFolder,
+    folder: TakesRows,
     seconds: StageSeconds,
     counts: Counts,
-) -> None:
-    """Segment one column band of a slide, top to bottom."""
-    blender = Blender(
-        grid, len(engine.card.classes), options.blend, probabilities=options.probabilities
-    )
-    with closing(read_strips(view, grid, threads=options.threads or 2)) as strips:
-        for row in range(len(grid.ys)):
-            if grid.row(row):
-                with seconds.time("read"):
-                    tiles, strip = next(strips)
-                batches = predict(engine, grid, strip, tiles, options.batch or engine.batch)
-                while True:
-                    with seconds.time("infer"):
-                        some, scores = next(batches, ([], np.empty(0, np.uint8)))
-                    if not some:
-                        break
-                    with seconds.time("blend"):
-                        for tile, score in zip(some, scores, strict=True):
-                            blender.add(tile, score)
-                    counts.tiles += len(some)
-                    counts.pixels += sum(_band_pixels(grid, tile) for tile in some)
-                    counts.report(counts.pixels, counts.total_pixels)
-            with seconds.time("blend"):
-                part = blender.finish_row(row)
-                if roi is not None:
+) -> dict[str, Any]:
+    """Segment one column band of a slide, top to bottom.
+
+    Parameters
+    ----------
+    view
+        The slide at the model's resolution.
+    grid
+        The tiles of the band.
+    roi
+        Outside of it nothing is labelled.
+    engine, options
+        The network, and how to run it.
+    folder
+        Where the finished rows go.
+    seconds, counts
+        Where times and numbers are added to.
+
+    Returns
+    -------
+    What ``run.json`` says of the device; nothing on the host.
+    """
+
+    def write(parts: list[Segmented]) -> None:
+        for part in parts:
+            if roi is not None:
+                with seconds.time("blend"):
                     height, width = part.labels.shape
                     part.labels[~roi.inside(Box(part.x, part.y, width, height))] = OUTSIDE
             with seconds.time("write"):
                 folder.write(part)
+
+    with (
+        closing(open_stream(engine, grid, options, seconds, channels=view.channels)) as stream,
+        closing(read_strips(view, grid, threads=options.threads or 2)) as strips,
+    ):
+        for row in range(len(grid.ys)):
+            if grid.row(row):
+                with seconds.time("read"):
+                    tiles, strip = next(strips)
+                for some in stream.feed(strip, tiles):
+                    counts.tiles += len(some)
+                    counts.pixels += sum(_band_pixels(grid, tile) for tile in some)
+                    counts.report(counts.pixels, counts.total_pixels)
+            write(stream.finish_row(row))
+        write(stream.drain())
+        return stream.record()
 
 
 def _add_sinks(
@@ -420,6 +588,17 @@ def _add_sinks(
         folder.add(ProbabilityTiff(folder.path / "probabilities.tif", info))
     folder.add(Overview(folder.path / "overview.png", info, to_channels(picture, 3)))
     return folder.add(Summary(folder.path, info))
+
+
+def _of_all_bands(before: dict[str, Any], band: dict[str, Any]) -> dict[str, Any]:
+    """Join what bands say of the device: bytes that moved add up, bytes that are held do not."""
+    if not before:
+        return band
+    joined = {**band, "bytes_uploaded": before["bytes_uploaded"] + band["bytes_uploaded"]}
+    for held in ("bytes_planned", "pinned_bytes"):
+        joined[held] = max(before[held], band[held])
+    joined["batch"] = min(before["batch"], band["batch"])
+    return joined
 
 
 def _band_pixels(grid: TileGrid, tile: Tile) -> int:

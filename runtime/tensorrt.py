@@ -203,7 +203,7 @@ def build_plan(
     """
     chosen, compatibility = choose_targets(library, targets)
     trt = library.module
-    logger = _messages(trt)
+    logger = messages(trt)
     builder = trt.Builder(logger)
     strongly_typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
@@ -229,7 +229,7 @@ def build_plan(
             config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), index)
         plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise EngineError(f"{library} cannot build the engine: {_joined(logger.errors)}")
+        raise EngineError(f"{library} cannot build the engine: {joined(logger.errors)}")
     return bytes(plan)
 
 
@@ -471,8 +471,8 @@ def _native_targets(library: Library, targets: Sequence[str] | None) -> tuple[tu
     return chosen, "ampere_plus"
 
 
-def _messages(trt: Any) -> Any:
-    """Make a logger that keeps the errors, instead of printing everything."""
+def messages(trt: Any) -> Any:
+    """Make a logger that keeps the errors in a list, ``errors``, instead of printing everything."""
 
     class Messages(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -490,13 +490,13 @@ def _messages(trt: Any) -> Any:
 
 def _parser_errors(parser: Any, logger: Any) -> str:
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
-    return _joined([
+    return joined([
         f"node {e.node_name()!r} ({e.node_operator()}): {e.desc()}" if e.node_name() else e.desc()
         for e in errors
     ] or logger.errors)  # fmt: skip
 
 
-def _joined(messages: list[str]) -> str:
+def joined(messages: list[str]) -> str:
     """Make one line of the library's messages, the first three of them."""
     lines = [" ".join(message.split())[:400] for message in dict.fromkeys(messages)]
     return "; ".join(lines[:3]) or "it does not say why"

@@ -141,6 +141,7 @@ def test_the_wheel_holds_the_model_and_the_recipes(tmp_path: Path) -> None:
     with zipfile.ZipFile(tree / done.stdout.splitlines()[-1]) as wheel:
         names = set(wheel.namelist())
     assert {
+        "histostream/runtime/kernels.cu",
         "histostream/runtime/models/nuclei/card.json",
         "histostream/runtime/models/nuclei/model.onnx",
         "histostream/training/weights/imems/checkpoint.safetensors",

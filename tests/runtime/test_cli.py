@@ -196,3 +196,29 @@ def test_running_again_replaces_the_result(slide: Path, tiny_bundle: Path, tmp_p
     assert labels.shape == (300, 400)
     assert set(np.unique(labels)) <= {0, 1, 2}
     assert not [p for p in (tmp_path / "out" / "slide").iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.xdist_group("fleet")
+def test_several_devices_share_slides_or_the_columns_of_one(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    from histostream.wsi.synthetic import SyntheticSlide
+
+    for name, seed in (("a", 1), ("b", 2)):
+        SyntheticSlide(1200, 400, mpp=0.5, seed=seed).write(tmp_path / f"{name}.tif")
+    slides = [tmp_path / "a.tif", tmp_path / "b.tif"]
+    common = ["--model", tiny_bundle, "--devices", "cpu,cpu", "--no-tissue"]
+    both = infer(*slides, *common, "--out", tmp_path / "both")
+    assert both.returncode == 0, both.stderr
+    assert "x 2 (cpu, cpu)" in both.stderr
+    one = infer(slides[0], *common, "--out", tmp_path / "one")
+    assert one.returncode == 0, one.stderr
+    alone = infer(slides[0], "--model", tiny_bundle, "--no-tissue", "--out", tmp_path / "alone")
+    assert alone.returncode == 0
+    found = [
+        (tmp_path / folder / "a" / "labels.tif").read_bytes() for folder in ("both", "one", "alone")
+    ]
+    assert found[0] == found[1] == found[2]
+    wrong = infer(slides[0], "--model", tiny_bundle, "--devices", "0,0", "--out", tmp_path / "x")
+    assert wrong.returncode == 1
+    assert wrong.stderr.strip() == "histo-infer: device 0 is named twice"

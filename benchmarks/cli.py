@@ -1,0 +1,236 @@
+"""``histo-bench``: how fast, what bounds it, against whom, and what is missing here."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from histostream.runtime.card import PRECISIONS, default_bundle
+from histostream.runtime.engine import BACKENDS
+from histostream.wsi.errors import HistoError
+
+PATH = click.Path(path_type=Path)
+DEFAULT = "run"
+EXTRAS = {"matplotlib": "bench", "onnx": "bench"}  # what brings a package; of others: export
+
+
+class _OptionError(HistoError, ValueError):
+    """An option has a value that cannot work."""
+
+
+class _RunByDefault(click.Group):
+    """``histo-bench --model ...`` is ``histo-bench run --model ...``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, "--help", "--version"):
+            args = [DEFAULT, *args]
+        return super().parse_args(ctx, args)
+
+
+def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Say what went wrong in one line, and leave with status 1."""
+
+    @functools.wraps(command)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except HistoError as error:
+            _fail(str(error))
+            sys.exit(1)
+        except ImportError as error:
+            if error.name is None or error.name.startswith("histostream"):
+                raise
+            package = error.name.split(".")[0]
+            extra = EXTRAS.get(package, "export")
+            _fail(f"{package} is not installed: pip install 'histostream[{extra}]'")
+            sys.exit(1)
+        except MemoryError:
+            _fail("out of memory; try a smaller --batch or a smaller slide")
+            sys.exit(1)
+        except KeyboardInterrupt:
+            _fail("stopped; nothing was written")
+            sys.exit(130)
+
+    return guarded
+
+
+@click.group(cls=_RunByDefault, context_settings={"show_default": True})
+@click.version_option(package_name="histostream")
+def main() -> None:
+    """Measure HistoStream on this machine. Without a command: run."""
+
+
+@main.command()
+@click.option(
+    "--model", "bundles", type=PATH, multiple=True,
+    help="Model bundle; several may be given.  [default: nuclei]",
+)  # fmt: skip
+@click.option("--slide", type=PATH, help="Slide to run on; default: a synthetic one.")
+@click.option("--synthetic", default="4096x4096", metavar="WxH", help="Its size, in pixels.")
+@click.option("--backend", default="auto", metavar="LIST", help=f"Of {', '.join(BACKENDS)}.")
+@click.option(
+    "--precision", default="auto", metavar="LIST", help=f"Of auto, {', '.join(PRECISIONS)}."
+)
+@click.option("--batch", default="auto", metavar="LIST", help="Tiles per inference, as 1,2,4.")
+@click.option(
+    "--tile", default="auto", metavar="LIST",
+    help="Sides of a tile, as 256,512, for speed alone; auto: as the model was exported.",
+)  # fmt: skip
+@click.option("--tissue/--no-tissue", default=False, help="Leave glass out, or run on it too.")
+@click.option("--mpp", type=float, help="Resolution of the slide, um per pixel at full size.")
+@click.option("--threads", type=int, help="CPU threads; default: all cores.")
+@click.option("--repeats", default=3, help="How often; the figures are medians.")
+@click.option("--out", default="bench", type=PATH, help="Folder for the result files.")
+@_one_line_errors
+def run(
+    bundles: tuple[Path, ...],
+    slide: Path | None,
+    synthetic: str,
+    backend: str,
+    precision: str,
+    batch: str,
+    tile: str,
+    repeats: int,
+    out: Path,
+    **options: Any,
+) -> None:
+    """Measure every stage alone and end to end, and how far the network is from the roofline.
+
+    Options with a LIST take several values with commas between them; every combination is run, in
+    turns. Writes bench.json, bench.md, stages.png and roofline.png.
+    """
+    from histostream.benchmarks.plots import roofline_png, stages_png
+    from histostream.benchmarks.report import write_together
+    from histostream.benchmarks.speed import markdown, measure_speed
+    from histostream.benchmarks.stages import Setup
+    from histostream.runtime.infer import Options
+    from histostream.runtime.memory import return_buffers_at_once
+    from histostream.wsi.sink import json_text
+
+    return_buffers_at_once()  # as histo-infer
+    setups = [
+        Setup(*of)
+        for of in itertools.product(
+            bundles or (default_bundle(),),
+            _words("--backend", backend, BACKENDS),
+            _words("--precision", precision, ("auto", *PRECISIONS)),
+            _numbers("--batch", batch),
+            _numbers("--tile", tile),
+        )
+    ]
+    said = measure_speed(
+        setups,
+        slide=slide,
+        synthetic_px=_size(synthetic),
+        options=Options(**options),
+        repeats=repeats,
+        say=_say,
+    )
+    page = markdown(said)
+    write_together(
+        out,
+        {
+            "bench.md": page,
+            "stages.png": functools.partial(stages_png, said),
+            "roofline.png": functools.partial(roofline_png, said),
+            "bench.json": json_text(said),
+        },
+    )
+    click.echo(page)
+    click.echo(f"-> {out}")
+
+
+@main.command()
+@click.option("--model", "bundle", type=PATH, help="Model bundle.  [default: nuclei]")
+@click.option(
+    "--checkpoint", type=PATH,
+    help="Training run or checkpoint that it was made of; default: the weights that ship.",
+)  # fmt: skip
+@click.option("--method", default="imems", help="Which paper the model is of.")
+@click.option("--slide", type=PATH, help="Where tiles are cut from; default: a synthetic slide.")
+@click.option("--tiles", default=4, help="How many.")
+@click.option("--batch", default=1, help="How many at once.")
+@click.option("--threads", type=int, help="CPU threads; default: all cores.")
+@click.option("--repeats", default=5, help="How often; the figures are medians.")
+@click.option("--compile", "compiled", is_flag=True, help="Try torch.compile too (minutes).")
+@click.option("--out", type=PATH, help="Folder for compare.json and compare.md.")
+@_one_line_errors
+def compare(bundle: Path | None, out: Path | None, **how: Any) -> None:
+    """Run one network in torch and in every backend, side by side on the same tiles."""
+    from histostream.benchmarks.compare import compare as compared
+    from histostream.benchmarks.compare import markdown
+    from histostream.benchmarks.report import write_together
+    from histostream.wsi.sink import json_text
+
+    said = compared(bundle or default_bundle(), **how, say=_say)
+    page = markdown(said)
+    if out is not None:
+        write_together(out, {"compare.md": page, "compare.json": json_text(said)})
+    click.echo(page)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_one_line_errors
+def doctor(as_json: bool) -> None:
+    """List what this machine can run, and what to install for the rest.
+
+    Exit status 1 if something is broken; what is only missing does not count.
+    """
+    from histostream.benchmarks.doctor import BROKEN, examine
+
+    findings = examine()
+    if as_json:
+        click.echo(json.dumps([asdict(finding) for finding in findings], indent=1))
+    else:
+        for finding in findings:
+            click.echo(str(finding))
+    sys.exit(1 if any(finding.status == BROKEN for finding in findings) else 0)
+
+
+def _words(option: str, text: str, known: tuple[str, ...]) -> list[str]:
+    words = list(dict.fromkeys(word.strip() for word in text.split(",")))
+    for word in words:
+        if word not in known:
+            raise _OptionError(f"{option} {text}: {word!r} is none of {', '.join(known)}")
+    return words
+
+
+def _numbers(option: str, text: str) -> list[int | None]:
+    """Numbers with commas between them; None for "auto"."""
+    found: list[int | None] = []
+    for word in text.split(","):
+        if word.strip() == "auto":
+            found.append(None)
+        elif word.strip().isdecimal() and int(word) > 0:
+            found.append(int(word))
+        else:
+            raise _OptionError(f"{option} {text}: {word.strip()!r} is no number from 1, nor auto")
+    return list(dict.fromkeys(found))
+
+
+def _size(text: str) -> tuple[int, int]:
+    sides = text.lower().split("x")
+    if len(sides) != 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise _OptionError(f"--synthetic {text}: is not a size; write 4096x4096")
+    return int(sides[0]), int(sides[1])
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _fail(message: str) -> None:
+    click.echo(f"histo-bench: {message}", err=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,353 @@
+"""What ``histo-bench compare`` does: one network in every library at hand, side by side.
+
+Every contender gets the same tiles from host memory and gives scores back to host memory, so that
+none is spared a copy. They take turns, and the ratios are those of one turn.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from histostream.benchmarks.hardware import cpu_flags, hardware
+from histostream.benchmarks.sessions import first_line, quiet
+from histostream.benchmarks.stages import BenchError
+from histostream.export.tiles import collect_tiles
+from histostream.export.trained import find_checkpoint, shipped_checkpoint
+from histostream.runtime.card import PRECISIONS, ModelCard, read_card
+from histostream.runtime.engine import open_engine
+from histostream.runtime.infer import versions
+from histostream.training import checkpoint as checkpoints
+from histostream.training import methods
+from histostream.training.checkpoint import CheckpointError
+from histostream.wsi.errors import HistoError
+
+Pixels = NDArray[np.uint8]
+Plain = dict[str, Any]
+Call = Callable[[Pixels], Pixels]
+Say = Callable[[str], None]
+BASELINE = "torch eager fp32"
+BACKENDS = ("cpu", "openvino", "cuda", "tensorrt")
+# A processor without any of these computes bfloat16 several times slower than single precision.
+BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"})
+
+
+class NotUsableError(Exception):
+    """A contender cannot run here, for the reason given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """One library and precision, warm.
+
+    Attributes
+    ----------
+    name
+        What was asked for.
+    ran
+        What ran, with its version.
+    call
+        Maps tiles (N, H, W, C) to scores (N, K, H, W), both in host memory.
+    close
+        Gives everything back.
+    """
+
+    name: str
+    ran: str
+    call: Call
+    close: Callable[[], None] = lambda: None
+
+
+def compare(
+    bundle: Path,
+    *,
+    method: str = "imems",
+    checkpoint: Path | None = None,
+    slide: Path | None = None,
+    tiles: int = 4,
+    batch: int = 1,
+    repeats: int = 5,
+    threads: int | None = None,
+    compiled: bool = False,
+    say: Say = lambda text: None,
+) -> Plain:
+    """Time one network in torch and in every backend, and compare their labels.
+
+    Parameters
+    ----------
+    bundle
+        The exported model.
+    method, checkpoint
+        The same network in torch; None: the weights that ship for the method.
+    slide
+        Where tiles are cut from; None: a synthetic slide.
+    tiles, batch
+        How many tiles, and how many at once.
+    repeats
+        How often; the figures are medians.
+    threads
+        CPU threads of every contender; None: all cores.
+    compiled
+        Whether ``torch.compile`` is tried too; it takes minutes.
+    say
+        Told what is done, one line at a time.
+
+    Returns
+    -------
+    Rates and label agreement of what ran, and the reason for everything that did not.
+
+    Raises
+    ------
+    CardError, CheckpointError, BenchError
+        If bundle or checkpoint cannot be read, or are not of one network.
+    """
+    for name, value in (("tiles", tiles), ("batch", batch), ("repeats", repeats)):
+        if value < 1:
+            raise BenchError(f"--{name} {value}: use 1 or more")
+    card = read_card(bundle)
+    module = torch_network(method, checkpoint, card)
+    pixels = collect_tiles(
+        slide, tile_px=card.tile_px, channels=card.channels, mpp=card.mpp, classes=(), count=tiles
+    ).gate
+    machine = hardware()
+    batches = [pixels[i : i + batch] for i in range(0, len(pixels), batch)]
+    with _torch_threads(threads):
+        contenders, refused = _open(bundle, card, module, threads, compiled, batches, say)
+        scores = {c.name: np.concatenate([c.call(b) for b in batches]) for c in contenders}
+        seconds, cores = _in_turns(contenders, batches, repeats, say)
+    for contender in contenders:
+        contender.close()
+    wanted = scores[BASELINE].argmax(axis=1)
+    mpx = len(pixels) * card.tile_px**2 / 1e6
+    return {
+        "hardware": machine,
+        "versions": {**versions(), "torch": torch.__version__},
+        "model": bundle.name,
+        "method": method,
+        "tile_px": card.tile_px,
+        "tiles": len(pixels),
+        "batch": batch,
+        "repeats": repeats,
+        "threads": threads,
+        "contenders": [
+            {
+                "name": c.name,
+                "ran": c.ran,
+                "mpx_per_s": round(mpx / statistics.median(seconds[c.name]), 3),
+                "ratio_to_torch_eager": round(_ratio(seconds[BASELINE], seconds[c.name]), 3),
+                "label_agreement": round(_agreement(scores[c.name], wanted), 6),
+                "cores_busy": round(statistics.median(cores[c.name]), 2),
+                "every_seconds": [round(s, 4) for s in seconds[c.name]],
+            }
+            for c in contenders
+        ],
+        "not_usable": refused,
+    }
+
+
+def _ratio(of: Sequence[float], to: Sequence[float]) -> float:
+    """Median of the ratios of the turns: what disturbed one disturbed the other."""
+    return statistics.median(a / b for a, b in zip(of, to, strict=True))
+
+
+def _agreement(scores: Pixels, wanted: NDArray[np.int64]) -> float:
+    return float((scores.argmax(axis=1) == wanted).mean())
+
+
+def torch_network(method_name: str, run: Path | None, card: ModelCard) -> nn.Module:
+    """Load the network that a bundle was exported from.
+
+    Raises
+    ------
+    CheckpointError
+        If the checkpoint cannot be read, is of another method, or does not fit the card.
+    """
+    method = methods.load(method_name)
+    folder = shipped_checkpoint(method_name) if run is None else find_checkpoint(run)
+    said = checkpoints.read(folder)
+    if said.method != method_name:
+        raise CheckpointError(f"{folder}: trained by {said.method!r}, not {method_name!r}")
+    ours = (said.channels, [name for name, _ in said.classes])
+    theirs = (card.channels, [c.name for c in card.classes])
+    if ours != theirs:
+        raise CheckpointError(
+            f"{folder}: has {ours[0]} channels and classes {', '.join(ours[1])}, the bundle "
+            f"{theirs[0]} and {', '.join(theirs[1])}; pass the --checkpoint that it was made of"
+        )
+    try:
+        config = method.Config(**said.config)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}: its config does not fit {method_name}: {error}"
+        ) from error
+    state = method.build(config, len(said.classes), said.channels)
+    checkpoints.load(folder, state)
+    module: nn.Module = method.deployed(state)
+    return module.eval()
+
+
+def _open(
+    bundle: Path,
+    card: ModelCard,
+    module: nn.Module,
+    threads: int | None,
+    compiled: bool,
+    batches: list[Pixels],
+    say: Say,
+) -> tuple[list[Contender], list[Plain]]:
+    """Open and warm every contender; the first is the baseline."""
+    contenders: list[Contender] = []
+    refused: list[Plain] = []
+    for name, opened in (
+        *_torch_contenders(module, compiled),
+        *_engine_contenders(bundle, card, threads),
+    ):
+        say(f"opening {name}")
+        try:
+            contender = opened()
+            for batch in {len(b): b for b in batches}.values():  # a last batch may be smaller
+                contender.call(batch)
+        except (HistoError, NotUsableError) as error:
+            refused.append({"name": name, "reason": str(error)})
+        except Exception as error:  # of torch, its compiler, or a library: none has a common base
+            if name == BASELINE:
+                raise
+            refused.append({"name": name, "reason": first_line(error)})
+        else:
+            contenders.append(contender)
+    return contenders, refused
+
+
+def _in_turns(
+    contenders: Sequence[Contender], batches: list[Pixels], repeats: int, say: Say
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Return the seconds of each turn, and its processor seconds for each of them."""
+    seconds: dict[str, list[float]] = {c.name: [] for c in contenders}
+    cores: dict[str, list[float]] = {c.name: [] for c in contenders}
+    for repeat in range(repeats):
+        for contender in contenders:
+            start, start_cpu = time.perf_counter(), time.process_time()
+            for batch in batches:
+                contender.call(batch)
+            spent = time.perf_counter() - start
+            seconds[contender.name].append(spent)
+            cores[contender.name].append((time.process_time() - start_cpu) / spent)
+        say(f"{repeat + 1} of {repeats}")
+    return seconds, cores
+
+
+def _torch_contenders(
+    module: nn.Module, compiled: bool
+) -> Iterator[tuple[str, Callable[[], Contender]]]:
+    on_gpu = torch.cuda.is_available()
+    device = "cuda" if on_gpu else "cpu"
+    half = torch.float16 if on_gpu else torch.bfloat16
+    sensible = on_gpu or bool(BFLOAT16 & cpu_flags())
+
+    def eager() -> Contender:
+        return _torch_contender(BASELINE, module, device, None, compiled=False)
+
+    def mixed() -> Contender:
+        if not sensible:
+            raise NotUsableError("this processor has no bfloat16 instructions: it would be slower")
+        return _torch_contender("torch AMP", module, device, half, compiled=False)
+
+    def with_compiler() -> Contender:
+        if not compiled:
+            raise NotUsableError("not asked for; pass --compile (takes minutes)")
+        return _torch_contender(
+            "torch compile", module, device, half if sensible else None, compiled=True
+        )
+
+    yield BASELINE, eager
+    yield "torch AMP", mixed
+    yield "torch compile", with_compiler
+
+
+def _torch_contender(
+    name: str, module: nn.Module, device: str, half: torch.dtype | None, *, compiled: bool
+) -> Contender:
+    here = module.to(device)
+    run = torch.compile(here) if compiled else here
+    kind = "fp32" if half is None else f"autocast {str(half).removeprefix('torch.')}"
+
+    def call(tiles: Pixels) -> Pixels:
+        with (
+            torch.inference_mode(),
+            torch.autocast(device, dtype=half or torch.bfloat16, enabled=half is not None),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # of the compiler, about this machine
+            scores: Pixels = run(torch.from_numpy(tiles).to(device)).cpu().numpy()
+        return scores
+
+    how = ", compiled" if compiled else ""
+    return Contender(name, f"torch {torch.__version__} {device} {kind}{how}", call)
+
+
+def _engine_contenders(
+    bundle: Path, card: ModelCard, threads: int | None
+) -> Iterator[tuple[str, Callable[[], Contender]]]:
+    for backend in BACKENDS:
+        library = "onnxruntime " if backend in ("cpu", "cuda") else ""
+        for precision in PRECISIONS:
+            name = f"{library}{backend} {precision}"
+
+            def opened(
+                name: str = name, backend: str = backend, precision: str = precision
+            ) -> Contender:
+                if precision not in card.precisions:
+                    raise NotUsableError(f"the bundle has no {precision} graph")
+                with quiet():
+                    engine = open_engine(
+                        bundle, backend=backend, precision=precision, threads=threads
+                    )
+                return Contender(name, engine.name, engine.infer, engine.close)
+
+            yield name, opened
+
+
+@contextmanager
+def _torch_threads(threads: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def markdown(said: Plain) -> str:
+    """Return the result as a page with one table."""
+    machine = said["hardware"]
+    gpus = "".join(f", {gpu['name']}" for gpu in machine["gpus"])
+    lines = [
+        f"# {said['model']}: {said['tiles']} tiles of {said['tile_px']} px, batch {said['batch']}",
+        "",
+        f"{machine['cpu']}, {machine['cores']} cores{gpus}; load before {machine['load_before']}. "
+        f"Medians of {said['repeats']} repeats in turns, host memory to host memory; Mpx are "
+        "pixels of tiles.",
+        "",
+        "| | what ran | Mpx/s | of torch eager | labels that agree with torch | cores busy |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {c['name']} | {c['ran']} | {c['mpx_per_s']:.3g} | {c['ratio_to_torch_eager']:.2f} x "
+        f"| {c['label_agreement']:.3%} | {c['cores_busy']:.1f} |"
+        for c in said["contenders"]
+    ]
+    if said["not_usable"]:
+        lines += ["", "Not run here:", ""]
+        lines += [f"- {refused['name']}: {refused['reason']}" for refused in said["not_usable"]]
+    return "\n".join([*lines, ""])
