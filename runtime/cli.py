@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from histostream.runtime.blend import WINDOWS
 from histostream.runtime.card import PRECISIONS, default_bundle
-from histostream.runtime.engine import BACKENDS, Engine, open_engine
+from histostream.runtime.engine import BACKENDS, BF16, Engine, open_engine
 from histostream.runtime.fleet import Fleet
 from histostream.runtime.infer import Options, SlideResult, segment_slide, slide_stem
 from histostream.runtime.memory import return_buffers_at_once
@@ -34,8 +34,8 @@ console = Console(stderr=True)
 @click.option("--out", default="out", type=click.Path(path_type=Path), help="Folder for results.")
 @click.option("--backend", default="auto", type=click.Choice(BACKENDS), help="What to run on.")
 @click.option(
-    "--precision", default="auto", type=click.Choice(("auto", *PRECISIONS)),
-    help="Which graph of the model is run; int8 is the fastest on a CPU.",
+    "--precision", default="auto", type=click.Choice(("auto", *PRECISIONS, BF16)),
+    help="Which graph of the model is run; int8 is the fastest on a CPU. bf16: OpenVINO only.",
 )  # fmt: skip
 @click.option(
     "--overlap", "overlap_px", type=int, metavar="PX", help="Pixels that tiles share; default 64."

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from histostream.runtime.card import PRECISIONS, CardError, ModelCard, read_card
 from histostream.wsi.errors import HistoError
 
+BF16 = "bf16"  # the FP32 graph, computed in bfloat16 by a CPU that can
 BACKENDS = ("auto", "cpu", "cuda", "tensorrt", "openvino")
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ def open_engine(
     precision
         "fp32", "fp16" or "int8": which graph of the bundle is run. "auto" takes FP32 on a CPU,
         where FP16 is not faster; INT8 with OpenVINO and FP16 on a GPU, where the bundle has it.
+        "bf16", with OpenVINO only, computes the FP32 graph in bfloat16; no gate has judged that.
     threads
         CPU threads for inference; None leaves it to the library (all cores).
     device
@@ -84,10 +86,12 @@ def open_engine(
     """
     if backend not in BACKENDS:
         raise EngineError(f"no backend is called {backend!r}: use {', '.join(BACKENDS)}")
-    if precision != "auto" and precision not in PRECISIONS:
+    if precision == BF16 and backend != "openvino":
+        raise EngineError(f"precision {BF16} is OpenVINO's: pass --backend openvino too")
+    if precision not in ("auto", BF16, *PRECISIONS):
         raise EngineError(f"no precision is called {precision!r}: use {', '.join(PRECISIONS)}")
     card = read_card(bundle)
-    if precision not in ("auto", *card.precisions):
+    if precision not in ("auto", BF16, *card.precisions):
         raise CardError(
             f"{bundle}: has no {precision} graph, but {', '.join(card.precisions) or 'none'}; "
             "export the model with --precision"

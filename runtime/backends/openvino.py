@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histostream.runtime.card import PRECISIONS, ModelCard, read_file
-from histostream.runtime.engine import EngineError, check_tiles
+from histostream.runtime.engine import BF16, EngineError, check_tiles
 
 
 class OpenVinoEngine:
@@ -52,12 +52,18 @@ def open_openvino(
         raise EngineError(
             "backend 'openvino' needs a package: pip install 'histostream[openvino]'"
         ) from error
-    file = PRECISIONS[precision]
+    file = PRECISIONS["fp32" if precision == BF16 else precision]
     content = read_file(bundle, card, file)
-    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+    # Left to itself, OpenVINO computes FP32 in bfloat16 on CPUs that can.
+    hint = BF16 if precision == BF16 else "f32"
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": hint}
     if threads:
         settings["INFERENCE_NUM_THREADS"] = threads
     core = openvino.Core()
+    if precision == BF16 and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise EngineError(
+            f"precision {BF16}: this CPU has no bfloat16 arithmetic; use int8 or fp32"
+        )
     try:
         model = core.read_model(model=io.BytesIO(content))
         compiled = core.compile_model(model, "CPU", settings)

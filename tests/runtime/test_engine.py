@@ -132,3 +132,20 @@ def test_exact_blending_equals_whole_image_inference(
     assert 0 < read_card(tiny_bundle).halo_px < 64
     assert difference.max() <= 1
     assert (difference > 0).mean() < 1e-4
+
+
+def test_bfloat16_is_openvino_s_and_is_close_to_single_precision(tiny_bundle: Path) -> None:
+    openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    with pytest.raises(EngineError, match="pass --backend openvino"):
+        open_engine(tiny_bundle, backend="cpu", precision="bf16")
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        with pytest.raises(EngineError, match="has no bfloat16 arithmetic"):
+            open_engine(tiny_bundle, backend="openvino", precision="bf16")
+        return
+    tiles = np.random.default_rng(0).integers(0, 256, (2, 128, 128, 3), np.uint8)
+    engine = open_engine(tiny_bundle, backend="openvino", precision="bf16")
+    assert engine.name.endswith("cpu bf16")
+    exact = open_engine(tiny_bundle, backend="openvino", precision="fp32").infer(tiles)
+    found = engine.infer(tiles)
+    assert np.abs(found.astype(int) - exact).max() <= 8
+    assert not np.array_equal(found, exact)
