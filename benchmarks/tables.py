@@ -73,7 +73,29 @@ def frozen_statistics(found: dict[str, Any]) -> Iterator[list[str]]:
                 ]  # fmt: skip
 
 
+def bench_cpu(found: dict[str, Any]) -> Iterator[list[str]]:
+    """Rates of each stage alone, and end to end."""
+    yield ["", "decode", "bare engine", "blend", "write", "end to end", "of bare engine",
+           "of the roof"]  # fmt: skip
+    for run in found["runs"]:
+        rates = (f"{run['stages'][s]['mpx_per_s']:.3g} Mpx/s" for s in
+                 ("decode", "engine", "blend", "write", "end_to_end"))  # fmt: skip
+        yield [
+            run["engine"], *rates, f"{run['end_to_end_of_bare_engine']:.0%}",
+            f"{run['roofline']['share_of_roof']:.0%}",
+        ]  # fmt: skip
+
+
+def fast_cpu(found: dict[str, Any]) -> Iterator[list[str]]:
+    """Seconds end to end beside FAST's."""
+    yield ["", "seconds", "speed"]
+    for name, seconds in found["median_seconds"].items():
+        yield [name, f"{seconds:.1f}", f"{found['speed_against_fast'][name]:.2f} x"]
+
+
 TABLES = {
+    "bench-cpu": bench_cpu,
+    "fast-cpu": fast_cpu,
     "export-cpu": export_cpu,
     "accuracy-nuclei": accuracy_nuclei,
     "frozen-statistics": frozen_statistics,

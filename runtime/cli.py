@@ -77,8 +77,9 @@ def main(
     try:
         _check_names(slides)
         settings = Options(threads=threads, **options)
+        chosen: list[str] = []
         engine = _open(
-            bundle or default_bundle(), devices,
+            bundle or default_bundle(), devices, chosen.append,
             backend=backend, precision=precision, threads=threads,
         )  # fmt: skip
     except HistoError as error:
@@ -87,7 +88,7 @@ def main(
     card = engine.card
     console.print(
         f"model: {card.method} ({', '.join(c.name for c in card.classes)}) at {card.mpp:g} um/px; "
-        f"{engine.name}",
+        f"{''.join(chosen) or engine.name}",
         highlight=False,
     )
     try:
@@ -105,9 +106,11 @@ def main(
     sys.exit(1 if failed else 0)
 
 
-def _open(bundle: Path, devices: str | None, **how: Any) -> Engine | Fleet:
+def _open(
+    bundle: Path, devices: str | None, say: Callable[[str], None], **how: Any
+) -> Engine | Fleet:
     if devices is None:
-        return open_engine(bundle, **how)
+        return open_engine(bundle, say=say, **how)
     return Fleet(bundle, tuple(d.strip() for d in devices.split(",") if d.strip()), **how)
 
 

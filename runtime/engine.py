@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -57,6 +58,7 @@ def open_engine(
     precision: str = "auto",
     threads: int | None = None,
     device: int = 0,
+    say: Callable[[str], None] = log.info,
 ) -> Engine:
     """Open the network of a model bundle.
 
@@ -76,6 +78,8 @@ def open_engine(
         CPU threads for inference; None leaves it to the library (all cores).
     device
         Which GPU, as the driver counts.
+    say
+        Told what was chosen and why.
 
     Raises
     ------
@@ -98,7 +102,7 @@ def open_engine(
         )
     if backend != "auto":
         engine = _open(bundle, card, backend, precision, threads, device)
-        log.info("running on %s: asked for", engine.name)
+        say(f"{engine.name} (asked for)")
         return engine
     reasons = []
     for name in ("tensorrt", "cuda") if gpu_count() else ():
@@ -109,12 +113,12 @@ def open_engine(
         except HistoError as error:
             reasons.append(f"{name}: {error}")
             continue
-        log.info("running on %s%s", engine.name, "".join(f"; not on {why}" for why in reasons))
+        say(f"{engine.name} ({'; '.join(('a GPU is here', *(f'not {r}' for r in reasons)))})")
         return engine
     if reasons:
         log.warning("a GPU is here but cannot be used, running on the CPU: %s", "; ".join(reasons))
     engine = _open(bundle, card, "cpu", precision, threads, device)
-    log.info("running on %s%s", engine.name, "" if reasons else ": no GPU is here")
+    say(f"{engine.name} ({'the GPU cannot be used' if reasons else 'no GPU is here'})")
     return engine
 
 
