@@ -90,6 +90,7 @@ def main(
         f"model: {card.method} ({', '.join(c.name for c in card.classes)}) at {card.mpp:g} um/px; "
         f"{''.join(chosen) or engine.name}",
         highlight=False,
+        soft_wrap=True,  # one line, however narrow the terminal
     )
     try:
         if isinstance(engine, Fleet) and 1 < engine.devices <= len(slides):
