@@ -6,7 +6,6 @@ import functools
 import itertools
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,12 @@ from typing import Any
 import click
 
 from histostream.runtime.card import PRECISIONS, default_bundle
+from histostream.runtime.console import one_line_errors
 from histostream.runtime.engine import BACKENDS
 from histostream.wsi.errors import HistoError
 
 PATH = click.Path(path_type=Path)
 DEFAULT = "run"
-EXTRAS = {"matplotlib": "bench", "onnx": "bench"}  # what brings a package; of others: export
 
 
 class _OptionError(HistoError, ValueError):
@@ -35,31 +34,12 @@ class _RunByDefault(click.Group):
         return super().parse_args(ctx, args)
 
 
-def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Say what went wrong in one line, and leave with status 1."""
-
-    @functools.wraps(command)
-    def guarded(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except HistoError as error:
-            _fail(str(error))
-            sys.exit(1)
-        except ImportError as error:
-            if error.name is None or error.name.startswith("histostream"):
-                raise
-            package = error.name.split(".")[0]
-            extra = EXTRAS.get(package, "export")
-            _fail(f"{package} is not installed: pip install 'histostream[{extra}]'")
-            sys.exit(1)
-        except MemoryError:
-            _fail("out of memory; try a smaller --batch or a smaller slide")
-            sys.exit(1)
-        except KeyboardInterrupt:
-            _fail("stopped; nothing was written")
-            sys.exit(130)
-
-    return guarded
+_one_line_errors = one_line_errors(
+    "histo-bench",
+    out_of_memory="try a smaller --batch or a smaller slide",
+    stopped="nothing was written",
+    extras={"matplotlib": "bench", "onnx": "bench"},
+)
 
 
 @click.group(cls=_RunByDefault, context_settings={"show_default": True})
@@ -226,10 +206,6 @@ def _size(text: str) -> tuple[int, int]:
 
 def _say(text: str) -> None:
     click.echo(text, err=True)
-
-
-def _fail(message: str) -> None:
-    click.echo(f"histo-bench: {message}", err=True)
 
 
 if __name__ == "__main__":

@@ -24,12 +24,10 @@ from histostream.benchmarks.hardware import cpu_flags, hardware
 from histostream.benchmarks.sessions import first_line, quiet
 from histostream.benchmarks.stages import BenchError
 from histostream.export.tiles import collect_tiles
-from histostream.export.trained import find_checkpoint, shipped_checkpoint
+from histostream.export.trained import load_deployed, read_checkpoint
 from histostream.runtime.card import PRECISIONS, ModelCard, read_card
 from histostream.runtime.engine import open_engine
 from histostream.runtime.infer import versions
-from histostream.training import checkpoint as checkpoints
-from histostream.training import methods
 from histostream.training.checkpoint import CheckpointError
 from histostream.wsi.errors import HistoError
 
@@ -173,11 +171,7 @@ def torch_network(method_name: str, run: Path | None, card: ModelCard) -> nn.Mod
     CheckpointError
         If the checkpoint cannot be read, is of another method, or does not fit the card.
     """
-    method = methods.load(method_name)
-    folder = shipped_checkpoint(method_name) if run is None else find_checkpoint(run)
-    said = checkpoints.read(folder)
-    if said.method != method_name:
-        raise CheckpointError(f"{folder}: trained by {said.method!r}, not {method_name!r}")
+    folder, said = read_checkpoint(method_name, run)
     ours = (said.channels, [name for name, _ in said.classes])
     theirs = (card.channels, [c.name for c in card.classes])
     if ours != theirs:
@@ -185,16 +179,7 @@ def torch_network(method_name: str, run: Path | None, card: ModelCard) -> nn.Mod
             f"{folder}: has {ours[0]} channels and classes {', '.join(ours[1])}, the bundle "
             f"{theirs[0]} and {', '.join(theirs[1])}; pass the --checkpoint that it was made of"
         )
-    try:
-        config = method.Config(**said.config)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder}: its config does not fit {method_name}: {error}"
-        ) from error
-    state = method.build(config, len(said.classes), said.channels)
-    checkpoints.load(folder, state)
-    module: nn.Module = method.deployed(state)
-    return module.eval()
+    return load_deployed(folder, said)
 
 
 def _open(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 from collections.abc import Callable
@@ -11,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from histostream.runtime.cli import show_only_our_warnings
+from histostream.runtime.console import fail, one_line_errors, show_only_our_warnings
 from histostream.runtime.memory import return_buffers_at_once
-from histostream.wsi.errors import HistoError
 
 if TYPE_CHECKING:
     from histostream.export.bundle import Export, Options
 
+COMMAND = "histo-export"
 PATH = click.Path(path_type=Path)
 
 
@@ -71,31 +70,12 @@ def _how(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Say what went wrong in one line, and leave with status 1."""
-
-    @functools.wraps(command)
-    def guarded(*args: Any, **kwargs: Any) -> None:
-        show_only_our_warnings("histo-export")
-        return_buffers_at_once()
-        try:
-            command(*args, **kwargs)
-        except HistoError as error:
-            _fail(str(error))
-            sys.exit(1)
-        except ImportError as error:
-            if error.name is None or error.name.startswith("histostream"):
-                raise
-            _fail(f"{error.name} is not installed: pip install 'histostream[export]'")
-            sys.exit(1)
-        except MemoryError:
-            _fail("out of memory; try a smaller --tile, or --precision fp32")
-            sys.exit(1)
-        except KeyboardInterrupt:
-            _fail("stopped; nothing half-written is left")
-            sys.exit(130)
-
-    return guarded
+_one_line_errors = one_line_errors(
+    COMMAND,
+    out_of_memory="try a smaller --tile, or --precision fp32",
+    stopped="nothing half-written is left",
+    extras={},
+)
 
 
 @click.group(invoke_without_command=True, context_settings={"show_default": True})
@@ -120,6 +100,8 @@ def main(
     In single precision, half precision and 8-bit integers, each compared with the trained network
     before it is written, and as a TensorRT engine. Exit status 0 only if all of it was written.
     """
+    show_only_our_warnings(COMMAND)
+    return_buffers_at_once()
     if context.invoked_subcommand is not None:
         return
     if method_name is None:
@@ -222,7 +204,7 @@ def _tell(export: Export, out: Path) -> None:
         f"{out}: {card.tile_px} px tiles at {card.mpp:g} um/px, halo {card.halo_px} px{statistics}"
     )
     for failure in export.failures:
-        _fail(failure)
+        fail(COMMAND, failure)
     if export.failures:
         sys.exit(1)
 
@@ -234,10 +216,6 @@ def _figures(parity: dict[str, Any]) -> str:
             f"{parity.get('source', '?')}, largest difference {parity['max_difference']}/255"
         )
     return json.dumps(parity)
-
-
-def _fail(message: str) -> None:
-    click.echo(f"histo-export: {message}", err=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from histostream.export.graph import GraphError
 from histostream.export.onnx import export_onnx
 from histostream.training import checkpoint as checkpoints
 from histostream.training import methods
-from histostream.training.checkpoint import CheckpointError
+from histostream.training.checkpoint import Checkpoint, CheckpointError
 from histostream.wsi.sink import ClassInfo
 
 
@@ -36,6 +36,43 @@ def shipped_checkpoint(method: str) -> Path:
 def find_checkpoint(run: Path) -> Path:
     """Folder of the checkpoint in a run: the best one, or the folder itself."""
     return run / "best" if (run / "best").is_dir() else run
+
+
+def read_checkpoint(method_name: str, run: Path | None) -> tuple[Path, Checkpoint]:
+    """Find the checkpoint of a run, or the one that ships (None), and read what it says of itself.
+
+    Raises
+    ------
+    CheckpointError
+        If it is missing, damaged or of another method.
+    """
+    methods.load(method_name)
+    folder = shipped_checkpoint(method_name) if run is None else find_checkpoint(run)
+    said = checkpoints.read(folder)
+    if said.method != method_name:
+        raise CheckpointError(f"{folder}: trained by {said.method!r}, not {method_name!r}")
+    return folder, said
+
+
+def load_deployed(folder: Path, said: Checkpoint) -> nn.Module:
+    """Build the network of a checkpoint behind the tile contract, and load its weights.
+
+    Raises
+    ------
+    CheckpointError
+        If its config does not fit its method, or its weights are damaged.
+    """
+    method = methods.load(said.method)
+    try:
+        config = method.Config(**said.config)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}: its config does not fit {said.method}: {error}"
+        ) from error
+    state = method.build(config, len(said.classes), said.channels)
+    checkpoints.load(folder, state)
+    module: nn.Module = method.deployed(state)
+    return module.eval()
 
 
 def export_checkpoint(
@@ -69,28 +106,16 @@ def export_checkpoint(
         As `write_bundle`.
     """
     options = options or Options()
-    method = methods.load(method_name)
-    folder = shipped_checkpoint(method_name) if run is None else find_checkpoint(run)
-    said = checkpoints.read(folder)
-    if said.method != method_name:
-        raise CheckpointError(f"{folder}: trained by {said.method!r}, not {method_name!r}")
+    folder, said = read_checkpoint(method_name, run)
     check(out, options)
-    try:
-        config = method.Config(**said.config)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder}: its config does not fit {method_name}: {error}"
-        ) from error
-    state = method.build(config, len(said.classes), said.channels)
-    checkpoints.load(folder, state)
     network = trained_network(
-        method.deployed(state),
+        load_deployed(folder, said),
         method=method_name,
         classes=tuple(ClassInfo(name, color) for name, color in said.classes),
         mpp=said.mpp,
         channels=said.channels,
         tile_px=options.tile_px,
-        score_kind=method.SCORE_KIND,
+        score_kind=methods.load(method_name).SCORE_KIND,
         training={**said.record, "step": said.step, "torch": torch.__version__},
         note=checkpoints.read_note(folder),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import time
@@ -16,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from histostream.runtime.blend import WINDOWS
 from histostream.runtime.card import PRECISIONS, default_bundle
+from histostream.runtime.console import fail, show_only_our_warnings
 from histostream.runtime.engine import BACKENDS, BF16, Engine, open_engine
 from histostream.runtime.fleet import Fleet
 from histostream.runtime.infer import Options, SlideResult, segment_slide, slide_stem
@@ -190,14 +190,6 @@ class _progress:
         self._bar.update(self._task, completed=done, total=total, rate=text)
 
 
-def show_only_our_warnings(command: str) -> None:
-    """Show HistoStream's own warnings; what libraries say is in the error that they raise."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter(f"{command}: %(message)s"))
-    handler.addFilter(logging.Filter("histostream"))
-    logging.basicConfig(handlers=[handler], level=logging.WARNING)
-
-
 def _check_names(slides: tuple[Path, ...]) -> None:
     """Refuse two slides whose results would overwrite each other."""
     seen: dict[str, Path] = {}
@@ -212,7 +204,7 @@ def _check_names(slides: tuple[Path, ...]) -> None:
 
 
 def _fail(message: str) -> None:
-    click.echo(f"histo-infer: {message}", err=True)
+    fail("histo-infer", message)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,71 @@
+"""What the ``histo-*`` commands share: one line for a user's mistake, and our own warnings only."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import click
+
+from histostream.wsi.errors import HistoError
+
+
+def show_only_our_warnings(command: str) -> None:
+    """Show HistoStream's own warnings; what libraries say is in the error that they raise."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter(f"{command}: %(message)s"))
+    handler.addFilter(logging.Filter("histostream"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+
+
+def fail(command: str, message: str) -> None:
+    """Say what went wrong, on stderr."""
+    click.echo(f"{command}: {message}", err=True)
+
+
+def one_line_errors(
+    command: str, *, out_of_memory: str, stopped: str, extras: Mapping[str, str]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a command say what went wrong in one line, and leave with status 1, or 130 if stopped.
+
+    Parameters
+    ----------
+    command
+        Its name, as "histo-export".
+    out_of_memory
+        What to try when memory does not last.
+    stopped
+        What a user who stops it finds.
+    extras
+        The extra of HistoStream that brings a package; "export" for those not named.
+    """
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def guarded(*args: Any, **kwargs: Any) -> None:
+            try:
+                function(*args, **kwargs)
+            except HistoError as error:
+                message, status = str(error), 1
+            except ImportError as error:
+                if error.name is None or error.name.startswith("histostream"):
+                    raise
+                package = error.name.split(".")[0]
+                extra = extras.get(package, "export")
+                message = f"{package} is not installed: pip install 'histostream[{extra}]'"
+                status = 1
+            except MemoryError:
+                message, status = f"out of memory; {out_of_memory}", 1
+            except KeyboardInterrupt:
+                message, status = f"stopped; {stopped}", 130
+            else:
+                return
+            fail(command, message)
+            sys.exit(status)
+
+        return guarded
+
+    return decorate
