@@ -13,8 +13,8 @@ from typing import Any
 import click
 
 from histostream.runtime.card import PRECISIONS, default_bundle
-from histostream.runtime.console import one_line_errors
 from histostream.runtime.engine import BACKENDS
+from histostream.wsi.console import one_line_errors
 from histostream.wsi.errors import HistoError
 
 PATH = click.Path(path_type=Path)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from histostream.runtime.console import fail, one_line_errors, show_only_our_warnings
+from histostream.wsi.console import fail, one_line_errors, show_only_our_warnings
 from histostream.runtime.memory import return_buffers_at_once
 
 if TYPE_CHECKING:

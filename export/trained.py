@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,6 +55,22 @@ def read_checkpoint(method_name: str, run: Path | None) -> tuple[Path, Checkpoin
     return folder, said
 
 
+def config_of(folder: Path, said: Checkpoint) -> Any:
+    """Return the method's ``Config`` that a checkpoint was built with.
+
+    Raises
+    ------
+    CheckpointError
+        If it does not fit the method.
+    """
+    try:
+        return methods.load(said.method).Config(**said.config)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}: its config does not fit {said.method}: {error}"
+        ) from error
+
+
 def load_deployed(folder: Path, said: Checkpoint) -> nn.Module:
     """Build the network of a checkpoint behind the tile contract, and load its weights.
 
@@ -63,13 +80,7 @@ def load_deployed(folder: Path, said: Checkpoint) -> nn.Module:
         If its config does not fit its method, or its weights are damaged.
     """
     method = methods.load(said.method)
-    try:
-        config = method.Config(**said.config)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder}: its config does not fit {said.method}: {error}"
-        ) from error
-    state = method.build(config, len(said.classes), said.channels)
+    state = method.build(config_of(folder, said), len(said.classes), said.channels)
     checkpoints.load(folder, state)
     module: nn.Module = method.deployed(state)
     return module.eval()
@@ -115,7 +126,7 @@ def export_checkpoint(
         mpp=said.mpp,
         channels=said.channels,
         tile_px=options.tile_px,
-        score_kind=methods.load(method_name).SCORE_KIND,
+        score_kind=methods.load(method_name).score_kind(config_of(folder, said)),
         training={**said.record, "step": said.step, "torch": torch.__version__},
         note=checkpoints.read_note(folder),
     )

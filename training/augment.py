@@ -1,19 +1,25 @@
-"""Random variations of stained images: place, size, stain, light, focus, coding.
+"""Random variations of stained images: place, size, stain, light, focus, coding, warps.
 
-Everything works on one crop, in numpy, driven by the generator that is passed in, so that a run is
-repeated exactly by its seed.
+What stained slides need and no library has is done here on one crop, in numpy, driven by the
+generator that is passed in; rotations, elastic warps, colour jitter and motion blur are kornia's,
+on whole batches and on their device (`warp`). Both repeat exactly from a run's seed.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from histostream.training.data import Sample
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Floats = NDArray[np.float32]
 
@@ -51,6 +57,15 @@ class Augmentation:
         Largest standard deviation of pixel noise, in grey levels.
     jpeg
         Share of crops that are coded as JPEG of random quality.
+    rotate
+        Largest rotation, in degrees, besides the quarter turns; the image is mirrored outside.
+    elastic
+        Strength of a smooth random warp, about its largest displacement in pixels; 0 is off.
+    color_jitter
+        Strength of kornia's jitter of brightness, contrast, saturation (each by this share) and
+        hue (a quarter of it, in turns); grey images: brightness and contrast.
+    motion_blur
+        Length in pixels of a random linear blur, in half of the crops; 0 is off, else 3 or more.
     """
 
     flips: bool = False
@@ -62,10 +77,19 @@ class Augmentation:
     focus: float = 0.0
     noise: float = 0.0
     jpeg: float = 0.0
+    rotate: float = 0.0
+    elastic: float = 0.0
+    color_jitter: float = 0.0
+    motion_blur: int = 0
 
     def __post_init__(self) -> None:
         if self.zoom < 1:
             raise ValueError(f"zoom={self.zoom}: use 1 (off) or more")
+        if self.motion_blur and self.motion_blur < 3:
+            raise ValueError(f"motion_blur={self.motion_blur}: use 0 (off), or 3 px or more")
+        for name in ("rotate", "elastic", "color_jitter", "motion_blur"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: use 0 (off) or more")
 
 
 def draw_crop(
@@ -98,6 +122,85 @@ def draw_crop(
     factor = object_zoom(sample, a, typical_object_px) * a.zoom ** rng.uniform(-1, 1)
     image, labels = zoom(sample.image, sample.labels, factor)
     image, labels = _crop(image, labels, crop_px, rng)
+    return _vary(image, labels, a, rng)
+
+
+def draw_whole(
+    sample: Sample,
+    augmentation: Augmentation,
+    typical_object_px: float,
+    rng: np.random.Generator,
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Vary a whole image, as `draw_crop` does, without cutting it; returns (H, W, C) and (H, W)."""
+    factor = object_zoom(sample, augmentation, typical_object_px)
+    image, labels = zoom(sample.image, sample.labels, factor)
+    return _vary(image, labels, augmentation, rng)
+
+
+def warp(images: Tensor, labels: Tensor, augmentation: Augmentation) -> tuple[Tensor, Tensor]:
+    """Rotate, warp, jitter and blur a batch by kornia, where it lies; torch's seed decides how.
+
+    Parameters
+    ----------
+    images
+        (N, C, H, W) uint8.
+    labels
+        (N, H, W) int64; moved with the images, without interpolation.
+
+    Returns
+    -------
+    Both, of the same types.
+    """
+    a = augmentation
+    if not (a.rotate or a.elastic or a.color_jitter or a.motion_blur):
+        return images, labels
+    pixels, maps = _warps(a, images.shape[1])(images.float() / 255, labels[:, None].float())
+    return (
+        (pixels * 255).round().clamp(0, 255).to(images.dtype),
+        maps[:, 0].round().to(labels.dtype),
+    )
+
+
+@functools.cache
+def _warps(a: Augmentation, channels: int) -> Any:
+    import kornia.augmentation as kornia
+    from kornia.constants import DataKey, Resample, SamplePadding
+
+    steps: list[Any] = []
+    if a.rotate:
+        steps.append(
+            kornia.RandomAffine(a.rotate, p=1.0, padding_mode=SamplePadding.REFLECTION.name)
+        )
+    if a.elastic:
+        # sigma is a quarter of the kernel's side, so that the displacement is smooth.
+        steps.append(
+            kornia.RandomElasticTransform(
+                (63, 63),
+                (16.0, 16.0),
+                (a.elastic / 16, a.elastic / 16),
+                p=1.0,
+                padding_mode="reflection",
+            )  # fmt: skip
+        )
+    if a.color_jitter:
+        j = a.color_jitter
+        color = (j, j / 4) if channels == 3 else (0.0, 0.0)
+        steps.append(kornia.ColorJiggle(j, j, *color, p=1.0))
+    if a.motion_blur:
+        steps.append(kornia.RandomMotionBlur((3, a.motion_blur | 1), 180.0, 0.5, p=0.5))
+    nearest = {"resample": Resample.NEAREST, "align_corners": False}
+    return kornia.AugmentationSequential(
+        *steps, data_keys=["input", "mask"], extra_args={DataKey.MASK: nearest}
+    )
+
+
+def _vary(
+    image: NDArray[np.uint8],
+    labels: NDArray[np.uint8],
+    a: Augmentation,
+    rng: np.random.Generator,
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Everything that varies a crop but its place."""
     if a.flips:
         image, labels = _dihedral(image, labels, rng)
     pixels = image.astype(np.float32)

@@ -104,7 +104,7 @@ def load(folder: Path, state: State) -> Checkpoint:
     for name, module in state.modules.items():
         prefix = f"{name}."
         own = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-        if not own and name != "generator":
+        if not own and name not in state.needed:
             continue  # a checkpoint for export may leave the discriminator out
         try:
             module.load_state_dict(own)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import subprocess
 import sys
 import tomllib
@@ -14,10 +16,17 @@ from typing import Any
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from histostream.training import data, loop, methods
+from histostream.training import compute, loop, methods, sets
 from histostream.training.augment import Augmentation
-from histostream.training.loop import Recipe, Schedule
+from histostream.training.checkpoint import Checkpoint
+from histostream.training.compute import PRECISIONS, Compute
+from histostream.training.data import DataSet
+from histostream.training.loop import Recipe
+from histostream.training.schedule import Schedule
+from histostream.wsi.console import one_line_errors, show_only_our_warnings
 from histostream.wsi.errors import HistoError
+
+COMMAND = "histo-train"
 
 
 class RecipeError(HistoError, ValueError):
@@ -28,69 +37,135 @@ class RecipeError(HistoError, ValueError):
 @click.version_option(package_name="histostream")
 @click.option("--method", "method_name", default="imems", help="Which paper to train.")
 @click.option(
-    "--data",
-    "folder",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="Folder with images/ and labels/ (class of each pixel) or labels_instance/ (objects).",
-)
+    "--data", "source", required=True, metavar="SET",
+    help="A folder with images/ and labels/ or labels_instance/, or a known set as glas:PATH "
+    "(docs/data.md).",
+)  # fmt: skip
+@click.option(
+    "--pool", "pools", multiple=True, metavar="NAME=SET",
+    help="Further images without labels, as target=monuseg:PATH; may be repeated.",
+)  # fmt: skip
 @click.option(
     "--out", "run", required=True, type=click.Path(path_type=Path), help="Folder of the run."
 )
-@click.option("--config", help="A recipe: a TOML file, or the name of a shipped one (nuclei).")
-@click.option("--mpp", type=float, help="Resolution of the images, um per pixel.")
+@click.option(
+    "--config", "configs", multiple=True,
+    help="A recipe: a TOML file, or the name of a shipped one (nuclei, unet-c-single, ...); may "
+    "be repeated, later ones add to earlier ones.",
+)  # fmt: skip
+@click.option(
+    "--mpp", type=float, help="Resolution to train at, um per pixel; default: the set's own."
+)
 @click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE",
     help="Change the recipe, e.g. schedule.steps=900 or method.base_width=32; may be repeated.",
 )  # fmt: skip
+@click.option("--device", default="auto", help="auto, cpu, cuda or cuda:0.")
+@click.option("--precision", type=click.Choice(PRECISIONS), default="fp32")
+@click.option("--compile", "compiled", is_flag=True, help="Compile the networks (torch.compile).")
+@click.option("--deterministic", is_flag=True, help="The same bits again on a GPU; slower.")
+@click.option(
+    "--processes", type=click.IntRange(1), default=1,
+    help="Processes that share each batch, one a GPU (or torchrun's own).",
+)  # fmt: skip
+@one_line_errors(
+    COMMAND,
+    out_of_memory="set schedule.batch or schedule.crop_px lower",
+    stopped="the same command goes on where it was",
+    extras={},
+)
 def main(
     method_name: str,
-    folder: Path,
+    source: str,
+    pools: tuple[str, ...],
     run: Path,
-    config: str | None,
+    configs: tuple[str, ...],
     mpp: float | None,
     settings: tuple[str, ...],
+    device: str,
+    precision: str,
+    compiled: bool,
+    deterministic: bool,
+    processes: int,
 ) -> None:
     """Train a method; the same command again goes on where a stopped run was."""
-    try:
-        method = methods.load(method_name)
-        recipe = read_recipe(method_name, method, config, settings, mpp=mpp)
-        samples = data.read_folder(folder)
-        best = _train(recipe, method, samples, run)
-    except KeyboardInterrupt:
-        click.echo(f"\nstopped; the same command goes on from {run / 'last'}", err=True)
-        sys.exit(130)
-    except HistoError as error:
-        click.echo(f"histo-train: {error}", err=True)
-        sys.exit(1)
-    for part, score in best.record["scores"].items():
-        named = zip(best.classes, score["f_score"], strict=True)
-        text = ", ".join(f"{name} {f:.3f}" for (name, _), f in named)
-        click.echo(f"{part} ({score['images']} images): F-score {text}")
-    click.echo(f"best checkpoint (step {best.step}): {run / 'best'}")
+    show_only_our_warnings(COMMAND)
+    how = Compute(device, precision, compiled, deterministic)
+    method = methods.load(method_name)
+    found = with_pools(sets.open_set(source), pools)
+    recipe = read_recipe(method_name, method, configs, settings, mpp=mpp, own_mpp=found.mpp)
+    if processes > 1 and "WORLD_SIZE" not in os.environ:
+        sys.exit(_in_processes(processes))
+    best = _train(recipe, method, found, run, how)
+    if compute.rank() == 0:
+        _tell(best, run)
+    compute.close_device()
+
+
+def with_pools(found: DataSet, pools: tuple[str, ...]) -> DataSet:
+    """Add pools of pictures without labels, given as ``NAME=SET``, to a data set.
+
+    Of a set with labels all its training images are taken, without their labels; of a folder with
+    a pool of that name, the pool.
+
+    Raises
+    ------
+    RecipeError
+        If the text is not ``NAME=SET``.
+    DataError
+        If the set cannot be used.
+    """
+    known = dict(found.pools)
+    for text in pools:
+        name, equals, source = text.partition("=")
+        if not (equals and name and source):
+            raise RecipeError(f"--pool {text!r}: write NAME=SET, as target=monuseg:PATH")
+        other = sets.open_set(source)
+        if found.mpp and other.mpp:
+            other = other.at_mpp(found.mpp)
+        known[name] = other.pools.get(name) or other.train
+    return dataclasses.replace(found, pools=known)
 
 
 def read_recipe(
     method_name: str,
     method: ModuleType,
-    config: str | None = None,
+    configs: tuple[str, ...] = (),
     settings: tuple[str, ...] = (),
     *,
     mpp: float | None = None,
+    own_mpp: float | None = None,
 ) -> Recipe:
-    """Build a recipe from a TOML file (or a shipped name) and ``key=value`` settings.
+    """Build a recipe from TOML files (or shipped names) and ``key=value`` settings.
+
+    Parameters
+    ----------
+    method_name, method
+        The method, and its module.
+    configs
+        Recipes; a key of a later one takes the place of the same key of an earlier one.
+    settings
+        ``table.key=value``, after all recipes.
+    mpp
+        Resolution to train at, whatever the recipes say.
+    own_mpp
+        Resolution of the data set, which holds where neither says one.
 
     Raises
     ------
     RecipeError
-        If the file is missing or not TOML, or a key or value does not exist or fit.
+        If a file is missing or not TOML, or a key or value does not exist or fit.
     """
-    tables = _read_toml(config) if config else {}
+    tables: dict[str, Any] = {}
+    for config in configs:
+        for key, value in _read_toml(config).items():
+            merged = isinstance(value, dict) and isinstance(tables.get(key), dict)
+            tables[key] = {**tables[key], **value} if merged else value
     for setting in settings:
         _apply(tables, setting)
     if mpp is not None:
         tables["mpp"] = mpp
-    if "mpp" not in tables:
+    if tables.setdefault("mpp", own_mpp) is None:
         raise RecipeError("the resolution of the training images is not known; pass --mpp")
     classes = tuple((c["name"], tuple(c["color"])) for c in tables.pop("classes", ()))
     recipe = Recipe(
@@ -106,37 +181,67 @@ def read_recipe(
     return recipe
 
 
-def _train(recipe: Recipe, method: ModuleType, samples: list[data.Sample], run: Path) -> Any:
+def _in_processes(count: int) -> int:
+    """Run this command again in so many processes, by torchrun; returns the exit status."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        f"--nproc-per-node={count}", "-m", "histostream.training.cli", *sys.argv[1:],
+    ]  # fmt: skip
+    with subprocess.Popen(command) as child:
+        while True:
+            try:
+                return child.wait()
+            except KeyboardInterrupt:
+                continue  # the child was told as well, and saves its last step
+
+
+def _train(
+    recipe: Recipe, method: ModuleType, found: DataSet, run: Path, how: Compute
+) -> Checkpoint:
+    record = {"histostream": metadata.version("histostream"), "commit": commit()}
+    if int(os.environ.get("RANK", "0")) > 0:
+        return loop.train(recipe, method, found, run, how=how, record=record)
     columns = (
         TextColumn("step"), MofNCompleteColumn(), BarColumn(),
         TimeRemainingColumn(), TextColumn("{task.fields[losses]}"),
     )  # fmt: skip
     with Progress(*columns, transient=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("", total=recipe.schedule.steps, losses="")
+        task = bar.add_task("", total=None, losses="")
 
         def report(progress: loop.Progress) -> None:
             text = "  ".join(f"{k} {v:.3f}" for k, v in progress.losses.items())
-            bar.update(task, completed=progress.step, losses=text)
+            bar.update(task, completed=progress.step, total=progress.steps, losses=text)
             if progress.validation_loss is not None:
                 bar.console.print(
                     f"step {progress.step}: validation loss {progress.validation_loss:.4f}, "
-                    f"{progress.seconds:.0f} s"
+                    f"Dice {progress.validation_dice:.3f}, {progress.seconds:.0f} s",
+                    soft_wrap=True,
                 )
 
-        record = {"histostream": metadata.version("histostream"), "commit": _commit()}
-        return loop.train(recipe, method, samples, run, report=report, record=record)
+        return loop.train(recipe, method, found, run, how=how, report=report, record=record)
 
 
-def _commit() -> str | None:
-    """Commit of the code, where it runs from a checkout."""
+def _tell(best: Checkpoint, run: Path) -> None:
+    for part, score in best.record["scores"].items():
+        named = zip(best.classes, score["f_score"], strict=True)
+        text = ", ".join(f"{name} {f:.3f}" for (name, _), f in named)
+        click.echo(f"{part} ({score['images']} images): F-score {text}")
+    click.echo(f"best checkpoint (step {best.step}): {run / 'best'}")
+
+
+def commit() -> str | None:
+    """Commit of the code, where it runs from a checkout; with "+changes" where files differ."""
     here = Path(__file__).parent
     try:
-        done = subprocess.run(
-            ["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        head, changed = (
+            subprocess.run(
+                ["git", "-C", here, *words], capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno"))
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
+    return f"{head}+changes" if changed else head
 
 
 def _read_toml(config: str) -> dict[str, Any]:

@@ -1,50 +1,202 @@
-"""Training images and their labels, from one folder layout.
+"""Training images and their labels, and how a set is divided; the sets are read by `sets`.
 
-``DIR/images/<name>.<png|jpg|webp|tif>`` with, for each image, either ``DIR/labels/<name>.png``
-(class of each pixel, 0..K-1) or ``DIR/labels_instance/<name>.png`` (0 background, 1..N objects;
-two classes). Everything is checked before training starts.
+Images are uint8, labels the class of each pixel. A `Picture` may be in memory or, as the tile of a
+slide is, read whenever it is asked for.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import math
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFile
 
 from histostream.wsi.errors import HistoError
+from histostream.wsi.resolution import resampled
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
+SAME_MPP = 1e-6  # relative
+
+Classes = tuple[tuple[str, tuple[int, int, int]], ...]
+Label = TypeVar("Label", np.uint8, np.int32)
 
 
 class DataError(HistoError, ValueError):
     """A training set cannot be used as it is."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One annotated image.
+class Picture(Protocol):
+    """An image, with or without labels.
 
     Attributes
     ----------
     name
-        File name of the image.
+        Unique in its set.
+    group
+        Patient, slide or image: the pictures of one group stay in one part of any split.
     image
         (H, W, 3) uint8 RGB, or (H, W, 1).
+    shape
+        (H, W), known without loading.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def group(self) -> str: ...  # noqa: D102
+
+    @property
+    def image(self) -> NDArray[np.uint8]: ...  # noqa: D102
+
+    @property
+    def shape(self) -> tuple[int, int]: ...  # noqa: D102
+
+    def digest(self) -> bytes:
+        """SHA-256 of what it holds (a slide's tile: of the slide and the place), for records."""
+        ...
+
+
+class Sample(Picture, Protocol):
+    """An annotated image.
+
+    Attributes
+    ----------
     labels
-        (H, W) uint8, class of each pixel.
+        (H, W) uint8, class of each pixel, 0..K-1.
+    instances
+        (H, W) int32, 0 background and 1..N objects; None where the set has none.
     object_px
         Median diameter of the objects (of the circle of equal area), in pixels; nan where the set
-        has no instance labels or the image has no object.
+        has no instances or the image has no object.
+    """
+
+    @property
+    def labels(self) -> NDArray[np.uint8]: ...  # noqa: D102
+
+    @property
+    def instances(self) -> NDArray[np.int32] | None: ...  # noqa: D102
+
+    @property
+    def object_px(self) -> float: ...  # noqa: D102
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredPicture:
+    """A `Picture` in memory."""
+
+    name: str
+    group: str
+    image: NDArray[np.uint8]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(H, W)."""
+        height, width = self.image.shape[:2]
+        return height, width
+
+    def digest(self) -> bytes:
+        """SHA-256 of name, group and pixels."""
+        return _sha256(self.name, self.group, self.image)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredSample(StoredPicture):
+    """A `Sample` in memory."""
+
+    labels: NDArray[np.uint8]
+    instances: NDArray[np.int32] | None = None
+    object_px: float = math.nan
+
+    def __post_init__(self) -> None:
+        for given in (self.labels, self.instances):
+            if given is not None and given.shape != self.image.shape[:2]:
+                raise DataError(f"{self.name}: labels are {given.shape}, image {self.image.shape}")
+
+    def digest(self) -> bytes:
+        """SHA-256 of name, group, pixels, labels and objects."""
+        return _sha256(self.name, self.group, self.image, self.labels, self.instances)
+
+
+@dataclass(frozen=True, slots=True)
+class DataSet:
+    """The images of one set, as its authors divided them.
+
+    Attributes
+    ----------
+    name
+        What the set is called, e.g. "glas".
+    classes
+        (name, (r, g, b)) in the order of the labels; empty if not known.
+    mpp
+        Micrometres per pixel of the images as they are stored; None if not known.
+    train
+        All labelled images that are in no official validation or test part.
+    validation, test
+        Official parts, often empty.
+    pools
+        Pictures whose labels are missing or not used: "target", "unlabelled", "presence",
+        "absence", as far as they exist.
     """
 
     name: str
-    image: NDArray[np.uint8]
-    labels: NDArray[np.uint8]
-    object_px: float
+    classes: Classes
+    mpp: float | None
+    train: tuple[Sample, ...]
+    validation: tuple[Sample, ...] = ()
+    test: tuple[Sample, ...] = ()
+    pools: Mapping[str, tuple[Picture, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        labelled = (*self.train, *self.validation, *self.test)
+        if not labelled:
+            raise DataError(f"{self.name}: no labelled image in it")
+        for part in (labelled, *self.pools.values()):
+            twice = [name for name, n in Counter(p.name for p in part).items() if n > 1]
+            if twice:
+                raise DataError(f"{self.name}: two images have the name {listed(twice)}")
+
+    @property
+    def channels(self) -> int:
+        """3 (RGB) or 1 (grey)."""
+        first = next(chain(self.train, self.validation, self.test))
+        return int(first.image.shape[2])
+
+    def at_mpp(self, mpp: float) -> DataSet:
+        """Return the set with every image resampled to ``mpp`` micrometres per pixel.
+
+        Images are resampled as slides are (area average down, bilinear up), labels and objects are
+        taken at the pixels' centres. A set of unknown resolution stays as it is.
+
+        Raises
+        ------
+        DataError
+            If ``mpp`` is not positive.
+        """
+        if not mpp > 0:
+            raise DataError(f"mpp={mpp}: a resolution is a positive number of um per pixel")
+        if self.mpp is None or math.isclose(self.mpp, mpp, rel_tol=SAME_MPP):
+            return self
+        scale = mpp / self.mpp
+        return replace(
+            self,
+            mpp=mpp,
+            train=tuple(_resampled_sample(s, scale) for s in self.train),
+            validation=tuple(_resampled_sample(s, scale) for s in self.validation),
+            test=tuple(_resampled_sample(s, scale) for s in self.test),
+            pools={
+                k: tuple(_resampled_picture(p, scale) for p in v) for k, v in self.pools.items()
+            },
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,51 +208,88 @@ class Split:
     test: tuple[int, ...]
 
 
-def read_folder(folder: Path) -> list[Sample]:
-    """Read every image of a training set, sorted by name.
+def split(samples: Sequence[Picture], *, validation: float, test: float, seed: int) -> Split:
+    """Divide images at random, whole groups at a time; the same seed gives the same split.
 
-    Raises
-    ------
-    DataError
-        If the layout is not as described, a label file is missing or unreadable, or sizes differ.
-    """
-    images = _image_files(folder)
-    instances = (folder / "labels_instance").is_dir()
-    label_folder = folder / ("labels_instance" if instances else "labels")
-    if not label_folder.is_dir():
-        raise DataError(f"{folder}: no labels; put them in {folder}/labels or /labels_instance")
-    return [_read_sample(path, label_folder / f"{path.stem}.png", instances) for path in images]
-
-
-def split(count: int, *, validation: float, test: float, seed: int) -> Split:
-    """Divide ``count`` images at random; the same seed gives the same split.
+    Parameters
+    ----------
+    samples
+        The images.
+    validation, test
+        Shares of the images that these parts should have; groups are whole, so the nearest
+        possible number is taken. Validation has one group at least.
+    seed
+        Another seed is another split.
 
     Raises
     ------
     DataError
         If a part would be empty.
     """
-    order = np.random.default_rng(seed).permutation(count)
+    groups, count = _groups(samples), len(samples)
+    shuffled = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
     n_test = round(test * count)
-    n_validation = max(1, round(validation * count))
-    if count - n_test - n_validation < 1:
-        raise DataError(f"{count} images are too few for validation={validation}, test={test}")
-    parts = np.split(order, [n_test, n_test + n_validation])
-    test_part, validation_part, train_part = (tuple(int(i) for i in sorted(p)) for p in parts)
-    return Split(train_part, validation_part, test_part)
+    message = f"{_amount(samples)} are too few for validation={validation}, test={test}"
+    if test > 0 and not n_test:
+        raise DataError(message)
+    test_part, rest = _taken(shuffled, n_test) if n_test else ([], shuffled)
+    validation_part, train_part = _taken(rest, max(1, round(validation * count)))
+    if not train_part:
+        raise DataError(message)
+    return Split(*(_indices(part) for part in (train_part, validation_part, test_part)))
 
 
-def checksum(samples: list[Sample]) -> str:
-    """SHA-256 over names, pixels and labels, so that a training record says what it saw."""
-    digest = hashlib.sha256()
-    for sample in samples:
-        digest.update(f"{sample.name}{sample.image.shape}".encode())
-        digest.update(sample.image.tobytes())
-        digest.update(sample.labels.tobytes())
-    return digest.hexdigest()
+def fold(
+    samples: Sequence[Picture], *, folds: int, fold: int, validation: float, seed: int
+) -> Split:
+    """Divide images for cross-validation, whole groups at a time.
+
+    Each image is in the test part of exactly one of the ``folds`` folds, which are made as equal
+    in images as the groups allow.
+
+    Parameters
+    ----------
+    samples
+        The images.
+    folds, fold
+        How many folds, and which of them (from 0) is the test part.
+    validation
+        Share of all images to choose the checkpoint by, one group at least, drawn from the rest.
+    seed
+        Another seed is another division; use one for all folds.
+
+    Raises
+    ------
+    DataError
+        If there are more folds than groups, no such fold, or nothing left to train on.
+    """
+    groups = _groups(samples)
+    if not 2 <= folds <= len(groups):
+        raise DataError(f"folds={folds}: {_amount(samples)} can make 2 to {len(groups)} folds")
+    if not 0 <= fold < folds:
+        raise DataError(f"fold={fold}: the {folds} folds are numbered 0 to {folds - 1}")
+    shuffled = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
+    sizes, place = [0] * folds, {}
+    for i in sorted(range(len(shuffled)), key=lambda i: -len(shuffled[i])):
+        place[i] = sizes.index(min(sizes))
+        sizes[place[i]] += len(shuffled[i])
+    test_part = [group for i, group in enumerate(shuffled) if place[i] == fold]
+    rest = [group for i, group in enumerate(shuffled) if place[i] != fold]
+    validation_part, train_part = _taken(rest, max(1, round(validation * len(samples))))
+    if not train_part:
+        raise DataError(
+            f"{_amount(samples)} in {folds} folds with validation={validation} leave nothing to "
+            "train on: use a smaller validation part, or more folds"
+        )
+    return Split(*(_indices(part) for part in (train_part, validation_part, test_part)))
 
 
-def class_count(samples: list[Sample]) -> int:
+def checksum(samples: Sequence[Picture]) -> str:
+    """SHA-256 over all digests in order, so that a training record says what it saw."""
+    return hashlib.sha256(b"".join(sample.digest() for sample in samples)).hexdigest()
+
+
+def class_count(samples: Sequence[Sample]) -> int:
     """Return one more than the largest label.
 
     Raises
@@ -114,28 +303,19 @@ def class_count(samples: list[Sample]) -> int:
     return classes
 
 
-def _image_files(folder: Path) -> list[Path]:
-    if not (folder / "images").is_dir():
-        raise DataError(f"{folder}: no folder 'images' in it; see histo-train --help")
-    files = sorted(p for p in (folder / "images").iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise DataError(f"{folder / 'images'}: no image in it ({', '.join(IMAGE_SUFFIXES)})")
-    return files
+def read_folder(folder: Path) -> list[Sample]:
+    """Read all labelled images of a folder, sorted by name; see ``docs/data.md`` for its layout.
 
+    Raises
+    ------
+    DataError
+        If the folder cannot be used as it is.
+    """
+    from histostream.training.sets import folder as layout  # which needs this module
 
-def _read_sample(path: Path, label_path: Path, instances: bool) -> Sample:
-    if not label_path.is_file():
-        raise DataError(f"{path.name}: no label file {label_path}")
-    image, raw = read_image(path), np.asarray(_open(label_path))
-    if raw.ndim != 2:
-        raise DataError(f"{label_path}: {raw.ndim} axes; labels are one grey channel")
-    if raw.shape != image.shape[:2]:
-        raise DataError(f"{label_path} is {raw.shape}, its image {image.shape[:2]}")
-    if instances:
-        return Sample(path.name, image, (raw > 0).astype(np.uint8), _median_diameter(raw))
-    if raw.max() > 254:
-        raise DataError(f"{label_path}: label {raw.max()}; classes are 0 to 254")
-    return Sample(path.name, image, raw.astype(np.uint8), float("nan"))
+    found = layout.read(folder)
+    every = (*found.train, *found.validation, *found.test)
+    return sorted(every, key=lambda sample: sample.name)
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
@@ -144,23 +324,195 @@ def read_image(path: Path) -> NDArray[np.uint8]:
     Raises
     ------
     DataError
-        If it is no image.
+        If it is no image, has more than one page or more than 8 bits, or is too large to be read
+        as a whole.
     """
-    image = _open(path)
-    if image.mode in ("L", "1"):
-        return np.asarray(image.convert("L"))[..., None]
-    return np.asarray(image.convert("RGB"))
+    image = open_image(path)
+    if image.mode.startswith(("I", "F")) or ";16" in str(image.tile):
+        image.close()
+        raise DataError(f"{path}: more than 8 bits per channel; convert it to 8 bit")
+    pixels = _loaded(path, image)
+    if pixels.mode in ("L", "1"):
+        return np.asarray(pixels.convert("L"))[..., None]
+    return np.asarray(pixels.convert("RGB"))
 
 
-def _open(path: Path) -> Image.Image:
+def read_labels(path: Path) -> NDArray[np.integer]:
+    """Read a label image, (H, W) of whole numbers as they are in the file.
+
+    Raises
+    ------
+    DataError
+        If it cannot be read, or has more than one channel or no whole numbers.
+    """
+    raw = np.asarray(_loaded(path, open_image(path)))
+    if raw.ndim != 2:
+        raise DataError(f"{path}: {raw.shape[2]} channels; a label image has a single one")
+    if raw.dtype.kind not in "biu":
+        raise DataError(f"{path}: labels are {raw.dtype}; save them as whole numbers (PNG)")
+    return raw.astype(np.uint8) if raw.dtype == bool else raw
+
+
+def open_image(path: Path) -> ImageFile.ImageFile:
+    """Open an image; its pixels are not read yet.
+
+    Raises
+    ------
+    DataError
+        If it is no image, holds more than one, or is larger than Pillow takes.
+    """
     try:
-        image = Image.open(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(path)
+            pages = getattr(image, "n_frames", 1)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"{path}: too large to be read as a whole ({error}); "
+            "cut it into parts, or train from it as a slide"
+        ) from error
+    except (OSError, ValueError, SyntaxError) as error:
+        if path.is_file() and path.stat().st_size == 0:
+            raise DataError(f"{path}: the file is empty; copy it again") from error
+        raise DataError(f"{path}: cannot be read as an image ({error})") from error
+    if pages > 1:
+        image.close()
+        raise DataError(f"{path}: {pages} images in one file; save each as a file of its own")
+    return image
+
+
+def median_diameter(instances: NDArray[np.integer]) -> float:
+    """Median diameter of the objects (of the circle of equal area), in pixels; nan without any."""
+    areas = np.unique(instances[instances > 0], return_counts=True)[1]
+    return float(2 * np.sqrt(np.median(areas) / np.pi)) if len(areas) else math.nan
+
+
+def listed(names: Sequence[object], most: int = 8) -> str:
+    """Join names for a message, the first ``most`` of them."""
+    text = ", ".join(str(name) for name in names[:most])
+    return text + f" and {len(names) - most} more" if len(names) > most else text
+
+
+def _loaded(path: Path, image: ImageFile.ImageFile) -> ImageFile.ImageFile:
+    try:
         image.load()
-    except OSError as error:
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        image.close()
         raise DataError(f"{path}: cannot be read as an image ({error})") from error
     return image
 
 
-def _median_diameter(instances: NDArray[np.integer]) -> float:
-    areas = np.unique(instances[instances > 0], return_counts=True)[1]
-    return float(2 * np.sqrt(np.median(areas) / np.pi)) if len(areas) else float("nan")
+def _sha256(*parts: str | NDArray[np.generic] | None) -> bytes:
+    """Hash texts and arrays so that no two lists of them are mistaken for each other."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, str):
+            digest.update(f"{len(part)} {part}".encode())
+        elif part is not None:
+            digest.update(f"{part.shape}{part.dtype.str}".encode())
+            digest.update(np.ascontiguousarray(part).data)
+    return digest.digest()
+
+
+def _groups(samples: Sequence[Picture]) -> list[list[int]]:
+    """Return the indices of the samples of each group, in the order in which the groups appear."""
+    found: dict[str, list[int]] = {}
+    for i, sample in enumerate(samples):
+        found.setdefault(sample.group, []).append(i)
+    return list(found.values())
+
+
+def _taken(groups: list[list[int]], wanted: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Take the first groups, one at least, that have the number of images nearest to ``wanted``."""
+    if not groups:
+        return [], []
+    total = np.cumsum([len(group) for group in groups])
+    end = 1 + int(np.abs(total - wanted).argmin())
+    return groups[:end], groups[end:]
+
+
+def _indices(groups: list[list[int]]) -> tuple[int, ...]:
+    return tuple(sorted(chain.from_iterable(groups)))
+
+
+def _amount(samples: Sequence[Picture]) -> str:
+    groups = len({sample.group for sample in samples})
+    of_groups = f" of {groups} groups" if groups < len(samples) else ""
+    return f"{len(samples)} images{of_groups}"
+
+
+# ----------------------------------------------------------------------------- resolution
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _ResampledPicture:
+    """A picture at another resolution, made whenever it is asked for."""
+
+    _source: Picture
+    _scale: float
+
+    @property
+    def name(self) -> str:
+        return self._source.name
+
+    @property
+    def group(self) -> str:
+        return self._source.group
+
+    @property
+    def image(self) -> NDArray[np.uint8]:
+        return resampled(self._source.image, self._scale)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        height, width = (len(_centres(side, self._scale)) for side in self._source.shape)
+        return height, width
+
+    def digest(self) -> bytes:
+        return _sha256(self._source.digest().hex(), f"{self._scale:.9g}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _ResampledSample(_ResampledPicture):
+    """A sample at another resolution, made whenever it is asked for."""
+
+    _source: Sample
+
+    @property
+    def labels(self) -> NDArray[np.uint8]:
+        return _at_centres(self._source.labels, self._scale)
+
+    @property
+    def instances(self) -> NDArray[np.int32] | None:
+        instances = self._source.instances
+        return None if instances is None else _at_centres(instances, self._scale)
+
+    @property
+    def object_px(self) -> float:
+        return self._source.object_px / self._scale
+
+
+def _resampled_picture(picture: Picture, scale: float) -> Picture:
+    if isinstance(picture, StoredPicture):
+        return StoredPicture(picture.name, picture.group, resampled(picture.image, scale))
+    return _ResampledPicture(picture, scale)
+
+
+def _resampled_sample(sample: Sample, scale: float) -> Sample:
+    small = _ResampledSample(sample, scale)
+    if isinstance(sample, StoredSample):
+        return StoredSample(
+            sample.name, sample.group, small.image, small.labels, small.instances, small.object_px
+        )
+    return small
+
+
+def _at_centres(labels: NDArray[Label], scale: float) -> NDArray[Label]:
+    rows, columns = (_centres(side, scale) for side in labels.shape)
+    return labels[rows[:, None], columns]
+
+
+def _centres(side: int, scale: float) -> NDArray[np.int64]:
+    """Return the pixel of a row of ``side`` that lies under the centre of each resampled one."""
+    count = max(1, int(side / scale + 0.5))
+    return np.minimum(((np.arange(count) + 0.5) * scale).astype(np.int64), side - 1)

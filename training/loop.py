@@ -1,4 +1,4 @@
-"""The training loop: crops in, checkpoints out; the same for every method.
+"""The training loop: batches in, checkpoints out; the same for every method.
 
 Each step draws its crops and its dropout from ``(seed, step)``, so a run that was stopped goes on
 from its checkpoint as if it never had been, bit for bit on the same machine.
@@ -10,64 +10,38 @@ import csv
 import dataclasses
 import math
 import platform
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from histostream.training import augment, checkpoint, data
+from histostream.training import augment, batches, checkpoint, compute, data, pictures
 from histostream.training.augment import Augmentation
+from histostream.training.batches import Batches, Parts
 from histostream.training.checkpoint import Checkpoint, CheckpointError
-from histostream.training.data import Sample, Split
+from histostream.training.compute import Compute
+from histostream.training.data import DataSet
+from histostream.training.methods import Batch, State
 from histostream.training.metrics import Confusion
+from histostream.training.schedule import Schedule, set_rates
+from histostream.wsi.errors import HistoError
 
-Pair = tuple[Tensor, Tensor]
+SHEET_ROWS = 4
+COLORS = ((0, 0, 0), (230, 75, 53), (77, 187, 213), (0, 160, 135), (243, 155, 127))
 
 
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """How long and on what to train.
-
-    Attributes
-    ----------
-    steps
-        Optimiser steps in all.
-    batch, crop_px
-        Crops a step, and their side; a multiple of what the network takes.
-    seed
-        Source of all randomness: split, initial weights, crops, dropout.
-    validate_every
-        Steps between validations; the checkpoint with the lowest validation loss is kept.
-    validation, test
-        Shares of the images held back for choosing the checkpoint, and for the final score.
-    warmup
-        Steps over which the learning rate rises linearly.
-    decay
-        "none", or "cosine": down to zero at the last step.
-    """
-
-    steps: int = 40_000
-    batch: int = 1
-    crop_px: int = 512
-    seed: int = 0
-    validate_every: int = 500
-    validation: float = 0.2
-    test: float = 0.0
-    warmup: int = 0
-    decay: str = "none"
-
-    def __post_init__(self) -> None:
-        if self.decay not in ("none", "cosine"):
-            raise ValueError(f"decay={self.decay!r}: use 'none' or 'cosine'")
-        if min(self.steps, self.batch, self.crop_px, self.validate_every) < 1:
-            raise ValueError("steps, batch, crop_px and validate_every must be at least 1")
+class TrainError(HistoError, RuntimeError):
+    """Training cannot go on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +55,10 @@ class Recipe:
     config
         The method's own ``Config``.
     mpp
-        Resolution of the training pixels (after any zoom), in micrometres per pixel.
+        Resolution to train at, in micrometres per pixel; images of a known, other resolution are
+        resized to it first. (Without one, that of the pixels after any zoom.)
     classes
-        (name, (r, g, b)) of each class; empty: named by number.
+        (name, (r, g, b)) of each class; empty: the data set's own, or named by number.
     """
 
     method: str
@@ -96,31 +71,39 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """One line of a run's log."""
+    """One line of a run's log; ``steps`` is how many there will be."""
 
     step: int
+    steps: int
     losses: dict[str, float]
     validation_loss: float | None
+    validation_dice: float | None
     seconds: float
 
 
 def train(
     recipe: Recipe,
     method: ModuleType,
-    samples: list[Sample],
+    found: DataSet,
     run: Path,
     *,
+    how: Compute | None = None,
     report: Callable[[Progress], None] = lambda _: None,
     record: dict[str, Any] | None = None,
 ) -> Checkpoint:
     """Train, or go on with, the run in folder ``run``; keep ``last`` and ``best`` checkpoints.
 
+    Ctrl-C (SIGINT) and SIGTERM finish the step in hand and save it as ``last``.
+
     Parameters
     ----------
-    recipe, method, samples
-        What to train, the module of the method, and the annotated images.
+    recipe, method, found
+        What to train, the module of the method, and the data set.
     run
-        Folder for ``last/``, ``best/`` and ``log.csv``; a run that is in it already goes on.
+        Folder for ``last/``, ``best/``, ``samples/`` and ``log.csv``; a run that is in it already
+        goes on.
+    how
+        Device, precision and the like.
     report
         Called after every step.
     record
@@ -135,56 +118,21 @@ def train(
     CheckpointError
         If ``run`` holds a run of another recipe or other data.
     DataError
-        If the images are too few or have one class only.
+        If the images are too few, have one class only, or a pool is missing.
+    ComputeError
+        If this machine cannot compute as asked.
+    TrainError
+        If memory does not last, or a loss is no number any more.
+    KeyboardInterrupt
+        If the run was stopped; the same call goes on with it.
     """
-    schedule = recipe.schedule
-    parts = data.split(
-        len(samples), validation=schedule.validation, test=schedule.test, seed=schedule.seed
-    )
-    torch.manual_seed(schedule.seed)
-    classes = recipe.classes or _numbered(data.class_count(samples))
-    state = method.build(recipe.config, len(classes), samples[0].image.shape[2])
-    base = {
-        "recipe": plain(recipe),
-        "data_sha256": data.checksum(samples),
-        "images": {k: len(v) for k, v in dataclasses.asdict(parts).items()},
-        "test_images": [samples[i].name for i in parts.test],
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        **(record or {}),
-    }
-
-    def at(step: int, **more: Any) -> Checkpoint:
-        return Checkpoint(
-            recipe.method, dataclasses.asdict(recipe.config), list(classes),
-            samples[0].image.shape[2], recipe.mpp, step, {**base, **more},
-        )  # fmt: skip
-
-    start, lowest, seconds = _resume(run / "last", state, base)
-    clock = time.perf_counter() - seconds
-    held_back = _whole_images(samples, parts.validation, recipe)
-    with _log(run / "log.csv", start) as log:
-        for step, (images, labels) in _batches(samples, parts, recipe, start):
-            _set_rates(state, recipe.config, schedule, step)
-            torch.manual_seed(hash((schedule.seed, step)) & 0x7FFFFFFF)
-            losses = method.step(state, images, labels)
-            done = step + 1
-            loss = None
-            if done % schedule.validate_every == 0 or done == schedule.steps:
-                loss = float(np.mean([method.validate(state, *pair)[0] for pair in held_back]))
-                if loss < lowest:
-                    lowest = loss
-                    checkpoint.save(
-                        run / "best", at(done, validation_loss=loss), state, optimizers=False
-                    )
-                seconds = time.perf_counter() - clock
-                checkpoint.save(
-                    run / "last", at(done, lowest_validation_loss=lowest, seconds=seconds), state
-                )
-            progress = Progress(done, losses, loss, time.perf_counter() - clock)
-            log(progress)
-            report(progress)
-    return _score_best(run, state, method, samples, parts, recipe)
+    how = how or Compute()
+    found = found.at_mpp(recipe.mpp)
+    device = compute.open_device(how)
+    parts = batches.divide(found, recipe.schedule)
+    batches.check_pools(parts, method.pools(recipe.config), recipe.method)
+    trainer = _Trainer(recipe, method, found, parts, run, how, device, record or {})
+    return trainer.run(report)
 
 
 def plain(value: Any) -> Any:
@@ -196,122 +144,248 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _numbered(count: int) -> tuple[tuple[str, tuple[int, int, int]], ...]:
-    colors = ((0, 0, 0), (230, 75, 53), (77, 187, 213), (0, 160, 135), (243, 155, 127))
-    return tuple((f"class {k}", colors[k % len(colors)]) for k in range(count))
+class _Trainer:
+    """One run: what `train` was given, and the networks."""
 
-
-def _resume(last: Path, state: Any, base: dict[str, Any]) -> tuple[int, float, float]:
-    if not (last / "checkpoint.safetensors").exists():
-        return 0, math.inf, 0.0
-    before = checkpoint.load(last, state)
-    for name in ("recipe", "data_sha256"):
-        if before.record[name] != base[name]:
-            raise CheckpointError(
-                f"{last}: holds a run with another {name.split('_')[0]}; "
-                "give --out a new folder, or repeat the options of that run"
-            )
-    return before.step, before.record["lowest_validation_loss"], before.record["seconds"]
-
-
-def _batches(
-    samples: list[Sample], parts: Split, recipe: Recipe, start: int
-) -> Iterator[tuple[int, Pair]]:
-    """Yield (step, (images (N, C, H, W) uint8, labels (N, H, W) int64)), one prepared ahead."""
-    typical = typical_object_px(samples)
-    schedule = recipe.schedule
-
-    def make(step: int) -> Pair:
-        rng = np.random.default_rng((schedule.seed, step))
-        chosen = rng.choice(parts.train, schedule.batch)
-        crops = [
-            augment.draw_crop(samples[i], schedule.crop_px, recipe.augmentation, typical, rng)
-            for i in chosen
-        ]
-        return _tensors(np.stack([c[0] for c in crops]), np.stack([c[1] for c in crops]))
-
-    with ThreadPoolExecutor(1) as ahead:
-        coming = ahead.submit(make, start)
-        for step in range(start, schedule.steps):
-            batch = coming.result()
-            if step + 1 < schedule.steps:
-                coming = ahead.submit(make, step + 1)
-            yield step, batch
-
-
-def typical_object_px(samples: list[Sample]) -> float:
-    """Median over images of their median object diameter, in pixels; nan without objects."""
-    known = [s.object_px for s in samples if not np.isnan(s.object_px)]
-    return float(np.median(known)) if known else float("nan")
-
-
-def _whole_images(samples: list[Sample], indices: tuple[int, ...], recipe: Recipe) -> list[Pair]:
-    """Return whole images at the training resolution, mirrored up to multiples of 16."""
-    typical = typical_object_px(samples)
-    pairs = []
-    for i in indices:
-        factor = augment.object_zoom(samples[i], recipe.augmentation, typical)
-        image, labels = augment.zoom(samples[i].image, samples[i].labels, factor)
-        pad = [(0, -n % 16) for n in labels.shape]
-        pairs.append(
-            _tensors(
-                np.pad(image, [*pad, (0, 0)], mode="reflect")[None],
-                np.pad(labels, pad, mode="reflect")[None],
-            )
+    def __init__(
+        self,
+        recipe: Recipe,
+        method: ModuleType,
+        found: DataSet,
+        parts: Parts,
+        folder: Path,
+        how: Compute,
+        device: torch.device,
+        record: dict[str, Any],
+    ) -> None:
+        self._recipe, self._method, self._parts, self._folder = recipe, method, parts, folder
+        self._device, self._schedule = device, recipe.schedule
+        self._steps = self._schedule.total_steps(len(parts.split.train))
+        torch.manual_seed(self._schedule.seed)
+        self._classes = (
+            recipe.classes or found.classes or _numbered(data.class_count(parts.samples))
         )
-    return pairs
+        self._channels = found.channels
+        self._state: State = method.build(recipe.config, len(self._classes), self._channels)
+        compute.prepare(self._state, device, how)
+        self._align_px: int = method.align_px(recipe.config)
+        self._base = {
+            "recipe": plain(recipe),
+            "data": found.name,
+            "data_sha256": data.checksum(parts.samples),
+            "images": {k: len(v) for k, v in dataclasses.asdict(parts.split).items()},
+            "pools": {name: len(pool) for name, pool in parts.pools.items()},
+            "test_images": [parts.samples[i].name for i in parts.split.test],
+            "torch": torch.__version__,
+            "machine": _machine(device),
+            "precision": how.precision,
+            "processes": compute.processes(),
+            **record,
+        }
+
+    def run(self, report: Callable[[Progress], None]) -> Checkpoint:
+        start, best, seconds = self._resume()
+        clock = time.perf_counter() - seconds
+        draw = Batches(
+            self._parts, self._schedule, self._recipe.augmentation,
+            self._method.pools(self._recipe.config), align_px=self._align_px,
+            rank=compute.rank(), processes=compute.processes(),
+        )  # fmt: skip
+        lead = compute.rank() == 0
+        with _log(self._folder / "log.csv", start, lead) as log, _stop_signals() as stopped:
+            for batch in draw(start, self._steps):
+                losses = self._step(batch)
+                done = batch.step + 1
+                stop = compute.any_process(stopped.is_set(), self._device)
+                validated = None
+                last_step = done == self._steps
+                if lead and (done % self._schedule.validate_every == 0 or last_step):
+                    validated = self._validate(done)
+                    if (value := self._rank(*validated)) < best:
+                        best = value
+                        self._save("best", done, validation_loss=validated[0])
+                if lead and (validated or stop):
+                    seconds = time.perf_counter() - clock
+                    self._save("last", done, lowest=best, seconds=seconds)
+                seconds = time.perf_counter() - clock
+                loss, dice = validated or (None, None)
+                progress = Progress(done, self._steps, losses, loss, dice, seconds)
+                log(progress)
+                report(progress)
+                if stop and not last_step:
+                    raise KeyboardInterrupt
+        if lead:
+            self._score_best()
+        if compute.processes() > 1:
+            dist.barrier()
+        return checkpoint.read(self._folder / "best")
+
+    def _step(self, batch: Batch) -> dict[str, float]:
+        set_rates(self._state.optimizers, self._schedule.rate(batch.step, batch.steps))
+        torch.manual_seed(hash((self._schedule.seed, batch.step, compute.rank())) & 0x7FFFFFFF)
+        try:
+            losses = self._method.step(self._state, self._on_device(batch))
+            said = {name: float(loss) for name, loss in losses.items()}
+        except RuntimeError as error:
+            if not compute.is_out_of_memory(error):
+                raise
+            raise TrainError(
+                f"out of memory in step {batch.step + 1}: batch={self._schedule.batch}, "
+                f"crop_px={self._schedule.crop_px}; set schedule.batch or schedule.crop_px lower"
+            ) from error
+        if not all(math.isfinite(v) for v in said.values()):
+            raise TrainError(
+                f"step {batch.step + 1}: a loss is no number any more ({said}); go on from an "
+                "earlier checkpoint with a lower learning rate, or in fp32"
+            )
+        return said
+
+    def _on_device(self, batch: Batch) -> Batch:
+        images, labels = augment.warp(
+            batch.images.to(self._device, non_blocking=True),
+            batch.labels.to(self._device, non_blocking=True),
+            self._recipe.augmentation,
+        )
+        pools = {}
+        for name, pool in batch.pools.items():
+            there = pool.to(self._device, non_blocking=True)
+            nothing = torch.zeros_like(there[:, 0])
+            pools[name] = augment.warp(there, nothing, self._recipe.augmentation)[0]
+        return dataclasses.replace(batch, images=images, labels=labels, pools=pools)
+
+    def _validate(self, step: int) -> tuple[float, float]:
+        """Return the loss and the mean Dice of the validation images; leave a sheet of samples."""
+        losses, confusion = [], Confusion(len(self._classes))
+        rows: list[pictures.Pictures] = []
+        for images, labels, truth in self._whole(self._parts.split.validation):
+            loss, predicted = self._method.validate(self._state, images, labels)
+            losses.append(loss)
+            here = predicted[0, : truth.shape[0], : truth.shape[1]].cpu().numpy()
+            confusion.add(here, truth)
+            if len(rows) < SHEET_ROWS:
+                rows.append(self._row(images, truth, here))
+        folder = self._folder / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        pictures.sheet(rows).save(folder / f"step-{step:06d}.png")
+        return float(np.mean(losses)), float(np.nanmean(confusion.dice()))
+
+    def _row(
+        self, images: Tensor, truth: np.ndarray, predicted: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        colors = [color for _, color in self._classes]
+        painted = self._method.paint(self._state, images)
+        height, width = truth.shape
+        more = {
+            name: picture[0, :, :height, :width].movedim(0, -1).cpu().numpy()
+            for name, picture in painted.items()
+        }
+        return {
+            "image": images[0, :, :height, :width].movedim(0, -1).cpu().numpy(),
+            "true": pictures.colored(truth, colors),
+            "predicted": pictures.colored(predicted, colors),
+            **more,
+        }
+
+    def _rank(self, loss: float, dice: float) -> float:
+        """What the best checkpoint has the lowest of."""
+        select = self._schedule.select
+        return loss if select == "loss" else -dice if select == "dice" else -math.inf
+
+    def _whole(self, indices: Sequence[int]) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
+        for images, labels, truth in batches.whole_images(
+            self._parts, indices, self._recipe.augmentation, self._align_px
+        ):
+            yield images.to(self._device), labels.to(self._device), truth
+
+    def _save(self, name: str, step: int, **more: Any) -> None:
+        said = Checkpoint(
+            self._recipe.method, dataclasses.asdict(self._recipe.config), list(self._classes),
+            self._channels, self._recipe.mpp, step, {**self._base, **more},
+        )  # fmt: skip
+        checkpoint.save(self._folder / name, said, self._state, optimizers=name == "last")
+
+    def _resume(self) -> tuple[int, float, float]:
+        """Return the step to go on from, the best validation value so far, and the seconds."""
+        last = self._folder / "last"
+        if not (last / "checkpoint.safetensors").exists():
+            return 0, math.inf, 0.0
+        before = checkpoint.read(last)
+        for name in ("recipe", "data_sha256"):
+            if before.record[name] != self._base[name]:
+                raise CheckpointError(
+                    f"{last}: holds a run with another {name.split('_')[0]}; "
+                    "give --out a new folder, or repeat the options of that run"
+                )
+        checkpoint.load(last, self._state)
+        return before.step, before.record["lowest"], before.record["seconds"]
+
+    def _score_best(self) -> None:
+        """Score the best checkpoint on the validation and the test images."""
+        best = checkpoint.load(self._folder / "best", self._state)
+        scores = {}
+        for name, indices in (
+            ("validation", self._parts.split.validation),
+            ("test", self._parts.split.test),
+        ):
+            confusion = Confusion(len(self._classes))
+            per_image = []
+            for images, labels, truth in self._whole(indices):
+                predicted = self._method.validate(self._state, images, labels)[1]
+                one = Confusion(len(self._classes))
+                one.add(predicted[0, : truth.shape[0], : truth.shape[1]].cpu().numpy(), truth)
+                confusion.counts += one.counts
+                per_image.append(one.dice())
+            if indices:
+                scores[name] = {
+                    "images": len(indices),
+                    "pixel_accuracy": confusion.accuracy(),
+                    "f_score": confusion.dice().tolist(),
+                    "dice_per_image": np.nanmean(per_image, axis=0).tolist(),
+                }
+        scored = dataclasses.replace(best, record={**best.record, "scores": scores})
+        checkpoint.save(self._folder / "best", scored, self._state, optimizers=False)
 
 
-def _tensors(images: Any, labels: Any) -> Pair:
-    nchw = np.ascontiguousarray(np.moveaxis(images, -1, 1))
-    return torch.from_numpy(nchw), torch.from_numpy(labels.astype(np.int64))
+def _numbered(count: int) -> tuple[tuple[str, tuple[int, int, int]], ...]:
+    return tuple((f"class {k}", COLORS[k % len(COLORS)]) for k in range(count))
 
 
-def _set_rates(state: Any, config: Any, schedule: Schedule, step: int) -> None:
-    factor = min(1.0, (step + 1) / schedule.warmup) if schedule.warmup else 1.0
-    if schedule.decay == "cosine":
-        factor *= 0.5 * (1 + math.cos(math.pi * step / schedule.steps))
-    for name, optimizer in state.optimizers.items():
-        prefix = "" if name == "generator" else f"{name}_"
-        for group in optimizer.param_groups:
-            group["lr"] = getattr(config, f"{prefix}learning_rate") * factor
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()}, {torch.get_num_threads()} threads"
 
 
-def _score_best(
-    run: Path,
-    state: Any,
-    method: ModuleType,
-    samples: list[Sample],
-    parts: Split,
-    recipe: Recipe,
-) -> Checkpoint:
-    """Score the best checkpoint on the test images (or, without any, the validation images)."""
-    best = checkpoint.load(run / "best", state)
-    scores = {}
-    for name, indices in (("validation", parts.validation), ("test", parts.test)):
-        confusion = Confusion(len(best.classes))
-        per_image = []
-        for images, labels in _whole_images(samples, indices, recipe):
-            one = Confusion(len(best.classes))
-            one.add(method.validate(state, images, labels)[1].numpy(), labels.numpy())
-            confusion.counts += one.counts
-            per_image.append(one.dice())
-        if indices:
-            scores[name] = {
-                "images": len(indices),
-                "pixel_accuracy": confusion.accuracy(),
-                "f_score": confusion.dice().tolist(),
-                "dice_per_image": np.nanmean(per_image, axis=0).tolist(),
-            }
-    scored = dataclasses.replace(best, record={**best.record, "scores": scores})
-    checkpoint.save(run / "best", scored, state, optimizers=False)
-    return scored
+@contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """Turn the first SIGINT or SIGTERM into a flag; a second one stops at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        del frame
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+        del number
+
+    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _log:
     """Append progress to a CSV file; rows after the checkpoint that a run goes on from are cut."""
 
-    def __init__(self, path: Path, start: int) -> None:
+    def __init__(self, path: Path, start: int, lead: bool) -> None:
+        self._writer: Any = None
+        if not lead:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         if start and path.exists():
@@ -326,13 +400,18 @@ class _log:
         return self._write
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        if self._writer:
+            self._file.close()
 
     def _write(self, progress: Progress) -> None:
+        if not self._writer:
+            return
         if not self._header:
-            self._writer.writerow(["step", "seconds", *progress.losses, "validation"])
+            names = ("validation_loss", "validation_dice")
+            self._writer.writerow(["step", "seconds", *progress.losses, *names])
             self._header = True
-        loss = "" if progress.validation_loss is None else f"{progress.validation_loss:.6f}"
         values = [f"{v:.6f}" for v in progress.losses.values()]
-        self._writer.writerow([progress.step, f"{progress.seconds:.1f}", *values, loss])
+        validated = (progress.validation_loss, progress.validation_dice)
+        said = ["" if v is None else f"{v:.6f}" for v in validated]
+        self._writer.writerow([progress.step, f"{progress.seconds:.1f}", *values, *said])
         self._file.flush()

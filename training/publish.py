@@ -22,7 +22,7 @@ from histostream.wsi.errors import HistoError
 
 
 def publish(run: Path, out: Path) -> None:
-    """Write the generator of ``run/best`` to ``out`` in half precision.
+    """Write the networks of ``run/best`` that are deployed to ``out``, in half precision.
 
     Raises
     ------
@@ -33,8 +33,8 @@ def publish(run: Path, out: Path) -> None:
     method = methods.load(said.method)
     state = method.build(method.Config(**said.config), len(said.classes), said.channels)
     checkpoint.load(run / "best", state)
-    generator = state.modules["generator"].to(torch.float16)
-    small = replace(state, modules={"generator": generator}, optimizers={})
+    deployed = {name: state.modules[name].to(torch.float16) for name in state.needed}
+    small = replace(state, modules=deployed, optimizers={})
     record = {**said.record, "weights": "rounded to float16 after training"}
     checkpoint.save(out, replace(said, record=record), small)
 

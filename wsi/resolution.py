@@ -169,6 +169,27 @@ def at_mpp(
     return SlideView(slide, level, mpp / level_mpp, mpp)
 
 
+def resampled(pixels: NDArray[np.uint8], scale: float) -> NDArray[np.uint8]:
+    """Resample a whole image as a view of a slide is resampled.
+
+    Parameters
+    ----------
+    pixels
+        (H, W, C).
+    scale
+        Pixels of it per pixel of the result, along one side: above 1 makes it smaller.
+
+    Returns
+    -------
+    (H / scale, W / scale, C) uint8, both rounded to nearest.
+    """
+    rows, columns = (
+        _taps(0, max(1, int(side / scale + 0.5)), scale, side) for side in pixels.shape[:2]
+    )
+    averaged = _weighted_rows(pixels, *rows)
+    return _weighted_columns(averaged, *columns, channels=pixels.shape[2])
+
+
 def thumbnail(slide_or_view: SlideReader | SlideView, max_px: int) -> NDArray[np.uint8]:
     """Read the whole slide in small, in bands, from the coarsest level that is fine enough.
 

@@ -59,6 +59,22 @@ class TissueMask:
 
 
 @dataclass(frozen=True, slots=True)
+class Polygon:
+    """One polygon that a user drew.
+
+    Attributes
+    ----------
+    name
+        Its class in QuPath, else its own name; empty if it has neither.
+    rings
+        (N, 2) float64 of x, y each: the outline, then its holes.
+    """
+
+    name: str
+    rings: tuple[NDArray[np.float64], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class RegionOfInterest:
     """Polygons that a user drew, in pixels of the view.
 
@@ -132,18 +148,7 @@ def read_roi(path: str | Path, view: SlideView) -> RegionOfInterest:
     SlideError
         If the file cannot be read, is no GeoJSON, holds no polygon, or none on the slide.
     """
-    path = Path(path)
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        polygons = [_rings(rings, view.downsample) for rings in _polygons(found)]
-    except OSError as error:
-        raise SlideError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        raise SlideError(
-            f"{path}: not valid GeoJSON ({error}); export the regions again"
-        ) from error
-    if not polygons:
-        raise SlideError(f"{path}: holds no polygon; draw a region and export it as GeoJSON")
+    polygons = [polygon.rings for polygon in read_polygons(path, view.downsample)]
     scale = max(1.0, max(view.width, view.height) / OVERVIEW_PX)
     width, height = int(np.ceil(view.width / scale)), int(np.ceil(view.height / scale))
     scale_x, scale_y = view.width / width, view.height / height
@@ -155,6 +160,35 @@ def read_roi(path: str | Path, view: SlideView) -> RegionOfInterest:
             "coordinates are pixels of level 0, check that the two belong together"
         )
     return RegionOfInterest(tuple(polygons), mask, scale_x, scale_y)
+
+
+def read_polygons(path: str | Path, downsample: float = 1.0) -> list[Polygon]:
+    """Read the polygons of a GeoJSON file, in pixels of level 0, as QuPath writes it.
+
+    Parameters
+    ----------
+    path
+        The file.
+    downsample
+        Pixels of level 0 per pixel of the result's coordinates.
+
+    Raises
+    ------
+    SlideError
+        If the file cannot be read, is no GeoJSON, or holds no polygon.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        polygons = [Polygon(name, _rings(rings, downsample)) for name, rings in _polygons(found)]
+    except OSError as error:
+        raise SlideError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise SlideError(
+            f"{path}: not valid GeoJSON ({error}); export the regions again"
+        ) from error
+    if not polygons:
+        raise SlideError(f"{path}: holds no polygon; draw a region and export it as GeoJSON")
+    return polygons
 
 
 def _overview(
@@ -270,8 +304,8 @@ def _covering(
     return first, last
 
 
-def _polygons(found: Any) -> Iterator[list[Any]]:
-    """Yield the polygons, lists of rings, of anything that GeoJSON nests."""
+def _polygons(found: Any, name: str = "") -> Iterator[tuple[str, list[Any]]]:
+    """Yield name and rings of the polygons of anything that GeoJSON nests."""
     if isinstance(found, list):  # QuPath once wrote a bare list of features
         for part in found:
             yield from _polygons(part)
@@ -281,13 +315,22 @@ def _polygons(found: Any) -> Iterator[list[Any]]:
             yield from _polygons(found["features"])
         case "Feature":
             if found["geometry"] is not None:
-                yield from _polygons(found["geometry"])
+                yield from _polygons(found["geometry"], _name(found.get("properties")))
         case "GeometryCollection":
-            yield from _polygons(found["geometries"])
+            for part in found["geometries"]:
+                yield from _polygons(part, name)
         case "MultiPolygon":
-            yield from found["coordinates"]
+            yield from ((name, rings) for rings in found["coordinates"])
         case "Polygon":
-            yield found["coordinates"]
+            yield name, found["coordinates"]
+
+
+def _name(properties: Any) -> str:
+    if not isinstance(properties, dict):
+        return ""
+    kind = properties.get("classification")
+    name = kind.get("name") if isinstance(kind, dict) else kind
+    return str(name or properties.get("name") or "")
 
 
 def _rings(coordinates: list[Any], downsample: float) -> tuple[NDArray[np.float64], ...]:

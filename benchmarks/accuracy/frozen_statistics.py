@@ -31,8 +31,8 @@ from histostream.export.bundle import Options, write_bundle
 from histostream.export.trained import trained_network
 from histostream.runtime import Engine, open_engine
 from histostream.training.augment import Augmentation, draw_crop
+from histostream.training.batches import typical_object_px
 from histostream.training.data import Sample, read_folder, split
-from histostream.training.loop import typical_object_px
 from histostream.training.networks.unet import UNet
 from histostream.wsi.reader import open_slide
 from histostream.wsi.resolution import at_mpp
@@ -128,7 +128,7 @@ def main(data_dir: Path, out: Path, steps: int) -> None:
     """Train, freeze, score, compare."""
     folder = data_dir / "nuclei-dsb2018" / "brightfield"
     samples = read_folder(folder)
-    chosen = [samples[i] for i in split(len(samples), validation=0.12, test=0.2, seed=1).train]
+    chosen = [samples[i] for i in split(samples, validation=0.12, test=0.2, seed=1).train]
     slide = data_dir / "wsi-slides" / "CMU-1-Small-Region.svs"
     scored = {**{name: data_dir / where for name, where in SETS.items()}, "slide": slide}
     results: dict[str, object] = {}

@@ -1,8 +1,22 @@
 """The published methods: one file is one paper, and the folder is the registry.
 
-A method module offers ``Config`` (frozen dataclass, every default with its source),
-``build(config, classes) -> State`` and ``step(state, batch) -> losses``, ``validate(state, batch)``
-and ``deployed(state)``, the module that export wraps.
+A method module offers
+
+``Config``
+    Frozen dataclass; every default with its source.
+``build(config, classes, channels) -> State``
+    The networks and their optimisers.
+``step(state, batch) -> losses``
+    Train on one batch. Networks are called through ``state.modules``, as a whole, and optimisers
+    through their ``step``: there the loop puts mixed precision and the average over processes.
+``validate(state, images, labels) -> (loss, predicted labels)``
+    The loss that chooses the checkpoint.
+``paint(state, images) -> {name: pictures}``
+    What else is worth looking at, for the sample sheets of a run.
+``deployed(state) -> nn.Module``
+    The module that export wraps; ``score_kind(config)`` says what its scores are.
+``align_px(config)``, ``pools(config)``
+    What the sides of its images are multiples of; the pools of further images that it needs.
 """
 
 from __future__ import annotations
@@ -10,23 +24,57 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from histostream.wsi.errors import HistoError
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """Networks and optimisers of one model; ``config`` says how they were built."""
+    """Networks and optimisers of one model.
+
+    Attributes
+    ----------
+    config
+        How they were built.
+    modules, optimizers
+        By name.
+    needed
+        The modules that the deployed graph is made of; a checkpoint that is only to be exported
+        may leave out the others.
+    """
 
     config: Any
     modules: dict[str, nn.Module]
     optimizers: dict[str, torch.optim.Optimizer]
+    needed: tuple[str, ...] = ("generator",)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one step trains on.
+
+    Attributes
+    ----------
+    images, labels
+        (N, C, H, W) uint8 and (N, H, W) int64.
+    pools
+        Further images without labels, (N, C, H, W) uint8, by the name of their pool.
+    step, steps
+        Number of this step, from 0, and of all steps: for ramps.
+    """
+
+    images: Tensor
+    labels: Tensor
+    pools: Mapping[str, Tensor] = field(default_factory=dict)
+    step: int = 0
+    steps: int = 1
 
 
 class MethodError(HistoError, ValueError):

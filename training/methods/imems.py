@@ -18,28 +18,48 @@ D(x, O)     ``discriminator``
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from histostream.training.methods import State
+from histostream.training.methods import Batch, State
 from histostream.training.networks.discriminator import EncoderDiscriminator, Pix2PixDiscriminator
-from histostream.training.networks.unet import UNet
+from histostream.training.networks.unet import NORMS, TwoDecoderUNet, UNet
 
 HALF_RANGE = 127.5  # uint8 0..255 <-> [-1, 1]: v / 127.5 - 1
-SCORE_KIND = "embedding"
+TARGETS = ("embedding", "labels")
+SECOND_TASKS = ("none", "image", "image+features")
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """What defines an iMEMS model; the defaults are the paper's, and ours where it is silent."""
+    """What defines an iMEMS model; the defaults are the paper's, and ours where it is silent.
 
+    Its comparators (paper, Table 2) differ in the first fields only:
+
+    ================  ==========  ===========  ==============
+    name              target      adversarial  second_task
+    ================  ==========  ===========  ==============
+    iMEMS             embedding   True         none
+    UNet-R-single     embedding   False        none
+    cGAN-C-single     labels      True         none
+    UNet-C-single     labels      False        none
+    UNet-C-multi      labels      False        image
+    UNet-C-multi-int  labels      False        image+features
+    ================  ==========  ===========  ==============
+    """
+
+    target: str = "embedding"  # paper; "labels" paints the one-hot label map instead
+    adversarial: bool = True  # paper
+    second_task: str = "none"  # or "image": reconstruct it too; "+features": and the inner maps
+    label_loss: str = "auto"  # "l1" or "cross_entropy"; ours: l1 beside a D, else cross_entropy
+    segmentation_weight: float = 0.6  # paper, colon (0.4 epithelium, tubule); image: 1 - this
+    feature_weight: float = 0.8  # paper, colon (0.7 epithelium, 0.3 tubule)
     base_width: int = 64  # ours: the figure with the widths is lost; the usual U-Net
     depth: int = 4  # ours: as above
+    norm: str = "none"  # ours: none is mentioned; or "instance"
     dropout: float = 0.2  # paper, section III-B
-    adversarial: bool = True  # paper; False gives its comparator UNet-R-single
     l1_weight: float = 100.0  # paper (pix2pix)
     discriminator: str = "encoder"  # ours: "same operations as the encoder"; or "pix2pix70"
     discriminator_width: int = 64  # ours: as the generator
@@ -49,10 +69,38 @@ class Config:
     beta2: float = 0.999  # ours: pix2pix
 
     def __post_init__(self) -> None:
-        if self.discriminator not in ("encoder", "pix2pix70"):
-            raise ValueError(f"discriminator={self.discriminator!r}: use 'encoder' or 'pix2pix70'")
+        for name, known in (
+            ("target", TARGETS),
+            ("second_task", SECOND_TASKS),
+            ("label_loss", ("auto", "l1", "cross_entropy")),
+            ("norm", NORMS),
+            ("discriminator", ("encoder", "pix2pix70")),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name}={value!r}: use {' or '.join(map(repr, known))}")
         if self.base_width < 1 or self.depth < 1 or self.discriminator_width < 1:
             raise ValueError("base_width, depth and discriminator_width must be at least 1")
+        if not 0 < self.segmentation_weight < 1:
+            raise ValueError(f"segmentation_weight={self.segmentation_weight}: use 0 to 1")
+        if self.second_task != "none" and (self.adversarial or self.target == "embedding"):
+            raise ValueError("a second_task goes with target='labels', adversarial=false only")
+
+
+def score_kind(config: Config) -> str:
+    """What the deployed graph's scores are."""
+    return "embedding" if config.target == "embedding" else "probability"
+
+
+def align_px(config: Config) -> int:
+    """Height and width are multiples of this; the encoder discriminator pools four times."""
+    return max(1 << config.depth, 16 if config.adversarial else 1)
+
+
+def pools(config: Config) -> tuple[str, ...]:
+    """No images without labels."""
+    del config
+    return ()
 
 
 def luma(images: Tensor) -> Tensor:
@@ -115,13 +163,11 @@ def decode(embedding: Tensor) -> tuple[Tensor, Tensor]:
 
 def build(config: Config, classes: int, channels: int = 3) -> State:
     """Make the networks and their optimisers."""
-    generator = UNet(
-        channels,
-        classes,
-        base_width=config.base_width,
-        depth=config.depth,
-        dropout=config.dropout,
-    )
+    kind = UNet if config.second_task == "none" else TwoDecoderUNet
+    generator = kind(
+        channels, classes, base_width=config.base_width, depth=config.depth,
+        dropout=config.dropout, norm=config.norm,
+    )  # fmt: skip
     modules: dict[str, nn.Module] = {"generator": generator}
     betas = (config.beta1, config.beta2)
     optimizers: dict[str, torch.optim.Optimizer] = {
@@ -142,52 +188,56 @@ def build(config: Config, classes: int, channels: int = 3) -> State:
     return State(config, modules, optimizers)
 
 
-def step(state: State, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """Train on one batch: the discriminator first, then the generator.
-
-    Parameters
-    ----------
-    state
-        What `build` made; its networks are changed.
-    images
-        (N, C, H, W) uint8.
-    labels
-        (N, H, W) int64.
+def step(state: State, batch: Batch) -> dict[str, Tensor]:
+    """Train on one batch: the discriminator, where there is one, then the generator.
 
     Returns
     -------
-    The losses: ``l1``, and with the adversarial term ``adversarial`` and ``discriminator``.
+    The losses, without their weights: ``l1`` or ``cross_entropy``, and with an adversary
+    ``adversarial`` and ``discriminator``, with a second task ``image`` and ``features``.
     """
-    generator = state.modules["generator"]
-    classes = cast(UNet, generator).out_channels
-    x = images.to(torch.float32) / HALF_RANGE - 1
-    target = embed(labels, luma(images), classes).to(torch.float32) / HALF_RANGE - 1
-    output = generator(x)
-    losses = {}
+    if state.config.second_task != "none":
+        return _step_two_tasks(state, batch)
+    x = _normalised(batch.images)
+    output = state.modules["generator"](x)
+    losses: dict[str, Tensor] = {}
+    name, loss = _painting_loss(state.config, output, batch.images, batch.labels)
+    total = loss if name == "cross_entropy" else state.config.l1_weight * loss
     if state.config.adversarial:
-        losses["discriminator"] = _step_discriminator(state, x, target, output.detach())
-    l1 = F.l1_loss(output, target)
-    total = state.config.l1_weight * l1
-    losses["l1"] = l1.item()
-    if state.config.adversarial:
-        adversarial = adversarial_loss(state, x, output)
-        losses["adversarial"] = adversarial.item()
-        total = total + adversarial
-    state.optimizers["generator"].zero_grad(set_to_none=True)
-    total.backward()
-    state.optimizers["generator"].step()
-    return losses
+        painted = _painted(state.config, output)
+        real = _wanted(state.config, batch.images, batch.labels, output.shape[1])
+        losses["discriminator"] = _step_discriminator(state, x, real, painted.detach())
+        losses["adversarial"] = adversarial_loss(state, x, painted)
+        total = state.config.l1_weight * loss + losses["adversarial"]
+    losses[name] = loss
+    _descend(state.optimizers["generator"], total)
+    return {name: loss.detach() for name, loss in losses.items()}
 
 
-def adversarial_loss(state: State, x: Tensor, output: Tensor) -> Tensor:
+def _step_two_tasks(state: State, batch: Batch) -> dict[str, Tensor]:
+    """UNet-C-multi and UNet-C-multi-int: labels and image from one encoder."""
+    x = _normalised(batch.images)
+    scores, image, encoded, decoded = state.modules["generator"](x)
+    share = state.config.segmentation_weight
+    losses = {"cross_entropy": F.cross_entropy(scores, batch.labels), "image": F.mse_loss(image, x)}
+    total = share * losses["cross_entropy"] + (1 - share) * losses["image"]
+    if state.config.second_task == "image+features":
+        levels = [F.mse_loss(e, d) for e, d in zip(encoded, decoded, strict=True)]
+        losses["features"] = torch.stack(levels).sum()
+        total = total + state.config.feature_weight * losses["features"]
+    _descend(state.optimizers["generator"], total)
+    return {name: loss.detach() for name, loss in losses.items()}
+
+
+def adversarial_loss(state: State, x: Tensor, painted: Tensor) -> Tensor:
     """Mean BCE(D(x, G(x)), 1), the non-saturating loss; the discriminator gets no gradient."""
     discriminator = state.modules["discriminator"].requires_grad_(False)
-    logits = discriminator(torch.cat([x, output], dim=1))
+    logits = discriminator(torch.cat([x, painted], dim=1))
     discriminator.requires_grad_(True)
     return F.binary_cross_entropy_with_logits(logits, torch.ones_like(logits))
 
 
-def _step_discriminator(state: State, x: Tensor, real: Tensor, fake: Tensor) -> float:
+def _step_discriminator(state: State, x: Tensor, real: Tensor, fake: Tensor) -> Tensor:
     discriminator = state.modules["discriminator"]
     pairs = torch.cat([torch.cat([x, real], dim=1), torch.cat([x, fake], dim=1)])
     logits = discriminator(pairs)
@@ -195,44 +245,103 @@ def _step_discriminator(state: State, x: Tensor, real: Tensor, fake: Tensor) -> 
     wanted[: len(x)] = 1
     # The mean over real and fake is the half-sum of the two terms (pix2pix's factor 1/2).
     loss = F.binary_cross_entropy_with_logits(logits, wanted)
-    state.optimizers["discriminator"].zero_grad(set_to_none=True)
+    _descend(state.optimizers["discriminator"], loss)
+    return loss
+
+
+def _descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
-    state.optimizers["discriminator"].step()
-    return loss.item()
+    optimizer.step()
+
+
+def _normalised(images: Tensor) -> Tensor:
+    return images.to(torch.float32) / HALF_RANGE - 1
+
+
+def _wanted(config: Config, images: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """What the generator is to paint, (N, K, H, W): the embedding in [-1, 1], or one-hot maps."""
+    if config.target == "embedding":
+        return _normalised(embed(labels, luma(images), classes))
+    return F.one_hot(labels, classes).movedim(-1, 1).to(torch.float32)
+
+
+def _painted(config: Config, output: Tensor) -> Tensor:
+    """What the generator painted, in the units of `_wanted`."""
+    return output if config.target == "embedding" else output.softmax(dim=1)
+
+
+def _painting_loss(
+    config: Config, output: Tensor, images: Tensor, labels: Tensor
+) -> tuple[str, Tensor]:
+    """Name and value of the supervised loss."""
+    beside_d = "l1" if config.adversarial else "cross_entropy"
+    label_loss = beside_d if config.label_loss == "auto" else config.label_loss
+    if config.target == "labels" and label_loss == "cross_entropy":
+        return "cross_entropy", F.cross_entropy(output, labels)
+    wanted = _wanted(config, images, labels, output.shape[1])
+    return "l1", F.l1_loss(_painted(config, output), wanted)
 
 
 @torch.no_grad()
 def validate(state: State, images: Tensor, labels: Tensor) -> tuple[float, Tensor]:
-    """Return the validation L1 on the embedding, and the predicted labels (N, H, W).
+    """Return the supervised validation loss, and the predicted labels (N, H, W).
 
     The adversarial term is left out: it cannot be compared between epochs.
     """
-    generator = state.modules["generator"].eval()
-    x = images.to(torch.float32) / HALF_RANGE - 1
-    output = generator(x)
-    generator.train()
-    target = embed(labels, luma(images), output.shape[1]).to(torch.float32) / HALF_RANGE - 1
-    return float(F.l1_loss(output, target)), output.argmax(dim=1)
+    network = state.modules["generator"].eval()
+    output = network(_normalised(images))
+    network.train()
+    if state.config.second_task != "none":
+        output = output[0]
+    loss = _painting_loss(state.config, output, images, labels)[1]
+    return float(loss), output.argmax(dim=1)
+
+
+@torch.no_grad()
+def paint(state: State, images: Tensor) -> dict[str, Tensor]:
+    """The grey image that iMEMS decodes from its embedding, or a second task's image.
+
+    Returns
+    -------
+    Pictures (N, 1 or C, H, W) uint8; none for networks that paint labels only.
+    """
+    network = state.modules["generator"].eval()
+    output = network(_normalised(images))
+    network.train()
+    if state.config.target == "embedding":
+        grey = decode((output + 1) * HALF_RANGE)[1]
+        return {"grey": grey[:, None].round().clamp(0, 255).to(torch.uint8)}
+    if state.config.second_task != "none":
+        image = ((output[1] + 1) * HALF_RANGE).round().clamp(0, 255)
+        return {"image": image.to(torch.uint8)}
+    return {}
 
 
 class Deployed(nn.Module):
     """The generator behind the tile contract: uint8 (N, H, W, C) in, uint8 (N, K, H, W) out.
 
-    The output is the embedding in its own units, 0..255, rounded; the arg-max over K is the label.
+    The output is the embedding in its own units, 0..255, rounded, or 255 times the probability
+    of each class; the arg-max over K is the label.
     """
 
-    def __init__(self, generator: nn.Module) -> None:
+    def __init__(self, generator: nn.Module, *, embedding: bool) -> None:
         super().__init__()
         self.generator = generator
+        self.embedding = embedding
 
     def forward(self, tiles: Tensor) -> Tensor:
         """Normalise, run the generator, return to 0..255."""
         # Cast before transpose: TensorRT refuses a uint8 transpose.
         x = tiles.to(torch.float32).permute(0, 3, 1, 2)
         y = self.generator(x / HALF_RANGE - 1)
-        return torch.clamp((y + 1) * HALF_RANGE + 0.5, 0, 255).to(torch.uint8)
+        scores = (y + 1) * HALF_RANGE if self.embedding else y.softmax(dim=1) * 255
+        return torch.clamp(scores + 0.5, 0, 255).to(torch.uint8)
 
 
 def deployed(state: State) -> nn.Module:
     """Return the module that export wraps: the generator only, dropout off."""
-    return Deployed(state.modules["generator"]).eval()
+    generator = state.modules["generator"]
+    if isinstance(generator, TwoDecoderUNet):
+        generator = generator.segmenter
+    return Deployed(generator, embedding=state.config.target == "embedding").eval()

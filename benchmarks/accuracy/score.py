@@ -1,0 +1,294 @@
+"""Score label maps against a data set: of a bundle, of a checkpoint, or from a folder.
+
+Everything is scored at the resolution of the set: an image is resized to the model's, and the
+labels that come out are resized back (nearest), so that models of different resolution compare.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from histostream.export.bundle import Options
+from histostream.export.trained import export_checkpoint, find_checkpoint
+from histostream.runtime import Engine, open_engine, segment_pixels
+from histostream.training import batches, checkpoint, data
+from histostream.training.augment import zoom
+from histostream.training.data import DataError, DataSet, Sample
+from histostream.training.metrics import Confusion, PerImage
+from histostream.training.object_metrics import (
+    MIN_GLAND_PX,
+    ObjectScores,
+    instances_from_labels,
+)
+from histostream.training.schedule import Schedule
+from histostream.wsi.errors import HistoError
+
+Labels = NDArray[np.uint8]
+Predict = Callable[[Sample], Labels]
+NOT_ANALYSED = 255  # in label maps of histo-infer; counts as class 0 here, so that it costs
+PARTS = ("auto", "test", "validation", "train", "all")
+
+
+class ScoreError(HistoError, ValueError):
+    """Label maps and a data set do not go together."""
+
+
+def choose(found: DataSet, part: str, schedule: Schedule | None = None) -> tuple[Sample, ...]:
+    """Return the images to score.
+
+    Parameters
+    ----------
+    found
+        The data set.
+    part
+        One of `PARTS`; "auto": the test part where there is one, else all.
+    schedule
+        Of the run that is scored; it says which images were held back. None: the official parts.
+
+    Raises
+    ------
+    ScoreError
+        If that part is empty.
+    """
+    every = (*found.train, *found.validation, *found.test)
+    official = {"train": found.train, "validation": found.validation, "test": found.test}
+    if schedule is not None:
+        parts = batches.divide(found, schedule)
+        split = {"train": parts.split.train, "validation": parts.split.validation,
+                 "test": parts.split.test}  # fmt: skip
+        official = {name: tuple(parts.samples[i] for i in ids) for name, ids in split.items()}
+    if part == "auto":
+        return official["test"] or every
+    chosen = every if part == "all" else official[part]
+    if not chosen:
+        raise ScoreError(f"{found.name}: has no {part} part; use --part all")
+    return chosen
+
+
+@contextmanager
+def predicting(
+    *,
+    bundle: Path | None = None,
+    run: Path | None = None,
+    labels: Path | None = None,
+    mpp: float | None = None,
+    backend: str = "auto",
+    precision: str = "auto",
+) -> Iterator[tuple[Predict, dict[str, Any]]]:
+    """Open what is scored; exactly one of the first three is given.
+
+    Parameters
+    ----------
+    bundle
+        A model bundle.
+    run
+        A training run or checkpoint; it is exported first, so that what is scored is what would be
+        deployed.
+    labels
+        A folder with one label map an image, ``<name>.png`` or ``.tif``, at the set's resolution.
+    mpp
+        Resolution of the set's images; None: that of the model.
+    backend, precision
+        As `open_engine`.
+
+    Yields
+    ------
+    A function from a sample to its labels, and what to say of the model.
+    """
+    if labels is not None:
+        yield _from_folder(labels), {"labels": str(labels)}
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        if run is not None:
+            said = checkpoint.read(find_checkpoint(run))
+            bundle = Path(scratch) / "bundle"
+            export_checkpoint(
+                said.method, run, bundle, Options(precisions=("fp32",), tensorrt="off")
+            )
+        assert bundle is not None
+        engine = open_engine(bundle, backend=backend, precision=precision)
+        try:
+            yield _by_engine(engine, mpp), _model(engine, run or bundle)
+        finally:
+            engine.close()
+
+
+def score(
+    samples: Sequence[Sample],
+    predict: Predict,
+    classes: Sequence[str],
+    *,
+    min_object_px: int = MIN_GLAND_PX,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Score predictions.
+
+    Pixel scores for every class, pooled over all pixels and as the mean over images; where the
+    set has instances and two classes, object scores too, of the connected regions of class 1.
+
+    Parameters
+    ----------
+    samples, predict
+        The images, and what labels them.
+    classes
+        Names of the classes.
+    min_object_px
+        Smaller regions are no objects.
+    say
+        Told of each image.
+
+    Raises
+    ------
+    ScoreError
+        If a label map has another size than its image, or a label that is no class.
+    """
+    per_image = PerImage(len(classes))
+    objects = ObjectScores()
+    rows: dict[str, dict[str, float]] = {}
+    with_objects = len(classes) == 2 and all(s.instances is not None for s in samples)
+    for sample in samples:
+        found = predict(sample)
+        if found.shape != sample.labels.shape:
+            raise ScoreError(
+                f"{sample.name}: its label map is {found.shape}, the image {sample.labels.shape}"
+            )
+        found = np.where(found == NOT_ANALYSED, 0, found)
+        if found.max() >= len(classes):
+            raise ScoreError(
+                f"{sample.name}: label {found.max()}, but there are {len(classes)} classes"
+            )
+        one = Confusion(len(classes))
+        one.add(found, sample.labels)
+        per_image.add(found, sample.labels)
+        rows[sample.name] = {
+            "accuracy": _short(one.accuracy()),
+            **{f"f_{c}": _short(v) for c, v in zip(classes, one.dice(), strict=True)},
+        }
+        if with_objects:
+            assert sample.instances is not None
+            regions = instances_from_labels(found, 1, min_px=min_object_px)
+            objects.add(regions, sample.instances)
+        say(f"{sample.name}: {rows[sample.name]}")
+    pooled = per_image.pooled()
+    return {
+        "classes": list(classes),
+        "images": len(samples),
+        "pooled": _pixel_scores(lambda of: of(pooled), classes),
+        "per_image_mean": _pixel_scores(lambda of: per_image.reduce(of, "per_image_mean"), classes),
+        **({"objects": _object_scores(objects, min_object_px)} if with_objects else {}),
+        "confusion": pooled.counts.tolist(),
+        "each_image": rows,
+    }
+
+
+def _pixel_scores(reduce: Callable[[Any], Any], classes: Sequence[str]) -> dict[str, Any]:
+    def named(values: NDArray[np.float64]) -> dict[str, float | None]:
+        return {name: _short(v) for name, v in zip(classes, values, strict=True)}
+
+    return {
+        "accuracy": _short(reduce(Confusion.accuracy)),
+        "mean_class_accuracy": _short(reduce(Confusion.mean_class_accuracy)),
+        "f": named(reduce(Confusion.dice)),
+        "mean_f": _short(reduce(Confusion.mean_dice)),
+        "jaccard": named(reduce(Confusion.jaccard)),
+        "mean_iou": _short(reduce(Confusion.mean_jaccard)),
+    }
+
+
+def _object_scores(objects: ObjectScores, min_px: int) -> dict[str, Any]:
+    return {
+        "min_object_px": min_px,
+        "f1_pooled": _short(objects.f1_pooled()),
+        "f1_per_image_mean": _short(objects.f1_per_image_mean()),
+        "dice_per_image_mean": _short(objects.dice_per_image_mean()),
+        "hausdorff_px_per_image_mean": round(objects.hausdorff_px_per_image_mean(), 2),
+        "hausdorff_capped_images": objects.capped(),
+    }
+
+
+def _short(value: float) -> float:
+    return round(float(value), 5)
+
+
+def markdown(said: dict[str, Any]) -> str:
+    """Make the page that goes with a result."""
+    pooled, means = said["pooled"], said["per_image_mean"]
+    lines = [
+        f"# {said['data']}, {said['part']}: {said['images']} images",
+        "",
+        f"Model: {said['model']}",
+        "",
+        "| | pooled over pixels | mean over images |",
+        "|---|---|---|",
+        *(f"| F {c} | {pooled['f'][c]:.4f} | {means['f'][c]:.4f} |" for c in said["classes"]),
+        *(
+            f"| {name} | {pooled[key]:.4f} | {means[key]:.4f} |"
+            for name, key in (
+                ("mean F", "mean_f"), ("pixel accuracy", "accuracy"),
+                ("mean class accuracy", "mean_class_accuracy"), ("mean IoU", "mean_iou"),
+            )
+        ),
+    ]  # fmt: skip
+    if "objects" in said:
+        o = said["objects"]
+        lines += [
+            "",
+            f"Objects (regions of {o['min_object_px']} px or more, GlaS rules): "
+            f"F1 {o['f1_pooled']:.4f} pooled, {o['f1_per_image_mean']:.4f} mean over images; "
+            f"object Dice {o['dice_per_image_mean']:.4f}; "
+            f"object Hausdorff {o['hausdorff_px_per_image_mean']:.1f} px "
+            f"({o['hausdorff_capped_images']} images capped at their diagonal).",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _by_engine(engine: Engine, mpp: float | None) -> Predict:
+    factor = 1.0 if mpp is None else mpp / engine.card.mpp
+
+    def predict(sample: Sample) -> Labels:
+        image, _ = zoom(sample.image, sample.labels, factor)
+        if image.shape[2] != engine.card.channels:
+            raise ScoreError(
+                f"{sample.name}: {image.shape[2]} channels; the model takes {engine.card.channels}"
+            )
+        return _resized(segment_pixels(image, engine), sample.labels.shape)
+
+    return predict
+
+
+def _from_folder(folder: Path) -> Predict:
+    if not folder.is_dir():
+        raise ScoreError(f"{folder}: there is no such folder")
+
+    def predict(sample: Sample) -> Labels:
+        stem = Path(sample.name).stem
+        for path in (folder / f"{stem}.png", folder / f"{stem}.tif", folder / stem / "labels.tif"):
+            if path.is_file():
+                found = data.read_labels(path)
+                if found.size and found.max() > NOT_ANALYSED:
+                    raise ScoreError(f"{path}: label {found.max()}; classes are 0 to 254")
+                return found.astype(np.uint8)
+        raise DataError(f"{folder}: no label map {stem}.png or {stem}.tif in it")
+
+    return predict
+
+
+def _resized(labels: Labels, shape: tuple[int, ...]) -> Labels:
+    """Label at each pixel centre of a grid of another size (nearest)."""
+    if labels.shape == shape:
+        return labels
+    picture = Image.fromarray(labels).resize((shape[1], shape[0]), Image.Resampling.NEAREST)
+    return np.asarray(picture)
+
+
+def _model(engine: Engine, place: Path) -> dict[str, Any]:
+    card = engine.card
+    return {"place": str(place), "method": card.method, "mpp": card.mpp, "engine": engine.name}

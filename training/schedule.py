@@ -1,0 +1,91 @@
+"""How long, on what and how fast to train."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+DECAYS = ("none", "cosine", "poly")
+SELECTIONS = ("loss", "dice", "last")
+POLY_POWER = 0.9  # DeepLab's, which the adaptation papers took over
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How long and on what to train.
+
+    Attributes
+    ----------
+    steps
+        Optimiser steps in all.
+    epochs
+        Passes over the training images; where it is not 0 it takes the place of ``steps``.
+    batch, crop_px
+        Crops a step, and their side, a multiple of what the network takes; 0: whole images.
+    seed
+        Source of all randomness: split, initial weights, crops, dropout.
+    validate_every
+        Steps between validations.
+    select
+        The checkpoint that is kept as best: the one with the lowest validation "loss", with the
+        highest mean "dice" of the classes on the validation images, or the "last".
+    validation, test
+        Shares of the images held back for choosing the checkpoint, and for the final score.
+        Without a test share, a set's official test part is the test part.
+    folds, fold
+        Cross-validation: the images are divided into so many folds (0: none), and fold number
+        ``fold`` (from 0) is the test part.
+    warmup
+        Steps over which the learning rate rises linearly.
+    decay
+        "none", "cosine" (to zero at the last step) or "poly" (power 0.9, to zero).
+    """
+
+    steps: int = 40_000
+    epochs: int = 0
+    batch: int = 1
+    crop_px: int = 512
+    seed: int = 0
+    validate_every: int = 500
+    select: str = "loss"
+    validation: float = 0.2
+    test: float = 0.0
+    folds: int = 0
+    fold: int = 0
+    warmup: int = 0
+    decay: str = "none"
+
+    def __post_init__(self) -> None:
+        for name, known in (("decay", DECAYS), ("select", SELECTIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r}: use one of {', '.join(known)}")
+        if min(self.steps, self.batch, self.validate_every) < 1:
+            raise ValueError("steps, batch and validate_every must be at least 1")
+        if min(self.epochs, self.crop_px, self.warmup) < 0:
+            raise ValueError("epochs, crop_px and warmup must not be negative")
+        if not (0 <= self.validation < 1 and 0 <= self.test < 1):
+            raise ValueError("validation and test are shares between 0 and 1")
+        if self.folds and not (self.folds > 1 and 0 <= self.fold < self.folds):
+            raise ValueError(f"fold={self.fold}, folds={self.folds}: use fold 0 to folds - 1")
+
+    def total_steps(self, images: int) -> int:
+        """Optimiser steps in all, for so many training images."""
+        return self.epochs * math.ceil(images / self.batch) if self.epochs else self.steps
+
+    def rate(self, step: int, steps: int) -> float:
+        """Factor of the learning rate at a step."""
+        factor = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        if self.decay == "cosine":
+            factor *= 0.5 * (1 + math.cos(math.pi * step / steps))
+        elif self.decay == "poly":
+            factor *= (1 - step / steps) ** POLY_POWER
+        return factor
+
+
+def set_rates(optimizers: dict[str, torch.optim.Optimizer], factor: float) -> None:
+    """Set the learning rates to a factor of what their method gave them."""
+    for optimizer in optimizers.values():
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
