@@ -158,6 +158,66 @@ def compare(bundle: Path | None, out: Path | None, **how: Any) -> None:
 
 
 @main.command()
+@click.option(
+    "--data", "source", required=True, metavar="SET",
+    help="Images with labels: a folder, or a known set as glas:PATH (docs/data.md).",
+)  # fmt: skip
+@click.option("--model", "bundle", type=PATH, help="Score a model bundle.  [default: nuclei]")
+@click.option("--checkpoint", "run", type=PATH, help="Score a training run or checkpoint.")
+@click.option("--labels", type=PATH, help="Score a folder of label maps, one for each image.")
+@click.option(
+    "--part", type=click.Choice(("auto", "test", "validation", "train", "all")), default="auto",
+    help="Which images; auto: those that were held back, else the set's test part, else all.",
+)  # fmt: skip
+@click.option("--mpp", type=float, help="Resolution of the images, where the set does not say.")
+@click.option("--backend", type=click.Choice(BACKENDS), default="auto")
+@click.option("--precision", default="auto", help=f"auto, {', '.join(PRECISIONS)}.")
+@click.option("--min-object", default=100, help="Smaller regions are no objects, in pixels.")
+@click.option("--out", default="accuracy", type=PATH, help="Folder for the result files.")
+@_one_line_errors
+def accuracy(
+    source: str,
+    bundle: Path | None,
+    run: Path | None,
+    labels: Path | None,
+    part: str,
+    mpp: float | None,
+    min_object: int,
+    out: Path,
+    **how: str,
+) -> None:
+    """Score a bundle, a checkpoint or a folder of label maps against annotated images.
+
+    At the resolution of the images; pooled over pixels and as the mean over images; objects by the
+    rules of GlaS where the images have instances. Writes accuracy.json, accuracy.md, confusion.png.
+    """
+    from histostream.benchmarks.accuracy.score import markdown, score_set
+    from histostream.benchmarks.plots import confusion_png
+    from histostream.benchmarks.report import write_together
+    from histostream.wsi.sink import json_text
+
+    if sum(x is not None for x in (bundle, run, labels)) > 1:
+        raise _OptionError("give one of --model, --checkpoint and --labels")
+    if bundle is None and run is None and labels is None:
+        bundle = default_bundle()
+    said = score_set(
+        source, bundle=bundle, run=run, labels=labels, part=part, mpp=mpp,
+        min_object_px=min_object, say=_say, **how,
+    )  # fmt: skip
+    page = markdown(said)
+    write_together(
+        out,
+        {
+            "accuracy.md": page,
+            "confusion.png": functools.partial(confusion_png, said),
+            "accuracy.json": json_text(said),
+        },
+    )
+    click.echo(page)
+    click.echo(f"-> {out}")
+
+
+@main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @_one_line_errors
 def doctor(as_json: bool) -> None:

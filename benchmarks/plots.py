@@ -213,3 +213,26 @@ def _machine(said: Plain) -> str:
     gpus = [gpu["name"] for gpu in machine["gpus"]]
     cpu = f"{machine['cpu']}, {machine['cores']} cores"
     return ", ".join([*gpus, cpu])
+
+
+def confusion_png(said: Plain, path: Path) -> None:
+    """Draw a confusion matrix: rows are the truth, each row's shares add to 1."""
+    counts = np.asarray(said["confusion"], np.float64)
+    totals = counts.sum(axis=1, keepdims=True)
+    shares = np.divide(counts, totals, out=np.zeros_like(counts), where=totals > 0)
+    side = 1.6 + 0.9 * len(counts)
+    figure = Figure(figsize=(side + 1.2, side), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    names = said["classes"]
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    for (i, j), share in np.ndenumerate(shares):
+        axes.text(
+            j, i, f"{share:.1%}", ha="center", va="center", fontsize=10,
+            color="white" if share > 0.5 else "black",
+        )  # fmt: skip
+    axes.set_title(f"{said['data']}, {said['images']} images", fontsize=10, color=GREY)
+    figure.savefig(path, format="png")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,35 @@ def fast_cpu(found: dict[str, Any]) -> Iterator[list[str]]:
         yield [name, f"{seconds:.1f}", f"{found['speed_against_fast'][name]:.2f} x"]
 
 
+def accuracy_imems(found: dict[str, Any]) -> Iterator[list[str]]:
+    """Mean over seeds or folds of each algorithm of the iMEMS paper, and their spread."""
+    cells = list(found["cells"].values())
+    classes = cells[0]["scores"]["classes"]
+    with_objects = all("objects" in cell["scores"] for cell in cells)
+    objects = ["object F1", "object Dice", "object Hausdorff, px"] if with_objects else []
+    yield ["", *(f"F {c}" for c in classes), "mean F", "pixel accuracy", *objects, "runs"]
+    for algorithm in dict.fromkeys(cell["algorithm"] for cell in cells):
+        scores = [cell["scores"] for cell in cells if cell["algorithm"] == algorithm]
+        columns = [[100 * s["pooled"]["f"][c] for s in scores] for c in classes]
+        columns += [[100 * s["pooled"][k] for s in scores] for k in ("mean_f", "accuracy")]
+        if with_objects:
+            columns += [
+                [s["objects"][k] for s in scores]
+                for k in ("f1_pooled", "dice_per_image_mean", "hausdorff_px_per_image_mean")
+            ]
+        digits = [2] * (2 + len(classes)) + [3, 3, 1]
+        figures = [_spread(column, d) for column, d in zip(columns, digits, strict=False)]
+        yield [algorithm, *figures, str(len(scores))]
+
+
+def _spread(values: list[float], digits: int) -> str:
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
 TABLES = {
+    "accuracy-imems-glas-small": accuracy_imems,
+    "accuracy-imems-nuclei-small": accuracy_imems,
     "bench-cpu": bench_cpu,
     "fast-cpu": fast_cpu,
     "export-cpu": export_cpu,

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from histostream.wsi.console import fail, one_line_errors, show_only_our_warnings
 from histostream.runtime.memory import return_buffers_at_once
+from histostream.wsi.console import fail, one_line_errors, show_only_our_warnings
 
 if TYPE_CHECKING:
     from histostream.export.bundle import Export, Options

@@ -15,11 +15,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from histostream.runtime.blend import WINDOWS
 from histostream.runtime.card import PRECISIONS, default_bundle
-from histostream.wsi.console import fail, show_only_our_warnings
 from histostream.runtime.engine import BACKENDS, BF16, Engine, open_engine
 from histostream.runtime.fleet import Fleet
 from histostream.runtime.infer import Options, SlideResult, segment_slide, slide_stem
 from histostream.runtime.memory import return_buffers_at_once
+from histostream.wsi.console import fail, show_only_our_warnings
 from histostream.wsi.errors import HistoError
 
 console = Console(stderr=True)

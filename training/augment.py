@@ -180,7 +180,7 @@ def _warps(a: Augmentation, channels: int) -> Any:
                 (a.elastic / 16, a.elastic / 16),
                 p=1.0,
                 padding_mode="reflection",
-            )  # fmt: skip
+            )
         )
     if a.color_jitter:
         j = a.color_jitter

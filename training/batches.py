@@ -193,7 +193,7 @@ def whole_images(
 
 
 def padded(image: NDArray[np.uint8], labels: NDArray[np.uint8], align_px: int) -> Crop:
-    """Mirror an image and its labels at the right and the bottom, up to multiples of ``align_px``."""
+    """Mirror an image and its labels up to multiples of ``align_px``, at the right and below."""
     pad = [(0, -n % align_px) for n in labels.shape]
     return np.pad(image, [*pad, (0, 0)], mode="reflect"), np.pad(labels, pad, mode="reflect")
 

@@ -25,7 +25,7 @@ PRECISIONS = ("fp32", "bf16")
 
 
 class ComputeError(HistoError, RuntimeError):
-    """This machine cannot compute as asked."""
+    """The machine cannot compute as asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +56,12 @@ class Compute:
 
 
 def rank() -> int:
-    """Number of this process, 0 where there is one only."""
+    """Return the number of this process, 0 where there is one only."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def processes() -> int:
-    """Number of processes that train together."""
+    """Return how many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -167,4 +167,5 @@ def any_process(flag: bool, device: torch.device) -> bool:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a device or the host had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+    said = ("not enough memory", "can't allocate memory")  # of torch's allocator on the host
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in said)

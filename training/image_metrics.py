@@ -170,9 +170,7 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
         )
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    same = nn.Identity()
-    same.num_features = a.shape[1]
-    metric = FrechetInceptionDistance(feature=same).to(a.device)
+    metric = FrechetInceptionDistance(feature=_Given(a.shape[1])).to(a.device)
     metric.update(a.to(torch.float64), real=True)
     metric.update(b.to(torch.float64), real=False)
     return max(0.0, float(metric.compute()))
@@ -191,7 +189,8 @@ def ms_ssim(images_a: Tensor, images_b: Tensor) -> Tensor:
 
     Returns
     -------
-    (N,) float64 in [0, 1]; 1 for equal images.
+    (N,) float32 in [0, 1]; 1 for equal images. Against float64, which takes 15 times as long on a
+    CPU, it was 1e-5 off on H&E and 8e-4 at worst, on plain white.
 
     Raises
     ------
@@ -211,8 +210,8 @@ def ms_ssim(images_a: Tensor, images_b: Tensor) -> Tensor:
     from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
     score = multiscale_structural_similarity_index_measure(
-        images_a.to(torch.float64),
-        images_b.to(torch.float64),
+        images_a.to(torch.float32),
+        images_b.to(torch.float32),
         kernel_size=SSIM_WINDOW_PX,
         reduction="none",
         data_range=255.0,
@@ -238,9 +237,20 @@ def ms_ssim_among(samples: Tensor) -> float:
     if len(samples) < 2:
         raise ValueError(f"{len(samples)} images make no pair: give 2 or more")
     pairs = itertools.combinations(range(len(samples)), 2)
-    # one pair at a time, for the float64 maps of 45 pairs of 512 px images are gigabytes
+    # one pair at a time, for the maps of 45 pairs of 512 px images are gigabytes
     scores = [float(ms_ssim(samples[i : i + 1], samples[j : j + 1])) for i, j in pairs]
     return sum(scores) / len(scores)
+
+
+class _Given(nn.Module):
+    """What torchmetrics takes for an extractor where the features are there already."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
 
 
 class _PooledEncoder(nn.Module):

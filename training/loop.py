@@ -32,7 +32,7 @@ from histostream.training.checkpoint import Checkpoint, CheckpointError
 from histostream.training.compute import Compute
 from histostream.training.data import DataSet
 from histostream.training.methods import Batch, State
-from histostream.training.metrics import Confusion
+from histostream.training.metrics import Confusion, PerImage
 from histostream.training.schedule import Schedule, set_rates
 from histostream.wsi.errors import HistoError
 
@@ -201,7 +201,7 @@ class _Trainer:
                 last_step = done == self._steps
                 if lead and (done % self._schedule.validate_every == 0 or last_step):
                     validated = self._validate(done)
-                    if (value := self._rank(*validated)) < best:
+                    if (value := self._rank(*validated, done)) < best:
                         best = value
                         self._save("best", done, validation_loss=validated[0])
                 if lead and (validated or stop):
@@ -286,10 +286,10 @@ class _Trainer:
             **more,
         }
 
-    def _rank(self, loss: float, dice: float) -> float:
-        """What the best checkpoint has the lowest of."""
+    def _rank(self, loss: float, dice: float, step: int) -> float:
+        """Return what the best checkpoint has the lowest of."""
         select = self._schedule.select
-        return loss if select == "loss" else -dice if select == "dice" else -math.inf
+        return loss if select == "loss" else -dice if select == "dice" else -step
 
     def _whole(self, indices: Sequence[int]) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
         for images, labels, truth in batches.whole_images(
@@ -327,20 +327,16 @@ class _Trainer:
             ("validation", self._parts.split.validation),
             ("test", self._parts.split.test),
         ):
-            confusion = Confusion(len(self._classes))
-            per_image = []
+            found = PerImage(len(self._classes))
             for images, labels, truth in self._whole(indices):
                 predicted = self._method.validate(self._state, images, labels)[1]
-                one = Confusion(len(self._classes))
-                one.add(predicted[0, : truth.shape[0], : truth.shape[1]].cpu().numpy(), truth)
-                confusion.counts += one.counts
-                per_image.append(one.dice())
+                found.add(predicted[0, : truth.shape[0], : truth.shape[1]].cpu().numpy(), truth)
             if indices:
                 scores[name] = {
                     "images": len(indices),
-                    "pixel_accuracy": confusion.accuracy(),
-                    "f_score": confusion.dice().tolist(),
-                    "dice_per_image": np.nanmean(per_image, axis=0).tolist(),
+                    "pixel_accuracy": found.reduce(Confusion.accuracy, "pooled"),
+                    "f_score": found.reduce(Confusion.dice, "pooled").tolist(),
+                    "dice_per_image": found.reduce(Confusion.dice, "per_image_mean").tolist(),
                 }
         scored = dataclasses.replace(best, record={**best.record, "scores": scores})
         checkpoint.save(self._folder / "best", scored, self._state, optimizers=False)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Literal, Self, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from histostream.wsi.sink import OUTSIDE  # 255: a pixel that nobody annotated or analysed
 
@@ -177,8 +177,8 @@ class SoftDice:
     classes
         Number of classes K, 1 to 255.
     smooth
-        The term s; 1 in the code of Vorontsov et al. 2022, which no test set of more than a few
-        images can tell from 0.
+        The term s; 1 in the code of the image-to-image translation paper (veugene/genseg), which
+        no test set of more than a few images can tell from 0.
 
     Raises
     ------
@@ -277,10 +277,12 @@ def _check_labels(name: str, labels: NDArray[np.integer], classes: int) -> None:
         )
 
 
-def _ratio(part: NDArray[np.generic], whole: NDArray[np.generic]) -> NDArray[np.float64]:
+def _ratio(part: ArrayLike, whole: ArrayLike) -> NDArray[np.float64]:
     """Part / whole, nan where the whole is 0."""
-    whole = np.asarray(whole, np.float64)
-    return np.divide(part, whole, out=np.full(whole.shape, np.nan), where=whole > 0)
+    total = np.asarray(whole, np.float64)
+    ratio = np.full(total.shape, np.nan)
+    np.divide(part, total, out=ratio, where=total > 0)
+    return ratio
 
 
 def _mean_of_present(values: NDArray[np.float64]) -> float:

@@ -1,9 +1,9 @@
 """Scores of instance maps by the rules of the GlaS gland contest: object F1, Dice, Hausdorff.
 
-Sirinukunwattana et al. 2017, Medical Image Analysis 35: sections 4.1 to 4.3, and where the paper
-is silent the contest's own evaluation code, version 6. S is the prediction, G the truth; S_i and
-G_j are their objects. The partner of an object is the object of the other map that shares the most
-pixels with it, the one of smallest label if two share as many; background is nobody's partner.
+Sirinukunwattana et al. 2017, Medical Image Analysis 35, and where the paper is silent the contest's
+own evaluation code, version 6. S is the prediction, G the truth; S_i and G_j are their objects. The
+partner of an object is the object of the other map that shares the most pixels with it, the one of
+smallest label if two share as many; background is nobody's partner.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ class ObjectScores:
         return _mean([one.hausdorff_px for one in self.images])
 
     def capped(self) -> int:
-        """Number of images whose infinite Hausdorff distance became the image diagonal."""
+        """Count the images whose infinite Hausdorff distance became the image diagonal."""
         return sum(one.capped for one in self.images)
 
 
@@ -195,8 +195,9 @@ def instances_from_labels(
     components, count = ndimage.label(mask, EIGHT_NEIGHBOURS)
     kept = np.bincount(components.ravel(), minlength=count + 1) >= min_px
     kept[0] = False
-    numbers: NDArray[np.int32] = np.where(kept, np.cumsum(kept), 0).astype(np.int32)
-    return numbers[components]
+    numbers = np.where(kept, np.cumsum(kept), 0).astype(np.int32)
+    objects: NDArray[np.int32] = numbers[components]
+    return objects
 
 
 @dataclass(frozen=True, slots=True)

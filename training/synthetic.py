@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from histostream.training.data import DataSet, StoredSample
 
 TEXTURE_COLORS = ((230, 75, 53), (77, 187, 213), (0, 160, 135))
+REGIONS = 3  # of an image, one of each texture
 
 
-def textures(count: int, test: int, *, side_px: int = 64, seed: int = 0) -> DataSet:
+def textures(count: int, test: int, *, side_px: int = 128, seed: int = 0) -> DataSet:
     """Tissue of three textures: stripes at two angles, and blobs, in regions of random brightness.
 
     Brightness says nothing of the class, so that a network has to see the texture (methods.md
@@ -37,12 +38,12 @@ def textures(count: int, test: int, *, side_px: int = 64, seed: int = 0) -> Data
 
 def _textured(name: str, side: int, rng: np.random.Generator) -> StoredSample:
     y, x = np.mgrid[:side, :side].astype(np.float32)
-    seeds = rng.uniform(0, side, (6, 2))
+    seeds = rng.uniform(0, side, (REGIONS, 2))
     region = np.argmin([(y - sy) ** 2 + (x - sx) ** 2 for sy, sx in seeds], axis=0)
-    kinds = rng.permutation(np.arange(6) % 3)  # two regions of each class
+    kinds = rng.permutation(REGIONS)
     labels = kinds[region].astype(np.uint8)
     phase = rng.uniform(0, 2 * np.pi, 3)
-    wave = 2 * np.pi / 7
+    wave = 2 * np.pi / 6
     maps = np.stack(
         [
             np.sin(wave * (x + y) / np.sqrt(2) + phase[0]),
@@ -51,8 +52,8 @@ def _textured(name: str, side: int, rng: np.random.Generator) -> StoredSample:
         ]
     )
     pattern = np.take_along_axis(maps, labels[None].astype(np.int64), axis=0)[0]
-    brightness = rng.uniform(70, 185, 6)[region]
-    grey = brightness + 45 * pattern + rng.normal(0, 6, (side, side))
+    brightness = rng.uniform(45, 210, REGIONS)[region]
+    grey = brightness + 40 * pattern + rng.normal(0, 6, (side, side))
     tint = np.array((1.0, 0.85, 0.95), np.float32)
     image: NDArray[np.uint8] = np.clip(grey[..., None] * tint, 0, 255).astype(np.uint8)
     return StoredSample(name, name, image, labels, None, float("nan"))

@@ -97,6 +97,7 @@ class Cell:
 
     @property
     def name(self) -> str:
+        """Key of the cell in the result file, and name of its run."""
         return f"{self.table}-{self.size}-{self.algorithm}-{self.number}".lower()
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from histostream.export.bundle import Options
 from histostream.export.trained import export_checkpoint, find_checkpoint
 from histostream.runtime import Engine, open_engine, segment_pixels
-from histostream.training import batches, checkpoint, data
+from histostream.training import batches, checkpoint, data, sets
 from histostream.training.augment import zoom
 from histostream.training.data import DataError, DataSet, Sample
 from histostream.training.metrics import Confusion, PerImage
@@ -71,6 +71,74 @@ def choose(found: DataSet, part: str, schedule: Schedule | None = None) -> tuple
     if not chosen:
         raise ScoreError(f"{found.name}: has no {part} part; use --part all")
     return chosen
+
+
+def score_set(
+    source: str,
+    *,
+    bundle: Path | None = None,
+    run: Path | None = None,
+    labels: Path | None = None,
+    part: str = "auto",
+    mpp: float | None = None,
+    min_object_px: int = MIN_GLAND_PX,
+    backend: str = "auto",
+    precision: str = "auto",
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Score one of a bundle, a run and a folder of label maps against a data set.
+
+    A run that was trained on this very set is scored, with ``part="auto"``, on the images that it
+    held back.
+
+    Raises
+    ------
+    ScoreError
+        If model and set have different classes, or the label maps do not fit.
+    HistoError
+        If the set, the model or the checkpoint cannot be used.
+    """
+    found = sets.open_set(source)
+    mpp = mpp or found.mpp
+    schedule = _held_back(run, found) if run is not None else None
+    samples = choose(found, part, schedule)
+    every = len(found.train) + len(found.validation) + len(found.test)
+    if part == "auto":
+        part = "all" if len(samples) == every else "test"
+    classes = [name for name, _ in found.classes]
+    with predicting(
+        bundle=bundle, run=run, labels=labels, mpp=mpp, backend=backend, precision=precision
+    ) as (predict, said):
+        classes = classes or list(said.get("classes", ()))
+        if "classes" in said and len(said["classes"]) != len(classes):
+            raise ScoreError(
+                f"the model has classes {', '.join(said['classes'])}, {found.name} "
+                f"{', '.join(classes)}: they do not go together"
+            )
+        if not classes:
+            count = data.class_count(samples)
+            classes = [f"class {k}" for k in range(count)]
+        scores = score(samples, predict, classes, min_object_px=min_object_px, say=say)
+    return {
+        "data": found.name,
+        "data_sha256": data.checksum(samples),
+        "part": f"{part}, as the run divided the set" if schedule else part,
+        "mpp": mpp,
+        "model": said,
+        **scores,
+    }
+
+
+def _held_back(run: Path, found: DataSet) -> Schedule | None:
+    """Schedule of a run, if it was trained on this set; its parts are then those of the run."""
+    said = checkpoint.read(find_checkpoint(run))
+    record = said.record
+    every = (*found.train, *found.validation, *found.test)
+    at = found.at_mpp(said.mpp)
+    here = {data.checksum(every), data.checksum((*at.train, *at.validation, *at.test))}
+    if record.get("data_sha256") not in here:
+        return None
+    return Schedule(**record["recipe"]["schedule"])
 
 
 @contextmanager
@@ -224,7 +292,7 @@ def markdown(said: dict[str, Any]) -> str:
     lines = [
         f"# {said['data']}, {said['part']}: {said['images']} images",
         "",
-        f"Model: {said['model']}",
+        f"Of {', '.join(f'{k} {_plain(v)}' for k, v in said['model'].items())}.",
         "",
         "| | pooled over pixels | mean over images |",
         "|---|---|---|",
@@ -248,6 +316,10 @@ def markdown(said: dict[str, Any]) -> str:
             f"({o['hausdorff_capped_images']} images capped at their diagonal).",
         ]
     return "\n".join(lines) + "\n"
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _by_engine(engine: Engine, mpp: float | None) -> Predict:
@@ -291,4 +363,10 @@ def _resized(labels: Labels, shape: tuple[int, ...]) -> Labels:
 
 def _model(engine: Engine, place: Path) -> dict[str, Any]:
     card = engine.card
-    return {"place": str(place), "method": card.method, "mpp": card.mpp, "engine": engine.name}
+    return {
+        "place": str(place),
+        "method": card.method,
+        "classes": [c.name for c in card.classes],
+        "mpp": card.mpp,
+        "engine": engine.name,
+    }

@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from histostream.training.methods import State, imems
+from histostream.export.bundle import Options
+from histostream.export.trained import export_checkpoint
+from histostream.runtime import open_engine, segment_pixels
+from histostream.training import checkpoint, cli, loop, sets, synthetic
+from histostream.training.augment import Augmentation
+from histostream.training.batches import Batches, divide
+from histostream.training.compute import Compute, prepare
+from histostream.training.methods import Batch, State, imems
+from histostream.training.networks.unet import TwoDecoderUNet
+from histostream.training.schedule import Schedule, set_rates
+
+ALGORITHMS = {
+    "imems": (),
+    "unet-c-single": ("unet-c-single",),
+    "cgan-c-single": ("cgan-c-single",),
+    "unet-r-single": ("unet-r-single",),
+    "unet-c-multi": ("unet-c-multi",),
+    "unet-c-multi-int": ("unet-c-multi-int",),
+}
+TINY = ("method.base_width=4", "method.depth=2", "method.discriminator_width=4")
 
 
 @pytest.mark.parametrize("classes", [2, 5])
@@ -33,10 +56,10 @@ def test_luma_is_rounded_itu_r_601() -> None:
 
 
 @pytest.fixture
-def batch() -> tuple[torch.Tensor, torch.Tensor]:
+def batch() -> Batch:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    return images, (images[:, 0] > 127).long()
+    return Batch(images, (images[:, 0] > 127).long())
 
 
 def tiny(**more: object) -> State:
@@ -47,10 +70,10 @@ def tiny(**more: object) -> State:
 
 @pytest.mark.parametrize("discriminator", ["encoder", "pix2pix70"])
 def test_the_adversarial_gradient_reaches_the_first_convolution(
-    batch: tuple[torch.Tensor, torch.Tensor], discriminator: str
+    batch: Batch, discriminator: str
 ) -> None:
     state = tiny(discriminator=discriminator, dropout=0.0)
-    x = batch[0].float() / imems.HALF_RANGE - 1
+    x = batch.images.float() / imems.HALF_RANGE - 1
     generator = state.modules["generator"]
     before = imems.adversarial_loss(state, x, generator(x))
     before.backward()
@@ -66,32 +89,32 @@ def test_the_adversarial_gradient_reaches_the_first_convolution(
 
 
 def test_without_the_discriminator_training_differs(
-    batch: tuple[torch.Tensor, torch.Tensor],
+    batch: Batch,
 ) -> None:
     weights = []
     for adversarial in (True, False):
         state = tiny(adversarial=adversarial)
         torch.manual_seed(1)
         for _ in range(5):  # a first step of Adam is only the gradient's sign
-            losses = imems.step(state, *batch)
+            losses = imems.step(state, batch)
         assert ("discriminator" in losses) == adversarial
         weights.append(next(state.modules["generator"].parameters()).detach().clone())
     assert not torch.equal(*weights)
 
 
 def test_the_discriminator_learns_to_tell_real_from_painted(
-    batch: tuple[torch.Tensor, torch.Tensor],
+    batch: Batch,
 ) -> None:
     state = tiny(learning_rate=0.0, dropout=0.0, discriminator_learning_rate=2e-3)
-    losses = [imems.step(state, *batch)["discriminator"] for _ in range(40)]
+    losses = [float(imems.step(state, batch)["discriminator"]) for _ in range(40)]
     assert losses[-1] < 0.8 * losses[0]
 
 
 def test_the_deployed_module_keeps_the_tile_contract(
-    batch: tuple[torch.Tensor, torch.Tensor],
+    batch: Batch,
 ) -> None:
     state = tiny()
-    tiles = batch[0].permute(0, 2, 3, 1).contiguous()
+    tiles = batch.images.permute(0, 2, 3, 1).contiguous()
     module = imems.deployed(state)
     with torch.no_grad():
         scores = module(tiles)
@@ -101,7 +124,7 @@ def test_the_deployed_module_keeps_the_tile_contract(
     assert torch.equal(scores, again)  # dropout is off
     state.modules["generator"].eval()
     with torch.no_grad():
-        linear = state.modules["generator"](batch[0].float() / imems.HALF_RANGE - 1)
+        linear = state.modules["generator"](batch.images.float() / imems.HALF_RANGE - 1)
     wanted = ((linear + 1) * imems.HALF_RANGE).clamp(0, 255)
     assert (scores.float() - wanted).abs().max() <= 0.501
 
@@ -124,3 +147,171 @@ def test_the_papers_network_has_the_papers_shape() -> None:
 def test_an_unknown_discriminator_is_named() -> None:
     with pytest.raises(ValueError, match="'vgg'"):
         imems.Config(discriminator="vgg")
+
+
+def algorithm(name: str) -> imems.Config:
+    config: imems.Config = cli.read_recipe("imems", imems, ALGORITHMS[name], TINY, mpp=0.5).config
+    return config
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "adversarial", "second_task", "score_kind"),
+    [
+        ("imems", "embedding", True, "none", "embedding"),
+        ("unet-c-single", "labels", False, "none", "probability"),
+        ("cgan-c-single", "labels", True, "none", "probability"),
+        ("unet-r-single", "embedding", False, "none", "embedding"),
+        ("unet-c-multi", "labels", False, "image", "probability"),
+        ("unet-c-multi-int", "labels", False, "image+features", "probability"),
+    ],
+)
+def test_the_papers_algorithms_ship_as_recipes(
+    name: str, target: str, adversarial: bool, second_task: str, score_kind: str
+) -> None:
+    config = algorithm(name)
+    assert (config.target, config.adversarial, config.second_task) == (
+        target, adversarial, second_task,
+    )  # fmt: skip
+    assert imems.score_kind(config) == score_kind
+    state = imems.build(config, 2)
+    assert ("discriminator" in state.modules) == adversarial
+    assert isinstance(state.modules["generator"], TwoDecoderUNet) == (second_task != "none")
+
+
+def test_contradicting_settings_are_named() -> None:
+    with pytest.raises(ValueError, match="second_task goes with target='labels'"):
+        imems.Config(second_task="image")
+    with pytest.raises(ValueError, match="target='image'"):
+        imems.Config(target="image")
+    with pytest.raises(ValueError, match="segmentation_weight"):
+        imems.Config(segmentation_weight=1.5)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_trains_exports_and_runs(
+    name: str, nuclei_folder: Path, tmp_path: Path
+) -> None:
+    """From images to the label map of the streaming runtime, equal to torch's."""
+    settings = (*TINY, "method.dropout=0", "schedule.steps=30", "schedule.batch=2",
+                "schedule.crop_px=32", "schedule.validate_every=15", "schedule.test=0.25",
+                "method.learning_rate=2e-3")  # fmt: skip
+    recipe = cli.read_recipe("imems", imems, ALGORITHMS[name], settings, mpp=0.5)
+    found = sets.open_set(str(nuclei_folder))
+    logged: list[dict[str, float]] = []
+    loop.train(recipe, imems, found, tmp_path / "run", report=lambda p: logged.append(p.losses))
+    main_loss = "l1" if "l1" in logged[0] else "cross_entropy"
+    first, last = (np.mean([row[main_loss] for row in rows]) for rows in (logged[:5], logged[-5:]))
+    assert last < first
+    options = Options(precisions=("fp32",), tensorrt="off", tile_px=64)
+    export_checkpoint("imems", tmp_path / "run", tmp_path / "bundle", options)
+    engine = open_engine(tmp_path / "bundle", backend="cpu")
+    assert engine.card.score_kind == imems.score_kind(recipe.config)
+    image = found.train[0].image[:64, :64]
+    said = checkpoint.read(tmp_path / "run" / "best")
+    state = imems.build(recipe.config, len(said.classes))
+    checkpoint.load(tmp_path / "run" / "best", state)
+    with torch.no_grad():
+        scores = imems.deployed(state)(torch.from_numpy(image[None].copy()))
+    if imems.score_kind(recipe.config) == "probability":
+        assert (scores.int().sum(dim=1) - 255).abs().max() <= 1  # 2 classes, each rounded
+    wanted = scores[0].numpy().argmax(axis=0)
+    assert (segment_pixels(image, engine) == wanted).mean() >= 0.9999
+
+
+def test_the_second_task_reaches_the_shared_encoder(batch: Batch) -> None:
+    """Each term alone moves the encoder; the features' term moves both of its sides."""
+    torch.manual_seed(0)
+    state = imems.build(algorithm("unet-c-multi-int"), 2)
+    network = state.modules["generator"]
+    assert isinstance(network, TwoDecoderUNet)
+    x = batch.images.float() / imems.HALF_RANGE - 1
+    scores, image, encoded, decoded = network(x)
+    assert scores.shape == (2, 2, 32, 32)
+    assert image.shape == x.shape
+    assert [e.shape for e in encoded] == [d.shape for d in decoded]
+    losses = (
+        F.cross_entropy(scores, batch.labels),
+        F.mse_loss(image, x),
+        sum(F.mse_loss(e, d) for e, d in zip(encoded, decoded, strict=True)),
+    )
+    decoders = ("segmenter.decoder", "image_decoder", "image_decoder")
+    for loss, decoder in zip(losses, decoders, strict=True):
+        network.zero_grad()
+        assert isinstance(loss, torch.Tensor)
+        loss.backward(retain_graph=True)
+        assert gradient(network, "segmenter.encoder") > 0
+        for name in ("segmenter.decoder", "image_decoder"):
+            assert (gradient(network, name) > 0) == (name == decoder)
+
+
+def gradient(network: torch.nn.Module, part: str) -> float:
+    """Sum of the gradients' norms of a part."""
+    grads = [p.grad for p in network.get_submodule(part).parameters()]
+    return sum(float(g.norm()) for g in grads if g is not None)
+
+
+def test_the_weights_of_the_two_tasks_are_the_papers(batch: Batch) -> None:
+    """``l_seg CE + (1 - l_seg) MSE + l_int sum MSE``, by the gradients that the optimiser sees."""
+    torch.manual_seed(0)
+    config = algorithm("unet-c-multi-int")
+    state = imems.build(config, 2)
+    network = state.modules["generator"].eval()  # dropout off
+    x = batch.images.float() / imems.HALF_RANGE - 1
+    scores, image, encoded, decoded = network(x)
+    wanted = (
+        0.6 * F.cross_entropy(scores, batch.labels)
+        + 0.4 * F.mse_loss(image, x)
+        + 0.8 * torch.stack([F.mse_loss(e, d) for e, d in zip(encoded, decoded, strict=True)]).sum()
+    )
+    wanted.backward()
+    expected = {n: p.grad.clone() for n, p in network.named_parameters() if p.grad is not None}
+    seen: dict[str, torch.Tensor] = {}
+    state.optimizers["generator"].register_step_pre_hook(
+        lambda *_: seen.update({n: p.grad.clone() for n, p in network.named_parameters()})  # type: ignore[union-attr]
+    )
+    imems.step(state, batch)
+    assert expected.keys() == seen.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(seen[name], grad)
+
+
+def test_instance_normalisation_is_a_switch() -> None:
+    state = imems.build(imems.Config(base_width=4, depth=2, norm="instance"), 2)
+    kinds = {type(m).__name__ for m in state.modules["generator"].modules()}
+    assert "InstanceNorm2d" in kinds
+    plain = imems.build(imems.Config(base_width=4, depth=2), 2)
+    assert "InstanceNorm2d" not in {type(m).__name__ for m in plain.modules["generator"].modules()}
+
+
+def learn_textures(config: imems.Config) -> tuple[float, float]:
+    """Train 240 steps on textures; accuracy, and correlation of the decoded grey with the image."""
+    found = synthetic.textures(64, 16, seed=3)
+    schedule = Schedule(steps=240, batch=8, crop_px=64, validation=0.1, decay="cosine", warmup=20)
+    torch.manual_seed(0)
+    state = imems.build(config, 3)
+    prepare(state, torch.device("cpu"), Compute("cpu", "bf16"))
+    draw = Batches(divide(found, schedule), schedule, Augmentation(), (), align_px=16)
+    for batch in draw(0, schedule.steps):
+        set_rates(state.optimizers, schedule.rate(batch.step, batch.steps))
+        imems.step(state, batch)
+    images = torch.from_numpy(np.stack([s.image for s in found.test])).permute(0, 3, 1, 2)
+    labels = torch.from_numpy(np.stack([s.labels for s in found.test]).astype(np.int64))
+    with torch.no_grad():
+        scores = imems.deployed(state)(images.permute(0, 2, 3, 1))
+    predicted, grey = imems.decode(scores.float())
+    truth = imems.luma(images).float()
+    correlation = np.corrcoef(grey.flatten().numpy(), truth.flatten().numpy())[0, 1]
+    return float((predicted == labels).float().mean()), float(correlation)
+
+
+def test_imems_learns_labels_and_image_together_and_a_classifier_labels_only() -> None:
+    """methods.md 1.10.2: a classifier dressed up as iMEMS fails the second check."""
+    small = {"base_width": 12, "depth": 3, "dropout": 0.0, "discriminator_width": 4}
+    accuracy, correlation = learn_textures(imems.Config(learning_rate=2e-3, **small))  # type: ignore[arg-type]
+    assert accuracy >= 0.95
+    assert correlation >= 0.9
+    accuracy, correlation = learn_textures(
+        imems.Config(target="labels", adversarial=False, learning_rate=2e-3, **small)  # type: ignore[arg-type]
+    )
+    assert accuracy >= 0.95
+    assert abs(correlation) < 0.3

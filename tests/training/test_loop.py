@@ -13,12 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from histostream.training import checkpoint, data, loop, methods
+from histostream.training import checkpoint, data, loop, methods, sets
 from histostream.training.augment import Augmentation, draw_crop
 from histostream.training.checkpoint import CheckpointError
-from histostream.training.loop import Recipe, Schedule
+from histostream.training.loop import Recipe
 from histostream.training.methods import imems
 from histostream.training.methods.imems import Config
+from histostream.training.schedule import Schedule
 
 ALL_ON = Augmentation(
     flips=True, object_px=9.0, zoom=1.3, stain=0.2, restain=0.5, light=0.2, focus=1.0,
@@ -45,16 +46,16 @@ class Killed(Exception):
 
 
 def test_a_killed_run_goes_on_as_if_it_never_stopped(nuclei_folder: Path, tmp_path: Path) -> None:
-    samples = data.read_folder(nuclei_folder)
-    whole = loop.train(recipe(), imems, samples, tmp_path / "whole")
+    found = sets.open_set(str(nuclei_folder))
+    whole = loop.train(recipe(), imems, found, tmp_path / "whole")
 
     def kill(progress: loop.Progress) -> None:
         if progress.step == 5:
             raise Killed
 
     with pytest.raises(Killed):
-        loop.train(recipe(), imems, samples, tmp_path / "broken", report=kill)
-    resumed = loop.train(recipe(), imems, samples, tmp_path / "broken")
+        loop.train(recipe(), imems, found, tmp_path / "broken", report=kill)
+    resumed = loop.train(recipe(), imems, found, tmp_path / "broken")
     for name in ("last", "best"):
         one, other = (
             load_file(tmp_path / run / name / "checkpoint.safetensors")
@@ -71,22 +72,22 @@ def test_a_killed_run_goes_on_as_if_it_never_stopped(nuclei_folder: Path, tmp_pa
 def test_a_run_of_another_recipe_or_other_data_is_not_continued(
     nuclei_folder: Path, tmp_path: Path
 ) -> None:
-    samples = data.read_folder(nuclei_folder)
-    loop.train(recipe(3), imems, samples, tmp_path)
+    found = sets.open_set(str(nuclei_folder))
+    loop.train(recipe(3), imems, found, tmp_path)
     with pytest.raises(CheckpointError, match="another recipe"):
-        loop.train(recipe(3, seed=5), imems, samples, tmp_path)
+        loop.train(recipe(3, seed=5), imems, found, tmp_path)
     with pytest.raises(CheckpointError, match="another data"):
-        loop.train(recipe(3), imems, samples[::-1], tmp_path)
+        loop.train(recipe(3), imems, replace(found, train=found.train[::-1]), tmp_path)
 
 
 def test_the_record_tells_what_was_trained_on_what(nuclei_folder: Path, tmp_path: Path) -> None:
-    samples = data.read_folder(nuclei_folder)
-    best = loop.train(recipe(3), imems, samples, tmp_path)
+    found = sets.open_set(str(nuclei_folder))
+    best = loop.train(recipe(3), imems, found, tmp_path)
     record = checkpoint.read(tmp_path / "best").record
     assert record == best.record
     assert record["images"] == {"train": 4, "validation": 2, "test": 2}
     assert len(record["test_images"]) == 2
-    assert record["data_sha256"] == data.checksum(samples)
+    assert record["data_sha256"] == data.checksum(found.train)
     assert record["recipe"]["augmentation"]["jpeg"] == 0.3
     for part in ("validation", "test"):
         assert 0 <= record["scores"][part]["pixel_accuracy"] <= 1
@@ -94,16 +95,17 @@ def test_the_record_tells_what_was_trained_on_what(nuclei_folder: Path, tmp_path
 
 
 def test_training_lowers_the_loss(nuclei_folder: Path, tmp_path: Path) -> None:
-    samples = data.read_folder(nuclei_folder)
+    found = sets.open_set(str(nuclei_folder))
     plain = replace(recipe(60), augmentation=Augmentation())
     losses: list[float] = []
-    loop.train(plain, imems, samples, tmp_path, report=lambda p: losses.append(p.losses["l1"]))
+    loop.train(plain, imems, found, tmp_path, report=lambda p: losses.append(p.losses["l1"]))
     assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
 
 
 def test_a_crop_keeps_pixels_and_labels_together(nuclei_folder: Path) -> None:
     """Pixels are made from the labels, so that any step that moves one but not the other shows."""
     (sample, *_) = data.read_folder(nuclei_folder)
+    assert isinstance(sample, data.StoredSample)
     painted = replace(sample, image=np.repeat(sample.labels[..., None] * np.uint8(200), 3, axis=-1))
     geometry = Augmentation(flips=True, object_px=9.0, zoom=1.4)
     for seed in range(20):

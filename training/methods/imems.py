@@ -88,7 +88,7 @@ class Config:
 
 
 def score_kind(config: Config) -> str:
-    """What the deployed graph's scores are."""
+    """Say what the deployed graph's scores are."""
     return "embedding" if config.target == "embedding" else "probability"
 
 
@@ -260,14 +260,14 @@ def _normalised(images: Tensor) -> Tensor:
 
 
 def _wanted(config: Config, images: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """What the generator is to paint, (N, K, H, W): the embedding in [-1, 1], or one-hot maps."""
+    """Make what is to be painted, (N, K, H, W): the embedding in [-1, 1], or one-hot maps."""
     if config.target == "embedding":
         return _normalised(embed(labels, luma(images), classes))
     return F.one_hot(labels, classes).movedim(-1, 1).to(torch.float32)
 
 
 def _painted(config: Config, output: Tensor) -> Tensor:
-    """What the generator painted, in the units of `_wanted`."""
+    """Return what was painted, in the units of `_wanted`."""
     return output if config.target == "embedding" else output.softmax(dim=1)
 
 
@@ -300,7 +300,7 @@ def validate(state: State, images: Tensor, labels: Tensor) -> tuple[float, Tenso
 
 @torch.no_grad()
 def paint(state: State, images: Tensor) -> dict[str, Tensor]:
-    """The grey image that iMEMS decodes from its embedding, or a second task's image.
+    """Decode the grey image from an iMEMS embedding, or return a second task's image.
 
     Returns
     -------

@@ -34,7 +34,7 @@ class Layout:
     mpp
         Micrometres per pixel of the images, at which slides are read too; None if not known.
     slide_mpp
-        Of level 0 of the slides, where their files do not say.
+        Of level 0 of all slides, where their files do not say or are wrong.
     tile_px
         Side of the tiles that slides are cut into.
     group

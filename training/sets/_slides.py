@@ -24,9 +24,9 @@ from PIL import Image
 from histostream.training.data import DataError, Picture
 from histostream.training.sets._files import MIN_PX, collect, label_files, refuse_same_stems
 from histostream.training.sets._layout import Layout
-from histostream.wsi.grid import Box, Tile, TileGrid
+from histostream.wsi.grid import Box, TileGrid
 from histostream.wsi.reader import SlideReader, open_slide
-from histostream.wsi.resolution import MAX_UPSAMPLING, SlideView, at_mpp
+from histostream.wsi.resolution import MAX_MPP, MAX_UPSAMPLING, MIN_MPP, SlideView, at_mpp
 from histostream.wsi.tissue import Polygon, find_tissue, read_polygons
 
 SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".svslide")
@@ -115,7 +115,7 @@ def read_pictures(paths: Sequence[Path], layout: Layout) -> list[Picture]:
 
     def cut(path: Path) -> list[SlidePicture]:
         slide = _Slide.open(path, layout, store)
-        return [SlidePicture(slide, tile.read) for tile in slide.tiles(layout.tile_px)]
+        return [SlidePicture(slide, box) for box in slide.tiles(layout.tile_px)]
 
     return [picture for pictures in collect(cut, paths) for picture in pictures]
 
@@ -253,10 +253,10 @@ class _Slide:
             )
         with store.reader(path) as reader:
             own = layout.slide_mpp or reader.mpp
-            if own is None:
+            if own is None or not MIN_MPP <= own <= MAX_MPP:
+                said = "no resolution in the file" if own is None else f"{own:.4g} um per pixel"
                 raise DataError(
-                    f"{path}: no resolution in the file; add slide_mpp to {layout.file} "
-                    "(20x is usually 0.5, 40x 0.25)"
+                    f"{path}: {said}; add slide_mpp to {layout.file} (20x is usually 0.5, 40x 0.25)"
                 )
             if own / layout.mpp > MAX_UPSAMPLING:
                 raise DataError(
@@ -272,11 +272,13 @@ class _Slide:
         with self.store.reader(self.path) as reader:
             yield at_mpp(reader, self.mpp, slide_mpp=self.slide_mpp)
 
-    def tiles(self, tile_px: int) -> list[Tile]:
-        """Tiles with tissue, cut at the slide's border where it is smaller than a tile."""
+    def tiles(self, tile_px: int) -> list[Box]:
+        """Boxes of the tiles with tissue, cut off where the slide is smaller than a tile."""
         with self.view() as view:
             grid = TileGrid.cover(view.width, view.height, tile_px=tile_px, overlap_px=0)
-            tiles = list(grid.where(find_tissue(view).tiles(grid)))
+            reads = [tile.read for tile in grid.where(find_tissue(view).tiles(grid))]
+            width, height = min(tile_px, view.width), min(tile_px, view.height)
+            tiles = [Box(box.x, box.y, width, height) for box in reads]
         if not tiles:
             raise DataError(f"{self.path}: no tissue found on it; take it out of the set")
         return tiles
@@ -377,7 +379,7 @@ def _samples(slide: _Slide, path: Path, annotations: Path, layout: Layout) -> li
     drawn = _read_drawn(annotations, downsample, layout)
     boxes = []
     for tile in slide.tiles(layout.tile_px):
-        box = drawn.annotated(tile.read)
+        box = drawn.annotated(tile)
         if box is not None:
             boxes.append(box)
     if not boxes:

@@ -1,4 +1,4 @@
-"""EPFL CA1 hippocampus: mitochondria in FIB-SEM of mouse brain (Lucchi et al. 2012), 5 nm voxels.
+"""EPFL CA1 hippocampus: mitochondria in FIB-SEM of mouse brain (Lucchi et al. 2013), 5 nm voxels.
 
 ``train/`` and ``test/``, each with ``images/NNN.png`` (slice number) and ``masks/NNN.png``.
 """

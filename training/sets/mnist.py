@@ -1,8 +1,8 @@
 """Cluttered MNIST: one digit among scraps of digits, generated from the four MNIST files.
 
 The presence images P hold one digit on a ground of noise and ``clutter`` scraps of 10 x 10 pixels
-of other digits; the absence images A the ground and the scraps alone. Section 4.1 and the code of
-Vorontsov et al. 2022 (GenSeg). The same options give the same images everywhere.
+of other digits; the absence images A the ground and the scraps alone. The rules are those of the
+authors' code (github.com/veugene/genseg). The same options give the same images everywhere.
 """
 
 from __future__ import annotations

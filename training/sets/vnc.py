@@ -1,8 +1,7 @@
 """Drosophila larva ventral nerve cord: mitochondria in ssTEM (Gerhard et al. 2013), 4.6 nm pixels.
 
 ``stack1/raw/NN.png`` and ``stack1/mitochondria/NN.png``, 20 sections 45 to 50 nm apart. The set has
-no official parts; as in Peng et al. (APMA-Net), the left of each section trains and the right
-tests.
+no official parts: 67 % of the columns train and 33 % test, as in the APMA-Net paper.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from histostream.training.sets._files import (
 )
 
 MPP = 0.0046
-TRAIN = 0.67  # of the columns: 686 of 1024
+TRAIN = 0.67  # of the columns: 0 to 685 of 1024
 # Of 255: the masks have a few soft edge pixels.
 AT_LEAST = 128
 
