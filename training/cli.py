@@ -20,7 +20,7 @@ from histostream.training import compute, loop, methods, sets
 from histostream.training.augment import Augmentation
 from histostream.training.checkpoint import Checkpoint
 from histostream.training.compute import PRECISIONS, Compute
-from histostream.training.data import DataSet
+from histostream.training.data import DataSet, Sample, StoredSample
 from histostream.training.loop import Recipe
 from histostream.training.schedule import Schedule
 from histostream.wsi.console import one_line_errors, show_only_our_warnings
@@ -45,6 +45,13 @@ class RecipeError(HistoError, ValueError):
     "--pool", "pools", multiple=True, metavar="NAME=SET",
     help="Further images without labels, as target=monuseg:PATH; may be repeated.",
 )  # fmt: skip
+@click.option(
+    "--validation", "validation_set", metavar="SET",
+    help="Choose the checkpoint by this set's validation or training images, not by held-out ones.",
+)  # fmt: skip
+@click.option(
+    "--test", "test_set", metavar="SET", help="Score on this set's test part, or on all of it."
+)
 @click.option(
     "--out", "run", required=True, type=click.Path(path_type=Path), help="Folder of the run."
 )
@@ -78,6 +85,8 @@ def main(
     method_name: str,
     source: str,
     pools: tuple[str, ...],
+    validation_set: str | None,
+    test_set: str | None,
     run: Path,
     configs: tuple[str, ...],
     mpp: float | None,
@@ -93,6 +102,7 @@ def main(
     how = Compute(device, precision, compiled, deterministic)
     method = methods.load(method_name)
     found = with_pools(sets.open_set(source), pools)
+    found = with_parts(found, validation_set, test_set)
     recipe = read_recipe(method_name, method, configs, settings, mpp=mpp, own_mpp=found.mpp)
     if processes > 1 and "WORLD_SIZE" not in os.environ:
         sys.exit(_in_processes(processes))
@@ -125,6 +135,51 @@ def with_pools(found: DataSet, pools: tuple[str, ...]) -> DataSet:
             other = other.at_mpp(found.mpp)
         known[name] = other.pools.get(name) or other.train
     return dataclasses.replace(found, pools=known)
+
+
+def with_parts(found: DataSet, validation: str | None, test: str | None) -> DataSet:
+    """Take the validation or the test images from other sets: from the target of an adaptation.
+
+    Raises
+    ------
+    RecipeError
+        If the other set has other classes.
+    DataError
+        If a set cannot be used.
+    """
+    if validation is not None:
+        other = _alike(found, validation)
+        chosen = other.validation or other.train
+        found = dataclasses.replace(found, validation=_renamed(chosen, other.name))
+    if test is not None:
+        other = _alike(found, test)
+        chosen = other.test or (*other.train, *other.validation)
+        found = dataclasses.replace(found, test=_renamed(chosen, f"{other.name}-test"))
+    return found
+
+
+def _alike(found: DataSet, source: str) -> DataSet:
+    """Open a set of the same classes, at the same resolution."""
+    other = sets.open_set(source)
+    if len(other.classes) != len(found.classes):
+        raise RecipeError(
+            f"{source}: has classes {_names(other)}, the training set {_names(found)}"
+        )
+    return other.at_mpp(found.mpp) if found.mpp and other.mpp else other
+
+
+def _names(found: DataSet) -> str:
+    return ", ".join(name for name, _ in found.classes) or "unnamed"
+
+
+def _renamed(samples: tuple[Sample, ...], of: str) -> tuple[Sample, ...]:
+    """Keep the names and groups of two sets apart."""
+    return tuple(
+        StoredSample(
+            f"{of}/{s.name}", f"{of}/{s.group}", s.image, s.labels, s.instances, s.object_px
+        )
+        for s in samples
+    )
 
 
 def read_recipe(

@@ -224,6 +224,7 @@ class _Trainer:
         set_rates(self._state.optimizers, self._schedule.rate(batch.step, batch.steps))
         torch.manual_seed(hash((self._schedule.seed, batch.step, compute.rank())) & 0x7FFFFFFF)
         try:
+            self._method.before_step(self._state, self._parts, batch.step, batch.steps)
             losses = self._method.step(self._state, self._on_device(batch))
             said = {name: float(loss) for name, loss in losses.items()}
         except RuntimeError as error:
@@ -322,6 +323,7 @@ class _Trainer:
     def _score_best(self) -> None:
         """Score the best checkpoint on the validation and the test images."""
         best = checkpoint.load(self._folder / "best", self._state)
+        self._method.finish(self._state, self._parts)
         scores = {}
         for name, indices in (
             ("validation", self._parts.split.validation),

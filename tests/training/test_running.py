@@ -250,7 +250,8 @@ def test_learning_rates_fall_as_named(name: str) -> None:
 
 def method_that(step: Any, pools: tuple[str, ...] = ()) -> ModuleType:
     """iMEMS with another step."""
-    names = ("build", "validate", "paint", "align_px", "deployed", "score_kind", "Config")
+    names = ("build", "validate", "paint", "align_px", "deployed", "score_kind", "Config",
+             "before_step", "finish")  # fmt: skip
     kept = {name: getattr(imems, name) for name in names}
     return cast(ModuleType, SimpleNamespace(**kept, step=step, pools=lambda _: pools))
 

@@ -9,8 +9,13 @@ A method module offers
 ``step(state, batch) -> losses``
     Train on one batch. Networks are called through ``state.modules``, as a whole, and optimisers
     through their ``step``: there the loop puts mixed precision and the average over processes.
+``before_step(state, parts, step, steps)``
+    Called before every step with all the data: measure it (in step 0), choose pseudo-labels, change
+    the phase. What it finds out is kept in the modules' buffers, so that a resumed run has it too.
 ``validate(state, images, labels) -> (loss, predicted labels)``
     The loss that chooses the checkpoint.
+``finish(state, parts)``
+    Called with the best checkpoint before it is scored, as to measure batch statistics anew.
 ``paint(state, images) -> {name: pictures}``
     What else is worth looking at, for the sample sheets of a run.
 ``deployed(state) -> nn.Module``

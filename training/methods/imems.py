@@ -18,6 +18,7 @@ D(x, O)     ``discriminator``
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,9 @@ from torch import Tensor, nn
 from histostream.training.methods import Batch, State
 from histostream.training.networks.discriminator import EncoderDiscriminator, Pix2PixDiscriminator
 from histostream.training.networks.unet import NORMS, TwoDecoderUNet, UNet
+
+if TYPE_CHECKING:
+    from histostream.training.batches import Parts
 
 HALF_RANGE = 127.5  # uint8 0..255 <-> [-1, 1]: v / 127.5 - 1
 TARGETS = ("embedding", "labels")
@@ -186,6 +190,14 @@ def build(config: Config, classes: int, channels: int = 3) -> State:
             modules["discriminator"].parameters(), config.discriminator_learning_rate, betas
         )
     return State(config, modules, optimizers)
+
+
+def before_step(state: State, parts: Parts, step: int, steps: int) -> None:
+    """Nothing depends on the whole of the data."""
+
+
+def finish(state: State, parts: Parts) -> None:
+    """Nothing is measured at the end."""
 
 
 def step(state: State, batch: Batch) -> dict[str, Tensor]:

@@ -36,6 +36,45 @@ class EncoderDiscriminator(nn.Module):
         return logits
 
 
+class DomainDiscriminator(nn.Module):
+    """The fully convolutional discriminator of AdaptSegNet (Tsai et al. 2018, section 3.3).
+
+    Five 4x4 convolutions of stride 2, 64-128-256-512-1, LeakyReLU 0.2 between them:
+    (N, C, H, W) to logits (N, 1, H/32, W/32).
+
+    Parameters
+    ----------
+    in_channels
+        Channels of the predictions or features that it judges.
+    widths
+        Channels after each convolution but the last.
+    norm
+        "none", or "group": GroupNorm between them (DAMT-Net).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        widths: tuple[int, ...] = (64, 128, 256, 512),
+        *,
+        norm: str = "none",
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for i, (a, b) in enumerate(pairwise((in_channels, *widths))):
+            layers.append(nn.Conv2d(a, b, 4, stride=2, padding=1))
+            if norm == "group" and i:
+                layers.append(nn.GroupNorm(min(32, b), b, affine=False))
+            layers.append(nn.LeakyReLU(0.2, inplace=True))
+        layers.append(nn.Conv2d(widths[-1], 1, 4, stride=2, padding=1))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Return the logit of "source" for each patch."""
+        logits: Tensor = self.layers(maps)
+        return logits
+
+
 class Pix2PixDiscriminator(nn.Module):
     """The 70 x 70 PatchGAN of Isola et al. 2017, C64-C128-C256-C512.
 
