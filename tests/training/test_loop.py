@@ -45,17 +45,32 @@ class Killed(Exception):
     pass
 
 
-def test_a_killed_run_goes_on_as_if_it_never_stopped(nuclei_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        {},
+        {"target": "labels", "adversarial": False},
+        {"target": "labels"},
+        {"adversarial": False},
+        {"target": "labels", "adversarial": False, "second_task": "image"},
+        {"target": "labels", "adversarial": False, "second_task": "image+features"},
+    ],
+    ids=["imems", "c-single", "cgan-c-single", "r-single", "c-multi", "c-multi-int"],
+)
+def test_a_killed_run_goes_on_as_if_it_never_stopped(
+    algorithm: dict[str, object], nuclei_folder: Path, tmp_path: Path
+) -> None:
     found = sets.open_set(str(nuclei_folder))
-    whole = loop.train(recipe(), imems, found, tmp_path / "whole")
+    mine = replace(recipe(), config=replace(recipe().config, **algorithm))
+    whole = loop.train(mine, imems, found, tmp_path / "whole")
 
     def kill(progress: loop.Progress) -> None:
         if progress.step == 5:
             raise Killed
 
     with pytest.raises(Killed):
-        loop.train(recipe(), imems, found, tmp_path / "broken", report=kill)
-    resumed = loop.train(recipe(), imems, found, tmp_path / "broken")
+        loop.train(mine, imems, found, tmp_path / "broken", report=kill)
+    resumed = loop.train(mine, imems, found, tmp_path / "broken")
     for name in ("last", "best"):
         one, other = (
             load_file(tmp_path / run / name / "checkpoint.safetensors")

@@ -289,6 +289,20 @@ def test_a_pool_that_a_method_needs_is_drawn_or_missed(found: DataSet, tmp_path:
     assert not torch.equal(seen[0].pools["target"], seen[1].pools["target"])
 
 
+def test_the_deterministic_mode_trains_every_algorithm(found: DataSet, tmp_path: Path) -> None:
+    """On a CPU this shows only that no operation is refused that is refused everywhere."""
+    try:
+        for i, second in enumerate(("none", "image+features")):
+            config = replace(
+                recipe().config, target="labels", adversarial=False, second_task=second
+            )
+            mine = replace(recipe(), config=config)
+            how = Compute("cpu", deterministic=True)
+            loop.train(mine, imems, found, tmp_path / str(i), how=how)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_devices_that_are_not_here_are_refused() -> None:
     with pytest.raises(ComputeError, match="'fp8'"):
         Compute(precision="fp8")

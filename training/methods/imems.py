@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from histostream.training.losses import cross_entropy
 from histostream.training.methods import Batch, State
 from histostream.training.networks.discriminator import EncoderDiscriminator, Pix2PixDiscriminator
 from histostream.training.networks.unet import NORMS, TwoDecoderUNet, UNet
@@ -231,7 +232,7 @@ def _step_two_tasks(state: State, batch: Batch) -> dict[str, Tensor]:
     x = _normalised(batch.images)
     scores, image, encoded, decoded = state.modules["generator"](x)
     share = state.config.segmentation_weight
-    losses = {"cross_entropy": F.cross_entropy(scores, batch.labels), "image": F.mse_loss(image, x)}
+    losses = {"cross_entropy": cross_entropy(scores, batch.labels), "image": F.mse_loss(image, x)}
     total = share * losses["cross_entropy"] + (1 - share) * losses["image"]
     if state.config.second_task == "image+features":
         levels = [F.mse_loss(e, d) for e, d in zip(encoded, decoded, strict=True)]
@@ -290,7 +291,7 @@ def _painting_loss(
     beside_d = "l1" if config.adversarial else "cross_entropy"
     label_loss = beside_d if config.label_loss == "auto" else config.label_loss
     if config.target == "labels" and label_loss == "cross_entropy":
-        return "cross_entropy", F.cross_entropy(output, labels)
+        return "cross_entropy", cross_entropy(output, labels)
     wanted = _wanted(config, images, labels, output.shape[1])
     return "l1", F.l1_loss(_painted(config, output), wanted)
 
