@@ -12,9 +12,12 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from histostream.benchmarks.accuracy import imems as table
+from histostream.benchmarks.accuracy.cells import Cell, fill
 from histostream.benchmarks.accuracy.score import ScoreError, choose, score
 from histostream.benchmarks.cli import main
-from histostream.training import cli, loop, sets
+from histostream.benchmarks.tables import accuracy_imems
+from histostream.training import checkpoint, cli, loop, sets
+from histostream.training.compute import Compute
 from histostream.training.data import DataSet, StoredSample
 from histostream.training.methods import imems
 from histostream.training.schedule import Schedule
@@ -79,7 +82,7 @@ def test_a_run_is_scored_on_what_it_held_back(blobs: Path, run: Path, tmp_path: 
     assert said["pooled"]["f"]["blob"] > 0.9
     assert said["objects"]["f1_pooled"] == 1.0
     assert np.sum(said["confusion"]) == 2 * 96 * 96
-    record = loop.checkpoint.read(run / "best").record["scores"]["test"]  # type: ignore[attr-defined]
+    record = checkpoint.read(run / "best").record["scores"]["test"]
     assert said["pooled"]["f"]["blob"] == pytest.approx(record["f_score"][1], abs=0.01)
     assert "F1 1.0000 pooled" in (tmp_path / "accuracy.md").read_text()
     matrix = np.asarray(Image.open(tmp_path / "confusion.png").convert("RGB"))
@@ -185,11 +188,39 @@ def test_scores_pool_or_average_as_they_say() -> None:
 
 
 def test_the_tables_cells_differ_in_the_algorithm_alone() -> None:
-    cells = [table.Cell("glas", "small", name, 1) for name in table.ALGORITHMS]
-    recipes = [table.recipe(cell) for cell in cells]
-    assert len({repr(r.config) for r in recipes}) == len(cells)
+    recipes = [table.cell("glas", "small", name, 1).recipe for name in table.ALGORITHMS]
+    assert len({repr(r.config) for r in recipes}) == len(table.ALGORITHMS)
     assert len({repr((r.schedule, r.augmentation, r.mpp)) for r in recipes}) == 1
     assert recipes[0].schedule.seed == 1
-    paper = table.recipe(table.Cell("glas", "paper", "iMEMS", 0))
+    paper = table.cell("glas", "paper", "iMEMS", 0).recipe
     assert (paper.config.base_width, paper.schedule.epochs, paper.schedule.batch) == (64, 300, 1)
-    assert table.recipe(table.Cell("nuclei", "small", "iMEMS", 3)).schedule.fold == 3
+    assert table.cell("nuclei", "small", "iMEMS", 3).recipe.schedule.fold == 3
+
+
+def test_cells_fill_a_result_file_once(blobs: Path, run: Path, tmp_path: Path) -> None:
+    said = checkpoint.read(run / "best").record["recipe"]["schedule"]
+    settings = [f"schedule.{k}={json.dumps(v)}" for k, v in said.items()]
+    settings += ["schedule.steps=4", "schedule.validate_every=2", "method.base_width=4"]
+    recipe = cli.read_recipe(
+        "imems", imems, ("unet-c-single",), (*settings, "method.depth=2"), mpp=0.5
+    )
+    opened: list[int] = []
+
+    def data() -> DataSet:
+        opened.append(1)
+        return sets.open_set(str(blobs))
+
+    cells = [Cell(f"blobs-{i}", "UNet", i, recipe, data) for i in range(2)]
+    path = tmp_path / "results" / "table.json"
+    fill(path, cells[:1], tmp_path / "runs", Compute("cpu"))
+    fill(path, cells, tmp_path / "runs", Compute("cpu"))
+    assert len(opened) == 2  # the first cell was there
+    found = json.loads(path.read_text())["cells"]
+    assert list(found) == ["blobs-0", "blobs-1"]
+    assert found["blobs-0"]["scores"] == found["blobs-1"]["scores"]  # same seed, same bits
+    assert found["blobs-0"]["images"] == {"train": 3, "validation": 1, "test": 2}
+    rows = list(accuracy_imems({"cells": found}))
+    assert rows[0][1:3] == ["F ground", "F blob"]
+    assert rows[1][0] == "UNet"
+    assert rows[1][-1] == "2"
+    assert rows[1][1].endswith("± 0.00")

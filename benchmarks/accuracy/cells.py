@@ -1,0 +1,124 @@
+"""Result tables made of training runs, in pieces.
+
+Every cell is one training run, its export, and its score on the held-out images. A cell that is in
+the result file is not run again, and one that was stopped goes on from its last checkpoint, so that
+a table can be made bit by bit, by several processes, on several machines one after the other.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from histostream.benchmarks.accuracy.score import choose, predicting, score
+from histostream.benchmarks.hardware import hardware
+from histostream.training import checkpoint, cli, loop, methods
+from histostream.training.compute import Compute
+from histostream.training.data import DataSet
+from histostream.training.loop import Progress, Recipe
+from histostream.wsi.errors import HistoError
+from histostream.wsi.sink import json_text
+
+Plain = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One run of a table.
+
+    Attributes
+    ----------
+    name
+        Key in the result file, and name of the run's folder.
+    algorithm, number
+        Row of the table, and which seed or fold.
+    recipe
+        How it is trained.
+    data
+        Opens what it is trained and scored on; its test part is scored.
+    """
+
+    name: str
+    algorithm: str
+    number: int
+    recipe: Recipe
+    data: Callable[[], DataSet]
+
+
+def fill(path: Path, cells: Sequence[Cell], runs: Path, how: Compute) -> None:
+    """Run the cells that are not in the result file yet, one after the other."""
+    for cell in cells:
+        with _held(path) as said:
+            said.setdefault("hardware", hardware())
+            if cell.name in said.setdefault("cells", {}):
+                continue
+        try:
+            found = _run(cell, runs / cell.name, how)
+        except HistoError as error:
+            raise click.ClickException(f"{cell.name}: {error}") from error
+        with _held(path) as said:
+            said["cells"][cell.name] = {
+                "algorithm": cell.algorithm, "number": cell.number, **found,
+            }  # fmt: skip
+        pooled = found["scores"]["pooled"]
+        click.echo(f"{cell.name}: mean F {pooled['mean_f']}, accuracy {pooled['accuracy']}")
+
+
+def _run(cell: Cell, folder: Path, how: Compute) -> Plain:
+    """Train, export and score one cell."""
+    found, recipe = cell.data(), cell.recipe
+    start = time.monotonic()
+
+    def report(progress: Progress) -> None:
+        if progress.validation_loss is not None:
+            click.echo(
+                f"{cell.name} {progress.step}/{progress.steps}: loss "
+                f"{progress.validation_loss:.4f}, Dice {progress.validation_dice:.4f}"
+            )
+
+    best = loop.train(
+        recipe, methods.load(recipe.method), found, folder, how=how, report=report,
+        record={"commit": cli.commit()},
+    )  # fmt: skip
+    samples = choose(found, "test", recipe.schedule)
+    with predicting(run=folder, mpp=found.mpp, backend="cpu") as (predict, _):
+        scores = score(samples, predict, [name for name, _ in found.classes])
+    del scores["each_image"]
+    record = best.record
+    return {
+        "scores": scores,
+        "best_step": best.step,
+        "steps": recipe.schedule.total_steps(record["images"]["train"]),
+        "images": record["images"],
+        "config": best.config,
+        "schedule": asdict(recipe.schedule),
+        "augmentation": asdict(recipe.augmentation),
+        "mpp": recipe.mpp,
+        "data_sha256": record["data_sha256"],
+        "commit": record.get("commit"),
+        "precision": record["precision"],
+        "machine": record["machine"],
+        "training_seconds": round(checkpoint.read(folder / "last").record["seconds"]),
+        "seconds": round(time.monotonic() - start),
+    }
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[Plain]:
+    """Hold a result file, which several processes fill, and write it anew."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (path.parent / f".{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        said = json.loads(path.read_text()) if path.exists() else {}
+        yield said
+        part = path.with_name(f".{path.name}.part")
+        part.write_text(json_text(said))
+        part.replace(path)
