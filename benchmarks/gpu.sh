@@ -93,5 +93,6 @@ for base in 16 64; do
         --model "$WORK/base$base" --slide "$WORK/slide.tif" --repeats 1 --out "$WORK/bench$base"
     cp "$WORK/bench$base/bench.json" "$OUT/bench-base$base.json" 2>/dev/null
 done
+step "training" python3 -m histostream.benchmarks.training --compile --out "$OUT/training-gpu.json"
 echo "$failed steps failed" | tee -a "$OUT/log.txt"
 exit "$failed"

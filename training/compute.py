@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from histostream.training.methods import State
 from histostream.wsi.errors import HistoError
 
 PRECISIONS = ("fp32", "bf16")
+PATIENCE = timedelta(hours=2)
 
 
 class ComputeError(HistoError, RuntimeError):
@@ -88,7 +90,8 @@ def open_device(compute: Compute) -> torch.device:
             if not torch.cuda.is_bf16_supported(including_emulation=False):
                 raise ComputeError(f"{torch.cuda.get_device_name()} has no bf16: use fp32")
     if together and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # The others wait while the first validates.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     if compute.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
