@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from histostream.wsi.errors import SlideError
 from histostream.wsi.reader import SlideReader
 
-MIN_MPP, MAX_MPP = 0.05, 50.0  # um; 100x oil is 0.1, a macro camera about 25
+MIN_MPP, MAX_MPP = 0.001, 50.0  # um; electron micrographs are 0.005, a macro camera about 25
+LIGHT_MPP = 0.05  # um; finer pixels are of an electron microscope: 100x oil is 0.1
 SAME_MPP = 0.02  # relative; below what scanners of one model differ by, and not worth a resampling
 MAX_UPSAMPLING = 2.02  # 2x, within the same tolerance of 1 %
 BAND_BYTES = 64 << 20  # source pixels held at once while a thumbnail is made

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from histostream.wsi.errors import SlideError
 from histostream.wsi.grid import Box, TileGrid
-from histostream.wsi.resolution import SlideView, thumbnail
+from histostream.wsi.resolution import LIGHT_MPP, SlideView, thumbnail
 
 OVERVIEW_PX = 2048  # longest side; 25 um per pixel on the largest slides
 OVERVIEW_MPP = 8.0  # um, at least: an overview on which one cell has no pixels of its own
@@ -114,7 +114,9 @@ def find_tissue(
 
     Tissue is what absorbs more than glass in some colour channel, stained or not. Where the ground
     is dark (fluorescence) it is what is bright, by Otsu's threshold. Doubtful places are kept: a
-    tile too many costs milliseconds, a tile too few is lost. Pen marks count as tissue.
+    tile too many costs milliseconds, a tile too few is lost. Pen marks count as tissue. An electron
+    micrograph (a level 0 finer than 0.05 um per pixel) is tissue everywhere: it shows a few cells
+    and no glass.
 
     Parameters
     ----------
@@ -134,7 +136,10 @@ def find_tissue(
     height, width = overview.shape[:2]
     scale_x, scale_y = view.width / width, view.height / height
     um2 = mpp**2 * scale_x * scale_y
-    mask = _without_small(_is_tissue(overview), min_area_um2 / um2)
+    if mpp / view.downsample < LIGHT_MPP:
+        mask = np.ones((height, width), np.bool_)
+    else:
+        mask = _without_small(_is_tissue(overview), min_area_um2 / um2)
     area_mm2 = float(mask.sum()) * um2 / 1e6 if view.mpp else None
     wide = Image.fromarray(mask).convert("L").filter(ImageFilter.MaxFilter(2 * MARGIN_PX + 1))
     return TissueMask(np.asarray(wide) > 0, scale_x, scale_y, area_mm2)

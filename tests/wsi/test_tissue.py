@@ -57,6 +57,16 @@ def test_all_glass_is_dropped(ground: tuple[int, ...]) -> None:
     assert tissue.area_mm2 == 0
 
 
+@pytest.mark.parametrize("scale", [1, 20])
+def test_an_electron_micrograph_is_tissue_everywhere(scale: int) -> None:
+    slide = ArraySlide(drawn((240,), (180,), Box(0, 0, 9, 9)).slide.read(0, 0, 0, 640, 320), 0.005)
+    view = at_mpp(slide, 0.005 * scale)
+    assert view.width == 640 // scale
+    tissue = find_tissue(view)
+    assert tissue.mask.all()
+    assert tissue.area_mm2 == pytest.approx(640 * 320 * 25e-12)
+
+
 def test_specks_are_dropped_by_their_area() -> None:
     view = drawn(GLASS, PINK, Box(800, 800, 40, 40))  # 80 um x 80 um
     assert not find_tissue(view).mask.any()
