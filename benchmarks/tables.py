@@ -115,6 +115,22 @@ def accuracy_imems(found: dict[str, Any]) -> Iterator[list[str]]:
         yield [algorithm, *figures, str(len(scores))]
 
 
+def accuracy_adaptation(found: dict[str, Any]) -> Iterator[list[str]]:
+    """Dice and Jaccard of the last class on the target, of each algorithm of a table."""
+    cells = list(found["cells"].values())
+    yield ["", "Dice, pooled", "Jaccard, pooled", "Dice, mean of images", "Jaccard, mean of images",
+           "runs"]  # fmt: skip
+    for algorithm in dict.fromkeys(cell["algorithm"] for cell in cells):
+        scores = [cell["scores"] for cell in cells if cell["algorithm"] == algorithm]
+        name = scores[0]["classes"][-1]
+        figures = [
+            _spread([100 * s[how][measure][name] for s in scores], 1)
+            for how in ("pooled", "per_image_mean")
+            for measure in ("f", "jaccard")
+        ]
+        yield [algorithm, *figures, str(len(scores))]
+
+
 def _spread(values: list[float], digits: int) -> str:
     mean = f"{statistics.mean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean

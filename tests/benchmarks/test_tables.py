@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from histostream.benchmarks.tables import MARKED, filled
+from histostream.benchmarks.tables import MARKED, accuracy_adaptation, filled
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,3 +25,18 @@ def test_a_table_is_made_from_a_result_file(tmp_path: Path) -> None:
     assert "| fp32 | 0.5000 | 1.0000 |\n<!-- end of table -->\nb" in text
     assert filled(text, tmp_path) == text
     assert MARKED.search(text)
+
+
+def test_adaptation_tables_score_the_last_class_over_the_runs_of_an_algorithm() -> None:
+    def run(algorithm: str, dice: float) -> dict[str, object]:
+        of = {"f": {"rest": 0.9, "thing": dice}, "jaccard": {"rest": 0.8, "thing": dice / 2}}
+        scores = {"classes": ["rest", "thing"], "pooled": of, "per_image_mean": of}
+        return {"algorithm": algorithm, "scores": scores}
+
+    rows = accuracy_adaptation(
+        {"cells": {"a": run("x", 0.5), "b": run("y", 0), "c": run("x", 0.7)}}
+    )
+    assert [*rows][1:] == [
+        ["x", "60.0 ± 14.1", "30.0 ± 7.1", "60.0 ± 14.1", "30.0 ± 7.1", "2"],
+        ["y", "0.0", "0.0", "0.0", "0.0", "1"],
+    ]
