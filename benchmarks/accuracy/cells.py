@@ -89,7 +89,7 @@ def _run(cell: Cell, folder: Path, how: Compute) -> Plain:
         record={"commit": cli.commit()},
     )  # fmt: skip
     samples = choose(found, "test", recipe.schedule)
-    with predicting(run=folder, mpp=found.mpp, backend="cpu") as (predict, _):
+    with predicting(samples, found.mpp, run=folder, backend="cpu") as (predict, _):
         scores = score(samples, predict, [name for name, _ in found.classes])
     del scores["each_image"]
     record = best.record

@@ -107,7 +107,7 @@ def score_set(
         part = "all" if len(samples) == every else "test"
     classes = [name for name, _ in found.classes]
     with predicting(
-        bundle=bundle, run=run, labels=labels, mpp=mpp, backend=backend, precision=precision
+        samples, mpp, bundle=bundle, run=run, labels=labels, backend=backend, precision=precision
     ) as (predict, said):
         classes = classes or list(said.get("classes", ()))
         if "classes" in said and len(said["classes"]) != len(classes):
@@ -143,27 +143,30 @@ def _held_back(run: Path, found: DataSet) -> Schedule | None:
 
 @contextmanager
 def predicting(
+    samples: Sequence[Sample],
+    mpp: float | None,
     *,
     bundle: Path | None = None,
     run: Path | None = None,
     labels: Path | None = None,
-    mpp: float | None = None,
     backend: str = "auto",
     precision: str = "auto",
 ) -> Iterator[tuple[Predict, dict[str, Any]]]:
-    """Open what is scored; exactly one of the first three is given.
+    """Open what is scored; exactly one of bundle, run and labels is given.
 
     Parameters
     ----------
+    samples
+        Images that will be scored.
+    mpp
+        Their resolution; None: that of the model.
     bundle
         A model bundle.
     run
-        A training run or checkpoint; it is exported first, so that what is scored is what would be
-        deployed.
+        A training run or checkpoint; it is exported first, and compared with the trained network
+        on the images that are scored, so that what is scored is what would be deployed.
     labels
         A folder with one label map an image, ``<name>.png`` or ``.tif``, at the set's resolution.
-    mpp
-        Resolution of the set's images; None: that of the model.
     backend, precision
         As `open_engine`.
 
@@ -177,10 +180,10 @@ def predicting(
     with tempfile.TemporaryDirectory() as scratch:
         if run is not None:
             said = checkpoint.read(find_checkpoint(run))
-            bundle = Path(scratch) / "bundle"
-            export_checkpoint(
-                said.method, run, bundle, Options(precisions=("fp32",), tensorrt="off")
-            )
+            bundle, images = Path(scratch) / "bundle", Path(scratch) / "scored"
+            _write_images(images, samples, _factor(mpp, said.mpp))
+            options = Options(precisions=("fp32",), tensorrt="off", calibrate=images)
+            export_checkpoint(said.method, run, bundle, options)
         assert bundle is not None
         engine = open_engine(bundle, backend=backend, precision=precision)
         try:
@@ -322,8 +325,21 @@ def _plain(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+def _factor(mpp: float | None, model_mpp: float) -> float:
+    return 1.0 if mpp is None else mpp / model_mpp
+
+
+def _write_images(folder: Path, samples: Sequence[Sample], factor: float) -> None:
+    """Write images as the model sees them."""
+    folder.mkdir()
+    for i, sample in enumerate(samples):
+        image, _ = zoom(sample.image, sample.labels, factor)
+        grey = image.shape[2] == 1
+        Image.fromarray(image[..., 0] if grey else image).save(folder / f"{i}.png")
+
+
 def _by_engine(engine: Engine, mpp: float | None) -> Predict:
-    factor = 1.0 if mpp is None else mpp / engine.card.mpp
+    factor = _factor(mpp, engine.card.mpp)
 
     def predict(sample: Sample) -> Labels:
         image, _ = zoom(sample.image, sample.labels, factor)
