@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 import typing
+from collections.abc import Sequence
 from importlib import metadata, resources
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +21,7 @@ from histostream.training import compute, loop, methods, sets
 from histostream.training.augment import Augmentation
 from histostream.training.checkpoint import Checkpoint
 from histostream.training.compute import PRECISIONS, Compute
-from histostream.training.data import DataSet, Sample, StoredSample
+from histostream.training.data import DataError, DataSet, Picture, Sample, StoredSample
 from histostream.training.loop import Recipe
 from histostream.training.schedule import Schedule
 from histostream.wsi.console import one_line_errors, show_only_our_warnings
@@ -101,9 +102,10 @@ def main(
     show_only_our_warnings(COMMAND)
     how = Compute(device, precision, compiled, deterministic)
     method = methods.load(method_name)
-    found = with_pools(sets.open_set(source), pools)
-    found = with_parts(found, validation_set, test_set)
+    found = sets.open_set(source)
     recipe = read_recipe(method_name, method, configs, settings, mpp=mpp, own_mpp=found.mpp)
+    found = with_pools(found, pools, recipe.mpp)
+    found = with_parts(found, validation_set, test_set, recipe.mpp)
     if processes > 1 and "WORLD_SIZE" not in os.environ:
         sys.exit(_in_processes(processes))
     best = _train(recipe, method, found, run, how)
@@ -112,33 +114,46 @@ def main(
     compute.close_device()
 
 
-def with_pools(found: DataSet, pools: tuple[str, ...]) -> DataSet:
+def with_pools(found: DataSet, pools: tuple[str, ...], mpp: float) -> DataSet:
     """Add pools of pictures without labels, given as ``NAME=SET``, to a data set.
 
-    Of a set with labels all its training images are taken, without their labels; of a folder with
-    a pool of that name, the pool.
+    Parameters
+    ----------
+    found
+        The set.
+    pools
+        Of what `sets.open_pool` reads.
+    mpp
+        Resolution of a set that does not know its own.
 
     Raises
     ------
     RecipeError
         If the text is not ``NAME=SET``.
     DataError
-        If the set cannot be used.
+        If the pictures cannot be used.
     """
     known = dict(found.pools)
     for text in pools:
         name, equals, source = text.partition("=")
         if not (equals and name and source):
             raise RecipeError(f"--pool {text!r}: write NAME=SET, as target=monuseg:PATH")
-        other = sets.open_set(source)
-        if found.mpp and other.mpp:
-            other = other.at_mpp(found.mpp)
-        known[name] = other.pools.get(name) or other.train
+        known[name] = sets.open_pool(source, name, found.mpp or mpp)
+        _check_channels(found, known[name], source)
     return dataclasses.replace(found, pools=known)
 
 
-def with_parts(found: DataSet, validation: str | None, test: str | None) -> DataSet:
+def with_parts(found: DataSet, validation: str | None, test: str | None, mpp: float) -> DataSet:
     """Take the validation or the test images from other sets: from the target of an adaptation.
+
+    Parameters
+    ----------
+    found
+        The set.
+    validation, test
+        Other sets, as of `sets.open_set`.
+    mpp
+        Resolution of a set that does not know its own.
 
     Raises
     ------
@@ -148,24 +163,34 @@ def with_parts(found: DataSet, validation: str | None, test: str | None) -> Data
         If a set cannot be used.
     """
     if validation is not None:
-        other = _alike(found, validation)
+        other = _alike(found, validation, mpp)
         chosen = other.validation or other.train
         found = dataclasses.replace(found, validation=_renamed(chosen, other.name))
     if test is not None:
-        other = _alike(found, test)
+        other = _alike(found, test, mpp)
         chosen = other.test or (*other.train, *other.validation)
         found = dataclasses.replace(found, test=_renamed(chosen, f"{other.name}-test"))
     return found
 
 
-def _alike(found: DataSet, source: str) -> DataSet:
-    """Open a set of the same classes, at the same resolution."""
+def _alike(found: DataSet, source: str, mpp: float) -> DataSet:
+    """Open a set of the same classes and channels, at the same resolution."""
     other = sets.open_set(source)
     if len(other.classes) != len(found.classes):
         raise RecipeError(
             f"{source}: has classes {_names(other)}, the training set {_names(found)}"
         )
-    return other.at_mpp(found.mpp) if found.mpp and other.mpp else other
+    _check_channels(found, other.train or other.test, source)
+    return other.at_mpp(found.mpp or mpp)
+
+
+def _check_channels(found: DataSet, others: Sequence[Picture], source: str) -> None:
+    if others and (channels := others[0].image.shape[2]) != found.channels:
+        kinds = {1: "grey", 3: "RGB"}
+        raise DataError(
+            f"{source}: its images are {kinds[channels]}, those of {found.name} "
+            f"{kinds[found.channels]}; convert them to one kind"
+        )
 
 
 def _names(found: DataSet) -> str:

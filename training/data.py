@@ -184,7 +184,7 @@ class DataSet:
         """
         if not mpp > 0:
             raise DataError(f"mpp={mpp}: a resolution is a positive number of um per pixel")
-        if self.mpp is None or math.isclose(self.mpp, mpp, rel_tol=SAME_MPP):
+        if self.mpp is None or same_mpp(self.mpp, mpp):
             return self
         scale = mpp / self.mpp
         return replace(
@@ -193,10 +193,20 @@ class DataSet:
             train=tuple(_resampled_sample(s, scale) for s in self.train),
             validation=tuple(_resampled_sample(s, scale) for s in self.validation),
             test=tuple(_resampled_sample(s, scale) for s in self.test),
-            pools={
-                k: tuple(_resampled_picture(p, scale) for p in v) for k, v in self.pools.items()
-            },
+            pools={k: pictures_at(v, self.mpp, mpp) for k, v in self.pools.items()},
         )
+
+
+def pictures_at(pictures: Sequence[Picture], own_mpp: float, mpp: float) -> tuple[Picture, ...]:
+    """Resample pictures of ``own_mpp`` to ``mpp`` micrometres per pixel."""
+    if same_mpp(own_mpp, mpp):
+        return tuple(pictures)
+    return tuple(_resampled_picture(picture, mpp / own_mpp) for picture in pictures)
+
+
+def same_mpp(own_mpp: float, mpp: float) -> bool:
+    """Whether two resolutions are too near to each other for a resampling to be worth it."""
+    return math.isclose(own_mpp, mpp, rel_tol=SAME_MPP)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,9 +18,9 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
-from histostream.training import data, sets
+from histostream.training import cli, data, sets
 from histostream.training.data import DataError, StoredSample
-from histostream.training.sets import _layout, _slides, folder, open_set
+from histostream.training.sets import _layout, _slides, folder, open_pool, open_set
 from histostream.training.sets._slides import SlideSample, filled
 from histostream.wsi.errors import SlideError
 from histostream.wsi.grid import Box, TileGrid
@@ -937,3 +937,59 @@ def test_real_digits_make_2000_images(data_dir: Path) -> None:
     assert 0.02 < share < 0.06  # a digit has about 100 pixels of ink, the image 2304
     for seen, sample in zip(found.pools["presence"], found.train, strict=True):
         np.testing.assert_array_equal(seen.image, sample.image)
+
+
+# ----------------------------------------------------------------------------- pools
+
+
+def test_a_pool_is_a_folder_of_pictures_an_image_or_a_set(root: Path, tmp_path: Path) -> None:
+    save(tmp_path / "plain" / "t.png", noise(9, 30, 30, 3))
+    save(tmp_path / "plain" / "u.jpg", noise(8, 30, 30, 3))
+    assert [p.name for p in open_pool(str(tmp_path / "plain"), "target", 0.5)] == ["t.png", "u.jpg"]
+    (one,) = open_pool(str(tmp_path / "plain" / "t.png"), "target", 0.5)
+    np.testing.assert_array_equal(one.image, noise(9, 30, 30, 3))
+    assert len(open_pool(str(root), "target", 0.5)) == len(open_set(str(root)).train)
+    save(root / "target" / "t.png", noise(9, 30, 30, 3))
+    assert [p.name for p in open_pool(str(root), "target", 0.5)] == ["t.png"]
+
+
+def test_a_pool_is_brought_to_the_resolution_of_the_set(tmp_path: Path) -> None:
+    save(tmp_path / "t.png", noise(9, 40, 60, 3))
+    assert open_pool(str(tmp_path), "target", 0.5)[0].shape == (40, 60)  # no resolution of its own
+    (tmp_path / "dataset.toml").write_text("mpp = 0.25\n")
+    assert open_pool(str(tmp_path), "target", 0.5)[0].shape == (20, 30)
+
+
+def test_a_slide_is_a_pool(wsi_slides: Path) -> None:
+    tiles = open_pool(str(wsi_slides / "CMU-1-Small-Region.svs"), "target", 1.0)
+    assert len(tiles) > 4
+    assert tiles[0].image.shape == (512, 512, 3)
+    assert len({t.group for t in tiles}) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("notes.txt", "no image or slide that is known"), ("none", "there is no such folder"),
+     ("empty", "no folder 'images'")],
+)  # fmt: skip
+def test_what_is_no_pool_is_named(tmp_path: Path, name: str, said: str) -> None:
+    (tmp_path / "notes.txt").write_text("x")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=said):
+        open_pool(str(tmp_path / name), "target", 0.5)
+
+
+def test_grey_and_coloured_sets_are_not_mixed(root: Path, tmp_path: Path) -> None:
+    save(tmp_path / "grey" / "t.png", noise(9, 30, 30, 3)[..., 0])
+    with pytest.raises(DataError, match=r"its images are grey, those of .* RGB"):
+        cli.with_pools(open_set(str(root)), (f"target={tmp_path / 'grey'}",), 0.5)
+
+
+def test_sets_that_know_no_resolution_are_met_at_that_of_the_run(
+    root: Path, tmp_path: Path
+) -> None:
+    save(tmp_path / "t.png", noise(9, 40, 60, 3))
+    (tmp_path / "dataset.toml").write_text("mpp = 0.25\n")
+    assert open_set(str(root)).mpp is None
+    found = cli.with_pools(open_set(str(root)), (f"target={tmp_path}",), 0.5)
+    assert found.pools["target"][0].shape == (20, 30)

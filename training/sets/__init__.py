@@ -17,7 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from histostream.training.data import DataError, DataSet
+from histostream.training.data import DataError, DataSet, Picture
+from histostream.training.sets import folder
 
 NAMED = re.compile(r"([A-Za-z][\w-]+):(.+)", re.DOTALL)  # two letters or more: C: is a drive
 
@@ -44,7 +45,7 @@ def open_set(text: str) -> DataSet:
     """
     named = None if Path(text).exists() else NAMED.fullmatch(text)
     if not named:
-        return _reader("folder")(_existing(text))
+        return folder.read(_existing(text))
     name, place = named.groups()
     if name not in names():
         near = difflib.get_close_matches(name, names(), n=1, cutoff=0.4)
@@ -53,6 +54,34 @@ def open_set(text: str) -> DataSet:
     path, _, query = place.partition("?")
     read = _reader(name)
     return read(_existing(path), **_options(name, read, query))
+
+
+def open_pool(text: str, name: str, mpp: float) -> tuple[Picture, ...]:
+    """Read pictures without labels.
+
+    Parameters
+    ----------
+    text
+        A slide or an image; a folder of slides and images; or a set, as of `open_set`: its pool of
+        that name, else all its training images without their labels.
+    name
+        Of the pool.
+    mpp
+        Resolution that the pictures are brought to. Images that do not say theirs are taken to be
+        at it.
+
+    Raises
+    ------
+    DataError
+        If there is no picture there, or one cannot be used.
+    SlideError
+        If a slide cannot be read.
+    """
+    path = Path(text).expanduser()
+    if folder.holds_pictures(path):
+        return folder.read_pictures(path, mpp)
+    found = open_set(text).at_mpp(mpp)
+    return tuple(found.pools.get(name) or found.train)
 
 
 def _reader(name: str) -> Callable[..., DataSet]:

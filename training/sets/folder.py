@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from histostream.training.data import (
     StoredPicture,
     StoredSample,
     listed,
+    pictures_at,
 )
 from histostream.training.sets import _slides
 from histostream.training.sets._files import (
@@ -42,6 +44,7 @@ from histostream.training.sets._files import (
 )
 from histostream.training.sets._layout import SPLITS, Layout, read_layout
 
+PICTURE_SUFFIXES = tuple(dict.fromkeys((*IMAGE_SUFFIXES, *_slides.SLIDE_SUFFIXES)))
 POOLS = ("target", "unlabelled", "presence", "absence")
 
 
@@ -74,6 +77,36 @@ def read(path: Path) -> DataSet:
         tuple(s for stem in parts[part] for s in found[stem]) for part in SPLITS
     )
     return DataSet(layout.name, layout.classes, layout.mpp, train, validation, test, pools)
+
+
+def holds_pictures(path: Path) -> bool:
+    """Whether a path is a slide or an image, or a folder with some directly in it, and no set."""
+    if path.is_dir():
+        is_set = any((path / name).is_dir() for name in ("images", "slides"))
+        return not is_set and bool(files_of(path, PICTURE_SUFFIXES))
+    return path.is_file()
+
+
+def read_pictures(path: Path, mpp: float) -> tuple[Picture, ...]:
+    """Read a slide, an image, or a folder of them (it may have a ``dataset.toml``), at ``mpp``.
+
+    Raises
+    ------
+    DataError
+        If a file cannot be used.
+    SlideError
+        If a slide cannot be read.
+    """
+    layout = read_layout(path if path.is_dir() else path.parent)
+    own_mpp = layout.mpp or mpp
+    layout = replace(layout, mpp=own_mpp)
+    if path.is_dir():
+        found = _read_pool(path, layout)
+    elif path.suffix.lower() in PICTURE_SUFFIXES:
+        found = _read_files([path], layout)
+    else:
+        raise DataError(f"{path}: no image or slide that is known ({', '.join(PICTURE_SUFFIXES)})")
+    return pictures_at(found, own_mpp, mpp)
 
 
 def cut(whole: StoredSample, rows: int, columns: int) -> list[StoredSample]:
@@ -182,10 +215,14 @@ def _check_values(folder: Path, samples: Sequence[StoredSample], layout: Layout)
 
 
 def _read_pool(folder: Path, layout: Layout) -> tuple[Picture, ...]:
-    files = files_of(folder, (*IMAGE_SUFFIXES, *_slides.SLIDE_SUFFIXES))
+    files = files_of(folder, PICTURE_SUFFIXES)
     if not files:
         raise DataError(f"{folder}: no image and no slide in it; fill it or remove it")
     refuse_same_stems(files)
+    return _read_files(files, layout)
+
+
+def _read_files(files: Sequence[Path], layout: Layout) -> tuple[Picture, ...]:
     slides = [p for p in files if _slides.is_slide(p)]
     pictures = collect(
         lambda p: StoredPicture(p.name, p.stem, read_pixels(p)),
