@@ -167,12 +167,17 @@ APMA_SMALL = Schedule(
 APMA_PAPER = Schedule(
     steps=40_000, batch=2, crop_px=512, validation=0.1, select="last", decay="poly"
 )
-APMA_NET = {"base_width": 8, "discriminator_width": 16, "learning_rate": 1e-3}
-APMA_SIZES = {"small": (0.02, APMA_NET, APMA_SMALL), "paper": (0.005, {}, APMA_PAPER)}
+APMA_NET = {
+    "base_width": 8, "discriminator_width": 16, "learning_rate": 1e-3,
+    # The paper's 1e-3 adapt less in so short a run: on "em" mean F 69, not 76, from 60 without.
+    "lambda_feat": 0.1, "lambda_pred": 0.1, "discriminator_learning_rate": 1e-3,
+}  # fmt: skip
+APMA_SIZES = {
+    "small": (0.02, {**APMA_NET, "feat_crop": APMA_SMALL.crop_px}, APMA_SMALL),
+    "paper": (0.005, {}, APMA_PAPER),
+}
 DRAWN_NUCLEI = replace(UDA_SMALL, steps=2400, crop_px=64)  # 150 epochs
 DRAWN_EM = replace(APMA_SMALL, steps=840, crop_px=64)
-# At the paper's lambdas so short a run of so narrow a network does not adapt at all.
-STRONG = {"lambda_feat": 0.1, "lambda_pred": 0.1, "discriminator_learning_rate": 1e-3}
 PAIRS = {
     "tnbc-kirc": Pair("uda_self_ensembling", UDA, tnbc_kirc, UDA_SIZES),
     "tnbc-other": Pair("uda_self_ensembling", UDA, tnbc_other, UDA_SIZES),
@@ -184,7 +189,7 @@ PAIRS = {
     ),
     "em": Pair(
         "apma_net", APMA, drawn_em,
-        {"small": (DRAWN_MPP, {**APMA_NET, **STRONG}, DRAWN_EM)},
+        {"small": (DRAWN_MPP, {**APMA_NET, "feat_crop": DRAWN_EM.crop_px}, DRAWN_EM)},
     ),
 }  # fmt: skip
 

@@ -35,6 +35,9 @@ def test_the_cells_of_a_pair_differ_in_the_algorithm_alone(pair: str) -> None:
         assert {r.schedule.select for r in recipes.values()} == {"last"}  # no label of the target
         files = {cell(pair, size, name, 2).name for name in recipes}
         assert len(files) == len(recipes)
+        for recipe in recipes.values():
+            fixed = getattr(recipe.config, "feat_disc", "fcn") != "fcn"
+            assert not fixed or recipe.config.feat_crop == recipe.schedule.crop_px
 
 
 @pytest.mark.parametrize(
