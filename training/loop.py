@@ -280,12 +280,13 @@ class _Trainer:
             name: picture[0, :, :height, :width].movedim(0, -1).cpu().numpy()
             for name, picture in painted.items()
         }
-        return {
+        row = {
             "image": images[0, :, :height, :width].movedim(0, -1).cpu().numpy(),
             "true": pictures.colored(truth, colors),
             "predicted": pictures.colored(predicted, colors),
-            **more,
         }
+        assert not row.keys() & more.keys(), "a method paints over the sheet's own columns"
+        return {**row, **more}
 
     def _rank(self, loss: float, dice: float, step: int) -> float:
         """Return what the best checkpoint has the lowest of."""

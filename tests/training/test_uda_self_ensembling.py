@@ -408,7 +408,7 @@ def test_the_sheets_show_the_probability_and_the_repainted_image(
     images = batch.images[:, :channels]
     painted = uda.paint(tiny(channels), images)
     assert painted["probability"].shape == (2, 1, 32, 32)
-    assert painted["image"].shape == images.shape
+    assert painted["reconstruction"].shape == images.shape
     assert all(p.dtype == torch.uint8 for p in painted.values())
     assert set(uda.paint(tiny(channels, lambda_rec=0.0), images)) == {"probability"}
 

@@ -17,7 +17,8 @@ A method module offers
 ``finish(state, parts)``
     Called with the best checkpoint before it is scored, as to measure batch statistics anew.
 ``paint(state, images) -> {name: pictures}``
-    What else is worth looking at, for the sample sheets of a run.
+    What else is worth looking at, for the sample sheets of a run, whose own columns are ``image``,
+    ``true`` and ``predicted``.
 ``deployed(state) -> nn.Module``
     The module that export wraps; ``score_kind(config)`` says what its scores are.
 ``align_px(config)``, ``pools(config)``

@@ -327,7 +327,7 @@ def paint(state: State, images: Tensor) -> dict[str, Tensor]:
         return {"grey": grey[:, None].round().clamp(0, 255).to(torch.uint8)}
     if state.config.second_task != "none":
         image = ((output[1] + 1) * HALF_RANGE).round().clamp(0, 255)
-        return {"image": image.to(torch.uint8)}
+        return {"reconstruction": image.to(torch.uint8)}
     return {}
 
 

@@ -590,7 +590,8 @@ def paint(state: State, images: Tensor) -> dict[str, Tensor]:
 
     Returns
     -------
-    Pictures "probability" (N, 1, H, W) and, where there is an R, "image" (N, C, H, W), uint8.
+    Pictures, uint8: "probability" (N, 1, H, W), and "reconstruction" (N, C, H, W) where there is an
+    R.
     """
     probability = _predicted(state, _shown(state, images))
     painted = {"probability": (probability * 255).round().to(torch.uint8)}
@@ -599,7 +600,7 @@ def paint(state: State, images: Tensor) -> dict[str, Tensor]:
         image, domain = reconstructor(probability), _shown_domain(state)
         reconstructor.train()
         levels = image * domains.std[domain, :, None, None] + domains.mean[domain, :, None, None]
-        painted["image"] = levels.round().clamp(0, 255).to(torch.uint8)
+        painted["reconstruction"] = levels.round().clamp(0, 255).to(torch.uint8)
     return painted
 
 
