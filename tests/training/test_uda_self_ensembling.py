@@ -365,6 +365,15 @@ def test_without_a_pool_the_sources_statistics_are_deployed(found: DataSet) -> N
     assert not torch.equal(*uda._domains(beside).mean)
 
 
+def test_the_target_can_be_normalised_as_the_source(found: DataSet) -> None:
+    state, each = tiny(normalise="source"), tiny()
+    for one in (state, each):
+        uda.before_step(one, parts_of(found), 0, 10)
+    assert torch.equal(*uda._domains(state).mean)
+    assert torch.equal(*uda._domains(state).std)
+    assert torch.equal(uda._domains(state).mean[0], uda._domains(each).mean[0])
+
+
 def test_the_deployed_graph_normalises_as_the_target(found: DataSet) -> None:
     state, parts = tiny(bn_recalibrate=True), parts_of(found)
     uda.before_step(state, parts, 0, 10)

@@ -55,6 +55,9 @@ FRACTION_PIXELS = 1 << 22  # pixels that CBST's thresholds are read from
 class Config:
     """What defines a model; the defaults are the paper's, and ours where it is silent.
 
+    Slides as the target have glass on their tiles, which their mean and deviation then describe as
+    much as the tissue: choose ``normalise="source"`` there, and leave ``bn_recalibrate`` off.
+
     The methods that it is compared with, its ablations, the floor and the ceiling differ in these
     fields only; the weights are those of L_em, L_mse, L_adv, L_rec:
 
@@ -91,6 +94,7 @@ class Config:
     fraction_step: float = 0.05  # CBST: more in each further round
     max_fraction: float = 0.5  # CBST
     bn_recalibrate: bool = False  # ours: at the end, batch statistics of the target alone
+    normalise: str = "each"  # cited code: each set by its own mean and deviation; or "source"
     validation_domain: str = "source"  # whose statistics normalise validation images; or "target"
     base_width: int = 64  # cited code: U-Net of 14.79 M parameters
     discriminator_width: int = 64  # Tsai et al. 2018, as the cited code
@@ -106,6 +110,7 @@ class Config:
             ("em_domains", ("source", "both")),
             ("consistency_domains", ("both", "source")),
             ("ramp", ("gaussian_up", "gaussian_peak", "none")),
+            ("normalise", ("each", "source")),
             ("validation_domain", ("source", "target")),
         ):
             value = getattr(self, name)
@@ -235,7 +240,8 @@ def before_step(state: State, parts: Parts, step: int, steps: int) -> None:
     if step == 0:
         source = [parts.samples[i] for i in parts.split.train]
         target = parts.pools.get("target") or source  # source-only: normalised as itself
-        for domain, pictures in ((SOURCE, source), (TARGET, target)):
+        like = target if state.config.normalise == "each" else source
+        for domain, pictures in ((SOURCE, source), (TARGET, like)):
             mean, std = channel_statistics(pictures)
             domains.mean[domain] = mean.to(domains.mean)
             domains.std[domain] = std.to(domains.std)
