@@ -9,12 +9,16 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from histostream.export.graph import GraphError, check_graph
+from histostream.wsi.errors import OutputError
 
 OPSET = 18
 
@@ -33,14 +37,39 @@ def export_onnx(module: nn.Module, *, channels: int, tile_px: int) -> onnx.Model
     """
     # Two tiles, because the exporter takes a dimension of 1 for a constant.
     example = torch.zeros((2, tile_px, tile_px, channels), dtype=torch.uint8)
+    return to_onnx(module, (example,), {"tiles": example}, "scores")
+
+
+def to_onnx(
+    module: nn.Module, arguments: tuple[Any, ...], inputs: dict[str, Tensor], output: str
+) -> onnx.ModelProto:
+    """Export a module with one output; the first dimension of every tensor is dynamic.
+
+    Parameters
+    ----------
+    module
+        The module; it is put into evaluation mode.
+    arguments
+        Of its ``forward``: tensors of two samples, or lists of such.
+    inputs
+        The same tensors in order, by the names that the graph's inputs get.
+    output
+        Name of the output.
+
+    Raises
+    ------
+    GraphError
+        As `export_onnx`.
+    """
+    batch = torch.export.Dim("N", min=1)
     with _quiet():
         try:
             program = torch.onnx.export(
                 module.eval(),
-                (example,),
-                input_names=["tiles"],
-                output_names=["scores"],
-                dynamic_shapes=({0: torch.export.Dim("N", min=1)},),
+                arguments,
+                input_names=list(inputs),
+                output_names=[output],
+                dynamic_shapes=tree_map(lambda _: {0: batch}, arguments),
                 opset_version=OPSET,
                 dynamo=True,
             )
@@ -51,6 +80,24 @@ def export_onnx(module: nn.Module, *, channels: int, tile_px: int) -> onnx.Model
     _forget_sources(model)
     check_graph(model)
     return model
+
+
+def write_model(model: onnx.ModelProto, out: Path) -> None:
+    """Write a graph as one file; one that is there is replaced when the new one is whole.
+
+    Raises
+    ------
+    OutputError
+        If the file cannot be written.
+    """
+    part = out.with_name(f".{out.name}.part")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(model.SerializeToString(deterministic=True))
+        part.replace(out)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OutputError(f"{out}: cannot be written ({error.strerror})") from error
 
 
 def _explained(error: Exception) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from histostream.training.methods import Batch
 from histostream.training.schedule import Schedule
 
 Crop = tuple[NDArray[np.uint8], NDArray[np.uint8]]
+UNLABELLED = "unlabelled"  # pool that images join whose labels are left out
 AHEAD = 2  # batches that are drawn while one trains
 
 
@@ -43,13 +44,29 @@ def divide(found: DataSet, schedule: Schedule) -> Parts:
     """Divide a data set as a schedule says.
 
     With ``schedule.folds`` all images are divided anew; with a share ``schedule.test`` too; else an
-    official test part is the test part. An official validation part is kept in the last case.
+    official test part is the test part. An official validation part is kept in the last case. With
+    ``schedule.labelled`` below 1, some of the images to train on lose their labels to the pool
+    "unlabelled".
 
     Raises
     ------
     DataError
         If a part would be empty.
     """
+    parts = _divided(found, schedule)
+    return parts if schedule.labelled == 1 else _with_fewer_labels(parts, schedule)
+
+
+def _with_fewer_labels(parts: Parts, schedule: Schedule) -> Parts:
+    train = [parts.samples[i] for i in parts.split.train]
+    kept = set(data.keep_labels(train, share=schedule.labelled, seed=schedule.seed))
+    hidden = [sample for i, sample in enumerate(train) if i not in kept]
+    still = tuple(place for i, place in enumerate(parts.split.train) if i in kept)
+    pools = {**parts.pools, UNLABELLED: (*parts.pools.get(UNLABELLED, ()), *hidden)}
+    return replace(parts, split=replace(parts.split, train=still), pools=pools)
+
+
+def _divided(found: DataSet, schedule: Schedule) -> Parts:
     every = (*found.train, *found.validation, *found.test)
     if schedule.folds:
         split = data.fold(
@@ -78,9 +95,10 @@ def check_pools(parts: Parts, needed: Sequence[str], method: str) -> None:
     """Raise DataError where the data has not the pools that a method trains on."""
     missing = [name for name in needed if not parts.pools.get(name)]
     if missing:
+        share = ", or set schedule.labelled below 1" if missing[0] == UNLABELLED else ""
         raise DataError(
             f"{method} trains on images without labels too ({', '.join(missing)}), the data has "
-            f"none: put them into DIR/{missing[0]}/, or pass --pool {missing[0]}=SET"
+            f"none: put them into DIR/{missing[0]}/, or pass --pool {missing[0]}=SET{share}"
         )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from histostream.training import compute, loop, methods, sets
+from histostream.training import compute, loop, methods, sample, sets
 from histostream.training.augment import Augmentation
 from histostream.training.checkpoint import Checkpoint
 from histostream.training.compute import PRECISIONS, Compute
@@ -34,11 +34,19 @@ class RecipeError(HistoError, ValueError):
     """A recipe or an option names something that does not exist, or has a wrong value."""
 
 
-@click.command(context_settings={"show_default": True})
+_one_line_errors = one_line_errors(
+    COMMAND,
+    out_of_memory="set schedule.batch or schedule.crop_px lower",
+    stopped="the same command goes on where it was",
+    extras={},
+)
+
+
+@click.group(invoke_without_command=True, context_settings={"show_default": True})
 @click.version_option(package_name="histostream")
 @click.option("--method", "method_name", default="imems", help="Which paper to train.")
 @click.option(
-    "--data", "source", required=True, metavar="SET",
+    "--data", "source", metavar="SET",
     help="A folder with images/ and labels/ or labels_instance/, or a known set as glas:PATH "
     "(docs/data.md).",
 )  # fmt: skip
@@ -53,9 +61,7 @@ class RecipeError(HistoError, ValueError):
 @click.option(
     "--test", "test_set", metavar="SET", help="Score on this set's test part, or on all of it."
 )
-@click.option(
-    "--out", "run", required=True, type=click.Path(path_type=Path), help="Folder of the run."
-)
+@click.option("--out", "run", type=click.Path(path_type=Path), help="Folder of the run.")
 @click.option(
     "--config", "configs", multiple=True,
     help="A recipe: a TOML file, or the name of a shipped one (nuclei, unet-c-single, ...); may "
@@ -76,19 +82,16 @@ class RecipeError(HistoError, ValueError):
     "--processes", type=click.IntRange(1), default=1,
     help="Processes that share each batch, one a GPU (or torchrun's own).",
 )  # fmt: skip
-@one_line_errors(
-    COMMAND,
-    out_of_memory="set schedule.batch or schedule.crop_px lower",
-    stopped="the same command goes on where it was",
-    extras={},
-)
+@click.pass_context
+@_one_line_errors
 def main(
+    context: click.Context,
     method_name: str,
-    source: str,
+    source: str | None,
     pools: tuple[str, ...],
     validation_set: str | None,
     test_set: str | None,
-    run: Path,
+    run: Path | None,
     configs: tuple[str, ...],
     mpp: float | None,
     settings: tuple[str, ...],
@@ -100,6 +103,10 @@ def main(
 ) -> None:
     """Train a method; the same command again goes on where a stopped run was."""
     show_only_our_warnings(COMMAND)
+    if context.invoked_subcommand is not None:
+        return
+    if source is None or run is None:
+        raise click.UsageError("--data and --out are needed; or use sample (--help shows it)")
     how = Compute(device, precision, compiled, deterministic)
     method = methods.load(method_name)
     found = sets.open_set(source)
@@ -112,6 +119,45 @@ def main(
     if compute.rank() == 0:
         _tell(best, run)
     compute.close_device()
+
+
+@main.command("sample")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--data", "source", required=True, metavar="SET",
+    help="Whose label maps are painted, as of histo-train.",
+)  # fmt: skip
+@click.option("--per-mask", type=click.IntRange(1), default=1, help="Images of each label map.")
+@click.option(
+    "--masks", type=click.IntRange(0), default=0, help="Label maps, the first of the set; 0: all."
+)
+@click.option("--swap", default="", metavar="A=B", help="Exchange two classes, by name or number.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Another seed, other images.")
+@click.option("--device", default="auto", help="auto, cpu, cuda or cuda:0.")
+@one_line_errors(
+    COMMAND, out_of_memory="paint smaller images, or --device cpu", stopped="nothing was written",
+    extras={},
+)  # fmt: skip
+def paint_samples(
+    run: Path,
+    out: Path,
+    source: str,
+    per_mask: int,
+    masks: int,
+    swap: str,
+    seed: int,
+    device: str,
+) -> None:
+    """Paint the label maps of a set with the generators of RUN; write a data set to folder OUT.
+
+    RUN is a run of the pyramid GAN.
+    """
+    painter = sample.open_painter(run, compute.open_device(Compute(device)))
+    count = sample.sample(
+        painter, sets.open_set(source), out, per_mask=per_mask, masks=masks, swap=swap, seed=seed
+    )
+    click.echo(f"{count} images and their labels: {out}; to look at: {out / 'sheet.png'}")
 
 
 def with_pools(found: DataSet, pools: tuple[str, ...], mpp: float) -> DataSet:

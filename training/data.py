@@ -294,6 +294,34 @@ def fold(
     return Split(*(_indices(part) for part in (train_part, validation_part, test_part)))
 
 
+def keep_labels(samples: Sequence[Picture], *, share: float, seed: int) -> tuple[int, ...]:
+    """Choose the images that keep their labels, whole groups at a time, at random.
+
+    Parameters
+    ----------
+    samples
+        The images.
+    share
+        Of them, in (0, 1); the nearest number that whole groups allow is taken, one group at least.
+    seed
+        Another seed is another choice. With one seed, a larger share holds a smaller one.
+
+    Raises
+    ------
+    DataError
+        If none would be left without labels.
+    """
+    groups = _groups(samples)
+    shuffled = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
+    kept, others = _taken(shuffled, round(share * len(samples)))
+    if not others:
+        raise DataError(
+            f"labelled={share}: of {_amount(samples)} to train on none is left without labels; "
+            "use a smaller share, or 1"
+        )
+    return _indices(kept)
+
+
 def checksum(samples: Sequence[Picture]) -> str:
     """SHA-256 over all digests in order, so that a training record says what it saw."""
     return hashlib.sha256(b"".join(sample.digest() for sample in samples)).hexdigest()

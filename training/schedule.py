@@ -34,6 +34,10 @@ class Schedule:
     validation, test
         Shares of the images held back for choosing the checkpoint, and for the final score.
         Without a test share, a set's official test part is the test part.
+    labelled
+        Share of the training images that keep their labels, drawn by the seed, whole groups at a
+        time; those of a smaller share are among those of a larger one. The others join the pool
+        "unlabelled", for semi-supervised methods.
     folds, fold
         Cross-validation: the images are divided into so many folds (0: none), and fold number
         ``fold`` (from 0) is the test part.
@@ -52,6 +56,7 @@ class Schedule:
     select: str = "loss"
     validation: float = 0.2
     test: float = 0.0
+    labelled: float = 1.0
     folds: int = 0
     fold: int = 0
     warmup: int = 0
@@ -67,6 +72,8 @@ class Schedule:
             raise ValueError("epochs, crop_px and warmup must not be negative")
         if not (0 <= self.validation < 1 and 0 <= self.test < 1):
             raise ValueError("validation and test are shares between 0 and 1")
+        if not 0 < self.labelled <= 1:
+            raise ValueError(f"labelled={self.labelled}: a share, use more than 0, up to 1 (all)")
         if self.folds and not (self.folds > 1 and 0 <= self.fold < self.folds):
             raise ValueError(f"fold={self.fold}, folds={self.folds}: use fold 0 to folds - 1")
 

@@ -221,3 +221,85 @@ def _grain(side: int, sigma_px: float, rng: np.random.Generator) -> NDArray[np.f
     noise = gaussian_filter(rng.normal(size=(side, side)), sigma_px, mode="wrap")
     grain: NDArray[np.float64] = (noise - noise.mean()) / noise.std()
     return grain
+
+
+CUE_COLORS = ((255, 255, 255), (230, 75, 53), (77, 187, 213))
+CUES = ((190.0, 30.0, 40.0), (40.0, 60.0, 190.0))  # RGB of the patch: the disc is "warm", "cold"
+CUE_PX = 4
+
+
+def long_range_cue(count: int, test: int, *, side_px: int = 128, seed: int = 0) -> DataSet:
+    """Striped discs whose class is told by a patch of 4 px at the other side (methods.md 3.13.2).
+
+    The disc lies on the right and looks the same in both classes; the patch is at the left border,
+    red for "warm" and blue for "cold". A network that does not see half of the image can know the
+    disc and not its class, so that it has half of the discs right. Classes take turns.
+
+    Parameters
+    ----------
+    count, test
+        Images to train on, and to test on.
+    side_px
+        Height and width of each.
+    seed
+        Source of all randomness.
+    """
+    rng = np.random.default_rng(seed)
+    samples = [_cued(f"cue {i}", side_px, i % 2, rng) for i in range(count + test)]
+    classes = tuple(zip(("ground", "warm", "cold"), CUE_COLORS, strict=True))
+    return DataSet(
+        "long range cue", classes, None, tuple(samples[:count]), test=tuple(samples[count:])
+    )
+
+
+def _cued(name: str, side: int, kind: int, rng: np.random.Generator) -> StoredSample:
+    y, x = np.mgrid[:side, :side].astype(np.float32)
+    center_y, center_x = side * rng.uniform(0.3, 0.7), side * rng.uniform(0.7, 0.8)
+    disc = np.hypot(y - center_y, x - center_x) < side * rng.uniform(0.12, 0.16)
+    angle, phase = rng.uniform(0, np.pi), rng.uniform(0, 2 * np.pi)
+    stripes = np.sin(2 * np.pi / 5 * (x * np.cos(angle) + y * np.sin(angle)) + phase)
+    pixels = np.array(GROUND_COLOR) + 8 * _grain(side, 1.5, rng)[..., None]
+    pixels[disc] = (150 + 30 * stripes[disc])[:, None]
+    top, left = int(rng.integers(side - CUE_PX + 1)), int(rng.integers(CUE_PX))
+    pixels[top : top + CUE_PX, left : left + CUE_PX] = CUES[kind]
+    pixels += rng.normal(0, 4, pixels.shape)
+    image: NDArray[np.uint8] = np.clip(pixels, 0, 255).astype(np.uint8)
+    return StoredSample(name, name, image, np.where(disc, 1 + kind, 0).astype(np.uint8))
+
+
+REGION_COLORS = ((225.0, 170.0, 200.0), (110.0, 80.0, 150.0))  # RGB of "stroma" and "gland"
+REGION_SHARE = (0.35, 0.65)  # of the image that is gland
+
+
+def colored_regions(count: int, test: int, *, side_px: int = 64, seed: int = 0) -> DataSet:
+    """Two tissues in smooth regions, each of its own colour and grain (methods.md 3.13.3).
+
+    What a generator has to paint from the labels: pale stroma with fine grain, dark gland with
+    coarse grain.
+
+    Parameters
+    ----------
+    count, test
+        Images to train on, and to test on.
+    side_px
+        Height and width of each.
+    seed
+        Source of all randomness.
+    """
+    rng = np.random.default_rng(seed)
+    samples = [_regions(f"regions {i}", side_px, rng) for i in range(count + test)]
+    colors = [(round(r), round(g), round(b)) for r, g, b in REGION_COLORS]
+    classes = tuple(zip(("stroma", "gland"), colors, strict=True))
+    return DataSet(
+        "colored regions", classes, None, tuple(samples[:count]), test=tuple(samples[count:])
+    )
+
+
+def _regions(name: str, side: int, rng: np.random.Generator) -> StoredSample:
+    field = _grain(side, side / 8, rng)
+    labels = (field > np.quantile(field, 1 - rng.uniform(*REGION_SHARE))).astype(np.uint8)
+    grain = np.stack([12 * _grain(side, 0.7, rng), 18 * _grain(side, 2.0, rng)])
+    shade = np.take_along_axis(grain, labels[None].astype(np.int64), axis=0)[0]
+    pixels = np.array(REGION_COLORS)[labels] + shade[..., None]
+    image: NDArray[np.uint8] = np.clip(pixels, 0, 255).astype(np.uint8)
+    return StoredSample(name, name, image, labels)

@@ -20,7 +20,8 @@ A method module offers
     What else is worth looking at, for the sample sheets of a run, whose own columns are ``image``,
     ``true`` and ``predicted``.
 ``deployed(state) -> nn.Module``
-    The module that export wraps; ``score_kind(config)`` says what its scores are.
+    The module that export wraps; ``score_kind(config)`` says what its scores are. Its attribute
+    ``tile_px``, where it has one that is not 0, is the only side of a tile that it takes.
 ``align_px(config)``, ``pools(config)``
     What the sides of its images are multiples of; the pools of further images that it needs.
 """

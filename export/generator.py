@@ -1,0 +1,96 @@
+"""The generators of a pyramid GAN as one ONNX graph, for sampling without torch.
+
+::
+
+    histo-export generator runs/pyramid generator.onnx --tile 512
+
+Inputs are the masks ``mask_3`` ... ``mask_0``, one-hot float32 (N, K, h, w), coarsest first, and
+the noise ``noise_3`` ... ``noise_0`` of deviation 1, float32 (N, C, h, w); level n has
+1 / 2^n of the tile's side. Output is ``images``, uint8 (N, H, W, C). Nothing in the graph is
+random: equal noise gives equal images.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor
+
+from histostream.export.bundle import TILE_PX
+from histostream.export.graph import GraphError
+from histostream.export.onnx import to_onnx, write_model
+from histostream.export.parity import ParityError, open_session
+from histostream.training.networks.pyramid import one_hot_levels
+from histostream.training.sample import Painter, open_painter
+
+MOST_LEVELS = 1  # grey levels that a pixel may differ from torch's: rounding
+
+
+def export_generator(run: Path, out: Path, *, tile_px: int | None = None) -> onnx.ModelProto:
+    """Export the generators of a trained run; they have to paint what torch does.
+
+    Parameters
+    ----------
+    run
+        Folder of a training run or of a checkpoint.
+    out
+        The file to write; one that is there is replaced when the new one is whole.
+    tile_px
+        Side of the images; None: 512.
+
+    Raises
+    ------
+    CheckpointError
+        If the run has no trained generators.
+    GraphError
+        If they do not take the tile size, or cannot be exported.
+    ParityError
+        If the graph does not paint what torch does.
+    OutputError
+        If the file cannot be written.
+    """
+    painter = open_painter(run)
+    inputs = example_inputs(painter, TILE_PX if tile_px is None else tile_px)
+    values = list(inputs.values())
+    levels = painter.config.levels
+    model = to_onnx(painter.network, (values[:levels], values[levels:]), inputs, "images")
+    _compare(painter, model, inputs)
+    write_model(model, out)
+    return model
+
+
+def example_inputs(painter: Painter, tile_px: int) -> dict[str, Tensor]:
+    """Return random masks and noise for two images, by the names of the graph's inputs.
+
+    Raises
+    ------
+    GraphError
+        If the network does not take the tile size.
+    """
+    if tile_px < 1 or tile_px % painter.align_px:
+        raise GraphError(
+            f"tile of {tile_px} px: these generators take multiples of {painter.align_px}"
+        )
+    source = torch.Generator().manual_seed(0)
+    classes, channels = len(painter.said.classes), painter.said.channels
+    labels = torch.randint(classes, (2, tile_px, tile_px), generator=source)
+    masks = one_hot_levels(labels, classes, painter.config.levels)
+    named = {f"mask_{n}": mask for n, mask in reversed(list(enumerate(masks)))}
+    for n in range(len(masks) - 1, -1, -1):
+        shape = (2, channels, tile_px >> n, tile_px >> n)
+        named[f"noise_{n}"] = torch.randn(shape, generator=source)
+    return named
+
+
+@torch.no_grad()
+def _compare(painter: Painter, model: onnx.ModelProto, inputs: dict[str, Tensor]) -> None:
+    values, levels = list(inputs.values()), painter.config.levels
+    wanted = painter.network(values[:levels], values[levels:]).numpy()
+    feeds = {name: value.numpy() for name, value in inputs.items()}
+    (found,) = open_session(model).run(["images"], feeds)
+    off = int(np.abs(found.astype(int) - wanted.astype(int)).max())
+    if off > MOST_LEVELS:
+        raise ParityError(f"generator: {off} grey levels from torch's images; nothing was written")

@@ -1,0 +1,285 @@
+"""Images that a trained pyramid GAN paints from label maps: more training pairs, or pictures.
+
+::
+
+    histo-train sample runs/pyramid painted --data glas:PATH --per-mask 3
+    histo-train sample runs/pyramid painted --data glas:PATH --swap healthy=adenomatous
+
+``painted`` is a data set of its own (``docs/data.md``), with a ``sheet.png`` to look at.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from histostream.training import checkpoint, methods, pictures
+from histostream.training.batches import padded
+from histostream.training.checkpoint import Checkpoint, CheckpointError
+from histostream.training.data import DataError, DataSet, Sample
+from histostream.training.methods import pyramid_gan
+from histostream.training.methods.pyramid_gan import Config
+from histostream.training.networks.pyramid import GeneratorPyramid, one_hot_levels
+from histostream.wsi.errors import HistoError, OutputError
+
+METHOD = "pyramid_gan"
+SHEET_ROWS = 6
+GROUP = r"^(\d+)-"  # of the files of one label map
+
+
+class SampleError(HistoError, ValueError):
+    """What is asked for cannot be painted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Painter:
+    """The generators of a trained run.
+
+    Attributes
+    ----------
+    said
+        What the checkpoint says of itself.
+    network
+        All levels.
+    config
+        Of the model.
+    """
+
+    said: Checkpoint
+    network: GeneratorPyramid
+    config: Config
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, in label order."""
+        return [name for name, _ in self.said.classes]
+
+    @property
+    def align_px(self) -> int:
+        """Sides of what is painted are multiples of this."""
+        return pyramid_gan.align_px(self.config)
+
+
+def open_painter(run: Path, device: torch.device | None = None) -> Painter:
+    """Load the generators of a run, or of a checkpoint.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no checkpoint, it is damaged, has no generators, or not all are trained.
+    """
+    folder = run / "best" if (run / "best").is_dir() else run
+    said = checkpoint.read(folder)
+    if said.method != METHOD:
+        raise CheckpointError(
+            f"{folder}: trained by {said.method!r}, which paints no images from labels; "
+            f"use a run of {METHOD!r}"
+        )
+    try:
+        config = Config(**said.config)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: its config does not fit {METHOD}: {error}") from error
+    if not config.paints:
+        raise CheckpointError(
+            f'{folder}: trained with g_arch="none", it has no generator; use another run'
+        )
+    state = pyramid_gan.build(config, len(said.classes), said.channels)
+    generators = tuple(name for name in state.modules if name.startswith("generator_"))
+    wanted = {name: state.modules[name] for name in ("progress", *generators)}
+    checkpoint.load(folder, methods.State(config, wanted, {}, needed=tuple(wanted)))
+    if level := pyramid_gan.finest_level(state):
+        raise CheckpointError(
+            f"{folder}: saved when level {level} was trained, the finer ones were not; train with "
+            'schedule.select="last"'
+        )
+    network = pyramid_gan.generators(state).eval().to(device or torch.device("cpu"))
+    return Painter(said, network, config)
+
+
+@torch.no_grad()
+def paint(painter: Painter, labels: NDArray[np.uint8], seed: Sequence[int]) -> NDArray[np.uint8]:
+    """Paint one label map; the noise is drawn from the seed alone.
+
+    Parameters
+    ----------
+    painter
+        The generators.
+    labels
+        (H, W) classes; mirrored up to what the network takes, and the image cut back.
+    seed
+        Another is another image.
+
+    Returns
+    -------
+    (H, W, C) uint8.
+    """
+    height, width = labels.shape
+    _, whole = padded(labels[..., None], labels, painter.align_px)
+    truth = torch.from_numpy(whole[None].astype(np.int64))
+    levels, channels = painter.config.levels, painter.said.channels
+    rng = np.random.default_rng(seed)
+    masks = one_hot_levels(truth, len(painter.said.classes), levels)[::-1]
+    noises = [
+        torch.from_numpy(rng.standard_normal((1, channels, *mask.shape[-2:]), np.float32))
+        for mask in masks
+    ]
+    device = next(painter.network.parameters()).device
+    image = painter.network([m.to(device) for m in masks], [z.to(device) for z in noises])
+    painted: NDArray[np.uint8] = image[0, :height, :width].cpu().numpy()
+    return painted
+
+
+def swapped(labels: NDArray[np.uint8], one: int, other: int) -> NDArray[np.uint8]:
+    """Exchange two classes of a label map."""
+    table = np.arange(256, dtype=np.uint8)
+    table[[one, other]] = other, one
+    return table[labels]
+
+
+def sample(
+    painter: Painter,
+    found: DataSet,
+    out: Path,
+    *,
+    per_mask: int = 1,
+    masks: int = 0,
+    swap: str = "",
+    seed: int = 0,
+) -> int:
+    """Paint the label maps of a data set, as a data set of its own.
+
+    Parameters
+    ----------
+    painter
+        The generators.
+    found
+        The set; its training part is painted.
+    out
+        Folder to write, which must not exist; it appears when it is whole.
+    per_mask
+        Images of each label map. They are of one group, so that no split divides them.
+    masks
+        Label maps, the first of the set; 0: all.
+    swap
+        "A=B" exchanges two classes, by name or number.
+    seed
+        Source of all noise: with it, an image's place and number say how it looks.
+
+    Returns
+    -------
+    The number of images.
+
+    Raises
+    ------
+    SampleError
+        If there is no such class, or nothing to paint.
+    DataError
+        If the labels are not those of the model.
+    OutputError
+        If ``out`` exists or cannot be written.
+    """
+    if out.exists():
+        raise OutputError(f"{out}: exists already; choose another folder")
+    if per_mask < 1 or masks < 0:
+        raise SampleError(f"per_mask={per_mask}, masks={masks}: paint one image or more")
+    samples = found.at_mpp(painter.said.mpp).train
+    samples = samples[:masks] if masks else samples
+    if not samples:
+        raise SampleError(f"{found.name}: no labelled image to train on, so nothing to paint")
+    _check_labels(painter, found.name, samples)
+    exchanged = _classes_of(painter, swap) if swap else None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        try:
+            _write(painter, samples, part, per_mask, exchanged, seed)
+            (part / "dataset.toml").write_text(_dataset_toml(painter, out.name), encoding="utf-8")
+            part.chmod(0o755)  # mkdtemp makes it private
+            part.rename(out)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be written ({error.strerror})") from error
+    return len(samples) * per_mask
+
+
+def _check_labels(painter: Painter, name: str, samples: Sequence[Sample]) -> None:
+    names = painter.class_names
+    for one in samples:
+        if (highest := int(one.labels.max())) >= len(names):
+            raise DataError(
+                f"{name}: label {highest} in {one.name}; the model paints {len(names)} classes "
+                f"({', '.join(names)})"
+            )
+
+
+def _classes_of(painter: Painter, swap: str) -> tuple[int, int]:
+    """Read "A=B"."""
+    names = painter.class_names
+    first, equals, second = swap.partition("=")
+    if not equals:
+        raise SampleError(f"--swap {swap!r}: write A=B")
+    found = []
+    for text in (first, second):
+        if text in names:
+            found.append(names.index(text))
+        elif text.isdecimal() and int(text) < len(names):
+            found.append(int(text))
+        else:
+            raise SampleError(f"--swap {swap!r}: no class {text!r}; there are {', '.join(names)}")
+    return found[0], found[1]
+
+
+def _write(
+    painter: Painter,
+    samples: Sequence[Sample],
+    folder: Path,
+    per_mask: int,
+    exchanged: tuple[int, int] | None,
+    seed: int,
+) -> None:
+    colors = [color for _, color in painter.said.classes]
+    rows: list[pictures.Pictures] = []
+    for name in ("images", "labels"):
+        (folder / name).mkdir()
+    for number, one in enumerate(samples):
+        labels = swapped(one.labels, *exchanged) if exchanged else one.labels
+        row = {"true": one.image, "labels": pictures.colored(labels, colors)}
+        stem = re.sub(r"[^\w.-]+", "_", Path(one.name).stem)
+        for k in range(per_mask):
+            image = paint(painter, labels, (seed, number, k))
+            row[f"painted {k + 1}"] = image
+            file = f"{number:05d}-{stem}_{k + 1}.png"
+            Image.fromarray(np.squeeze(image)).save(folder / "images" / file)
+            Image.fromarray(labels).save(folder / "labels" / file)
+        if len(rows) < SHEET_ROWS:
+            rows.append(row)
+    pictures.sheet(rows).save(folder / "sheet.png")
+
+
+def _dataset_toml(painter: Painter, name: str) -> str:
+    """Say what the files cannot; a JSON string is a TOML string."""
+    said = painter.said
+    lines = [
+        f"name = {json.dumps(name, ensure_ascii=False)}",
+        f"mpp = {float(said.mpp)!r}",
+        f"group = '{GROUP}'",
+    ]
+    for class_name, color in said.classes:
+        lines += [
+            "",
+            "[[classes]]",
+            f"name = {json.dumps(class_name, ensure_ascii=False)}",
+            f"color = {list(color)}",
+        ]
+    return "\n".join(lines) + "\n"
