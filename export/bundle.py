@@ -53,7 +53,7 @@ class Options:
     targets
         Compute capabilities to build for ("sm86", ...); empty: all that the library has.
     tile_px
-        Side of the network's input.
+        Side of the network's input; None: the one that the network is built for, else 512.
     calibrate
         Slide or folder whose tiles calibrate INT8 and judge parity; None: the synthetic slide.
     freeze
@@ -65,7 +65,7 @@ class Options:
     precisions: tuple[str, ...] = tuple(PRECISIONS)
     tensorrt: str = "auto"
     targets: tuple[str, ...] = ()
-    tile_px: int = TILE_PX
+    tile_px: int | None = None
     calibrate: Path | None = None
     freeze: Path | None = None
     triton: Path | None = None
@@ -76,7 +76,7 @@ class Options:
                 raise OptionError(f"no precision is called {name!r}: use {', '.join(PRECISIONS)}")
         if self.tensorrt not in ("auto", "tensorrt", "rtx", "off"):
             raise OptionError(f"tensorrt={self.tensorrt!r}: use auto, tensorrt, rtx or off")
-        if self.tile_px < 1:
+        if self.tile_px is not None and self.tile_px < 1:
             raise OptionError(f"tile_px={self.tile_px}: use 1 or more")
         for path in (self.calibrate, self.freeze):
             if path is not None and not path.exists():

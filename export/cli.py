@@ -50,7 +50,10 @@ def _how(command: Callable[..., None]) -> Callable[..., None]:
                 "--targets", callback=_words, default="", metavar="sm80,sm86,...",
                 help="GPUs to build the engine for; default: what the library suggests.",
             ),
-            click.option("--tile", "tile_px", default=512, metavar="PX", help="Side of a tile."),
+            click.option(
+                "--tile", "tile_px", type=int, metavar="PX",
+                help="Side of a tile.  [default: the network's own, else 512]",
+            ),
             click.option(
                 "--calibrate", type=PATH, metavar="SLIDE_OR_FOLDER",
                 help="Tiles to calibrate INT8 and to judge on; default: a synthetic slide.",
@@ -105,7 +108,9 @@ def main(
     if context.invoked_subcommand is not None:
         return
     if method_name is None:
-        raise click.UsageError("--method is missing; or use wrap, inspect (--help shows them)")
+        raise click.UsageError(
+            "--method is missing; or use wrap, generator, explanation, inspect (--help shows them)"
+        )
     options = _options(how)
     from histostream.export.trained import export_checkpoint
 
@@ -155,16 +160,48 @@ def wrap(
              "output_name")  # fmt: skip
     said = {name: how.pop(name) for name in names}
     options = _options(how)
-    from histostream.export.bundle import check, write_bundle
+    from histostream.export.bundle import TILE_PX, check, write_bundle
     from histostream.export.foreign import ForeignModel, foreign_network
 
-    foreign = ForeignModel(
-        classes=classes, tile_px=options.tile_px, order="bgr" if bgr else "rgb", **said
-    )
+    tile_px = TILE_PX if options.tile_px is None else options.tile_px
+    foreign = ForeignModel(classes=classes, tile_px=tile_px, order="bgr" if bgr else "rgb", **said)
     out = out or Path("bundles") / model.stem
     check(out, options)
     network = foreign_network(model, foreign, mpp=mpp, note=note)
     _tell(write_bundle(network, out, options, say=click.echo), out)
+
+
+def _graph(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the arguments of a graph that is beside the bundle."""
+    tile = click.option("--tile", "tile_px", type=int, metavar="PX", help="Side of the images.")
+    file = click.argument("out", type=PATH)
+    return click.argument("run", type=PATH)(file(tile(_one_line_errors(command))))
+
+
+@main.command()
+@_graph
+def generator(run: Path, out: Path, tile_px: int | None) -> None:
+    """Write the generators of RUN, a pyramid GAN, as one ONNX file OUT.
+
+    Masks and noise are its inputs, so that it samples without torch.
+    """
+    from histostream.export.generator import export_generator
+
+    model = export_generator(run, out, tile_px=tile_px)
+    click.echo(f"{out}: {', '.join(v.name for v in model.graph.input)} in, images out")
+
+
+@main.command()
+@_graph
+def explanation(run: Path, out: Path, tile_px: int | None) -> None:
+    """Write the graph that explains the labels of RUN as one ONNX file OUT.
+
+    That of translation: the image without its target.
+    """
+    from histostream.export.explanation import export_explanation
+
+    export_explanation(run, out, tile_px=tile_px)
+    click.echo(f"{out}: tiles in, images out")
 
 
 @main.command()

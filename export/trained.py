@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from histostream.export.bundle import Export, Network, Options, Say, check, write_bundle
+from histostream.export.bundle import TILE_PX, Export, Network, Options, Say, check, write_bundle
 from histostream.export.graph import GraphError
 from histostream.export.onnx import export_onnx
 from histostream.training import checkpoint as checkpoints
@@ -119,13 +119,14 @@ def export_checkpoint(
     options = options or Options()
     folder, said = read_checkpoint(method_name, run)
     check(out, options)
+    module = load_deployed(folder, said)
     network = trained_network(
-        load_deployed(folder, said),
+        module,
         method=method_name,
         classes=tuple(ClassInfo(name, color) for name, color in said.classes),
         mpp=said.mpp,
         channels=said.channels,
-        tile_px=options.tile_px,
+        tile_px=options.tile_px or own_tile_px(module) or TILE_PX,
         score_kind=methods.load(method_name).score_kind(config_of(folder, said)),
         training={**said.record, "step": said.step, "torch": torch.__version__},
         note=checkpoints.read_note(folder),
@@ -154,6 +155,7 @@ def trained_network(
         does not take.
     """
     module = module.eval()
+    check_tile(module, tile_px)
     stride_px = int(getattr(next(module.children(), None), "stride_px", 1))
     if tile_px % stride_px:
         below = tile_px // stride_px * stride_px
@@ -178,3 +180,23 @@ def trained_network(
         training=dict(training or {}),
         note=note,
     )
+
+
+def own_tile_px(module: nn.Module) -> int:
+    """Side of the tiles that a deployed module is built for, its ``tile_px``; 0 for any."""
+    return int(getattr(module, "tile_px", 0))
+
+
+def check_tile(module: nn.Module, tile_px: int) -> None:
+    """Refuse tiles of another side than the one that a module is built for.
+
+    Raises
+    ------
+    GraphError
+        If it is built for another.
+    """
+    own_px = own_tile_px(module)
+    if own_px and tile_px != own_px:
+        raise GraphError(
+            f"tile of {tile_px} px: this network is built for {own_px} px; use {own_px}"
+        )
