@@ -22,7 +22,7 @@ from histostream.benchmarks.accuracy.score import choose, predicting, score
 from histostream.benchmarks.hardware import hardware
 from histostream.training import checkpoint, cli, loop, methods
 from histostream.training.compute import Compute
-from histostream.training.data import DataSet
+from histostream.training.data import DataSet, Sample
 from histostream.training.loop import Progress, Recipe
 from histostream.wsi.errors import HistoError
 from histostream.wsi.sink import json_text
@@ -44,6 +44,8 @@ class Cell:
         How it is trained.
     data
         Opens what it is trained and scored on; its test part is scored.
+    further
+        More scores, of the run's folder and the images that are scored, at the run's resolution.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Cell:
     number: int
     recipe: Recipe
     data: Callable[[], DataSet]
+    further: Callable[[Path, Sequence[Sample]], Plain] | None = None
 
 
 def fill(path: Path, cells: Sequence[Cell], runs: Path, how: Compute) -> None:
@@ -92,6 +95,8 @@ def _run(cell: Cell, folder: Path, how: Compute) -> Plain:
     with predicting(samples, found.mpp, run=folder, backend="cpu") as (predict, _):
         scores = score(samples, predict, [name for name, _ in found.classes])
     del scores["each_image"]
+    if cell.further is not None:
+        scores |= cell.further(folder, choose(found.at_mpp(recipe.mpp), "test", recipe.schedule))
     record = best.record
     return {
         "scores": scores,

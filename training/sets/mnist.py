@@ -24,7 +24,7 @@ NOISE = 0.01  # standard deviation of the ground, where a digit's ink is 1
 INK = 0.5  # a pixel above it is digit
 LABELLED_DIGIT = 9  # the only one with masks where not all images have one
 HELD_BACK = 500  # of the 60,000: the digits of the validation images
-VALIDATION, TEST = 500, 1000  # images
+VALIDATION = 500  # images
 IDX_UINT8 = 0x08  # third byte of an idx file; the fourth is the number of axes
 
 Pixels = NDArray[np.uint8]
@@ -48,6 +48,7 @@ def read(
     count: int = 2000,
     seed: int = 0,
     labelled: float = 1.0,
+    test: int = 1000,
 ) -> DataSet:
     """Generate the images; pools "presence" and "absence" are the P and A images of training.
 
@@ -64,6 +65,8 @@ def read(
     labelled
         Share of the P images that have a mask. Below 1 they are all images of the digit 9, as in
         the paper (0.01), and so at most a tenth.
+    test
+        Images of the test part, of other digits, as far as there are so many; 10000 in the paper.
 
     Raises
     ------
@@ -71,8 +74,8 @@ def read(
         If an option does not fit, or a file is missing or damaged.
     """
     one_of("variant", variant, tuple(VARIANTS))
-    if seed < 0:
-        raise DataError(f"seed={seed}: use 0 or more")
+    if seed < 0 or test < 1:
+        raise DataError(f"seed={seed}, test={test}: use 0 or more, and 1 or more")
     size = VARIANTS[variant]
     digits, names = _read_fold(path, "train")
     if not 1 <= count <= len(digits) - HELD_BACK:
@@ -90,7 +93,7 @@ def read(
         validation=_presence(
             "v", digits, held_back[:VALIDATION], digits[held_back], size, (seed, 3)
         ),
-        test=_presence("t", tests, np.arange(min(TEST, len(tests))), tests, size, (seed, 4)),
+        test=_presence("t", tests, np.arange(min(test, len(tests))), tests, size, (seed, 4)),
         pools={
             "presence": tuple(StoredPicture(s.name, s.group, s.image) for s in present),
             "absence": absent,

@@ -1,0 +1,311 @@
+r"""The comparisons of the two generative papers, on data at hand.
+
+::
+
+    python -m histostream.benchmarks.accuracy.generative --data ../shared/data --table glas \
+        --size small --runs runs/table --out benchmarks/results
+
+Of the pyramid GAN (paper 002): ``glas`` is its table 2, ``glas-20`` to ``glas-80`` a column each of
+its tables 4 to 7, with labels for so many per cent of the images, ``glas-painted`` its table 1. Of
+image-to-image translation (paper 003): ``mnist-simple``, ``mnist-hard`` and ``mnist-large`` are
+columns of its table 1. ``--size small`` is what two CPU cores do in an hour or two; ``--size
+paper`` is for a GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from torch import Tensor
+
+from histostream.benchmarks.accuracy.cells import Cell, Plain, fill
+from histostream.export.trained import config_of, find_checkpoint
+from histostream.training import checkpoint, cli, methods, sample, sets
+from histostream.training.compute import PRECISIONS, Compute
+from histostream.training.data import DataSet, Sample, StoredPicture
+from histostream.training.image_metrics import (
+    MS_SSIM_MIN_PX,
+    frechet_inception_distance,
+    ms_ssim,
+    ms_ssim_among,
+    nuclei_encoder,
+)
+from histostream.training.methods import translation
+from histostream.training.metrics import SoftDice
+
+PYRAMID, TRANSLATION = "pyramid_gan", "translation"
+# Name in the paper, and the shipped recipes that make it (none: the method as it is).
+SUPERVISED: dict[str, tuple[str, ...]] = {
+    "m-FCDenseNet": ("pyramid-m-fcdensenet",),
+    "m-FCDenseNet + pyramid": ("pyramid-segmenters",),
+    "full": (),
+}
+FEWER_LABELS: dict[str, tuple[str, ...]] = {
+    "m-FCDenseNet": ("pyramid-m-fcdensenet",),
+    "m-FCDenseNet + pyramid": ("pyramid-segmenters",),
+    "consistency": ("pyramid-consistency",),
+    "consistency, transductive": ("pyramid-consistency",),
+    "semi-supervised": ("pyramid-semi",),
+    "semi-supervised, transductive": ("pyramid-semi",),
+}
+TRANSDUCTIVE = ", transductive"  # the test images are among those without labels
+PAINTERS: dict[str, tuple[str, ...]] = {
+    "pix2pix": ("pyramid-pix2pix",),
+    "pix2pixHD": ("pyramid-pix2pixhd",),
+    "pyramid GAN": (),
+}
+DIGITS: dict[str, tuple[str, ...]] = {
+    "segmentation only": ("translation-segmentation-only",),
+    "AE baseline": ("translation-autoencoder",),
+    "proposed": (),
+    "proposed, separate decoder": ("translation-separate",),
+    "proposed, skips concatenated": ("translation-skip-concat",),
+    "proposed, skips summed": ("translation-skip-sum",),
+    "proposed, no skips": ("translation-skip-none",),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How a table is trained, on top of its recipes.
+
+    Attributes
+    ----------
+    mpp
+        Resolution, um per pixel.
+    recipes
+        Shipped recipes that come before those of the algorithm.
+    settings
+        Tables of a recipe, by name, after all recipes; they are the same for all algorithms.
+    own
+        Settings of a single algorithm.
+    level_steps
+        Steps of each level of a pyramid; 0: as the recipes and settings say.
+    query
+        More options of the set.
+    """
+
+    mpp: float
+    recipes: tuple[str, ...]
+    settings: dict[str, dict[str, Any]]
+    own: dict[str, dict[str, dict[str, Any]]] = dataclasses.field(default_factory=dict)
+    level_steps: int = 0
+    query: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table: its method, algorithms, images and sizes.
+
+    Attributes
+    ----------
+    source
+        The set; "{data}" and "{seed}" are filled in.
+    labelled
+        Share of the images that keep their labels.
+    """
+
+    method: str
+    algorithms: dict[str, tuple[str, ...]]
+    source: str
+    sizes: dict[str, Size]
+    labelled: float = 1.0
+
+
+# A quarter of the paper's side, and networks whose reach (52 px) is as small a part of it.
+GLAS_SMALL = Size(
+    2.4802, (),
+    {
+        "method": {
+            "level_batches": "", "first_width": 16, "growth": 8, "layers": 3, "poolings": 2,
+            "g_width": 24, "d_width": 16, "segmenter_learning_rate": 2e-3,
+        },
+        "schedule": {
+            "batch": 4, "crop_px": 128, "validation": 0.1, "select": "last", "decay": "cosine",
+            "validate_every": 500,
+        },
+        "augmentation": {"flips": True, "color_jitter": 0.2},
+    },
+    {
+        "pix2pix": {"method": {"g_width": 16, "g_downs": 6}},
+        "pix2pixHD": {"method": {"g_width": 16, "g_downs": 3, "g_blocks": 4}},
+    },
+    level_steps=750,
+)  # fmt: skip
+GLAS_SIZES = {"small": GLAS_SMALL, "paper": Size(0.62005, ("pyramid-paper",), {})}
+GLAS = "glas:{data}/glands-glas"
+DIGITS_SMALL = Size(
+    1.0, (),
+    {
+        "method": {
+            "width": 8, "unique_channels": 32, "mlp_width": 64, "discriminator_width": 16,
+            "learning_rate": 1e-3, "lambda_seg": 1.0, "labelled_share": 0.25,
+        },
+        "schedule": {
+            "steps": 6000, "batch": 8, "crop_px": 0, "validate_every": 500, "select": "dice",
+        },
+    },
+)  # fmt: skip
+
+
+def _digits(variant: str, *further: str) -> Table:
+    source = f"mnist:{{data}}/mnist?variant={variant}&count=59500&labelled=0.01&seed={{seed}}"
+    paper = Size(1.0, ("translation-paper", *further), {}, query="&test=10000")
+    sizes = {"paper": paper, "reduced": _reduced(paper)}
+    if not further:
+        sizes["small"] = DIGITS_SMALL
+    return Table(TRANSLATION, DIGITS, source, sizes)
+
+
+def _reduced(paper: Size) -> Size:
+    """Return the run of 40,000 steps (methods.md 4.11.3), of all algorithms alike."""
+    recipe = cli.read_recipe(
+        TRANSLATION, methods.load(TRANSLATION), (*paper.recipes, "translation-reduced")
+    )
+    steps = {"steps": recipe.schedule.steps, "validate_every": recipe.schedule.validate_every}
+    return dataclasses.replace(paper, settings={"schedule": steps})
+
+
+TABLES = {
+    "glas": Table(PYRAMID, SUPERVISED, GLAS, GLAS_SIZES),
+    **{
+        f"glas-{percent}": Table(PYRAMID, FEWER_LABELS, GLAS, GLAS_SIZES, percent / 100)
+        for percent in (20, 40, 60, 80)
+    },
+    "glas-painted": Table(PYRAMID, PAINTERS, GLAS, GLAS_SIZES),
+    "mnist-simple": _digits("simple"),
+    "mnist-hard": _digits("hard"),
+    "mnist-large": _digits("large", "translation-128"),
+}
+
+
+def cell(table: str, size: str, algorithm: str, number: int, data: Path = Path()) -> Cell:
+    """Return a cell; cells of one table and size differ in the algorithm, and the seed."""
+    of = TABLES[table]
+    how = of.sizes[size]
+    method, configs = methods.load(of.method), (*how.recipes, *of.algorithms[algorithm])
+    tables = [how.settings, how.own.get(algorithm, {}), {"schedule": {"seed": number}}]
+    if of.labelled < 1:
+        tables.append({"schedule": {"labelled": of.labelled}})
+    settings = [
+        f"{name}.{key}={json.dumps(value)}"
+        for found in tables for name, keys in found.items() for key, value in keys.items()
+    ]  # fmt: skip
+    recipe = cli.read_recipe(of.method, method, configs, tuple(settings), mpp=how.mpp)
+    if how.level_steps:
+        steps = how.level_steps * recipe.config.levels
+        schedule = dataclasses.replace(recipe.schedule, steps=steps)
+        recipe = dataclasses.replace(recipe, schedule=schedule)
+    name = f"{table}-{size}-{algorithm}-{number}".lower().replace(" ", "-").replace(",", "")
+
+    def opened() -> DataSet:
+        found = sets.open_set(of.source.format(data=data, seed=number) + how.query)
+        return transductive(found) if algorithm.endswith(TRANSDUCTIVE) else found
+
+    further: Callable[[Path, Sequence[Sample]], Plain] | None = None
+    if of.method == TRANSLATION:
+        further = soft_dice
+    elif table == "glas-painted":
+        further = painted_scores
+    return Cell(name, algorithm, number, recipe, functools.cache(opened), further)
+
+
+def transductive(found: DataSet) -> DataSet:
+    """Put the test images among those without labels."""
+    shown = [StoredPicture(f"test/{s.name}", s.group, s.image) for s in found.test]
+    pools = {**found.pools, "unlabelled": (*found.pools.get("unlabelled", ()), *shown)}
+    return dataclasses.replace(found, pools=pools)
+
+
+def soft_dice(run: Path, samples: Sequence[Sample]) -> Plain:
+    """Dice of the probabilities of the second class, pooled, smoothed by 1: the paper's measure."""
+    folder = find_checkpoint(run)
+    said = checkpoint.read(folder)
+    state = translation.build(config_of(folder, said), len(said.classes), said.channels)
+    checkpoint.load(folder, state)
+    dice = SoftDice(2, smooth=translation.SMOOTH)
+    for one in samples:
+        image = torch.from_numpy(one.image.transpose(2, 0, 1)[None].copy())
+        p = translation.probabilities(state, image).numpy().astype(np.float64)
+        dice.add(np.concatenate([1 - p, p], axis=1), one.labels[None])
+    return {"soft_dice": round(float(dice.dice()[1]), 5)}
+
+
+def painted_scores(run: Path, samples: Sequence[Sample], *, each: int = 10) -> Plain:
+    """Score what a run paints of label maps against the images that belong to them.
+
+    Returns
+    -------
+    ``fid``: Fréchet distance of the painted images to the true ones, and of the halves of the true
+    ones to each other. ``ms_ssim``: of ``each`` images of the first label map, to the true image
+    and among each other; None where images are too small for it.
+    """
+    painter = sample.open_painter(run)
+    real = [_nchw(s.image) for s in samples]
+    painted = [_nchw(sample.paint(painter, s.labels, (i,))) for i, s in enumerate(samples)]
+    extractor = nuclei_encoder()
+    to_real = frechet_inception_distance(real, painted, extractor)
+    halves = frechet_inception_distance(real[::2], real[1::2], extractor)
+    similar = None
+    if min(samples[0].labels.shape) >= MS_SSIM_MIN_PX:
+        several = torch.cat(
+            [_nchw(sample.paint(painter, samples[0].labels, (0, k))) for k in range(each)]
+        )
+        similar = {
+            "to_true": round(float(ms_ssim(several, real[0].expand_as(several)).mean()), 4),
+            "among": round(ms_ssim_among(several), 4),
+        }
+    return {
+        "fid": {
+            "painted": round(to_real.distance, 5), "real_halves": round(halves.distance, 5),
+            "extractor": extractor.name, "images": len(samples),
+        },
+        "ms_ssim": similar,
+    }  # fmt: skip
+
+
+def _nchw(image: np.ndarray) -> Tensor:
+    return torch.from_numpy(image.transpose(2, 0, 1)[None].copy())
+
+
+@click.command()
+@click.option("--data", "data_dir", required=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--table", type=click.Choice(list(TABLES)), required=True)
+@click.option("--size", default="small", show_default=True, help="small, reduced or paper.")
+@click.option("--only", multiple=True, help="Algorithms; default: all.")
+@click.option("--number", "numbers", multiple=True, type=int, help="Seeds; default: 0, 1, 2.")
+@click.option("--runs", required=True, type=click.Path(path_type=Path), help="Folder for runs.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Of the result file.")
+@click.option("--device", default="auto", show_default=True)
+@click.option("--precision", type=click.Choice(PRECISIONS), default="bf16", show_default=True)
+@click.option("--threads", default=1, show_default=True, help="CPU threads.")
+def main(
+    data_dir: Path, table: str, size: str, only: tuple[str, ...], numbers: tuple[int, ...],
+    runs: Path, out: Path, device: str, precision: str, threads: int,
+) -> None:  # fmt: skip
+    """Make the cells of a table that are not there yet."""
+    algorithms, sizes = TABLES[table].algorithms, TABLES[table].sizes
+    if size not in sizes:
+        raise click.BadParameter(f"{table} has no size {size!r}: use {', '.join(sizes)}")
+    if unknown := [name for name in only if name not in algorithms]:
+        raise click.BadParameter(f"{unknown[0]!r} is none of {', '.join(algorithms)}")
+    torch.set_num_threads(threads)
+    cells = [
+        cell(table, size, algorithm, number, data_dir)
+        for number in numbers or range(3)
+        for algorithm in only or algorithms
+    ]
+    fill(out / f"accuracy-{table}-{size}.json", cells, runs, Compute(device, precision))
+
+
+if __name__ == "__main__":
+    main()
