@@ -38,7 +38,7 @@ _one_line_errors = one_line_errors(
     COMMAND,
     out_of_memory="set schedule.batch or schedule.crop_px lower",
     stopped="the same command goes on where it was",
-    extras={},
+    extras={"nibabel": "nifti"},
 )
 
 

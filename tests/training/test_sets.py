@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import tifffile
@@ -402,14 +403,66 @@ def test_three_classes_need_more_than_objects(tmp_path: Path) -> None:
 
 
 def test_the_folder_is_the_registry() -> None:
-    assert sets.names() == ["dsb2018", "epfl", "glas", "mnist", "monuseg", "tnbc", "vnc"]
+    assert sets.names() == ["brats", "dsb2018", "epfl", "glas", "mnist", "monuseg", "tnbc", "vnc"]
+
+
+def patient(folder: Path, seed: int) -> None:
+    """Volumes of 40 x 30 x 4 voxels; the left half of slices 1 and 2 has a tumour."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    brain = np.zeros((40, 30, 4), bool)
+    brain[4:36, 3:27, :3] = True  # the last slice has none
+    tumour = np.zeros(brain.shape, np.uint8)
+    tumour[6:14, 5:15, 1:3] = 2
+    tumour[8:12, 8:12, 1] = 4
+    for k, name in enumerate(("flair", "t1ce", "t1", "t2")):
+        volume = rng.normal(300 + 100 * k, 30, brain.shape) + 100 * (tumour > 0)
+        nibabel.save(
+            nibabel.Nifti1Image(np.where(brain, volume, 0).astype(np.float32), np.eye(4)),
+            folder / f"{folder.name}_{name}.nii.gz",
+        )
+    nibabel.save(nibabel.Nifti1Image(tumour, np.eye(4)), folder / f"{folder.name}_seg.nii.gz")
+
+
+def test_volumes_become_half_slices_with_and_without_the_tumour(tmp_path: Path) -> None:
+    for grade, count in (("HGG", 10), ("LGG", 3)):
+        for i in range(count):
+            patient(tmp_path / grade / f"Brats17_{grade}_{i}", i)
+    found = open_set(f"brats:{tmp_path}?labelled=0.2")
+    assert (found.channels, found.mpp) == (3, 1000.0)
+    parts = {name: {s.group for s in getattr(found, name)} for name in ("validation", "test")}
+    pools = {name: {p.group for p in pool} for name, pool in found.pools.items()}
+    assert [len(groups) for groups in parts.values()] == [1, 2]  # 1 of HGG; 1 of each
+    assert pools["presence"] == pools["absence"]
+    assert len(pools["presence"]) == 10
+    assert not pools["presence"] & (parts["validation"] | parts["test"])
+    train = {s.group for s in found.train}
+    assert len(train) == 2
+    assert train < pools["presence"]
+    assert len(found.pools["presence"]) == 20  # left of slices 1 and 2
+    assert len(found.pools["absence"]) == 40  # left of slice 0, right of three
+    one = found.train[0]
+    assert one.image.shape == (30, 20, 3)
+    assert one.image[0, 0].tolist() == [128] * 3
+    assert one.labels[5:15, 6:14].all()
+    assert one.labels.sum() == 80
+    inside = one.image[one.labels > 0].mean()
+    assert inside > one.image[(one.labels == 0) & (one.image[..., 0] != 128)].mean() + 20
+    grey = open_set(f"brats:{tmp_path}?sequences=t2")
+    assert grey.channels == 1
+    (tmp_path / "HGG" / "Brats17_HGG_3" / "Brats17_HGG_3_seg.nii.gz").write_bytes(b"damaged")
+    with pytest.raises(DataError, match=r"_seg\.nii\.gz: cannot be read"):
+        open_set(f"brats:{tmp_path}")
+    (tmp_path / "HGG" / "Brats17_HGG_3" / "Brats17_HGG_3_seg.nii.gz").unlink()
+    with pytest.raises(DataError, match=r"no Brats17_HGG_3_seg\.nii\.gz in it"):
+        open_set(f"brats:{tmp_path}")
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("glass:{0}", "no data set is called 'glass': did you mean 'glas'"),
-        ("zzz:{0}", "known sets: dsb2018, epfl"),
+        ("zzz:{0}", "known sets: brats, dsb2018, epfl"),
         ("glas:{0}/nowhere", "nowhere: there is no such folder"),
         ("{0}/nowhere", "nowhere: there is no such folder"),
         ("C:\\data\\mine", "there is no such folder"),
@@ -422,6 +475,10 @@ def test_the_folder_is_the_registry() -> None:
         ("mnist:{0}", "no train-images-idx3-ubyte or"),
         ("monuseg:{0}?organ=liver", "organ='liver': use kirc, other or all"),
         ("dsb2018:{0}?kind=dark", "kind='dark': use brightfield or fluorescence"),
+        ("brats:{0}?sequences=flair,t2", "sequences='flair,t2': give one or three of flair, t1ce"),
+        ("brats:{0}?sequences=t2,t2,t2", "give one or three of"),
+        ("brats:{0}?labelled=0", "labelled=0.0"),
+        ("brats:{0}", "no patient to train on in HGG or LGG of it"),
         ("tnbc:{0}", "no folder 'images' in it"),
         ("glas:{0}", "no train_1, train_2"),
         ("vnc:{0}", "no folder 'raw' in it"),
