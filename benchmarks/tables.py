@@ -117,12 +117,10 @@ def accuracy_imems(found: dict[str, Any]) -> Iterator[list[str]]:
 
 def accuracy_adaptation(found: dict[str, Any]) -> Iterator[list[str]]:
     """Dice and Jaccard of the last class on the target, of each algorithm of a table."""
-    cells = list(found["cells"].values())
     yield ["", "Dice, pooled", "Jaccard, pooled", "Dice, mean of images", "Jaccard, mean of images",
            "runs"]  # fmt: skip
-    algorithms = dict.fromkeys(cell["algorithm"] for cell in cells)
-    for algorithm in sorted(algorithms, key="oracle".__eq__):  # the ceiling comes last
-        scores = [cell["scores"] for cell in cells if cell["algorithm"] == algorithm]
+    rows = sorted(_by_algorithm(found), key=lambda row: row[0] == "oracle")  # the ceiling is last
+    for algorithm, scores in rows:
         name = scores[0]["classes"][-1]
         figures = [
             _spread([100 * s[how][measure][name] for s in scores], 1)
@@ -130,6 +128,51 @@ def accuracy_adaptation(found: dict[str, Any]) -> Iterator[list[str]]:
             for measure in ("f", "jaccard")
         ]
         yield [algorithm, *figures, str(len(scores))]
+
+
+def accuracy_objects(found: dict[str, Any]) -> Iterator[list[str]]:
+    """Object scores, mean IoU and accuracy of the pixels, of each algorithm of a table."""
+    yield ["", "object Dice", "object F1", "object Hausdorff, px", "mean IoU", "pixel accuracy",
+           "runs"]  # fmt: skip
+    for algorithm, scores in _by_algorithm(found):
+        objects = [s["objects"] for s in scores]
+        yield [
+            algorithm,
+            _spread([o["dice_per_image_mean"] for o in objects], 3),
+            _spread([o["f1_pooled"] for o in objects], 3),
+            _spread([o["hausdorff_px_per_image_mean"] for o in objects], 1),
+            *(_spread([100 * s["pooled"][k] for s in scores], 1) for k in ("mean_iou", "accuracy")),
+            str(len(scores)),
+        ]
+
+
+def accuracy_digits(found: dict[str, Any]) -> Iterator[list[str]]:
+    """Dice of the second class, of its probabilities (the paper's) and of its labels."""
+    yield ["", "Dice of the probabilities", "Dice of the labels", "runs"]
+    for algorithm, scores in _by_algorithm(found):
+        name = scores[0]["classes"][1]
+        yield [
+            algorithm,
+            _spread([s["soft_dice"] for s in scores], 3),
+            _spread([s["pooled"]["f"][name] for s in scores], 3),
+            str(len(scores)),
+        ]
+
+
+def accuracy_painted(found: dict[str, Any]) -> Iterator[list[str]]:
+    """Fréchet distance of painted images to true ones."""
+    rows = list(_by_algorithm(found))
+    yield ["", "FID", "runs"]
+    for algorithm, scores in rows:
+        yield [algorithm, _spread([s["fid"]["painted"] for s in scores], 4), str(len(scores))]
+    halves = rows[0][1][0]["fid"]["real_halves"]
+    yield ["halves of the true images", f"{halves:.4f}", ""]
+
+
+def _by_algorithm(found: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    cells = list(found["cells"].values())
+    for algorithm in dict.fromkeys(cell["algorithm"] for cell in cells):
+        yield algorithm, [cell["scores"] for cell in cells if cell["algorithm"] == algorithm]
 
 
 def _spread(values: list[float], digits: int) -> str:
@@ -142,6 +185,11 @@ TABLES = {
     "accuracy-imems-nuclei-small": accuracy_imems,
     "accuracy-tnbc-other-small": accuracy_adaptation,
     "accuracy-epfl-vnc-small": accuracy_adaptation,
+    "accuracy-glas-small": accuracy_objects,
+    "accuracy-glas-20-small": accuracy_objects,
+    "accuracy-glas-painted-small": accuracy_painted,
+    "accuracy-mnist-simple-small": accuracy_digits,
+    "accuracy-em-small": accuracy_adaptation,
     "bench-cpu": bench_cpu,
     "fast-cpu": fast_cpu,
     "export-cpu": export_cpu,

@@ -1,10 +1,21 @@
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from histostream.benchmarks.tables import MARKED, accuracy_adaptation, filled
+from histostream.benchmarks.tables import (
+    MARKED,
+    accuracy_adaptation,
+    accuracy_digits,
+    accuracy_objects,
+    accuracy_painted,
+    filled,
+)
+
+Table = Callable[[dict[str, Any]], Iterator[list[str]]]
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,4 +50,28 @@ def test_adaptation_tables_score_the_last_class_over_the_runs_of_an_algorithm() 
     assert [*rows][1:] == [
         ["x", "60.0 ± 14.1", "30.0 ± 7.1", "60.0 ± 14.1", "30.0 ± 7.1", "2"],
         ["y", "0.0", "0.0", "0.0", "0.0", "1"],
+    ]
+
+
+def test_generative_tables_have_a_row_for_each_algorithm() -> None:
+    def table(make: Table, *scores: dict[str, Any]) -> list[list[str]]:
+        cells = {str(i): {"algorithm": "x", "scores": s} for i, s in enumerate(scores)}
+        return [*make({"cells": cells})][1:]
+
+    objects = {
+        "objects": {"dice_per_image_mean": 0.5, "f1_pooled": 0.25,
+                    "hausdorff_px_per_image_mean": 99.0},
+        "pooled": {"mean_iou": 0.75, "accuracy": 0.875},
+    }  # fmt: skip
+    assert table(accuracy_objects, objects) == [
+        ["x", "0.500", "0.250", "99.0", "75.0", "87.5", "1"]
+    ]
+    digits = {"classes": ["rest", "digit"], "pooled": {"f": {"digit": 0.5}}}
+    assert table(accuracy_digits, {**digits, "soft_dice": 0.4}, {**digits, "soft_dice": 0.6}) == [
+        ["x", "0.500 ± 0.141", "0.500 ± 0.000", "2"]
+    ]
+    painted = {"fid": {"painted": 2.0, "real_halves": 0.5}}
+    assert table(accuracy_painted, painted) == [
+        ["x", "2.0000", "1"],
+        ["halves of the true images", "0.5000", ""],
     ]
