@@ -6,7 +6,8 @@ r"""The comparisons of the two generative papers, on data at hand.
         --size small --runs runs/table --out benchmarks/results
 
 Of the pyramid GAN (paper 002): ``glas`` is its table 2, ``glas-20`` to ``glas-80`` a column each of
-its tables 4 to 7, with labels for so many per cent of the images, ``glas-painted`` its table 1. Of
+its tables 4 to 7, with labels for so many per cent of the images, ``glas-painted`` its table 1;
+``cue`` is the drawn set whose classes are told by what is far away (methods.md 3.13.2). Of
 image-to-image translation (paper 003): ``mnist-simple``, ``mnist-hard`` and ``mnist-large`` are
 columns of its table 1. ``--size small`` is what two CPU cores do in an hour or two; ``--size
 paper`` is for a GPU.
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from histostream.benchmarks.accuracy.cells import Cell, Plain, fill
 from histostream.export.trained import config_of, find_checkpoint
-from histostream.training import checkpoint, cli, methods, sample, sets
+from histostream.training import checkpoint, cli, methods, sample, sets, synthetic
 from histostream.training.compute import PRECISIONS, Compute
 from histostream.training.data import DataSet, Sample, StoredPicture
 from histostream.training.image_metrics import (
@@ -109,14 +110,14 @@ class Table:
     Attributes
     ----------
     source
-        The set; "{data}" and "{seed}" are filled in.
+        The set; "{data}" and "{seed}" are filled in. Or what draws one of a seed.
     labelled
         Share of the images that keep their labels.
     """
 
     method: str
     algorithms: dict[str, tuple[str, ...]]
-    source: str
+    source: str | Callable[[int], DataSet]
     sizes: dict[str, Size]
     labelled: float = 1.0
 
@@ -175,7 +176,26 @@ def _reduced(paper: Size) -> Size:
     return dataclasses.replace(paper, settings={"schedule": steps})
 
 
+def _cues(seed: int) -> DataSet:
+    return dataclasses.replace(synthetic.long_range_cue(1000, 100, seed=seed), mpp=CUE_MPP)
+
+
+CUE_MPP = 1.0  # drawn images have no size
+# Networks whose reach is 40 px, on images of 128 px; four levels, the coarsest of 16 px.
+CUE_SMALL = Size(
+    CUE_MPP, (),
+    {
+        "method": {
+            "level_batches": "", "first_width": 8, "growth": 6, "layers": 2, "poolings": 2,
+            "dropout": 0.0, "segmenter_noise": 0.0, "segmenter_learning_rate": 5e-3, "beta1": 0.9,
+        },
+        "schedule": {"batch": 8, "crop_px": 128, "validation": 0.05, "select": "last",
+                     "validate_every": 500},
+    },
+    level_steps=400,
+)  # fmt: skip
 TABLES = {
+    "cue": Table(PYRAMID, {k: v for k, v in SUPERVISED.items() if v}, _cues, {"small": CUE_SMALL}),
     "glas": Table(PYRAMID, SUPERVISED, GLAS, GLAS_SIZES),
     **{
         f"glas-{percent}": Table(PYRAMID, FEWER_LABELS, GLAS, GLAS_SIZES, percent / 100)
@@ -208,12 +228,14 @@ def cell(table: str, size: str, algorithm: str, number: int, data: Path = Path()
     name = f"{table}-{size}-{algorithm}-{number}".lower().replace(" ", "-").replace(",", "")
 
     def opened() -> DataSet:
+        if callable(of.source):
+            return of.source(number)
         found = sets.open_set(of.source.format(data=data, seed=number) + how.query)
         return transductive(found) if algorithm.endswith(TRANSDUCTIVE) else found
 
     further: Callable[[Path, Sequence[Sample]], Plain] | None = None
     if of.method == TRANSLATION:
-        further = soft_dice
+        further = digit_scores
     elif table == "glas-painted":
         further = painted_scores
     return Cell(name, algorithm, number, recipe, functools.cache(opened), further)
@@ -226,18 +248,34 @@ def transductive(found: DataSet) -> DataSet:
     return dataclasses.replace(found, pools=pools)
 
 
-def soft_dice(run: Path, samples: Sequence[Sample]) -> Plain:
-    """Dice of the probabilities of the second class, pooled, smoothed by 1: the paper's measure."""
+def digit_scores(run: Path, samples: Sequence[Sample]) -> Plain:
+    """Score the probabilities of the second class, and where the residual is.
+
+    Returns
+    -------
+    ``soft_dice``: Dice of the probabilities, pooled, smoothed by 1: the paper's measure. Of a model
+    that translates ``residual``: mean absolute residual on the digit, over that elsewhere.
+    """
     folder = find_checkpoint(run)
     said = checkpoint.read(folder)
     state = translation.build(config_of(folder, said), len(said.classes), said.channels)
     checkpoint.load(folder, state)
     dice = SoftDice(2, smooth=translation.SMOOTH)
+    sums, counts = np.zeros(2), np.zeros(2)
     for one in samples:
-        image = torch.from_numpy(one.image.transpose(2, 0, 1)[None].copy())
+        image = _nchw(one.image)
         p = translation.probabilities(state, image).numpy().astype(np.float64)
         dice.add(np.concatenate([1 - p, p], axis=1), one.labels[None])
-    return {"soft_dice": round(float(dice.dice()[1]), 5)}
+        if state.config.objective == "translation":
+            # Grey 127.5 is no residual.
+            off = np.abs(translation.paint(state, image)["residual"][0, 0].numpy() - 127.5)
+            for k in (0, 1):
+                sums[k] += off[one.labels == k].sum()
+                counts[k] += (one.labels == k).sum()
+    found: Plain = {"soft_dice": round(float(dice.dice()[1]), 5)}
+    if counts.all():
+        found["residual"] = round(float((sums[1] / counts[1]) / (sums[0] / counts[0])), 2)
+    return found
 
 
 def painted_scores(run: Path, samples: Sequence[Sample], *, each: int = 10) -> Plain:

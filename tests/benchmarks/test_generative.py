@@ -8,14 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from histostream.benchmarks.accuracy import generative
 from histostream.benchmarks.accuracy.cells import Cell, fill
 from histostream.benchmarks.accuracy.generative import TABLES, cell
-from histostream.training import batches, synthetic
+from histostream.export.trained import find_checkpoint
+from histostream.training import batches, checkpoint, synthetic
 from histostream.training.compute import Compute
 from histostream.training.data import DataSet, StoredPicture, StoredSample
+from histostream.training.methods import translation
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -103,6 +106,33 @@ def test_a_translation_is_scored_by_its_probabilities_too(tmp_path: Path) -> Non
     scores = json.loads((tmp_path / "out.json").read_text())["cells"][one.name]["scores"]
     assert 0 < scores["soft_dice"] < 1
     assert scores["soft_dice"] != scores["pooled"]["f"]["digit"]
+    assert "residual" not in scores
+
+
+def test_a_residual_is_measured_on_the_digit_and_elsewhere(tmp_path: Path) -> None:
+    found = digits()
+    one = short(cell("mnist-simple", "small", "proposed", 0), found, width=4, unique_channels=16,
+                discriminator_width=4)  # fmt: skip
+    fill(tmp_path / "out.json", [one], tmp_path / "runs", Compute("cpu"))
+    scores = json.loads((tmp_path / "out.json").read_text())["cells"][one.name]["scores"]
+    folder = find_checkpoint(tmp_path / "runs" / one.name)
+    state = translation.build(one.recipe.config, 2, 1)
+    checkpoint.load(folder, state)
+    images = torch.from_numpy(np.stack([s.image for s in found.test])).permute(0, 3, 1, 2)
+    truth = np.stack([s.labels for s in found.test])
+    with torch.no_grad():
+        for module in state.modules.values():
+            module.eval()
+        code, maps = state.modules["encoder"](translation.scaled(images, state.config))
+        residual = state.modules["residual"](code, maps).abs()[:, 0].numpy()
+    wanted = residual[truth > 0].mean() / residual[truth == 0].mean()
+    assert scores["residual"] == pytest.approx(wanted, rel=0.1)  # the picture is rounded
+
+
+def test_a_drawn_set_is_another_with_another_seed() -> None:
+    first, second = (cell("cue", "small", "m-FCDenseNet", seed).data().train[0] for seed in (1, 2))
+    assert first.image.shape == (128, 128, 3)
+    assert (first.image != second.image).any()
 
 
 def test_what_is_painted_is_compared_with_the_true_images(tmp_path: Path) -> None:
