@@ -128,10 +128,10 @@ GLAS_SMALL = Size(
     {
         "method": {
             "level_batches": "", "first_width": 16, "growth": 8, "layers": 3, "poolings": 2,
-            "g_width": 24, "d_width": 16, "segmenter_learning_rate": 2e-3,
+            "g_width": 16, "d_width": 8, "segmenter_learning_rate": 1e-3,
         },
         "schedule": {
-            "batch": 4, "crop_px": 128, "validation": 0.1, "select": "last", "decay": "cosine",
+            "batch": 4, "crop_px": 128, "validation": 0.1, "select": "last",
             "validate_every": 500,
         },
         "augmentation": {"flips": True, "color_jitter": 0.2},
@@ -140,7 +140,7 @@ GLAS_SMALL = Size(
         "pix2pix": {"method": {"g_width": 16, "g_downs": 6}},
         "pix2pixHD": {"method": {"g_width": 16, "g_downs": 3, "g_blocks": 4}},
     },
-    level_steps=750,
+    level_steps=500,
 )  # fmt: skip
 GLAS_SIZES = {"small": GLAS_SMALL, "paper": Size(0.62005, ("pyramid-paper",), {})}
 GLAS = "glas:{data}/glands-glas"
@@ -152,7 +152,7 @@ DIGITS_SMALL = Size(
             "learning_rate": 1e-3, "lambda_seg": 1.0, "labelled_share": 0.25,
         },
         "schedule": {
-            "steps": 6000, "batch": 8, "crop_px": 0, "validate_every": 500, "select": "dice",
+            "steps": 4000, "batch": 8, "crop_px": 0, "validate_every": 500, "select": "dice",
         },
     },
 )  # fmt: skip
