@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from histostream.runtime import Engine, default_bundle, open_engine, segment_pixels
-from histostream.runtime.card import read_card
+from histostream.runtime.card import ModelCard, read_card
 from histostream.training.augment import zoom
 from histostream.training.data import Sample, read_folder
 from histostream.training.metrics import Confusion
@@ -70,15 +70,42 @@ def outlined(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 @click.command()
-@click.option("--model", "bundle", type=click.Path(path_type=Path), help="Default: the shipped.")
+@click.option(
+    "--model", "models", multiple=True, metavar="[NAME=]BUNDLE",
+    help="Default: the shipped. Several have names.",
+)  # fmt: skip
 @click.option("--data", "data_dir", required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="JSON to write.")
 @click.option("--sheets", type=click.Path(path_type=Path), help="Folder for outlined images.")
-def main(bundle: Path | None, data_dir: Path, out: Path, sheets: Path | None) -> None:
-    """Score a nucleus model on TNBC and the MoNuSeg test set, in every precision that it has."""
-    bundle = bundle or default_bundle()
+def main(models: tuple[str, ...], data_dir: Path, out: Path, sheets: Path | None) -> None:
+    """Score nucleus models on TNBC and the MoNuSeg test set, in every precision that they have."""
+    samples = {name: read_folder(data_dir / folder) for name, folder in SETS.items()}
+    if len(models) < 2 and "=" not in "".join(models):
+        said = score_bundle(Path(*models) if models else default_bundle(), samples, sheets)
+    else:
+        named = dict(_named(text) for text in models)
+        said = {
+            "models": {
+                name: score_bundle(bundle, samples, sheets / name if sheets else None)
+                for name, bundle in named.items()
+            }
+        }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(said, indent=1) + "\n")
+
+
+def _named(text: str) -> tuple[str, Path]:
+    name, equals, bundle = text.partition("=")
+    if not (name and equals and bundle):
+        raise click.BadParameter(f"--model {text!r}: several models have names, write NAME=BUNDLE")
+    return name, Path(bundle)
+
+
+def score_bundle(
+    bundle: Path, sets: dict[str, list[Sample]], sheets: Path | None = None
+) -> dict[str, object]:
+    """Score a model in every precision that it has; see `score`."""
     card = read_card(bundle)
-    sets = {name: read_folder(data_dir / folder) for name, folder in SETS.items()}
     scores: dict[str, object] = {}
     for precision in card.precisions:
         engine = open_engine(bundle, backend="cpu", precision=precision)
@@ -87,13 +114,21 @@ def main(bundle: Path | None, data_dir: Path, out: Path, sheets: Path | None) ->
             sheet = sheets / precision / name if sheets else None
             found[name] = score(samples, engine, sheet)
             click.echo(
-                f"{precision} {name}: Dice {found[name]['dice_pooled']} pooled, "
+                f"{bundle} {precision} {name}: Dice {found[name]['dice_pooled']} pooled, "
                 f"{found[name]['dice_mean_over_images']} mean over {len(samples)} images"
             )
         scores[precision] = {"engine": engine.name, **found}
-    said = {"model_sha256": card.files, "mpp": card.mpp, "scores": scores}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(said, indent=1) + "\n")
+    return {
+        "model_sha256": card.files,
+        "mpp": card.mpp,
+        "training": _record(card),
+        "scores": scores,
+    }
+
+
+def _record(card: ModelCard) -> dict[str, object]:
+    """Return what the model was trained with, as far as its card says."""
+    return {k: v for k, v in card.training.items() if k in ("recipe", "commit", "step")}
 
 
 if __name__ == "__main__":
