@@ -1,0 +1,1 @@
+"""A dense CRF sharpens the probabilities of a network along what the image shows."""

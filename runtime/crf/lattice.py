@@ -1,0 +1,250 @@
+"""The CRF on the permutohedral lattice, on the CPU."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from histostream.runtime.crf.gaussian import Smoothness
+from histostream.runtime.crf.params import CrfError, CrfParams
+
+Floats = NDArray[np.float32]
+PERIOD = 6  # of the lattice, in each of its six coordinates
+# Elevation: coordinate j of a feature goes with (1, ..., 1, -j - 1, 0, ...) times this, which makes
+# the blur a Gaussian of deviation 1. Adams et al. 2010, section 3.1.
+ELEVATION = tuple(np.sqrt(2 / 3) * PERIOD / np.sqrt((j + 1.0) * (j + 2.0)) for j in range(5))
+SMALLEST_SUM = 1e-20  # under the square root of a norm; as the reference code
+# Numba's simplest thread pool must not be entered by two Python threads at once.
+_one_at_a_time = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class Lattice:
+    """The lattice of one image.
+
+    Attributes
+    ----------
+    shape
+        (H, W).
+    weights, slots
+        (H*W, 6) float32 and uint16: where each pixel is splatted to, block by block.
+    firsts, starts
+        (blocks,) and (blocks + 1,) int64: first pixel and first slot of each block.
+    vertex_of
+        (S,) int32: vertex of each slot.
+    order, vertex_starts
+        (S,) int64 and (V + 1,) int32: slots of each vertex.
+    neighbours
+        (6, 2, V) int32.
+    """
+
+    shape: tuple[int, int]
+    weights: Floats
+    slots: NDArray[np.uint16]
+    firsts: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    vertex_of: NDArray[np.int32]
+    order: NDArray[np.int64]
+    vertex_starts: NDArray[np.int32]
+    neighbours: NDArray[np.int32]
+
+
+def mean_field(
+    image: NDArray[np.uint8], energies: Floats, params: CrfParams, origin: tuple[int, int]
+) -> Floats:
+    """Run mean field with the appearance kernel on the lattice.
+
+    Parameters
+    ----------
+    image
+        (H, W, 3).
+    energies
+        (K, H, W), log probabilities.
+    params, origin
+        As `dense_crf`.
+
+    Returns
+    -------
+    (K, H, W) float32.
+
+    Raises
+    ------
+    ImportError
+        If numba is not installed.
+    CrfError
+        If the image is too large for the kernel's width.
+    """
+    load()
+    with _one_at_a_time:
+        return _mean_field(image, energies, params, origin)
+
+
+def load() -> Any:
+    """Return the compiled loops.
+
+    Raises
+    ------
+    ImportError
+        If numba is not installed.
+    """
+    try:
+        from histostream.runtime.crf import permutohedral
+    except ImportError as error:
+        raise ImportError(
+            "the CRF's lattice needs numba, which is not installed: "
+            "pip install 'histostream[crf]', or use the backend 'factorised'",
+            name="numba",
+        ) from error
+    return permutohedral
+
+
+def build(image: NDArray[np.uint8], params: CrfParams, origin: tuple[int, int]) -> Lattice:
+    """Place every pixel of an image (H, W, 3) in the lattice, with weights not yet normalised."""
+    loops = load()
+    shape = height, width = image.shape[:2]
+    rows, row_periods = axis_table(origin[0], height, params.theta_alpha, ELEVATION[1])
+    columns, column_periods = axis_table(origin[1], width, params.theta_alpha, ELEVATION[0])
+    levels = np.arange(256) / params.theta_beta
+    colours = np.stack([levels * scale for scale in ELEVATION[2:]]).astype(np.float32)
+    steps = strides(int(column_periods[-1]), int(row_periods[-1]), colours[:, -1])
+    weights = np.empty((height * width, PERIOD), np.float32)
+    slots = np.empty(weights.shape, np.uint16)
+    keys = np.empty(weights.size, np.int64)
+    counts = loops.embed(
+        np.ascontiguousarray(image),
+        columns,
+        rows,
+        PERIOD * column_periods * (steps[0] - steps[1]),
+        PERIOD * row_periods * (steps[0] + steps[1] - 2 * steps[2]),
+        colours,
+        steps,
+        weights,
+        slots,
+        keys,
+    )
+    firsts = np.array(
+        [
+            y * width + x * (min(y + loops.BLOCK_PX, height) - y)
+            for y in range(0, height, loops.BLOCK_PX)
+            for x in range(0, width, loops.BLOCK_PX)
+        ]
+    )
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    keys = loops.gather_keys(keys, firsts, starts)
+    order = np.argsort(keys)
+    vertices, vertex_of, vertex_starts = loops.number_vertices(keys, order)
+    # A step along an axis adds 1 to every coordinate, and takes 6 from its own.
+    neighbours = loops.find_neighbours(vertices, steps.sum() - PERIOD * steps)
+    return Lattice(
+        shape, weights, slots, firsts, starts, vertex_of, order, vertex_starts, neighbours
+    )
+
+
+def axis_table(start: int, size: int, theta: float, scale: float) -> tuple[Floats, NDArray[Any]]:
+    """Places start, start + 1, ... px along an axis: the rest, elevated, and whole periods.
+
+    Periods count from the first place's: the lattice does not change where it is moved by whole
+    ones. Both are (size,), float32 in -3..3 and int64.
+    """
+    places = (start + np.arange(size)) / theta * scale
+    periods = np.rint(places / PERIOD)
+    return (places - PERIOD * periods).astype(np.float32), (periods - periods[0]).astype(np.int64)
+
+
+def strides(
+    column_periods: int, row_periods: int, colour_reach: Floats
+) -> NDArray[np.int64]:
+    """What one step of each of the six coordinates adds to a key; the sixth is not stored.
+
+    Raises
+    ------
+    CrfError
+        If a key would need more than 62 bits.
+    """
+    r, g, b = (float(value) for value in colour_reach)
+    x, y = PERIOD * column_periods, PERIOD * row_periods
+    # Bounds of the coordinates, the outermost vertices and their neighbours included.
+    margin = 4 * PERIOD
+    low_high = [(0, x + y + r + g + b), (-x, y + r + g + b), (-2 * y, r + g + b),
+                (-3 * r, g + b), (-4 * g, b)]  # fmt: skip
+    extents = [int(high - low) + 2 * margin for low, high in low_high]
+    steps = np.zeros(6, np.int64)
+    step = 1
+    # Places vary slowest: vertices that are near in the image are near in memory.
+    for coordinate in (4, 3, 1, 0, 2):
+        steps[coordinate] = step
+        step *= extents[coordinate]
+        if step > 2**62:
+            raise CrfError(
+                "the image is too large for these kernels: theta_alpha and theta_beta are small "
+                "against it; cut it into tiles, or use wider kernels"
+            )
+    return steps
+
+
+def normalise(lattice: Lattice) -> Floats:
+    """Scale the lattice's weights so that its filter is D^-1/2 K D^-1/2; return the filtered ones.
+
+    Returns
+    -------
+    (H, W).
+    """
+    root = 1 / np.sqrt(_filter_ones(lattice) + SMALLEST_SUM)
+    load().scale(lattice.weights, root)
+    return _filter_ones(lattice)
+
+
+def _filter_ones(lattice: Lattice) -> Floats:
+    loops = load()
+    where = lattice.weights, lattice.slots, lattice.starts
+    values, spare = _vertex_values(lattice, 1), _vertex_values(lattice, 1)
+    values = _blurred(lattice, loops.splat_ones(*where, lattice.shape), values, spare)
+    ones = np.empty(lattice.shape, np.float32)
+    loops.slice_ones(values, lattice.vertex_of, *where, ones)
+    return ones * np.float32(loops.ALPHA)
+
+
+def _vertex_values(lattice: Lattice, channels: int) -> Floats:
+    """Room for the values of all vertices, and of the one that stands for no neighbour: zeros."""
+    return np.zeros((len(lattice.vertex_starts), channels), np.float32)
+
+
+def _blurred(lattice: Lattice, slot_values: Floats, values: Floats, spare: Floats) -> Floats:
+    """Sum the slots of each vertex, and blur: (V + 1, C), one of the two buffers."""
+    loops = load()
+    loops.collect(slot_values, lattice.order, lattice.vertex_starts, values)
+    for neighbours in lattice.neighbours:
+        loops.blur(values, neighbours, spare)
+        values, spare = spare, values
+    return values
+
+
+def _mean_field(
+    image: NDArray[np.uint8], energies: Floats, params: CrfParams, origin: tuple[int, int]
+) -> Floats:
+    loops = load()
+    filtered = tuple(range(len(energies) - 1))
+    lattice = build(image, params, origin)
+    ones = normalise(lattice)
+    where = lattice.weights, lattice.slots, lattice.starts, lattice.vertex_of
+    smoothness = Smoothness(params.theta_gamma, lattice.shape)
+
+    values, spare = (_vertex_values(lattice, len(filtered)) for _ in range(2))
+    slot_values = np.empty((len(lattice.vertex_of), len(filtered)), np.float32)
+    q, smooth = np.empty_like(energies), np.zeros_like(energies[:-1])
+
+    # Without messages, an update is the softmax that mean field starts from.
+    energies = energies.copy()
+    none, w1, w2 = (np.float32(w) for w in (0, params.w1 * loops.ALPHA, params.w2))
+    loops.iterate(filtered, energies, *where, values, smooth, none, none, q, slot_values)
+    energies[-1] += params.w1 * ones + params.w2 * smoothness.ones
+    for _ in range(params.n_iter):
+        if params.w2:
+            loops.smooth(q, smoothness.taps, smoothness.scale_y, smoothness.scale_x, smooth)
+        blurred = _blurred(lattice, slot_values, values, spare)
+        loops.iterate(filtered, energies, *where, blurred, smooth, w1, w2, q, slot_values)
+    return q

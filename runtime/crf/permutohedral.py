@@ -1,0 +1,473 @@
+"""The permutohedral lattice of five dimensions, and the loops of mean field on it, in numba.
+
+Adams, Baek and Davis, "Fast High-Dimensional Filtering Using the Permutohedral Lattice" (2010), in
+the form of Kraehenbuehl and Koltun's code: pixels are splatted onto the corners of the simplex that
+holds them, the lattice is blurred along its six axes, and sliced. Their sums run over a hash table;
+here every sum is a gather in a fixed order, so that a result has the same bits for any number of
+threads:
+
+* The image is cut into blocks of `BLOCK_PX`. Each block keeps its own list of vertices ("slots"),
+  small enough for the cache; splatting adds up in the block's slots first, then, per vertex, the
+  slots of all blocks.
+* Vertices are sorted by their packed key. A neighbour along an axis is a constant away in the key,
+  so that the neighbours of ascending vertices ascend too: they are found by merging two sorted
+  lists, and blurring streams through memory.
+* The place of a pixel is split in multiples of the lattice's period, kept as integers, and a rest,
+  by `axis_table` in float64: the weights of a pixel depend on its place in the slide and its
+  colour, to the last bit, and not on the tile that it is seen in.
+
+A vertex has six coordinates of sum zero, all equal modulo six; the sixth is not stored. The five
+are packed into one int64 by mixed radix (`strides`).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit, prange
+
+DIMENSIONS = 5
+CORNERS = 6  # of a simplex, and axes to blur along
+BLOCK_PX = 64  # CORNERS * BLOCK_PX^2 slots at most, which uint16 can count
+TABLE = 1 << 15  # of a block's hash table; more than its slots
+CHUNK = 4096  # vertices, or float32 of an image row, worked on at a time
+SMOOTH_ROWS = 32  # rows of an image worked on at a time
+ALPHA = 1.0 / (1.0 + 2.0**-DIMENSIONS)  # undoes the gain of the blur; as the reference code
+
+
+# A bare number would make a sum of float32 one of float64.
+HALF, ONE, TWO, THREE, FOUR, FIVE, SIX = (np.float32(n) for n in (0.5, 1, 2, 3, 4, 5, 6))
+E3, E4, E5, E6 = (np.float32(1 / math.factorial(n)) for n in (3, 4, 5, 6))
+LOG2_E, LN2_HIGH, LN2_LOW = np.float32(1 / np.log(2)), np.float32(0.693359375), np.float32(-2.12194440e-4)
+LOWEST = np.float32(-87)
+
+
+@njit(parallel=True, cache=True)
+def embed(image, columns, rows, column_keys, row_keys, colours, strides, weights, slots, keys):
+    """Place every pixel in the lattice, each block with its own list of vertices.
+
+    Parameters
+    ----------
+    image
+        (H, W, 3) uint8.
+    columns, rows
+        (W,) and (H,) float32: rest of each place, elevated.
+    column_keys, row_keys
+        (W,) and (H,) int64: whole periods of each place, as a part of the key.
+    colours
+        (3, 256) float32: each grey level, elevated.
+    strides
+        (6,) int64: what one step of a coordinate adds to the key; the last is 0.
+    weights, slots
+        Written: (H*W, 6) float32 and uint16, in the order of `block_of`.
+    keys
+        Written: (H*W*6,) int64; block b's vertices from 6 times its first pixel on.
+
+    Returns
+    -------
+    (blocks,) int64: vertices of each block.
+    """
+    height, width = image.shape[:2]
+    across = (width + BLOCK_PX - 1) // BLOCK_PX
+    blocks = across * ((height + BLOCK_PX - 1) // BLOCK_PX)
+    counts = np.zeros(blocks, np.int64)
+    step = strides.sum()
+    for block in prange(blocks):
+        y0, y1, x0, x1, first = block_of(block, across, height, width)
+        table = np.full(TABLE, -1, np.int32)
+        elevated = np.empty(CORNERS, np.float32)
+        nearest = np.empty(CORNERS, np.float32)
+        rank = np.empty(CORNERS, np.int64)
+        by_rank = np.empty(CORNERS, np.int64)
+        barycentric = np.empty(CORNERS + 1, np.float32)
+        mine = keys[CORNERS * first :]
+        count, pixel = 0, first
+        for y in range(y0, y1):
+            v = rows[y]
+            for x in range(x0, x1):
+                u = columns[x]
+                r, g, b = (
+                    colours[0, image[y, x, 0]],
+                    colours[1, image[y, x, 1]],
+                    colours[2, image[y, x, 2]],
+                )
+                rest = r + g + b
+                elevated[0] = u + v + rest
+                elevated[1] = v + rest - u
+                elevated[2] = rest - TWO * v
+                elevated[3] = g + b - THREE * r
+                elevated[4] = b - FOUR * g
+                elevated[5] = -FIVE * b
+                total = 0
+                for i in range(CORNERS):
+                    whole = np.floor(elevated[i] * np.float32(1 / 6) + HALF)
+                    nearest[i] = whole * SIX
+                    elevated[i] -= nearest[i]
+                    rank[i] = 0
+                    total += int(whole)
+                for i in range(DIMENSIONS):
+                    for j in range(i + 1, CORNERS):
+                        if elevated[i] < elevated[j]:
+                            rank[i] += 1
+                        else:
+                            rank[j] += 1
+                key = column_keys[x] + row_keys[y]
+                for i in range(CORNERS):
+                    place = rank[i] + total
+                    # Back onto the plane of sum zero.
+                    if place < 0:
+                        place += 6
+                        nearest[i] += SIX
+                        elevated[i] -= SIX
+                    elif place > DIMENSIONS:
+                        place -= 6
+                        nearest[i] -= SIX
+                        elevated[i] += SIX
+                    by_rank[place] = i
+                    key += int(nearest[i]) * strides[i]
+                barycentric[:] = 0
+                for place in range(CORNERS):
+                    share = elevated[by_rank[place]] * np.float32(1 / 6)
+                    barycentric[DIMENSIONS - place] += share
+                    barycentric[CORNERS - place] -= share
+                barycentric[0] += np.float32(1) + barycentric[CORNERS]
+                for corner in range(CORNERS):
+                    at = ((key * 0x9E3779B1) >> 15) & (TABLE - 1)
+                    while table[at] >= 0 and mine[table[at]] != key:
+                        at = (at + 1) & (TABLE - 1)
+                    if table[at] < 0:
+                        table[at] = count
+                        mine[count] = key
+                        count += 1
+                    weights[pixel, corner] = barycentric[corner]
+                    slots[pixel, corner] = table[at]
+                    key += step - 6 * strides[by_rank[DIMENSIONS - corner]]
+                pixel += 1
+        counts[block] = count
+    return counts
+
+
+@njit(cache=True, inline="always")
+def block_of(block, across, height, width):
+    """Rows, columns and first pixel of a block, where pixels are counted block by block."""
+    y0, x0 = block // across * BLOCK_PX, block % across * BLOCK_PX
+    y1, x1 = min(y0 + BLOCK_PX, height), min(x0 + BLOCK_PX, width)
+    return y0, y1, x0, x1, y0 * width + x0 * (y1 - y0)
+
+
+@njit(parallel=True, cache=True)
+def gather_keys(keys, firsts, starts):
+    """Keys of all slots, block after block; ``firsts`` are the blocks' first pixels."""
+    found = np.empty(starts[-1], np.int64)
+    for block in prange(len(firsts)):
+        count = starts[block + 1] - starts[block]
+        at = CORNERS * firsts[block]
+        found[starts[block] : starts[block + 1]] = keys[at : at + count]
+    return found
+
+
+@njit(cache=True)
+def number_vertices(keys, order):
+    """Number the vertices by their key.
+
+    Returns
+    -------
+    Keys (V,) int64, ascending; vertex of each slot (S,) int32; and where each vertex's slots begin
+    in ``order`` (V + 1,) int32, which is put in ascending order within a vertex.
+    """
+    slots = len(keys)
+    vertices = np.empty(slots, np.int64)
+    vertex_of = np.empty(slots, np.int32)
+    starts = np.empty(slots + 1, np.int32)
+    count = 0
+    for place in range(slots):
+        key = keys[order[place]]
+        if count == 0 or vertices[count - 1] != key:
+            vertices[count] = key
+            starts[count] = place
+            count += 1
+        vertex_of[order[place]] = count - 1
+        # The sort may leave equal keys in any order; sums have to run in one.
+        at, slot = place, order[place]
+        while at > starts[count - 1] and order[at - 1] > slot:
+            order[at] = order[at - 1]
+            at -= 1
+        order[at] = slot
+    starts[count] = slots
+    return vertices[:count].copy(), vertex_of, starts[: count + 1].copy()
+
+
+@njit(parallel=True, cache=True)
+def find_neighbours(keys, steps):
+    """Vertices one step along each axis, backwards and forwards; V where there is none.
+
+    Returns
+    -------
+    (6, 2, V) int32; ``steps`` (6,) int64 are the axes' steps in the key.
+    """
+    count = len(keys)
+    found = np.full((CORNERS, 2, count), count, np.int32)
+    for axis in prange(CORNERS):
+        at = 0
+        for vertex in range(count):
+            wanted = keys[vertex] + steps[axis]
+            while at < count and keys[at] < wanted:
+                at += 1
+            if at < count and keys[at] == wanted:
+                found[axis, 1, vertex] = at
+                found[axis, 0, at] = vertex
+    return found
+
+
+@njit(parallel=True, cache=True)
+def collect(slot_values, order, starts, values):
+    """Add up each vertex's slots; the row after the last vertex, that of no neighbour, is 0."""
+    count, channels = len(starts) - 1, slot_values.shape[1]
+    values[count] = 0
+    for chunk in prange((count + CHUNK - 1) // CHUNK):
+        for vertex in range(chunk * CHUNK, min((chunk + 1) * CHUNK, count)):
+            for c in range(channels):
+                values[vertex, c] = 0
+            for place in range(starts[vertex], starts[vertex + 1]):
+                slot = order[place]
+                for c in range(channels):
+                    values[vertex, c] += slot_values[slot, c]
+
+
+@njit(parallel=True, cache=True)
+def blur(values, neighbours, out):
+    """Blur along one axis with (1/2, 1, 1/2); ``neighbours`` is (2, V)."""
+    count, channels = neighbours.shape[1], values.shape[1]
+    out[count] = 0
+    for chunk in prange((count + CHUNK - 1) // CHUNK):
+        for vertex in range(chunk * CHUNK, min((chunk + 1) * CHUNK, count)):
+            before, after = neighbours[0, vertex], neighbours[1, vertex]
+            for c in range(channels):
+                out[vertex, c] = values[vertex, c] + HALF * (
+                    values[before, c] + values[after, c]
+                )
+
+
+@njit(parallel=True, cache=True)
+def splat_ones(weights, slots, starts, shape):
+    """Splat an image of ones: (S, 1) float32, one value per slot."""
+    height, width = shape
+    across = (width + BLOCK_PX - 1) // BLOCK_PX
+    slot_values = np.zeros((starts[-1], 1), np.float32)
+    for block in prange(len(starts) - 1):
+        y0, y1, x0, x1, first = block_of(block, across, height, width)
+        local = slot_values[starts[block] : starts[block + 1]]
+        for pixel in range(first, first + (y1 - y0) * (x1 - x0)):
+            for corner in range(CORNERS):
+                local[slots[pixel, corner], 0] += weights[pixel, corner]
+    return slot_values
+
+
+@njit(parallel=True, cache=True)
+def slice_ones(values, vertex_of, weights, slots, starts, out):
+    """Slice one channel into ``out``, (H, W) float32."""
+    height, width = out.shape
+    across = (width + BLOCK_PX - 1) // BLOCK_PX
+    for block in prange(len(starts) - 1):
+        y0, y1, x0, x1, pixel = block_of(block, across, height, width)
+        local = vertex_of[starts[block] : starts[block + 1]]
+        for y in range(y0, y1):
+            for x in range(x0, x1):
+                total = np.float32(0)
+                for corner in range(CORNERS):
+                    total += weights[pixel, corner] * values[local[slots[pixel, corner]], 0]
+                out[y, x] = total
+                pixel += 1
+
+
+@njit(parallel=True, cache=True)
+def scale(weights, factors):
+    """Multiply the weights of each pixel by its factor, (H, W) float32."""
+    height, width = factors.shape
+    across = (width + BLOCK_PX - 1) // BLOCK_PX
+    for block in prange(across * ((height + BLOCK_PX - 1) // BLOCK_PX)):
+        y0, y1, x0, x1, pixel = block_of(block, across, height, width)
+        for y in range(y0, y1):
+            for x in range(x0, x1):
+                for corner in range(CORNERS):
+                    weights[pixel, corner] *= factors[y, x]
+                pixel += 1
+
+
+@njit(parallel=True, cache=True)
+def iterate(
+    filtered, energies, weights, slots, starts, vertex_of, values, smooth, w1, w2, q, slot_values
+):
+    """One mean-field update, and the splat of its result.
+
+    The classes' messages sum to the message of ones, which ``energies`` holds; so only the first
+    C = K - 1 classes are filtered.
+
+    Parameters
+    ----------
+    filtered
+        A tuple of C numbers: the compiler unrolls the loops over them.
+    energies
+        (K, H, W) float32: log probabilities, in the last class with the message of ones.
+    weights, slots, starts, vertex_of
+        The lattice, the weights normalised.
+    values
+        (V + 1, C) float32: the blurred vertices.
+    smooth
+        (C, H, W) float32: message of the smoothness kernel.
+    w1, w2
+        float32, the kernels' weights.
+    q
+        Written: (K, H, W) float32, probabilities.
+    slot_values
+        Written: (S, C) float32, their splat.
+    """
+    channels = len(filtered)
+    height, width = q.shape[1:]
+    across = (width + BLOCK_PX - 1) // BLOCK_PX
+    vertex_values = values.reshape(values.size)
+    splatted = slot_values.reshape(slot_values.size)
+    for block in prange(len(starts) - 1):
+        y0, y1, x0, x1, first = block_of(block, across, height, width)
+        vertices = vertex_of[starts[block] : starts[block + 1]]
+        local = np.empty(len(vertices) * channels, np.float32)
+        for slot in range(len(vertices)):
+            for c in range(channels):
+                local[slot * channels + c] = vertex_values[vertices[slot] * channels + c]
+        splat = splatted[starts[block] * channels : starts[block + 1] * channels]
+        splat[:] = 0
+        count = x1 - x0
+        rows = np.empty((channels + 1, BLOCK_PX), np.float32)
+        top = np.empty(BLOCK_PX, np.float32)
+        bits = np.empty(BLOCK_PX, np.int32)
+        for y in range(y0, y1):
+            pixel = first + (y - y0) * count
+            some_weights, some_slots = weights[pixel : pixel + count], slots[pixel : pixel + count]
+            for x in range(count):
+                for c in range(channels):
+                    message = np.float32(0)
+                    for corner in range(CORNERS):
+                        message += (
+                            some_weights[x, corner]
+                            * local[some_slots[x, corner] * channels + c]
+                        )
+                    rows[c, x] = message
+            last = rows[channels]
+            energy = energies[channels, y, x0:x1]
+            for x in range(count):
+                last[x] = energy[x]
+            for c in range(channels):
+                row, energy, smoothed = rows[c], energies[c, y, x0:x1], smooth[c, y, x0:x1]
+                for x in range(count):
+                    message = w1 * row[x] + w2 * smoothed[x]
+                    row[x] = energy[x] + message
+                    last[x] -= message
+            softmax(rows, count, top, bits)
+            for c in range(channels + 1):
+                row, target = rows[c], q[c, y, x0:x1]
+                for x in range(count):
+                    target[x] = row[x]
+            for x in range(count):
+                for corner in range(CORNERS):
+                    weight, slot = some_weights[x, corner], some_slots[x, corner]
+                    for c in range(channels):
+                        splat[slot * channels + c] += weight * rows[c, x]
+
+
+@njit(cache=True, inline="always")
+def softmax(rows, count, top, bits):
+    """Softmax over the first axis, in place, of the first ``count`` columns.
+
+    The exponential is 2^n e^r with |r| <= ln(2) / 2: e^r by its series to the sixth power (error
+    1e-7), 2^n by writing the exponent of a float32.
+
+    Parameters
+    ----------
+    rows
+        (K, BLOCK_PX) float32.
+    top, bits
+        Buffers (BLOCK_PX,) of float32 and int32.
+    """
+    powers = bits.view(np.float32)
+    top[:count] = rows[0, :count]
+    for c in range(1, len(rows)):
+        row = rows[c]
+        for x in range(count):
+            top[x] = max(top[x], row[x])
+    for c in range(len(rows)):
+        row = rows[c]
+        for x in range(count):
+            # Below exp(-87) float32 has no normal numbers.
+            value = max(row[x] - top[x], LOWEST)
+            n = np.floor(value * LOG2_E + HALF)
+            r = (value - n * LN2_HIGH) - n * LN2_LOW
+            bits[x] = (np.int32(n) + np.int32(127)) << np.int32(23)
+            row[x] = ONE + r * (
+                ONE + r * (HALF + r * (E3 + r * (E4 + r * (E5 + r * E6))))
+            )
+        for x in range(count):
+            row[x] *= powers[x]
+    top[:count] = 0
+    for c in range(len(rows)):
+        row = rows[c]
+        for x in range(count):
+            top[x] += row[x]
+    for c in range(len(rows)):
+        row = rows[c]
+        for x in range(count):
+            row[x] /= top[x]
+
+
+@njit(parallel=True, cache=True)
+def smooth(planes, taps, scale_y, scale_x, out):
+    """Separable symmetric filter of planes, with zeros outside.
+
+    Parameters
+    ----------
+    planes
+        (K, H, W) float32, the first C of which are filtered.
+    taps
+        (r + 1,) float32: the filter at 0 to r pixels.
+    scale_y, scale_x
+        (H,) and (W,) float32: what the image is multiplied by, before and after.
+    out
+        Written: (C, H, W) float32.
+    """
+    channels, height, width = out.shape
+    radius = len(taps) - 1
+    across = (width + CHUNK - 1) // CHUNK
+    down = (height + SMOOTH_ROWS - 1) // SMOOTH_ROWS
+    for task in prange(channels * down * across):
+        source, target = planes[task // (down * across)], out[task // (down * across)]
+        y0, x0 = task // across % down * SMOOTH_ROWS, task % across * CHUNK
+        x1 = min(x0 + CHUNK, width)
+        # With a margin for the second pass, as far as the image reaches.
+        left, right = max(x0 - radius, 0), min(x1 + radius, width)
+        column = np.zeros(x1 - x0 + 2 * radius, np.float32)
+        inside = column[left - x0 + radius : right - x0 + radius]
+        row = np.empty(x1 - x0, np.float32)
+        for y in range(y0, min(y0 + SMOOTH_ROWS, height)):
+            weight, here = taps[0] * scale_y[y], source[y, left:right]
+            for x in range(len(inside)):
+                inside[x] = weight * here[x]
+            for k in range(1, radius + 1):
+                high, low = max(y - k, 0), min(y + k, height - 1)
+                a = taps[k] * scale_y[high] if y >= k else np.float32(0)
+                b = taps[k] * scale_y[low] if y + k < height else np.float32(0)
+                above, below = source[high, left:right], source[low, left:right]
+                for x in range(len(inside)):
+                    inside[x] += a * above[x] + b * below[x]
+            scale = scale_x[left:right]
+            for x in range(len(inside)):
+                inside[x] *= scale[x]
+            weight, middle = taps[0], column[radius:]
+            for x in range(len(row)):
+                row[x] = weight * middle[x]
+            for k in range(1, radius + 1):
+                weight, before, after = taps[k], column[radius - k :], column[radius + k :]
+                for x in range(len(row)):
+                    row[x] += weight * (before[x] + after[x])
+            weight, scale, finished = scale_y[y], scale_x[x0:x1], target[y, x0:x1]
+            for x in range(len(row)):
+                finished[x] = weight * scale[x] * row[x]
