@@ -37,10 +37,11 @@ ALPHA = 1.0 / (1.0 + 2.0**-DIMENSIONS)  # undoes the gain of the blur; as the re
 
 
 # A bare number would make a sum of float32 one of float64.
-HALF, ONE, TWO, THREE, FOUR, FIVE, SIX = (np.float32(n) for n in (0.5, 1, 2, 3, 4, 5, 6))
+ZERO, HALF, ONE = np.float32(0), np.float32(0.5), np.float32(1)
+TWO, THREE, FOUR, FIVE, SIX = (np.float32(n) for n in (2, 3, 4, 5, 6))
 E3, E4, E5, E6 = (np.float32(1 / math.factorial(n)) for n in (3, 4, 5, 6))
 LOG2_E, LN2_HIGH, LN2_LOW = np.float32(1 / np.log(2)), np.float32(0.693359375), np.float32(-2.12194440e-4)
-LOWEST = np.float32(-87)
+LOWEST = np.float32(-40)  # e^-40 changes no float32 sum, and its products stay normal numbers
 
 
 @njit(parallel=True, cache=True)
@@ -222,31 +223,42 @@ def find_neighbours(keys, steps):
 
 @njit(parallel=True, cache=True)
 def collect(slot_values, order, starts, values):
-    """Add up each vertex's slots; the row after the last vertex, that of no neighbour, is 0."""
-    count, channels = len(starts) - 1, slot_values.shape[1]
-    values[count] = 0
+    """Add up each vertex's slots."""
+    count = len(starts) - 1
     for chunk in prange((count + CHUNK - 1) // CHUNK):
-        for vertex in range(chunk * CHUNK, min((chunk + 1) * CHUNK, count)):
+        collect_part(slot_values, order, starts, values, chunk * CHUNK,
+                     min((chunk + 1) * CHUNK, count))
+
+
+@njit(cache=True)
+def collect_part(slot_values, order, starts, values, start, stop):
+    """Add up the slots of vertices ``start`` to ``stop``."""
+    channels = slot_values.shape[1]
+    for vertex in range(start, stop):
+        for c in range(channels):
+            values[vertex, c] = 0
+        for place in range(starts[vertex], starts[vertex + 1]):
+            slot = order[place]
             for c in range(channels):
-                values[vertex, c] = 0
-            for place in range(starts[vertex], starts[vertex + 1]):
-                slot = order[place]
-                for c in range(channels):
-                    values[vertex, c] += slot_values[slot, c]
+                values[vertex, c] += slot_values[slot, c]
 
 
 @njit(parallel=True, cache=True)
 def blur(values, neighbours, out):
     """Blur along one axis with (1/2, 1, 1/2); ``neighbours`` is (2, V)."""
     count, channels = neighbours.shape[1], values.shape[1]
-    out[count] = 0
     for chunk in prange((count + CHUNK - 1) // CHUNK):
-        for vertex in range(chunk * CHUNK, min((chunk + 1) * CHUNK, count)):
-            before, after = neighbours[0, vertex], neighbours[1, vertex]
-            for c in range(channels):
-                out[vertex, c] = values[vertex, c] + HALF * (
-                    values[before, c] + values[after, c]
-                )
+        blur_part(values, neighbours, out, chunk * CHUNK, min((chunk + 1) * CHUNK, count))
+
+
+@njit(cache=True)
+def blur_part(values, neighbours, out, start, stop):
+    """Blur vertices ``start`` to ``stop``."""
+    for vertex in range(start, stop):
+        before, after = neighbours[0, vertex], neighbours[1, vertex]
+        for c in range(values.shape[1]):
+            sides = values[before, c] + values[after, c]
+            out[vertex, c] = values[vertex, c] + HALF * sides
 
 
 @njit(parallel=True, cache=True)
@@ -326,58 +338,87 @@ def iterate(
     channels = len(filtered)
     height, width = q.shape[1:]
     across = (width + BLOCK_PX - 1) // BLOCK_PX
-    vertex_values = values.reshape(values.size)
-    splatted = slot_values.reshape(slot_values.size)
+    flat, splatted = values.reshape(values.size), slot_values.reshape(slot_values.size)
     for block in prange(len(starts) - 1):
         y0, y1, x0, x1, first = block_of(block, across, height, width)
-        vertices = vertex_of[starts[block] : starts[block + 1]]
-        local = np.empty(len(vertices) * channels, np.float32)
-        for slot in range(len(vertices)):
-            for c in range(channels):
-                local[slot * channels + c] = vertex_values[vertices[slot] * channels + c]
+        mine, count = slice(starts[block], starts[block + 1]), (y1 - y0) * (x1 - x0)
         splat = splatted[starts[block] * channels : starts[block + 1] * channels]
-        splat[:] = 0
-        count = x1 - x0
-        rows = np.empty((channels + 1, BLOCK_PX), np.float32)
-        top = np.empty(BLOCK_PX, np.float32)
-        bits = np.empty(BLOCK_PX, np.int32)
-        for y in range(y0, y1):
-            pixel = first + (y - y0) * count
-            some_weights, some_slots = weights[pixel : pixel + count], slots[pixel : pixel + count]
-            for x in range(count):
-                for c in range(channels):
-                    message = np.float32(0)
-                    for corner in range(CORNERS):
-                        message += (
-                            some_weights[x, corner]
-                            * local[some_slots[x, corner] * channels + c]
-                        )
-                    rows[c, x] = message
-            last = rows[channels]
-            energy = energies[channels, y, x0:x1]
-            for x in range(count):
-                last[x] = energy[x]
+        iterate_block(
+            filtered,
+            energies[:, y0:y1, x0:x1],
+            weights[first : first + count],
+            slots[first : first + count],
+            vertex_of[mine],
+            flat,
+            smooth[:, y0:y1, x0:x1],
+            w1,
+            w2,
+            q[:, y0:y1, x0:x1],
+            splat,
+        )
+
+
+@njit(cache=True)
+def iterate_block(
+    filtered, energies, weights, slots, vertices, values, smooth, w1, w2, q, splat
+):
+    """Update one block; ``values`` and ``splat`` are flat, with C floats a vertex or slot."""
+    channels = len(filtered)
+    local = np.empty(len(vertices) * channels, np.float32)
+    for slot in range(len(vertices)):
+        for c in range(channels):
+            local[slot * channels + c] = values[vertices[slot] * channels + c]
+    for at in range(len(splat)):
+        splat[at] = 0
+    height, width = q.shape[1:]
+    rows = np.empty((channels + 1, width), np.float32)
+    top, bits = np.empty(width, np.float32), np.empty(width, np.int32)
+    for y in range(height):
+        some = slice(y * width, (y + 1) * width)
+        slice_row(filtered, weights[some], slots[some], local, rows)
+        last, energy = rows[channels], energies[channels, y]
+        for x in range(width):
+            last[x] = energy[x]
+        for c in range(channels):
+            row, energy, smoothed = rows[c], energies[c, y], smooth[c, y]
+            for x in range(width):
+                message = w1 * row[x] + w2 * smoothed[x]
+                row[x] = energy[x] + message
+                last[x] -= message
+        softmax(rows, top, bits)
+        for c in range(channels + 1):
+            row, target = rows[c], q[c, y]
+            for x in range(width):
+                target[x] = row[x]
+        splat_row(filtered, weights[some], slots[some], rows, splat)
+
+
+@njit(cache=True)
+def slice_row(filtered, weights, slots, local, rows):
+    """Slice the pixels of a row, (W, 6), into the first C of ``rows``, (K, W)."""
+    channels = len(filtered)
+    for x in range(len(weights)):
+        for c in range(channels):
+            message = ZERO
+            for corner in range(CORNERS):
+                message += weights[x, corner] * local[slots[x, corner] * channels + c]
+            rows[c, x] = message
+
+
+@njit(cache=True)
+def splat_row(filtered, weights, slots, rows, splat):
+    """Add the first C of ``rows``, (K, W), to the slots of their pixels."""
+    channels = len(filtered)
+    for x in range(len(weights)):
+        for corner in range(CORNERS):
+            weight, at = weights[x, corner], slots[x, corner] * channels
             for c in range(channels):
-                row, energy, smoothed = rows[c], energies[c, y, x0:x1], smooth[c, y, x0:x1]
-                for x in range(count):
-                    message = w1 * row[x] + w2 * smoothed[x]
-                    row[x] = energy[x] + message
-                    last[x] -= message
-            softmax(rows, count, top, bits)
-            for c in range(channels + 1):
-                row, target = rows[c], q[c, y, x0:x1]
-                for x in range(count):
-                    target[x] = row[x]
-            for x in range(count):
-                for corner in range(CORNERS):
-                    weight, slot = some_weights[x, corner], some_slots[x, corner]
-                    for c in range(channels):
-                        splat[slot * channels + c] += weight * rows[c, x]
+                splat[at + c] += weight * rows[c, x]
 
 
-@njit(cache=True, inline="always")
-def softmax(rows, count, top, bits):
-    """Softmax over the first axis, in place, of the first ``count`` columns.
+@njit(cache=True)
+def softmax(rows, top, bits):
+    """Softmax over the first axis, in place.
 
     The exponential is 2^n e^r with |r| <= ln(2) / 2: e^r by its series to the sixth power (error
     1e-7), 2^n by writing the exponent of a float32.
@@ -385,12 +426,13 @@ def softmax(rows, count, top, bits):
     Parameters
     ----------
     rows
-        (K, BLOCK_PX) float32.
+        (K, W) float32.
     top, bits
-        Buffers (BLOCK_PX,) of float32 and int32.
+        Buffers (W,) of float32 and int32.
     """
+    count = len(top)
     powers = bits.view(np.float32)
-    top[:count] = rows[0, :count]
+    top[:] = rows[0]
     for c in range(1, len(rows)):
         row = rows[c]
         for x in range(count):
@@ -398,7 +440,6 @@ def softmax(rows, count, top, bits):
     for c in range(len(rows)):
         row = rows[c]
         for x in range(count):
-            # Below exp(-87) float32 has no normal numbers.
             value = max(row[x] - top[x], LOWEST)
             n = np.floor(value * LOG2_E + HALF)
             r = (value - n * LN2_HIGH) - n * LN2_LOW
@@ -408,7 +449,7 @@ def softmax(rows, count, top, bits):
             )
         for x in range(count):
             row[x] *= powers[x]
-    top[:count] = 0
+    top[:] = 0
     for c in range(len(rows)):
         row = rows[c]
         for x in range(count):
@@ -435,39 +476,46 @@ def smooth(planes, taps, scale_y, scale_x, out):
         Written: (C, H, W) float32.
     """
     channels, height, width = out.shape
-    radius = len(taps) - 1
     across = (width + CHUNK - 1) // CHUNK
     down = (height + SMOOTH_ROWS - 1) // SMOOTH_ROWS
     for task in prange(channels * down * across):
-        source, target = planes[task // (down * across)], out[task // (down * across)]
-        y0, x0 = task // across % down * SMOOTH_ROWS, task % across * CHUNK
-        x1 = min(x0 + CHUNK, width)
-        # With a margin for the second pass, as far as the image reaches.
-        left, right = max(x0 - radius, 0), min(x1 + radius, width)
-        column = np.zeros(x1 - x0 + 2 * radius, np.float32)
-        inside = column[left - x0 + radius : right - x0 + radius]
-        row = np.empty(x1 - x0, np.float32)
-        for y in range(y0, min(y0 + SMOOTH_ROWS, height)):
-            weight, here = taps[0] * scale_y[y], source[y, left:right]
+        plane, part = task // (down * across), task % (down * across)
+        y0, x0 = part // across * SMOOTH_ROWS, part % across * CHUNK
+        y1, x1 = min(y0 + SMOOTH_ROWS, height), min(x0 + CHUNK, width)
+        smooth_part(planes[plane], taps, scale_y, scale_x, out[plane], y0, y1, x0, x1)
+
+
+@njit(cache=True)
+def smooth_part(source, taps, scale_y, scale_x, target, y0, y1, x0, x1):
+    """Filter rows y0 to y1, columns x0 to x1 of a plane: along y into a buffer, then along x."""
+    height, width = source.shape
+    radius = len(taps) - 1
+    # With a margin for the second pass, as far as the image reaches.
+    left, right = max(x0 - radius, 0), min(x1 + radius, width)
+    column = np.zeros(x1 - x0 + 2 * radius, np.float32)
+    inside = column[left - x0 + radius : right - x0 + radius]
+    row = np.empty(x1 - x0, np.float32)
+    for y in range(y0, y1):
+        weight, here = taps[0] * scale_y[y], source[y, left:right]
+        for x in range(len(inside)):
+            inside[x] = weight * here[x]
+        for k in range(1, radius + 1):
+            high, low = max(y - k, 0), min(y + k, height - 1)
+            a = taps[k] * scale_y[high] if y >= k else ZERO
+            b = taps[k] * scale_y[low] if y + k < height else ZERO
+            above, below = source[high, left:right], source[low, left:right]
             for x in range(len(inside)):
-                inside[x] = weight * here[x]
-            for k in range(1, radius + 1):
-                high, low = max(y - k, 0), min(y + k, height - 1)
-                a = taps[k] * scale_y[high] if y >= k else np.float32(0)
-                b = taps[k] * scale_y[low] if y + k < height else np.float32(0)
-                above, below = source[high, left:right], source[low, left:right]
-                for x in range(len(inside)):
-                    inside[x] += a * above[x] + b * below[x]
-            scale = scale_x[left:right]
-            for x in range(len(inside)):
-                inside[x] *= scale[x]
-            weight, middle = taps[0], column[radius:]
+                inside[x] += a * above[x] + b * below[x]
+        scales = scale_x[left:right]
+        for x in range(len(inside)):
+            inside[x] *= scales[x]
+        weight, middle = taps[0], column[radius:]
+        for x in range(len(row)):
+            row[x] = weight * middle[x]
+        for k in range(1, radius + 1):
+            weight, before, after = taps[k], column[radius - k :], column[radius + k :]
             for x in range(len(row)):
-                row[x] = weight * middle[x]
-            for k in range(1, radius + 1):
-                weight, before, after = taps[k], column[radius - k :], column[radius + k :]
-                for x in range(len(row)):
-                    row[x] += weight * (before[x] + after[x])
-            weight, scale, finished = scale_y[y], scale_x[x0:x1], target[y, x0:x1]
-            for x in range(len(row)):
-                finished[x] = weight * scale[x] * row[x]
+                row[x] += weight * (before[x] + after[x])
+        weight, scales, finished = scale_y[y], scale_x[x0:x1], target[y, x0:x1]
+        for x in range(len(row)):
+            finished[x] = weight * scales[x] * row[x]
