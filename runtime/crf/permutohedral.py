@@ -33,11 +33,13 @@ BLOCK_PX = 64  # CORNERS * BLOCK_PX^2 slots at most, which uint16 can count
 TABLE = 1 << 15  # of a block's hash table; more than its slots
 CHUNK = 4096  # vertices, or float32 of an image row, worked on at a time
 SMOOTH_ROWS = 32  # rows of an image worked on at a time
+HASH = 0x9E3779B1  # Knuth's multiplicative constant, 2^32 / golden ratio
 ALPHA = 1.0 / (1.0 + 2.0**-DIMENSIONS)  # undoes the gain of the blur; as the reference code
 
 
 # A bare number would make a sum of float32 one of float64.
 ZERO, HALF, ONE = np.float32(0), np.float32(0.5), np.float32(1)
+SIXTH = np.float32(1 / 6)
 TWO, THREE, FOUR, FIVE, SIX = (np.float32(n) for n in (2, 3, 4, 5, 6))
 E3, E4, E5, E6 = (np.float32(1 / math.factorial(n)) for n in (3, 4, 5, 6))
 LOG2_E, LN2_HIGH, LN2_LOW = np.float32(1 / np.log(2)), np.float32(0.693359375), np.float32(-2.12194440e-4)
@@ -72,81 +74,116 @@ def embed(image, columns, rows, column_keys, row_keys, colours, strides, weights
     height, width = image.shape[:2]
     across = (width + BLOCK_PX - 1) // BLOCK_PX
     blocks = across * ((height + BLOCK_PX - 1) // BLOCK_PX)
-    counts = np.zeros(blocks, np.int64)
-    step = strides.sum()
+    counts = np.empty(blocks, np.int64)
     for block in prange(blocks):
         y0, y1, x0, x1, first = block_of(block, across, height, width)
-        table = np.full(TABLE, -1, np.int32)
-        elevated = np.empty(CORNERS, np.float32)
-        nearest = np.empty(CORNERS, np.float32)
-        rank = np.empty(CORNERS, np.int64)
-        by_rank = np.empty(CORNERS, np.int64)
-        barycentric = np.empty(CORNERS + 1, np.float32)
-        mine = keys[CORNERS * first :]
-        count, pixel = 0, first
-        for y in range(y0, y1):
-            v = rows[y]
-            for x in range(x0, x1):
-                u = columns[x]
-                r, g, b = (
-                    colours[0, image[y, x, 0]],
-                    colours[1, image[y, x, 1]],
-                    colours[2, image[y, x, 2]],
-                )
-                rest = r + g + b
-                elevated[0] = u + v + rest
-                elevated[1] = v + rest - u
-                elevated[2] = rest - TWO * v
-                elevated[3] = g + b - THREE * r
-                elevated[4] = b - FOUR * g
-                elevated[5] = -FIVE * b
-                total = 0
-                for i in range(CORNERS):
-                    whole = np.floor(elevated[i] * np.float32(1 / 6) + HALF)
-                    nearest[i] = whole * SIX
-                    elevated[i] -= nearest[i]
-                    rank[i] = 0
-                    total += int(whole)
-                for i in range(DIMENSIONS):
-                    for j in range(i + 1, CORNERS):
-                        if elevated[i] < elevated[j]:
-                            rank[i] += 1
-                        else:
-                            rank[j] += 1
-                key = column_keys[x] + row_keys[y]
-                for i in range(CORNERS):
-                    place = rank[i] + total
-                    # Back onto the plane of sum zero.
-                    if place < 0:
-                        place += 6
-                        nearest[i] += SIX
-                        elevated[i] -= SIX
-                    elif place > DIMENSIONS:
-                        place -= 6
-                        nearest[i] -= SIX
-                        elevated[i] += SIX
-                    by_rank[place] = i
-                    key += int(nearest[i]) * strides[i]
-                barycentric[:] = 0
-                for place in range(CORNERS):
-                    share = elevated[by_rank[place]] * np.float32(1 / 6)
-                    barycentric[DIMENSIONS - place] += share
-                    barycentric[CORNERS - place] -= share
-                barycentric[0] += np.float32(1) + barycentric[CORNERS]
-                for corner in range(CORNERS):
-                    at = ((key * 0x9E3779B1) >> 15) & (TABLE - 1)
-                    while table[at] >= 0 and mine[table[at]] != key:
-                        at = (at + 1) & (TABLE - 1)
-                    if table[at] < 0:
-                        table[at] = count
-                        mine[count] = key
-                        count += 1
-                    weights[pixel, corner] = barycentric[corner]
-                    slots[pixel, corner] = table[at]
-                    key += step - 6 * strides[by_rank[DIMENSIONS - corner]]
-                pixel += 1
-        counts[block] = count
+        last = first + (y1 - y0) * (x1 - x0)
+        counts[block] = embed_block(
+            image[y0:y1, x0:x1],
+            columns[x0:x1],
+            rows[y0:y1],
+            column_keys[x0:x1],
+            row_keys[y0:y1],
+            colours,
+            strides,
+            weights[first:last],
+            slots[first:last],
+            keys[CORNERS * first : CORNERS * last],
+        )
     return counts
+
+
+@njit(cache=True)
+def embed_block(image, columns, rows, column_keys, row_keys, colours, strides, weights, slots, keys):
+    """Place the pixels of one block, and return how many vertices they have."""
+    table = np.full(TABLE, -1, np.int32)
+    elevated = np.empty(CORNERS, np.float32)
+    share = np.empty(CORNERS, np.float32)
+    rank, by_rank = np.empty(CORNERS, np.int64), np.empty(CORNERS, np.int64)
+    step = strides.sum()
+    count = pixel = 0
+    for y in range(len(rows)):
+        for x in range(len(columns)):
+            elevate(columns[x], rows[y], image[y, x], colours, elevated)
+            key = column_keys[x] + row_keys[y] + locate(elevated, strides, share, rank, by_rank)
+            for corner in range(CORNERS):
+                at = ((key * HASH) >> 15) & (TABLE - 1)
+                while table[at] >= 0 and keys[table[at]] != key:
+                    at = (at + 1) & (TABLE - 1)
+                if table[at] < 0:
+                    table[at] = count
+                    keys[count] = key
+                    count += 1
+                weights[pixel, corner] = share[corner]
+                slots[pixel, corner] = table[at]
+                # One more in every coordinate, and in the next by rank six less.
+                key += step - CORNERS * strides[by_rank[DIMENSIONS - corner]]
+            pixel += 1
+    return count
+
+
+@njit(cache=True)
+def elevate(u, v, colour, colours, elevated):
+    """Put a pixel into the plane of sum zero; ``u`` and ``v`` are its column's and row's rest."""
+    r, g, b = colours[0, colour[0]], colours[1, colour[1]], colours[2, colour[2]]
+    rest = r + g + b
+    elevated[0] = u + v + rest
+    elevated[1] = v + rest - u
+    elevated[2] = rest - TWO * v
+    elevated[3] = g + b - THREE * r
+    elevated[4] = b - FOUR * g
+    elevated[5] = -FIVE * b
+
+
+@njit(cache=True)
+def locate(elevated, strides, share, rank, by_rank):
+    """Find the simplex of a point of the plane; Adams et al. 2010, section 3.2.
+
+    Parameters
+    ----------
+    elevated
+        (6,) float32, the point; overwritten.
+    strides
+        (6,) int64, as `embed`.
+    share
+        Written: (6,) float32, barycentric coordinates of the corners.
+    rank, by_rank
+        Written: (6,) int64, place of each coordinate in descending order of the point's offset
+        from corner 0, and the coordinate at each place.
+
+    Returns
+    -------
+    Key of corner 0, whose coordinates are multiples of six.
+    """
+    key = excess = 0
+    for i in range(CORNERS):
+        whole = np.floor(elevated[i] * SIXTH + HALF)
+        elevated[i] -= whole * SIX
+        excess += int(whole)
+        key += CORNERS * int(whole) * strides[i]
+    for i in range(CORNERS):
+        rank[i] = excess
+    for i in range(DIMENSIONS):
+        for j in range(i + 1, CORNERS):
+            ahead = elevated[i] >= elevated[j]
+            rank[i] += not ahead
+            rank[j] += ahead
+    for i in range(CORNERS):
+        # Back onto the plane of sum zero.
+        if rank[i] < 0:
+            rank[i] += CORNERS
+            elevated[i] -= SIX
+            key += CORNERS * strides[i]
+        elif rank[i] > DIMENSIONS:
+            rank[i] -= CORNERS
+            elevated[i] += SIX
+            key -= CORNERS * strides[i]
+        by_rank[rank[i]] = i
+    share[0] = ONE + (elevated[by_rank[5]] - elevated[by_rank[0]]) * SIXTH
+    for corner in range(1, CORNERS):
+        before, after = by_rank[DIMENSIONS - corner], by_rank[CORNERS - corner]
+        share[corner] = (elevated[before] - elevated[after]) * SIXTH
+    return key
 
 
 @njit(cache=True, inline="always")
