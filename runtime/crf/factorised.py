@@ -37,7 +37,7 @@ SMALLEST_EIGENVALUE = 1e-6  # of k(c, c), relative: below it is rounding
 GRID_REACH = 5.5  # deviations; beyond, a Gaussian is less than float32's rounding of its height
 NODES = 64  # that a step of the blur works on
 FAR = 0.5  # 1 - |psi|^2 above which the landmarks miss most of a pixel
-MOST_FAR = 0.001  # share of pixels that may be far
+MOST_FAR = 0.01  # share of pixels that may be far
 
 
 def find_landmarks(
