@@ -75,6 +75,12 @@ def export_crf(
 class CrfNetwork(nn.Module):
     """The mean field of ``runtime/crf/factorised.py``, step by step, for square tiles."""
 
+    hats: Tensor
+    blur: Tensor
+    taps: Tensor
+    smooth_scale: Tensor
+    smooth_ones: Tensor
+
     def __init__(self, params: CrfParams, classes: int, tile_px: int) -> None:
         super().__init__()
         self.params, self.tile_px, self.filtered = params, tile_px, classes - 1
@@ -91,7 +97,9 @@ class CrfNetwork(nn.Module):
         }.items():  # fmt: skip
             self.register_buffer(name, torch.from_numpy(value.astype(np.float32)))
 
-    def forward(self, tiles: Tensor, scores: Tensor, landmarks: Tensor, whitening: Tensor) -> Tensor:
+    def forward(
+        self, tiles: Tensor, scores: Tensor, landmarks: Tensor, whitening: Tensor
+    ) -> Tensor:
         """Map tiles (N, H, W, C) and scores (N, K, H, W) to probabilities (N, K, H, W)."""
         energies = torch.log(scores.clamp(SMALLEST_PROBABILITY, 1.0))
         psi = self.embed(tiles, landmarks, whitening)
@@ -115,25 +123,25 @@ class CrfNetwork(nn.Module):
     def embed(self, tiles: Tensor, landmarks: Tensor, whitening: Tensor) -> Tensor:
         """Psi of each pixel, (N, H, W, L)."""
         pixels = tiles.flatten(1, 2).float()
-        squares = [
-            (pixels[:, :, None, channel] - landmarks[:, None, :, channel]).square()
-            for channel in range(tiles.shape[3])
-        ]
-        near = torch.exp(sum(squares) * (-0.5 / self.params.theta_beta**2))
-        return (near @ whitening).unflatten(1, (self.tile_px, self.tile_px))
+        squares = torch.zeros(1)
+        for channel in range(tiles.shape[3]):
+            difference = pixels[:, :, None, channel] - landmarks[:, None, :, channel]
+            squares = squares + difference.square()
+        near = torch.exp(squares * (-0.5 / self.params.theta_beta**2))
+        return _split(near @ whitening, 1, self.tile_px, self.tile_px)
 
     def to_cells(self, pixels: Tensor) -> Tensor:
         """Cut pixels (N, H, W, C) into cells of the grid: (N, cells^2, stride^2, C)."""
         missing = self.cells * self.stride - self.tile_px
         padded = F.pad(pixels, (0, 0, 0, missing, 0, missing))
-        cells = padded.unflatten(2, (self.cells, self.stride))
-        cells = cells.unflatten(1, (self.cells, self.stride))
+        cells = _split(padded, 2, self.cells, self.stride)
+        cells = _split(cells, 1, self.cells, self.stride)
         return cells.permute(0, 1, 3, 2, 4, 5).flatten(1, 2).flatten(2, 3)
 
     def to_planes(self, cells: Tensor) -> Tensor:
         """Undo `to_cells`, and put the channels first: (N, C, H, W)."""
-        pixels = cells.unflatten(2, (self.stride, self.stride))
-        pixels = pixels.unflatten(1, (self.cells, self.cells)).permute(0, 5, 1, 3, 2, 4)
+        pixels = _split(cells, 2, self.stride, self.stride)
+        pixels = _split(pixels, 1, self.cells, self.cells).permute(0, 5, 1, 3, 2, 4)
         return pixels.flatten(4, 5).flatten(2, 3)[:, :, : self.tile_px, : self.tile_px]
 
     def appearance(self, planes: Tensor, psi: Tensor, own: Tensor) -> Tensor:
@@ -141,16 +149,16 @@ class CrfNetwork(nn.Module):
         channels, landmarks, cells = planes.shape[1], psi.shape[3], self.cells
         values = self.to_cells(planes.permute(0, 2, 3, 1))
         shares = (values.unsqueeze(-1) * self.hats).flatten(3)
-        sums = (psi.transpose(2, 3) @ shares).unflatten(1, (cells, cells))
-        sums = sums.unflatten(4, (channels, 4))  # (N, rows, columns, L, C, corners)
+        sums = _split(psi.transpose(2, 3) @ shares, 1, cells, cells)
+        sums = _split(sums, 4, channels, 4)  # (N, rows, columns, L, C, corners)
         corners = [
             F.pad(sums[..., 2 * down + right].flatten(3), (0, 0, right, 1 - right, down, 1 - down))
             for down in range(2)
             for right in range(2)
         ]
         nodes = corners[0] + corners[1] + corners[2] + corners[3]
-        nodes = (self.blur @ nodes.flatten(2)).unflatten(2, (cells + 1, -1))
-        nodes = (self.blur @ nodes).unflatten(3, (landmarks, channels))
+        nodes = _split(self.blur @ nodes.flatten(2), 2, cells + 1, -1)
+        nodes = _split(self.blur @ nodes, 3, landmarks, channels)
         around = torch.stack(
             [
                 nodes[:, down : down + cells, right : right + cells]
@@ -160,7 +168,7 @@ class CrfNetwork(nn.Module):
             dim=-1,
         )
         found = psi @ around.flatten(1, 2).flatten(3)
-        found = (found.unflatten(3, (channels, 4)) * self.hats).sum(dim=-1)
+        found = (_split(found, 3, channels, 4) * self.hats).sum(dim=-1)
         return self.to_planes(found) + own * planes
 
     def smooth(self, planes: Tensor) -> Tensor:
@@ -172,3 +180,8 @@ class CrfNetwork(nn.Module):
         )
         planes = F.conv2d(planes, across, padding=(0, radius), groups=self.filtered)
         return planes * self.smooth_scale
+
+
+def _split(tensor: Tensor, dim: int, *sizes: int) -> Tensor:
+    """`Tensor.unflatten`, which has no types."""
+    return tensor.reshape(*tensor.shape[:dim], *sizes, *tensor.shape[dim + 1 :])

@@ -113,8 +113,25 @@ def dense_crf(
             "the CRF of this image runs on the lattice",
             100 * far, len(colours), 100 * factorised.MOST_FAR,
         )  # fmt: skip
-    from histostream.runtime.crf import lattice
+    return _on_the_lattice(image, energies, params, origin)
 
+
+def _on_the_lattice(
+    image: NDArray[np.uint8],
+    energies: NDArray[np.float32],
+    params: CrfParams,
+    origin: tuple[int, int],
+) -> NDArray[np.float32]:
+    try:
+        from histostream.runtime.crf import lattice
+    except ImportError as error:
+        if error.name is None or error.name.startswith("histostream"):
+            raise
+        raise ImportError(
+            f"the CRF's lattice needs {error.name}, which is not installed: "
+            "pip install 'histostream[crf]', or use the backend 'factorised'",
+            name=error.name,
+        ) from error
     if image.shape[2] == 1:
         # The lattice has three axes of colour; two that never change change no distance.
         image = np.concatenate([image, np.zeros((*image.shape[:2], 2), np.uint8)], axis=2)

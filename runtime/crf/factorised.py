@@ -62,8 +62,8 @@ def find_landmarks(
     pixels = image.reshape(-1, image.shape[-1])
     if len(pixels) > SAMPLE_PX:
         pixels = pixels[np.sort(rng.choice(len(pixels), SAMPLE_PX, replace=False))]
-    colours, weights = np.unique(pixels, axis=0, return_counts=True)
-    colours = colours.astype(np.float64)
+    distinct, weights = np.unique(pixels, axis=0, return_counts=True)
+    colours = distinct.astype(np.float64)
     if len(colours) <= count:
         return colours
     centres = _spread(colours, weights, count, rng)
@@ -134,9 +134,7 @@ def missed(psi: Floats) -> Floats:
     return np.asarray(np.maximum(1 - np.einsum("...l,...l->...", psi, psi), 0))
 
 
-def mean_field(
-    energies: Floats, params: CrfParams, origin: tuple[int, int], psi: Floats
-) -> Floats:
+def mean_field(energies: Floats, params: CrfParams, origin: tuple[int, int], psi: Floats) -> Floats:
     """Run mean field with the factorised appearance kernel.
 
     The classes' messages sum to that of ones, so only the first K - 1 are filtered.

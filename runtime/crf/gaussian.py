@@ -44,7 +44,7 @@ class Smoothness:
 
 def _along(values: NDArray[Any], taps: NDArray[Any]) -> NDArray[Any]:
     """Filter along the last axis, with zeros outside."""
-    out = taps[0] * values
+    out: NDArray[Any] = taps[0] * values
     for k in range(1, min(len(taps), values.shape[-1])):
         out[..., k:] += taps[k] * values[..., :-k]
         out[..., :-k] += taps[k] * values[..., k:]

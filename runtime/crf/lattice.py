@@ -1,4 +1,4 @@
-"""The CRF on the permutohedral lattice, on the CPU."""
+"""The CRF on the permutohedral lattice, on the CPU; importing this needs numba."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from histostream.runtime.crf import iteration, permutohedral
 from histostream.runtime.crf.gaussian import Smoothness
 from histostream.runtime.crf.params import CrfError, CrfParams
 
@@ -73,38 +74,15 @@ def mean_field(
 
     Raises
     ------
-    ImportError
-        If numba is not installed.
     CrfError
-        If the image is too large for the kernel's width.
+        If the image is too large for the kernels' widths.
     """
-    load()
     with _one_at_a_time:
         return _mean_field(image, energies, params, origin)
 
 
-def load() -> Any:
-    """Return the compiled loops.
-
-    Raises
-    ------
-    ImportError
-        If numba is not installed.
-    """
-    try:
-        from histostream.runtime.crf import permutohedral
-    except ImportError as error:
-        raise ImportError(
-            "the CRF's lattice needs numba, which is not installed: "
-            "pip install 'histostream[crf]', or use the backend 'factorised'",
-            name="numba",
-        ) from error
-    return permutohedral
-
-
 def build(image: NDArray[np.uint8], params: CrfParams, origin: tuple[int, int]) -> Lattice:
     """Place every pixel of an image (H, W, 3) in the lattice, with weights not yet normalised."""
-    loops = load()
     shape = height, width = image.shape[:2]
     rows, row_periods = axis_table(origin[0], height, params.theta_alpha, ELEVATION[1])
     columns, column_periods = axis_table(origin[1], width, params.theta_alpha, ELEVATION[0])
@@ -114,7 +92,7 @@ def build(image: NDArray[np.uint8], params: CrfParams, origin: tuple[int, int]) 
     weights = np.empty((height * width, PERIOD), np.float32)
     slots = np.empty(weights.shape, np.uint16)
     keys = np.empty(weights.size, np.int64)
-    counts = loops.embed(
+    counts = permutohedral.embed(
         np.ascontiguousarray(image),
         columns,
         rows,
@@ -128,17 +106,17 @@ def build(image: NDArray[np.uint8], params: CrfParams, origin: tuple[int, int]) 
     )
     firsts = np.array(
         [
-            y * width + x * (min(y + loops.BLOCK_PX, height) - y)
-            for y in range(0, height, loops.BLOCK_PX)
-            for x in range(0, width, loops.BLOCK_PX)
+            y * width + x * (min(y + permutohedral.BLOCK_PX, height) - y)
+            for y in range(0, height, permutohedral.BLOCK_PX)
+            for x in range(0, width, permutohedral.BLOCK_PX)
         ]
     )
     starts = np.concatenate([[0], np.cumsum(counts)])
-    keys = loops.gather_keys(keys, firsts, starts)
+    keys = permutohedral.gather_keys(keys, firsts, starts)
     order = np.argsort(keys)
-    vertices, vertex_of, vertex_starts = loops.number_vertices(keys, order)
+    vertices, vertex_of, vertex_starts = permutohedral.number_vertices(keys, order)
     # A step along an axis adds 1 to every coordinate, and takes 6 from its own.
-    neighbours = loops.find_neighbours(vertices, steps.sum() - PERIOD * steps)
+    neighbours = permutohedral.find_neighbours(vertices, steps.sum() - PERIOD * steps)
     return Lattice(
         shape, weights, slots, firsts, starts, vertex_of, order, vertex_starts, neighbours
     )
@@ -155,10 +133,8 @@ def axis_table(start: int, size: int, theta: float, scale: float) -> tuple[Float
     return (places - PERIOD * periods).astype(np.float32), (periods - periods[0]).astype(np.int64)
 
 
-def strides(
-    column_periods: int, row_periods: int, colour_reach: Floats
-) -> NDArray[np.int64]:
-    """What one step of each of the six coordinates adds to a key; the sixth is not stored.
+def strides(column_periods: int, row_periods: int, colour_reach: Floats) -> NDArray[np.int64]:
+    """Choose what one step of each of the six coordinates adds to a key; the sixth is not stored.
 
     Raises
     ------
@@ -194,18 +170,17 @@ def normalise(lattice: Lattice) -> Floats:
     (H, W).
     """
     root = 1 / np.sqrt(_filter_ones(lattice) + SMALLEST_SUM)
-    load().scale(lattice.weights, root)
+    permutohedral.scale(lattice.weights, root)
     return _filter_ones(lattice)
 
 
 def _filter_ones(lattice: Lattice) -> Floats:
-    loops = load()
     where = lattice.weights, lattice.slots, lattice.starts
     values, spare = _vertex_values(lattice, 1), _vertex_values(lattice, 1)
-    values = _blurred(lattice, loops.splat_ones(*where, lattice.shape), values, spare)
+    values = _blurred(lattice, permutohedral.splat_ones(*where, lattice.shape), values, spare)
     ones = np.empty(lattice.shape, np.float32)
-    loops.slice_ones(values, lattice.vertex_of, *where, ones)
-    return ones * np.float32(loops.ALPHA)
+    permutohedral.slice_ones(values, lattice.vertex_of, *where, ones)
+    return ones * np.float32(permutohedral.ALPHA)
 
 
 def _vertex_values(lattice: Lattice, channels: int) -> Floats:
@@ -215,10 +190,9 @@ def _vertex_values(lattice: Lattice, channels: int) -> Floats:
 
 def _blurred(lattice: Lattice, slot_values: Floats, values: Floats, spare: Floats) -> Floats:
     """Sum the slots of each vertex, and blur: (V + 1, C), one of the two buffers."""
-    loops = load()
-    loops.collect(slot_values, lattice.order, lattice.vertex_starts, values)
+    permutohedral.collect(slot_values, lattice.order, lattice.vertex_starts, values)
     for neighbours in lattice.neighbours:
-        loops.blur(values, neighbours, spare)
+        permutohedral.blur(values, neighbours, spare)
         values, spare = spare, values
     return values
 
@@ -226,7 +200,6 @@ def _blurred(lattice: Lattice, slot_values: Floats, values: Floats, spare: Float
 def _mean_field(
     image: NDArray[np.uint8], energies: Floats, params: CrfParams, origin: tuple[int, int]
 ) -> Floats:
-    loops = load()
     filtered = tuple(range(len(energies) - 1))
     lattice = build(image, params, origin)
     ones = normalise(lattice)
@@ -239,12 +212,12 @@ def _mean_field(
 
     # Without messages, an update is the softmax that mean field starts from.
     energies = energies.copy()
-    none, w1, w2 = (np.float32(w) for w in (0, params.w1 * loops.ALPHA, params.w2))
-    loops.iterate(filtered, energies, *where, values, smooth, none, none, q, slot_values)
+    none, w1, w2 = (np.float32(w) for w in (0, params.w1 * permutohedral.ALPHA, params.w2))
+    iteration.iterate(filtered, energies, *where, values, smooth, none, none, q, slot_values)
     energies[-1] += params.w1 * ones + params.w2 * smoothness.ones
     for _ in range(params.n_iter):
         if params.w2:
-            loops.smooth(q, smoothness.taps, smoothness.scale_y, smoothness.scale_x, smooth)
+            iteration.smooth(q, smoothness.taps, smoothness.scale_y, smoothness.scale_x, smooth)
         blurred = _blurred(lattice, slot_values, values, spare)
-        loops.iterate(filtered, energies, *where, blurred, smooth, w1, w2, q, slot_values)
+        iteration.iterate(filtered, energies, *where, blurred, smooth, w1, w2, q, slot_values)
     return q

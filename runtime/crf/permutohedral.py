@@ -1,4 +1,4 @@
-"""The permutohedral lattice of five dimensions, and the loops of mean field on it, in numba.
+"""The permutohedral lattice of five dimensions, in numba.
 
 Adams, Baek and Davis, "Fast High-Dimensional Filtering Using the Permutohedral Lattice" (2010), in
 the form of Kraehenbuehl and Koltun's code: pixels are splatted onto the corners of the simplex that
@@ -22,32 +22,43 @@ are packed into one int64 by mixed radix (`strides`).
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from numba import njit, prange
+from numpy.typing import NDArray
 
 DIMENSIONS = 5
 CORNERS = 6  # of a simplex, and axes to blur along
 BLOCK_PX = 64  # CORNERS * BLOCK_PX^2 slots at most, which uint16 can count
 TABLE = 1 << 15  # of a block's hash table; more than its slots
-CHUNK = 4096  # vertices, or float32 of an image row, worked on at a time
-SMOOTH_ROWS = 32  # rows of an image worked on at a time
+CHUNK = 4096  # vertices worked on at a time
 HASH = 0x9E3779B1  # Knuth's multiplicative constant, 2^32 / golden ratio
 ALPHA = 1.0 / (1.0 + 2.0**-DIMENSIONS)  # undoes the gain of the blur; as the reference code
 
 
 # A bare number would make a sum of float32 one of float64.
-ZERO, HALF, ONE = np.float32(0), np.float32(0.5), np.float32(1)
-SIXTH = np.float32(1 / 6)
-TWO, THREE, FOUR, FIVE, SIX = (np.float32(n) for n in (2, 3, 4, 5, 6))
-E3, E4, E5, E6 = (np.float32(1 / math.factorial(n)) for n in (3, 4, 5, 6))
-LOG2_E, LN2_HIGH, LN2_LOW = np.float32(1 / np.log(2)), np.float32(0.693359375), np.float32(-2.12194440e-4)
-LOWEST = np.float32(-40)  # e^-40 changes no float32 sum, and its products stay normal numbers
+ZERO, HALF, ONE, TWO, THREE = (np.float32(n) for n in (0, 0.5, 1, 2, 3))
+FOUR, FIVE, SIX, SIXTH = (np.float32(n) for n in (4, 5, 6, 1 / 6))
+
+Bytes = NDArray[np.uint8]
+Slots = NDArray[np.uint16]
+Ints = NDArray[np.int32]
+Longs = NDArray[np.int64]
+Floats = NDArray[np.float32]
 
 
 @njit(parallel=True, cache=True)
-def embed(image, columns, rows, column_keys, row_keys, colours, strides, weights, slots, keys):
+def embed(
+    image: Bytes,
+    columns: Floats,
+    rows: Floats,
+    column_keys: Longs,
+    row_keys: Longs,
+    colours: Floats,
+    strides: Longs,
+    weights: Floats,
+    slots: Slots,
+    keys: Longs,
+) -> Longs:
     """Place every pixel in the lattice, each block with its own list of vertices.
 
     Parameters
@@ -94,7 +105,18 @@ def embed(image, columns, rows, column_keys, row_keys, colours, strides, weights
 
 
 @njit(cache=True)
-def embed_block(image, columns, rows, column_keys, row_keys, colours, strides, weights, slots, keys):
+def embed_block(
+    image: Bytes,
+    columns: Floats,
+    rows: Floats,
+    column_keys: Longs,
+    row_keys: Longs,
+    colours: Floats,
+    strides: Longs,
+    weights: Floats,
+    slots: Slots,
+    keys: Longs,
+) -> int:
     """Place the pixels of one block, and return how many vertices they have."""
     table = np.full(TABLE, -1, np.int32)
     elevated = np.empty(CORNERS, np.float32)
@@ -123,7 +145,7 @@ def embed_block(image, columns, rows, column_keys, row_keys, colours, strides, w
 
 
 @njit(cache=True)
-def elevate(u, v, colour, colours, elevated):
+def elevate(u: np.float32, v: np.float32, colour: Bytes, colours: Floats, elevated: Floats) -> None:
     """Put a pixel into the plane of sum zero; ``u`` and ``v`` are its column's and row's rest."""
     r, g, b = colours[0, colour[0]], colours[1, colour[1]], colours[2, colour[2]]
     rest = r + g + b
@@ -136,7 +158,7 @@ def elevate(u, v, colour, colours, elevated):
 
 
 @njit(cache=True)
-def locate(elevated, strides, share, rank, by_rank):
+def locate(elevated: Floats, strides: Longs, share: Floats, rank: Longs, by_rank: Longs) -> int:
     """Find the simplex of a point of the plane; Adams et al. 2010, section 3.2.
 
     Parameters
@@ -187,7 +209,7 @@ def locate(elevated, strides, share, rank, by_rank):
 
 
 @njit(cache=True, inline="always")
-def block_of(block, across, height, width):
+def block_of(block: int, across: int, height: int, width: int) -> tuple[int, int, int, int, int]:
     """Rows, columns and first pixel of a block, where pixels are counted block by block."""
     y0, x0 = block // across * BLOCK_PX, block % across * BLOCK_PX
     y1, x1 = min(y0 + BLOCK_PX, height), min(x0 + BLOCK_PX, width)
@@ -195,7 +217,7 @@ def block_of(block, across, height, width):
 
 
 @njit(parallel=True, cache=True)
-def gather_keys(keys, firsts, starts):
+def gather_keys(keys: Longs, firsts: Longs, starts: Longs) -> Longs:
     """Keys of all slots, block after block; ``firsts`` are the blocks' first pixels."""
     found = np.empty(starts[-1], np.int64)
     for block in prange(len(firsts)):
@@ -206,8 +228,8 @@ def gather_keys(keys, firsts, starts):
 
 
 @njit(cache=True)
-def number_vertices(keys, order):
-    """Number the vertices by their key.
+def number_vertices(keys: Longs, order: Longs) -> tuple[Longs, Ints, Ints]:
+    """Give the vertices numbers, in the order of their keys.
 
     Returns
     -------
@@ -237,7 +259,7 @@ def number_vertices(keys, order):
 
 
 @njit(parallel=True, cache=True)
-def find_neighbours(keys, steps):
+def find_neighbours(keys: Longs, steps: Longs) -> Ints:
     """Vertices one step along each axis, backwards and forwards; V where there is none.
 
     Returns
@@ -259,16 +281,19 @@ def find_neighbours(keys, steps):
 
 
 @njit(parallel=True, cache=True)
-def collect(slot_values, order, starts, values):
+def collect(slot_values: Floats, order: Longs, starts: Ints, values: Floats) -> None:
     """Add up each vertex's slots."""
     count = len(starts) - 1
     for chunk in prange((count + CHUNK - 1) // CHUNK):
-        collect_part(slot_values, order, starts, values, chunk * CHUNK,
-                     min((chunk + 1) * CHUNK, count))
+        collect_part(
+            slot_values, order, starts, values, chunk * CHUNK, min((chunk + 1) * CHUNK, count)
+        )
 
 
 @njit(cache=True)
-def collect_part(slot_values, order, starts, values, start, stop):
+def collect_part(
+    slot_values: Floats, order: Longs, starts: Ints, values: Floats, start: int, stop: int
+) -> None:
     """Add up the slots of vertices ``start`` to ``stop``."""
     channels = slot_values.shape[1]
     for vertex in range(start, stop):
@@ -281,15 +306,15 @@ def collect_part(slot_values, order, starts, values, start, stop):
 
 
 @njit(parallel=True, cache=True)
-def blur(values, neighbours, out):
+def blur(values: Floats, neighbours: Ints, out: Floats) -> None:
     """Blur along one axis with (1/2, 1, 1/2); ``neighbours`` is (2, V)."""
-    count, channels = neighbours.shape[1], values.shape[1]
+    count = neighbours.shape[1]
     for chunk in prange((count + CHUNK - 1) // CHUNK):
         blur_part(values, neighbours, out, chunk * CHUNK, min((chunk + 1) * CHUNK, count))
 
 
 @njit(cache=True)
-def blur_part(values, neighbours, out, start, stop):
+def blur_part(values: Floats, neighbours: Ints, out: Floats, start: int, stop: int) -> None:
     """Blur vertices ``start`` to ``stop``."""
     for vertex in range(start, stop):
         before, after = neighbours[0, vertex], neighbours[1, vertex]
@@ -299,7 +324,7 @@ def blur_part(values, neighbours, out, start, stop):
 
 
 @njit(parallel=True, cache=True)
-def splat_ones(weights, slots, starts, shape):
+def splat_ones(weights: Floats, slots: Slots, starts: Longs, shape: tuple[int, int]) -> Floats:
     """Splat an image of ones: (S, 1) float32, one value per slot."""
     height, width = shape
     across = (width + BLOCK_PX - 1) // BLOCK_PX
@@ -314,7 +339,9 @@ def splat_ones(weights, slots, starts, shape):
 
 
 @njit(parallel=True, cache=True)
-def slice_ones(values, vertex_of, weights, slots, starts, out):
+def slice_ones(
+    values: Floats, vertex_of: Ints, weights: Floats, slots: Slots, starts: Longs, out: Floats
+) -> None:
     """Slice one channel into ``out``, (H, W) float32."""
     height, width = out.shape
     across = (width + BLOCK_PX - 1) // BLOCK_PX
@@ -331,7 +358,7 @@ def slice_ones(values, vertex_of, weights, slots, starts, out):
 
 
 @njit(parallel=True, cache=True)
-def scale(weights, factors):
+def scale(weights: Floats, factors: Floats) -> None:
     """Multiply the weights of each pixel by its factor, (H, W) float32."""
     height, width = factors.shape
     across = (width + BLOCK_PX - 1) // BLOCK_PX
@@ -342,217 +369,3 @@ def scale(weights, factors):
                 for corner in range(CORNERS):
                     weights[pixel, corner] *= factors[y, x]
                 pixel += 1
-
-
-@njit(parallel=True, cache=True)
-def iterate(
-    filtered, energies, weights, slots, starts, vertex_of, values, smooth, w1, w2, q, slot_values
-):
-    """One mean-field update, and the splat of its result.
-
-    The classes' messages sum to the message of ones, which ``energies`` holds; so only the first
-    C = K - 1 classes are filtered.
-
-    Parameters
-    ----------
-    filtered
-        A tuple of C numbers: the compiler unrolls the loops over them.
-    energies
-        (K, H, W) float32: log probabilities, in the last class with the message of ones.
-    weights, slots, starts, vertex_of
-        The lattice, the weights normalised.
-    values
-        (V + 1, C) float32: the blurred vertices.
-    smooth
-        (C, H, W) float32: message of the smoothness kernel.
-    w1, w2
-        float32, the kernels' weights.
-    q
-        Written: (K, H, W) float32, probabilities.
-    slot_values
-        Written: (S, C) float32, their splat.
-    """
-    channels = len(filtered)
-    height, width = q.shape[1:]
-    across = (width + BLOCK_PX - 1) // BLOCK_PX
-    flat, splatted = values.reshape(values.size), slot_values.reshape(slot_values.size)
-    for block in prange(len(starts) - 1):
-        y0, y1, x0, x1, first = block_of(block, across, height, width)
-        mine, count = slice(starts[block], starts[block + 1]), (y1 - y0) * (x1 - x0)
-        splat = splatted[starts[block] * channels : starts[block + 1] * channels]
-        iterate_block(
-            filtered,
-            energies[:, y0:y1, x0:x1],
-            weights[first : first + count],
-            slots[first : first + count],
-            vertex_of[mine],
-            flat,
-            smooth[:, y0:y1, x0:x1],
-            w1,
-            w2,
-            q[:, y0:y1, x0:x1],
-            splat,
-        )
-
-
-@njit(cache=True)
-def iterate_block(
-    filtered, energies, weights, slots, vertices, values, smooth, w1, w2, q, splat
-):
-    """Update one block; ``values`` and ``splat`` are flat, with C floats a vertex or slot."""
-    channels = len(filtered)
-    local = np.empty(len(vertices) * channels, np.float32)
-    for slot in range(len(vertices)):
-        for c in range(channels):
-            local[slot * channels + c] = values[vertices[slot] * channels + c]
-    for at in range(len(splat)):
-        splat[at] = 0
-    height, width = q.shape[1:]
-    rows = np.empty((channels + 1, width), np.float32)
-    top, bits = np.empty(width, np.float32), np.empty(width, np.int32)
-    for y in range(height):
-        some = slice(y * width, (y + 1) * width)
-        slice_row(filtered, weights[some], slots[some], local, rows)
-        last, energy = rows[channels], energies[channels, y]
-        for x in range(width):
-            last[x] = energy[x]
-        for c in range(channels):
-            row, energy, smoothed = rows[c], energies[c, y], smooth[c, y]
-            for x in range(width):
-                message = w1 * row[x] + w2 * smoothed[x]
-                row[x] = energy[x] + message
-                last[x] -= message
-        softmax(rows, top, bits)
-        for c in range(channels + 1):
-            row, target = rows[c], q[c, y]
-            for x in range(width):
-                target[x] = row[x]
-        splat_row(filtered, weights[some], slots[some], rows, splat)
-
-
-@njit(cache=True)
-def slice_row(filtered, weights, slots, local, rows):
-    """Slice the pixels of a row, (W, 6), into the first C of ``rows``, (K, W)."""
-    channels = len(filtered)
-    for x in range(len(weights)):
-        for c in range(channels):
-            message = ZERO
-            for corner in range(CORNERS):
-                message += weights[x, corner] * local[slots[x, corner] * channels + c]
-            rows[c, x] = message
-
-
-@njit(cache=True)
-def splat_row(filtered, weights, slots, rows, splat):
-    """Add the first C of ``rows``, (K, W), to the slots of their pixels."""
-    channels = len(filtered)
-    for x in range(len(weights)):
-        for corner in range(CORNERS):
-            weight, at = weights[x, corner], slots[x, corner] * channels
-            for c in range(channels):
-                splat[at + c] += weight * rows[c, x]
-
-
-@njit(cache=True)
-def softmax(rows, top, bits):
-    """Softmax over the first axis, in place.
-
-    The exponential is 2^n e^r with |r| <= ln(2) / 2: e^r by its series to the sixth power (error
-    1e-7), 2^n by writing the exponent of a float32.
-
-    Parameters
-    ----------
-    rows
-        (K, W) float32.
-    top, bits
-        Buffers (W,) of float32 and int32.
-    """
-    count = len(top)
-    powers = bits.view(np.float32)
-    top[:] = rows[0]
-    for c in range(1, len(rows)):
-        row = rows[c]
-        for x in range(count):
-            top[x] = max(top[x], row[x])
-    for c in range(len(rows)):
-        row = rows[c]
-        for x in range(count):
-            value = max(row[x] - top[x], LOWEST)
-            n = np.floor(value * LOG2_E + HALF)
-            r = (value - n * LN2_HIGH) - n * LN2_LOW
-            bits[x] = (np.int32(n) + np.int32(127)) << np.int32(23)
-            row[x] = ONE + r * (
-                ONE + r * (HALF + r * (E3 + r * (E4 + r * (E5 + r * E6))))
-            )
-        for x in range(count):
-            row[x] *= powers[x]
-    top[:] = 0
-    for c in range(len(rows)):
-        row = rows[c]
-        for x in range(count):
-            top[x] += row[x]
-    for c in range(len(rows)):
-        row = rows[c]
-        for x in range(count):
-            row[x] /= top[x]
-
-
-@njit(parallel=True, cache=True)
-def smooth(planes, taps, scale_y, scale_x, out):
-    """Separable symmetric filter of planes, with zeros outside.
-
-    Parameters
-    ----------
-    planes
-        (K, H, W) float32, the first C of which are filtered.
-    taps
-        (r + 1,) float32: the filter at 0 to r pixels.
-    scale_y, scale_x
-        (H,) and (W,) float32: what the image is multiplied by, before and after.
-    out
-        Written: (C, H, W) float32.
-    """
-    channels, height, width = out.shape
-    across = (width + CHUNK - 1) // CHUNK
-    down = (height + SMOOTH_ROWS - 1) // SMOOTH_ROWS
-    for task in prange(channels * down * across):
-        plane, part = task // (down * across), task % (down * across)
-        y0, x0 = part // across * SMOOTH_ROWS, part % across * CHUNK
-        y1, x1 = min(y0 + SMOOTH_ROWS, height), min(x0 + CHUNK, width)
-        smooth_part(planes[plane], taps, scale_y, scale_x, out[plane], y0, y1, x0, x1)
-
-
-@njit(cache=True)
-def smooth_part(source, taps, scale_y, scale_x, target, y0, y1, x0, x1):
-    """Filter rows y0 to y1, columns x0 to x1 of a plane: along y into a buffer, then along x."""
-    height, width = source.shape
-    radius = len(taps) - 1
-    # With a margin for the second pass, as far as the image reaches.
-    left, right = max(x0 - radius, 0), min(x1 + radius, width)
-    column = np.zeros(x1 - x0 + 2 * radius, np.float32)
-    inside = column[left - x0 + radius : right - x0 + radius]
-    row = np.empty(x1 - x0, np.float32)
-    for y in range(y0, y1):
-        weight, here = taps[0] * scale_y[y], source[y, left:right]
-        for x in range(len(inside)):
-            inside[x] = weight * here[x]
-        for k in range(1, radius + 1):
-            high, low = max(y - k, 0), min(y + k, height - 1)
-            a = taps[k] * scale_y[high] if y >= k else ZERO
-            b = taps[k] * scale_y[low] if y + k < height else ZERO
-            above, below = source[high, left:right], source[low, left:right]
-            for x in range(len(inside)):
-                inside[x] += a * above[x] + b * below[x]
-        scales = scale_x[left:right]
-        for x in range(len(inside)):
-            inside[x] *= scales[x]
-        weight, middle = taps[0], column[radius:]
-        for x in range(len(row)):
-            row[x] = weight * middle[x]
-        for k in range(1, radius + 1):
-            weight, before, after = taps[k], column[radius - k :], column[radius + k :]
-            for x in range(len(row)):
-                row[x] += weight * (before[x] + after[x])
-        weight, scales, finished = scale_y[y], scale_x[x0:x1], target[y, x0:x1]
-        for x in range(len(row)):
-            finished[x] = weight * scales[x] * row[x]
