@@ -103,15 +103,16 @@ def dense_crf(
     if backend == "factorised":
         from histostream.runtime.crf import factorised
 
-        colours = factorised.find_landmarks(image) if landmarks is None else landmarks
-        psi = factorised.embed(image, colours, params.theta_beta)
+        if landmarks is None:
+            landmarks = factorised.find_landmarks(image, params.theta_beta)
+        psi = factorised.embed(image, landmarks, params.theta_beta)
         far = float((factorised.missed(psi) > factorised.FAR).mean())
         if far <= factorised.MOST_FAR:
             return factorised.mean_field(energies, params, origin, psi)
         log.warning(
             "%.2f %% of the pixels have a colour far from all %d landmarks (at most %.2f %% may): "
             "the CRF of this image runs on the lattice",
-            100 * far, len(colours), 100 * factorised.MOST_FAR,
+            100 * far, len(landmarks), 100 * factorised.MOST_FAR,
         )  # fmt: skip
     return _on_the_lattice(image, energies, params, origin)
 

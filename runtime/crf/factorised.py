@@ -41,14 +41,20 @@ MOST_FAR = 0.01  # share of pixels that may be far
 
 
 def find_landmarks(
-    image: NDArray[np.uint8], count: int = LANDMARKS, *, seed: int = 0
+    image: NDArray[np.uint8], theta_beta: float, count: int = LANDMARKS, *, seed: int = 0
 ) -> NDArray[np.float64]:
-    """Find colours that stand for those of an image, by k-means on a sample of its pixels.
+    """Find colours that stand for those of an image, from a sample of its pixels.
+
+    The first half by k-means, which serves the many pixels; the rest one by one, each the colour
+    that those before miss most, which serves the rare ones. (Against all pairs on synthetic tissue,
+    64 colours: worst error of a probability 0.65 with k-means alone, 0.14 so; mean error alike.)
 
     Parameters
     ----------
     image
         (..., C) uint8: an image, or pixels of a whole slide.
+    theta_beta
+        Width of the kernel of colours, grey levels.
     count
         How many; fewer come back where the image has fewer colours.
     seed
@@ -66,6 +72,14 @@ def find_landmarks(
     colours = distinct.astype(np.float64)
     if len(colours) <= count:
         return colours
+    centres = _cluster(colours, weights, (count + 1) // 2, rng)
+    return _complete(centres, colours, weights, theta_beta, count)
+
+
+def _cluster(
+    colours: NDArray[np.float64], weights: NDArray[np.int64], count: int, rng: np.random.Generator
+) -> NDArray[np.float64]:
+    """Weighted k-means."""
     centres = _spread(colours, weights, count, rng)
     for _ in range(ROUNDS):
         nearest = _squares(colours, centres).argmin(axis=1)
@@ -74,6 +88,29 @@ def find_landmarks(
             sums = np.bincount(nearest, weights * colours[:, channel], count)
             np.divide(sums, sizes, out=centres[:, channel], where=sizes > 0)
     return centres
+
+
+def _complete(
+    centres: NDArray[np.float64],
+    colours: NDArray[np.float64],
+    weights: NDArray[np.int64],
+    theta_beta: float,
+    count: int,
+) -> NDArray[np.float64]:
+    """Add the colours that the landmarks miss most: the pivots of a Cholesky factorisation."""
+    points = np.concatenate([centres, colours])
+    importance = np.sqrt(np.concatenate([np.zeros(len(centres)), weights]))
+    factor, residual = np.zeros((len(points), count)), np.ones(len(points))
+    chosen: list[int] = []
+    for k in range(count):
+        chosen.append(k if k < len(centres) else int((residual * importance).argmax()))
+        pivot = chosen[-1]
+        column = np.exp(-0.5 * _squares(points, points[pivot, None])[:, 0] / theta_beta**2)
+        column -= factor[:, :k] @ factor[pivot, :k]
+        if residual[pivot] > SMALLEST_EIGENVALUE:
+            factor[:, k] = column / np.sqrt(residual[pivot])
+            residual = np.maximum(residual - factor[:, k] ** 2, 0)
+    return points[chosen]
 
 
 def _spread(

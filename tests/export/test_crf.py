@@ -25,7 +25,7 @@ def test_the_graph_computes_what_numpy_does(graph: onnx.ModelProto) -> None:
     tiles = np.stack([slide.region(x, y, TILE_PX, TILE_PX)[0] for x, y in places])
     scores = rng.dirichlet(np.ones(CLASSES), (len(tiles), TILE_PX, TILE_PX))
     scores = np.ascontiguousarray(np.moveaxis(scores, -1, 1), np.float32)
-    landmarks = factorised.find_landmarks(tiles, LANDMARKS)
+    landmarks = factorised.find_landmarks(tiles, PARAMS.theta_beta, LANDMARKS)
     feeds = {
         "tiles": tiles,
         "scores": scores,
