@@ -178,6 +178,15 @@ def test_probabilities_sum_to_one(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["exact", *FAST])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 130), (129, 1), (64, 65)])
+def test_any_size_of_image_will_do(backend: str, shape: tuple[int, int]) -> None:
+    image, scores = tissue(*shape, 2)
+    params = CrfParams(w1=2, theta_alpha=20, theta_beta=40, theta_gamma=40)
+    found = dense_crf(image, scores, params, backend=backend)
+    np.testing.assert_allclose(found, dense_crf(image, scores, params, backend="exact"), atol=0.15)
+
+
+@pytest.mark.parametrize("backend", ["exact", *FAST])
 def test_classes_may_come_in_any_order(backend: str) -> None:
     image, scores = tissue(24, 31, 3)
     params, order = CrfParams(w1=8, theta_alpha=15), [2, 0, 1]
@@ -270,7 +279,10 @@ def tiles_agreement(backend: str, *, local: bool) -> tuple[float, float]:
     params = CrfParams(w1=8, theta_alpha=10)
     top, left, side, tile = 1013, 3007, 320, 107  # no multiples of anything
     image, scores = tissue(side, side, 2, x=left, y=top)
-    options = {"backend": backend, "landmarks": factorised.find_landmarks(image, 10, 96)}
+    options: dict[str, Any] = {
+        "backend": backend,
+        "landmarks": factorised.find_landmarks(image, 10, 96),
+    }
     whole = dense_crf(image, scores, params, origin=(top, left), **options)
     joined = np.empty_like(whole)
     for y in range(0, side, tile):
