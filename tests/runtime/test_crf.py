@@ -307,6 +307,19 @@ def test_tiles_with_a_halo_are_the_whole_image(backend: str) -> None:
     assert worst < 0.1
 
 
+def test_the_coarse_grid_is_fixed_to_the_slide() -> None:
+    image, scores = tissue(150, 150, 2)
+    params = CrfParams(w1=8, theta_alpha=9, n_iter=1)  # nodes every 3 px
+    psi = factorised.embed(image, factorised.find_landmarks(image, 10), 10)
+    whole = factorised.mean_field(energies(scores), params, (0, 0), psi)[:, 70:80, 70:80]
+    part = np.s_[7:143, 8:142]  # 7 widths around the 10 x 10 px
+    planes, inner = energies(scores[:, *part]), np.s_[:, 63:73, 62:72]
+    found = factorised.mean_field(planes, params, (7, 8), psi[part])[inner]
+    np.testing.assert_allclose(found, whole, atol=1e-5)
+    local = factorised.mean_field(planes, params, (0, 0), psi[part])[inner]
+    assert np.abs(local - whole).max() > 1e-4
+
+
 def test_lattice_tiles_that_do_not_say_where_they_lie_are_not() -> None:
     agree, worst = tiles_agreement("lattice", local=True)
     assert agree < 0.9999
@@ -372,6 +385,16 @@ def test_an_image_of_few_colours_has_them_as_landmarks() -> None:
     image = np.zeros((9, 9, 3), np.uint8)
     image[:4] = (200, 10, 90)
     np.testing.assert_array_equal(factorised.find_landmarks(image, 10), [[0, 0, 0], [200, 10, 90]])
+
+
+def test_a_pixel_unlike_all_landmarks_keeps_its_own_term() -> None:
+    image, scores = np.full((20, 20, 3), 200, np.uint8), tissue(20, 20, 2)[1]
+    image[9, 9] = (10, 80, 20)
+    params, landmarks = CrfParams(w1=3, w2=0), np.full((1, 3), 200.0)
+    wanted = dense_crf(image, scores, params, backend="exact")[:, 9, 9]
+    found = dense_crf(image, scores, params, backend="factorised", landmarks=landmarks)[:, 9, 9]
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+    assert np.abs(found - scores[:, 9, 9]).max() > 0.05
 
 
 def test_ink_that_no_landmark_has_sends_the_image_to_the_lattice(
