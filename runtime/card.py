@@ -65,6 +65,9 @@ class ModelCard:
         Training record: recipe, data checksum, scores on held-out images, versions.
     note
         What the model is for, and where it fails.
+    crf
+        Parameters of the dense CRF that ``histo-export tune-crf`` found; thetas in pixels of
+        ``mpp``. Empty: none were looked for.
     """
 
     method: str
@@ -82,6 +85,7 @@ class ModelCard:
     precision: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     note: str = ""
+    crf: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, valid, wanted in (
@@ -107,12 +111,13 @@ class ModelCard:
         return tuple(name for name, file in PRECISIONS.items() if file in self.files)
 
     def digest(self) -> str:
-        """SHA-256 of what the card says of the model, engines left out.
+        """SHA-256 of what the card says of the network, engines left out.
 
         An engine names the card that it was built for by this digest, so adding an engine to a
         bundle does not change it, and any other change does.
         """
         said = _plain(self)
+        del said["crf"]  # what is done with scores is not the network's
         for entry in ("files", "parity"):
             said[entry] = {k: v for k, v in said[entry].items() if not k.startswith(f"{ENGINES}/")}
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
@@ -190,8 +195,10 @@ def _from_plain(said: dict[str, Any]) -> ModelCard:
         "method": str, "mpp": (int, float), "channels": int, "tile_px": int, "align_px": int,
         "halo_px": int, "tile_statistics": bool, "score_kind": str, "files": dict, "opset": int,
         "parity": dict, "precision": dict, "training": dict, "note": str, "classes": list,
+        "crf": dict,
     }  # fmt: skip
-    said.setdefault("precision", {})  # cards written before there were other precisions
+    for name in ("precision", "crf"):  # which older cards do not have
+        said.setdefault(name, {})
     for name, kind in types.items():
         if name not in said:
             raise KeyError(f"{name} is missing")

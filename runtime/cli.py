@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from histostream.runtime.blend import WINDOWS
 from histostream.runtime.card import PRECISIONS, default_bundle
+from histostream.runtime.crf.options import CrfOptions, read_params
+from histostream.runtime.crf.params import CrfError
 from histostream.runtime.engine import BACKENDS, BF16, Engine, open_engine
 from histostream.runtime.fleet import Fleet
 from histostream.runtime.infer import Options, SlideResult, segment_slide, slide_stem
@@ -57,6 +61,17 @@ console = Console(stderr=True)
     help="Bound on memory; wide slides are run in column bands.",
 )  # fmt: skip
 @click.option("--probabilities", is_flag=True, help="Write probabilities.tif too.")
+@click.option(
+    "--crf", is_flag=True, help="Refine the labels by a dense CRF with the model's parameters."
+)
+@click.option(
+    "--crf-params", metavar="w1=5,theta_alpha=15um,...",
+    help="Other parameters: w1, theta_alpha, theta_beta, w2, theta_gamma, n_iter; with --crf.",
+)  # fmt: skip
+@click.option(
+    "--crf-uncertain", type=float, metavar="P",
+    help="Refine only where the two best scores are nearer than P, 0 to 1; with --crf.",
+)  # fmt: skip
 @click.option("--force-upsampling", is_flag=True, help="Enlarge slides coarser than the model.")
 def main(
     slides: tuple[Path, ...],
@@ -66,6 +81,9 @@ def main(
     precision: str,
     devices: str | None,
     threads: int | None,
+    crf: bool,
+    crf_params: str | None,
+    crf_uncertain: float | None,
     **options: Any,
 ) -> None:
     """Segment whole slides; results go to OUT/<slide name>/.
@@ -77,11 +95,18 @@ def main(
     try:
         _check_names(slides)
         settings = Options(threads=threads, **options)
+        if not crf and (crf_params is not None or crf_uncertain is not None):
+            raise HistoError("--crf-params and --crf-uncertain are of --crf: add it")
         chosen: list[str] = []
         engine = _open(
             bundle or default_bundle(), devices, chosen.append,
             backend=backend, precision=precision, threads=threads,
         )  # fmt: skip
+        if crf:
+            settings = replace(settings, crf=_crf(engine, crf_params or "", crf_uncertain))
+            if threads is not None:
+                # Read when numba is imported, which is at the first cell.
+                os.environ.setdefault("NUMBA_NUM_THREADS", str(threads))
     except HistoError as error:
         _fail(str(error))
         sys.exit(1)
@@ -105,6 +130,25 @@ def main(
     if failed and len(slides) > 1:
         _fail(f"{failed} of {len(slides)} slides failed")
     sys.exit(1 if failed else 0)
+
+
+def _crf(engine: Engine | Fleet, params: str, uncertain: float | None) -> CrfOptions:
+    """Read how the CRF is to be run, before any slide is.
+
+    Raises
+    ------
+    CrfError
+        If a parameter cannot be, or numba is not installed.
+    """
+    if importlib.util.find_spec("numba") is None:
+        engine.close()
+        raise CrfError("--crf needs numba: pip install 'histostream[crf]'")
+    card = engine.card
+    try:
+        return CrfOptions(read_params(params, card.crf, mpp=card.mpp), uncertain)
+    except CrfError:
+        engine.close()
+        raise
 
 
 def _open(

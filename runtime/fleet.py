@@ -136,17 +136,18 @@ class Fleet:
         self.name = f"{opened[0]} x {len(devices)} ({', '.join(devices)})"
         self.devices = len(devices)
 
-    def plan_bands(self, grid: TileGrid) -> list[tuple[int, int]]:
+    def plan_bands(self, grid: TileGrid, align_px: int = BAND_ALIGN_PX) -> list[tuple[int, int]]:
         """Cut a slide into one column band for each device, with as many tiles in each.
 
-        Bands begin at multiples of the sinks' tiles. A narrow slide gives fewer.
+        Bands begin at multiples of ``align_px``, itself a multiple of the sinks' tiles. A narrow
+        slide gives fewer.
         """
-        tiles = np.zeros(grid.width // BAND_ALIGN_PX + 1)
+        tiles = np.zeros(grid.width // align_px + 1)
         for tile in grid:
-            tiles[tile.write.x // BAND_ALIGN_PX] += 1
+            tiles[tile.write.x // align_px] += 1
         share = np.cumsum(tiles) / max(tiles.sum(), 1)
         wanted = np.arange(1, len(self._workers)) / len(self._workers)
-        cuts = {int(np.searchsorted(share, w) + 1) * BAND_ALIGN_PX for w in wanted}
+        cuts = {int(np.searchsorted(share, w) + 1) * align_px for w in wanted}
         edges = [0, *sorted(c for c in cuts if c < grid.width), grid.width]
         return list(pairwise(edges))
 

@@ -16,9 +16,9 @@ from __future__ import annotations
 import logging
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -29,10 +29,12 @@ from numpy.typing import NDArray
 
 from histostream.runtime.blend import Blender, check_blend, exact_overlap_px
 from histostream.runtime.card import ModelCard
+from histostream.runtime.crf.options import CrfOptions, check_memory
+from histostream.runtime.crf.stream import CrfStage, widened
 from histostream.runtime.device_stream import DeviceEngine, DeviceStream
 from histostream.runtime.engine import Engine
 from histostream.runtime.engine import to_channels as to_channels
-from histostream.runtime.memory import peak_memory_mib, plan_bands
+from histostream.runtime.memory import Further, peak_memory_mib, plan_bands
 from histostream.wsi.errors import HistoError, SlideError
 from histostream.wsi.grid import Box, Strip, Tile, TileGrid
 from histostream.wsi.reader import SlideReader, open_slide
@@ -78,6 +80,8 @@ class Options:
         Whether ``probabilities.tif`` is written.
     force_upsampling
         Whether a slide much coarser than the model may be enlarged.
+    crf
+        How labels are refined by a dense CRF; None: not at all.
     """
 
     overlap_px: int | None = None
@@ -90,6 +94,7 @@ class Options:
     max_memory_mib: int | None = None
     probabilities: bool = False
     force_upsampling: bool = False
+    crf: CrfOptions | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch", "threads", "max_memory_mib"):
@@ -132,6 +137,7 @@ class StageSeconds:
     copy: float = 0.0
     infer: float = 0.0
     blend: float = 0.0
+    crf: float = 0.0
     write: float = 0.0
     finish: float = 0.0
 
@@ -199,18 +205,23 @@ def segment_slide(
             )
             picture = thumbnail(view, max(overview_size(view.width, view.height)))
             grid, roi = plan_grid(view, engine.card, options, picture)
+            if options.crf is not None:
+                check_memory(options.crf, len(engine.card.classes), options.max_memory_mib)
             bands = _plan_bands(grid, view, engine, options)
             summary = _add_sinks(folder, view, engine.card, options, picture)
             overview_blocks = slide.decoded_blocks
         counts.total_pixels = sum(_write_pixels(grid.band(x0, x1)) for x0, x1 in bands)
         device: dict[str, Any] = {}
+        refined: list[dict[str, int]] = []
         if isinstance(engine, ManyDevices):
             device = engine.run_bands(path, grid, roi, bands, options, folder, seconds, counts)
+            refined = [found.pop("crf", {}) for found in device["devices"]]
         else:
             for x0, x1 in bands:
                 band = grid.band(x0, x1)
-                record = run_band(view, band, roi, engine, options, folder, seconds, counts)
-                device = _of_all_bands(device, record)
+                found = run_band(view, band, roi, engine, options, folder, seconds, counts)
+                refined.append(found.pop("crf", {}))
+                device = _of_all_bands(device, found)
         with seconds.time("finish"):
             folder.finish()
         record = {
@@ -229,6 +240,7 @@ def segment_slide(
             **_time_record(seconds, counts, time.perf_counter() - clock),
             "peak_memory_mib": peak_memory_mib(),
             **({"device": device} if device else {}),
+            **({"crf": _crf_record(options.crf, refined)} if options.crf else {}),
             "started": started.isoformat(timespec="seconds"),
             "versions": versions(),
         }  # fmt: skip
@@ -259,17 +271,35 @@ def segment_pixels(
     BlendError
         If the blending does not fit the model.
     """
+    rows = _pixel_rows(pixels, engine, blend, probabilities=False)
+    return np.concatenate([row.labels for row in rows])
+
+
+def score_pixels(
+    pixels: NDArray[np.uint8], engine: Engine, *, blend: str = "hann"
+) -> NDArray[np.uint8]:
+    """Return the blended scores of an image that is in memory, (H, W, K) uint8.
+
+    Parameters and errors as of `segment_pixels`.
+    """
+    rows = _pixel_rows(pixels, engine, blend, probabilities=True)
+    return np.concatenate([row.probabilities for row in rows if row.probabilities is not None])
+
+
+def _pixel_rows(
+    pixels: NDArray[np.uint8], engine: Engine, blend: str, *, probabilities: bool
+) -> list[Segmented]:
     height, width = pixels.shape[:2]
     grid = _lay_tiles(width, height, engine.card, Options(blend=blend))
-    blender = Blender(grid, len(engine.card.classes), blend)
+    blender = Blender(grid, len(engine.card.classes), blend, probabilities=probabilities)
     whole = Strip(0, 0, pixels)
     rows = []
     for row in range(len(grid.ys)):
         for tiles, scores in predict(engine, grid, whole, grid.row(row), engine.batch):
             for tile, score in zip(tiles, scores, strict=True):
                 blender.add(tile, score)
-        rows.append(blender.finish_row(row).labels)
-    return np.concatenate(rows)
+        rows.append(blender.finish_row(row))
+    return rows
 
 
 def slide_stem(path: Path) -> str:
@@ -382,8 +412,8 @@ class ManyDevices(Protocol):
     card: ModelCard
     name: str
 
-    def plan_bands(self, grid: TileGrid) -> list[tuple[int, int]]:
-        """Cut a slide into column bands."""
+    def plan_bands(self, grid: TileGrid, align_px: int) -> list[tuple[int, int]]:
+        """Cut a slide into column bands that begin at multiples of ``align_px``."""
 
     def run_bands(
         self,
@@ -402,13 +432,16 @@ class ManyDevices(Protocol):
 def _plan_bands(
     grid: TileGrid, view: SlideView, engine: Engine | ManyDevices, options: Options
 ) -> list[tuple[int, int]]:
+    further = Further()
+    if options.crf is not None:
+        further = options.crf.needs(len(engine.card.classes), view.channels, grid.tile_px)
     if isinstance(engine, ManyDevices):
         if options.max_memory_mib is not None:
             raise OptionError("--max-memory cannot be kept while several devices share a slide")
-        return engine.plan_bands(grid)
+        return engine.plan_bands(grid, further.align_px)
     return plan_bands(
-        grid, view, engine, options.max_memory_mib,
-        batch=options.batch or engine.batch, probabilities=options.probabilities,
+        grid, view, engine, options.max_memory_mib, batch=options.batch or engine.batch,
+        probabilities=options.probabilities or options.crf is not None, further=further,
     )  # fmt: skip
 
 
@@ -545,10 +578,22 @@ def run_band(
 
     Returns
     -------
-    What ``run.json`` says of the device; nothing on the host.
+    What ``run.json`` says of the device, nothing on the host; and ``crf``, where it was run.
     """
+    own, crf = grid, None
+    if options.crf is not None:
+        grid = widened(grid, options.crf)
+        crf = CrfStage(
+            grid, (own.x0, own.x1), options.crf, classes=len(engine.card.classes),
+            channels=view.channels, probabilities=options.probabilities,
+        )  # fmt: skip
+        # The scores are needed whether they are written or not.
+        options = replace(options, probabilities=True)
 
-    def write(parts: list[Segmented]) -> None:
+    def write(parts: Iterable[Segmented]) -> None:
+        if crf is not None:
+            with seconds.time("crf"):
+                parts = list(crf.take(parts))
         for part in parts:
             if roi is not None:
                 with seconds.time("blend"):
@@ -565,13 +610,16 @@ def run_band(
             if grid.row(row):
                 with seconds.time("read"):
                     tiles, strip = next(strips)
+                if crf is not None:
+                    crf.see(strip, tiles)
                 for some in stream.feed(strip, tiles):
                     counts.tiles += len(some)
-                    counts.pixels += sum(_band_pixels(grid, tile) for tile in some)
+                    counts.pixels += sum(_band_pixels(own, tile) for tile in some)
                     counts.report(counts.pixels, counts.total_pixels)
             write(stream.finish_row(row))
         write(stream.drain())
-        return stream.record()
+        record = stream.record()
+        return record if crf is None else {**record, "crf": crf.record()}
 
 
 def _add_sinks(
@@ -633,6 +681,14 @@ def _time_record(seconds: StageSeconds, counts: Counts, total: float) -> dict[st
         "mpx": round(counts.pixels / 1e6, 3),
         "mpx_per_s": round(counts.pixels / 1e6 / total, 3),
         "bound_by": max(stages, key=lambda name: stages[name]),
+    }
+
+
+def _crf_record(options: CrfOptions, bands: list[dict[str, int]]) -> dict[str, Any]:
+    return {
+        "halo_px": options.halo_px,
+        "cell_px": options.cell_px,
+        **{name: sum(band[name] for band in bands) for name in ("cells", "cells_skipped")},
     }
 
 

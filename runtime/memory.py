@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,26 @@ class MemoryLimitError(HistoError, ValueError):
     """The bound on memory is below what the narrowest band takes."""
 
 
+@dataclass(frozen=True, slots=True)
+class Further:
+    """What a further stage needs of a column band.
+
+    Attributes
+    ----------
+    align_px
+        Bands begin at multiples of this, itself a multiple of `BAND_ALIGN_PX`.
+    margin_px
+        Columns that it sees beyond each edge.
+    bytes_per_column, bytes_at_once
+        Memory that it takes for each column of pixels, and in all.
+    """
+
+    align_px: int = BAND_ALIGN_PX
+    margin_px: int = 0
+    bytes_per_column: int = 0
+    bytes_at_once: int = 0
+
+
 def plan_bands(
     grid: TileGrid,
     view: SlideView,
@@ -33,10 +55,24 @@ def plan_bands(
     *,
     batch: int,
     probabilities: bool,
+    further: Further | None = None,
 ) -> list[tuple[int, int]]:
     """Divide a slide into column bands that fit the bound on memory.
 
     One batch is run first, so that what the network itself takes is measured, not guessed.
+
+    Parameters
+    ----------
+    grid, view, engine
+        The tiles, the slide and the network.
+    max_memory_mib
+        The bound; None: there is none.
+    batch
+        Tiles per inference.
+    probabilities
+        Whether scores are kept.
+    further
+        What else is done with a band.
 
     Returns
     -------
@@ -51,19 +87,22 @@ def plan_bands(
         return [(0, grid.width)]
     card = engine.card
     engine.infer(np.zeros((batch, card.tile_px, card.tile_px, card.channels), np.uint8))
+    further = further or Further()
+    align_px = further.align_px
     per_column = bytes_per_column(grid, view, len(card.classes), probabilities)
+    per_column += SLACK * further.bytes_per_column
     # A band also holds the tiles that reach into it from both sides.
-    margin = 2 * grid.tile_px * per_column
+    margin = 2 * (grid.tile_px + further.margin_px) * per_column + further.bytes_at_once
     room = max_memory_mib * MIB - resident_bytes() - margin
-    widest = int(room / per_column) // BAND_ALIGN_PX * BAND_ALIGN_PX
-    if widest < BAND_ALIGN_PX:
-        least = (resident_bytes() + margin + BAND_ALIGN_PX * per_column) / MIB
+    widest = int(room / per_column) // align_px * align_px
+    if widest < align_px:
+        least = (resident_bytes() + margin + align_px * per_column) / MIB
         raise MemoryLimitError(
             f"--max-memory {max_memory_mib}: one band of this slide takes {least:.0f} MiB; "
             f"give at least {int(least * 1.05) + 1}"
         )
     count = -(-grid.width // widest)
-    even = -(-grid.width // count // BAND_ALIGN_PX) * BAND_ALIGN_PX
+    even = -(-grid.width // count // align_px) * align_px
     return [(x, min(x + even, grid.width)) for x in range(0, grid.width, even)]
 
 
@@ -85,6 +124,14 @@ def return_buffers_at_once() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, MIB)
+
+
+def physical_bytes() -> float:
+    """Memory of this machine; infinity where the system does not say (Windows)."""
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, OSError, ValueError):
+        return math.inf
 
 
 def resident_bytes() -> int:

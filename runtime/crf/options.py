@@ -1,0 +1,143 @@
+"""How the dense CRF is run on a slide: what ``histo-infer --crf`` asks for."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from histostream.runtime.crf.params import CrfError, CrfParams
+from histostream.runtime.memory import MIB, Further, MemoryLimitError, physical_bytes
+
+SMALLEST_CELL_PX = 1024
+CELL_ALIGN_PX = 512  # column bands begin at multiples of it
+# Bytes of one pixel of a cell while it is refined, for a lattice with a vertex at every pixel:
+# pixels, vertices and neighbours of it; and for each class: scores, sums and the last result.
+BYTES_PER_PX, BYTES_PER_CLASS = 160, 40
+
+
+@dataclass(frozen=True, slots=True)
+class CrfOptions:
+    """How the CRF is run on a slide.
+
+    Attributes
+    ----------
+    params
+        Kernels and iterations; thetas in pixels of the level that inference runs at.
+    uncertain
+        Only pixels change whose two best scores differ by less than this share of full scale, and
+        cells without one are not run; None: all pixels.
+    backend
+        As `dense_crf`.
+    """
+
+    params: CrfParams = field(default_factory=CrfParams)
+    uncertain: float | None = None
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.uncertain is not None and not 0 < self.uncertain <= 1:
+            raise CrfError(f"--crf-uncertain {self.uncertain}: use more than 0, up to 1")
+
+    @property
+    def halo_px(self) -> int:
+        """Pixels around a cell that it is refined with: five times the widest kernel.
+
+        `CrfParams.halo_px` is four times: of all labels 99.99 % are then the whole slide's. Of
+        those within 2 px of a cell's border it was 99.98 % to 100 %; with five 99.997 % or more.
+        """
+        return math.ceil(1.25 * self.params.halo_px)
+
+    @property
+    def cell_px(self) -> int:
+        """Side of a cell: large enough that halos are not most of the work."""
+        least = max(SMALLEST_CELL_PX, 4 * self.halo_px)
+        return -(-least // CELL_ALIGN_PX) * CELL_ALIGN_PX
+
+    def cell_bytes(self, classes: int) -> int:
+        """Memory that refining one cell takes."""
+        side = self.cell_px + 2 * self.halo_px
+        return side * side * (BYTES_PER_PX + classes * BYTES_PER_CLASS)
+
+    def needs(self, classes: int, channels: int, tile_px: int) -> Further:
+        """Say what it needs of a column band: whole cells, and rows that wait for their halo."""
+        rows = self.cell_px + 2 * self.halo_px + tile_px
+        return Further(
+            align_px=self.cell_px,
+            margin_px=self.halo_px,
+            # Twice, while rows are added.
+            bytes_per_column=2 * rows * (channels + classes + 1),
+            bytes_at_once=self.cell_bytes(classes),
+        )
+
+
+def check_memory(options: CrfOptions, classes: int, max_memory_mib: int | None) -> None:
+    """Refuse kernels so wide that a cell with its halo does not fit in memory.
+
+    Raises
+    ------
+    MemoryLimitError
+        If so; it names the width.
+    """
+    needed = options.cell_bytes(classes)
+    room = physical_bytes() if max_memory_mib is None else max_memory_mib * MIB
+    if needed > room:
+        widest = max(options.params.theta_alpha, options.params.theta_gamma)
+        raise MemoryLimitError(
+            f"--crf: a theta of {widest:g} px needs a halo of {options.halo_px} px, and so "
+            f"{needed / MIB:.0f} MiB at once; there are {room / MIB:.0f}: use a smaller theta, or "
+            "a model of coarser resolution"
+        )
+
+
+LENGTHS = ("theta_alpha", "theta_gamma")  # on the slide: in px, or um
+
+
+def read_params(text: str, stored: Mapping[str, Any], *, mpp: float) -> CrfParams:
+    """Read ``w1=5,theta_alpha=30px,theta_gamma=1.5um``.
+
+    Parameters
+    ----------
+    text
+        What is given, maybe nothing.
+    stored
+        What the model's card says; it holds where nothing is given, and usual values else.
+    mpp
+        Resolution that inference runs at, um per pixel.
+
+    Raises
+    ------
+    CrfError
+        If a name is unknown, or a value is no number or cannot be.
+    """
+    known = [f.name for f in fields(CrfParams)]
+    values = asdict(CrfParams())
+    for name, value in stored.items():
+        if name not in known or isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise CrfError(f"card: crf {name}={value!r} is no parameter; tune the model again")
+        values[name] = value
+    for setting in filter(None, (word.strip() for word in text.split(","))):
+        name, equals, given = (part.strip() for part in setting.partition("="))
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            raise CrfError(f"--crf-params: no parameter {name!r}; {hint}")
+        if not equals:
+            raise CrfError(f"--crf-params: {setting!r}: write {name}=VALUE")
+        values[name] = _number(name, given, mpp)
+    return CrfParams(**values)
+
+
+def _number(name: str, text: str, mpp: float) -> float:
+    number, unit_px = text, 1.0
+    for unit, size_px in (("px", 1.0), ("um", 1 / mpp)):
+        if text.endswith(unit) and name in LENGTHS:
+            number, unit_px = text.removesuffix(unit), size_px
+    try:
+        value = float(number)
+    except ValueError:
+        units = ", maybe with px or um" if name in LENGTHS else ""
+        raise CrfError(f"--crf-params: {name}={text!r}: give a number{units}") from None
+    return int(value) if name == "n_iter" and value.is_integer() else value * unit_px
