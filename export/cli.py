@@ -108,9 +108,7 @@ def main(
     if context.invoked_subcommand is not None:
         return
     if method_name is None:
-        raise click.UsageError(
-            "--method is missing; or use wrap, generator, explanation, inspect (--help shows them)"
-        )
+        raise click.UsageError("--method is missing; or use another command (--help shows them)")
     options = _options(how)
     from histostream.export.trained import export_checkpoint
 
@@ -202,6 +200,40 @@ def explanation(run: Path, out: Path, tile_px: int | None) -> None:
 
     export_explanation(run, out, tile_px=tile_px)
     click.echo(f"{out}: tiles in, images out")
+
+
+@main.command("tune-crf")
+@click.argument("bundle", type=PATH)
+@click.option(
+    "--data", "source", required=True, metavar="SET",
+    help="Annotated images that the model was not trained on, as of histo-train.",
+)  # fmt: skip
+@click.option(
+    "--part", type=click.Choice(("validation", "test", "train", "all")), default="validation",
+    show_default=True, help="Which images; of a set without such a part, all.",
+)  # fmt: skip
+@click.option("--run", type=PATH, help="The training run, whose own validation images are taken.")
+@click.option("--mpp", type=float, help="Resolution of images that do not say theirs.")
+@_one_line_errors
+def tune_crf(bundle: Path, source: str, part: str, run: Path | None, mpp: float | None) -> None:
+    """Learn the parameters of the dense CRF for BUNDLE, and keep them in its card.
+
+    histo-infer --crf then uses them.
+    """
+    from histostream.export.tune_crf import samples_of
+    from histostream.export.tune_crf import tune_crf as tune
+
+    samples, own_mpp = samples_of(source, part, run)
+    tuned = tune(bundle, samples, mpp or own_mpp, say=click.echo)
+    if tuned.params is None:
+        fail(
+            COMMAND, f"{bundle}: no CRF of {tuned.tried} is better than none; the card is as it was"
+        )
+        sys.exit(1)
+    click.echo(
+        f"{bundle}: Dice {tuned.dice:.4f} with the CRF, {tuned.without:.4f} without, on "
+        f"{len(samples)} images"
+    )
 
 
 @main.command()
