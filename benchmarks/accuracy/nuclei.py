@@ -12,6 +12,7 @@ pixel. Images are averaged down to the model's resolution, labels are taken at t
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -20,16 +21,35 @@ from PIL import Image
 
 from histostream.runtime import Engine, default_bundle, open_engine, segment_pixels
 from histostream.runtime.card import ModelCard, read_card
+from histostream.runtime.crf import CrfParams, dense_crf
+from histostream.runtime.crf.options import read_params
+from histostream.runtime.crf.stream import to_probabilities
+from histostream.runtime.infer import score_pixels
 from histostream.training.augment import zoom
 from histostream.training.data import Sample, read_folder
 from histostream.training.metrics import Confusion
 
 SETS = {"tnbc": "nuclei-tnbc", "monuseg-test": "nuclei-monuseg/test"}
+CRF_ROW = "fp32, CRF"  # of the result file
 SOURCE_MPP = 0.25  # both sets: 40x
 
 
-def score(samples: list[Sample], engine: Engine, sheet: Path | None = None) -> dict[str, object]:
+def score(
+    samples: list[Sample],
+    engine: Engine,
+    sheet: Path | None = None,
+    crf: CrfParams | None = None,
+) -> dict[str, object]:
     """Score a model on images at `SOURCE_MPP`.
+
+    Parameters
+    ----------
+    samples, engine
+        The images, and the model.
+    sheet
+        Folder for the images with what was found outlined.
+    crf
+        Refines the labels; None: nothing does.
 
     Returns
     -------
@@ -39,7 +59,7 @@ def score(samples: list[Sample], engine: Engine, sheet: Path | None = None) -> d
     per_image = {}
     for sample in samples:
         image, truth = zoom(sample.image, sample.labels, SOURCE_MPP / engine.card.mpp)
-        found = segment_pixels(image, engine)
+        found = segment_pixels(image, engine) if crf is None else refined(image, engine, crf)
         one = Confusion(len(engine.card.classes))
         one.add(found, truth)
         pooled.counts += one.counts
@@ -55,6 +75,12 @@ def score(samples: list[Sample], engine: Engine, sheet: Path | None = None) -> d
         "dice_worst_image": min(per_image.values()),
         "dice_per_image": per_image,
     }
+
+
+def refined(image: np.ndarray, engine: Engine, crf: CrfParams) -> np.ndarray:
+    """Segment an image, and refine the labels by a dense CRF."""
+    p = to_probabilities(score_pixels(image, engine), np.zeros(image.shape[:2], bool))
+    return np.asarray(dense_crf(image, p, crf).argmax(axis=0))
 
 
 def outlined(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -104,7 +130,7 @@ def _named(text: str) -> tuple[str, Path]:
 def score_bundle(
     bundle: Path, sets: dict[str, list[Sample]], sheets: Path | None = None
 ) -> dict[str, object]:
-    """Score a model in every precision that it has; see `score`."""
+    """Score a model in every precision that it has, and with its CRF; see `score`."""
     card = read_card(bundle)
     scores: dict[str, object] = {}
     for precision in card.precisions:
@@ -113,17 +139,29 @@ def score_bundle(
         for name, samples in sets.items():
             sheet = sheets / precision / name if sheets else None
             found[name] = score(samples, engine, sheet)
-            click.echo(
-                f"{bundle} {precision} {name}: Dice {found[name]['dice_pooled']} pooled, "
-                f"{found[name]['dice_mean_over_images']} mean over {len(samples)} images"
-            )
+            _tell(f"{bundle} {precision} {name}", found[name])
         scores[precision] = {"engine": engine.name, **found}
+        if card.crf and precision == "fp32":
+            crf = read_params("", card.crf, mpp=card.mpp)
+            found = {}
+            for name, samples in sets.items():
+                sheet = sheets / "crf" / name if sheets else None
+                found[name] = score(samples, engine, sheet, crf)
+                _tell(f"{bundle} {precision} with CRF {name}", found[name])
+            scores[CRF_ROW] = {"engine": engine.name, "crf": asdict(crf), **found}
     return {
         "model_sha256": card.files,
         "mpp": card.mpp,
         "training": _record(card),
         "scores": scores,
     }
+
+
+def _tell(what: str, found: dict[str, object]) -> None:
+    click.echo(
+        f"{what}: Dice {found['dice_pooled']} pooled, {found['dice_mean_over_images']} mean over "
+        f"{found['images']} images"
+    )
 
 
 def _record(card: ModelCard) -> dict[str, object]:
