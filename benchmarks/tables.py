@@ -113,6 +113,18 @@ def fast_cpu(found: dict[str, Any]) -> Iterator[list[str]]:
         yield [name, f"{seconds:.1f}", f"{found['speed_against_fast'][name]:.2f} x"]
 
 
+def crf_cpu(found: dict[str, Any]) -> Iterator[list[str]]:
+    """Speed of the CRF's backends against pydensecrf2 in the same run."""
+    backends = [b for b in found["runs"][0]["speed_against_reference"] if b != "pydensecrf2"]
+    yield ["px", "classes", "theta_alpha", *backends, "labels of the lattice that agree"]
+    for run in found["runs"]:
+        speed, agree = run["speed_against_reference"], run["labels_that_agree_with_reference"]
+        yield [
+            f"{run['side_px']} x {run['side_px']}", str(run["classes"]), f"{run['theta_alpha']:g}",
+            *(f"{speed[b]:.2f} x" for b in backends), f"{agree[backends[0]]:.3%}",
+        ]  # fmt: skip
+
+
 def accuracy_imems(found: dict[str, Any]) -> Iterator[list[str]]:
     """Mean over seeds or folds of each algorithm of the iMEMS paper, and their spread."""
     cells = list(found["cells"].values())
@@ -209,6 +221,7 @@ TABLES = {
     "accuracy-glas-painted-small": accuracy_painted,
     "accuracy-mnist-simple-small": accuracy_digits,
     "accuracy-em-small": accuracy_adaptation,
+    "crf-cpu": crf_cpu,
     "bench-cpu": bench_cpu,
     "fast-cpu": fast_cpu,
     "export-cpu": export_cpu,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 SIDE_PX = 256  # of one picture; larger images are cut, smaller ones stay
 GAP_PX = 4
@@ -33,7 +34,11 @@ def sheet(rows: Sequence[Pictures]) -> Image.Image:
     """
     names = list(rows[0])
     cut = [[_rgb(row[name])[:SIDE_PX, :SIDE_PX] for name in names] for row in rows]
-    widths = [max(row[i].shape[1] for row in cut) for i in range(len(names))]
+    font = ImageFont.load_default()
+    widths = [
+        max(math.ceil(font.getlength(name)) + GAP_PX, *(row[i].shape[1] for row in cut))
+        for i, name in enumerate(names)
+    ]
     heights = [max(picture.shape[0] for picture in row) for row in cut]
     width = sum(widths) + GAP_PX * (len(names) - 1)
     height = HEAD_PX + sum(heights) + GAP_PX * (len(rows) - 1)
