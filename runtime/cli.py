@@ -104,8 +104,9 @@ def main(
         )  # fmt: skip
         if crf:
             settings = replace(settings, crf=_crf(engine, crf_params or "", crf_uncertain))
+            # Read when numba is imported, which is at the first cell.
+            os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning starves busy machines
             if threads is not None:
-                # Read when numba is imported, which is at the first cell.
                 os.environ.setdefault("NUMBA_NUM_THREADS", str(threads))
     except HistoError as error:
         _fail(str(error))
