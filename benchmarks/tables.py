@@ -116,7 +116,7 @@ def fast_cpu(found: dict[str, Any]) -> Iterator[list[str]]:
 def crf_cpu(found: dict[str, Any]) -> Iterator[list[str]]:
     """Speed of the CRF's backends against pydensecrf2 in the same run."""
     backends = [b for b in found["runs"][0]["speed_against_reference"] if b != "pydensecrf2"]
-    yield ["px", "classes", "theta_alpha", *backends, "labels of the lattice that agree"]
+    yield ["px", "classes", "theta_alpha", *backends, "labels that agree with pydensecrf2"]
     for run in found["runs"]:
         speed, agree = run["speed_against_reference"], run["labels_that_agree_with_reference"]
         yield [
