@@ -82,7 +82,8 @@ def dense_crf(
     Raises
     ------
     CrfError
-        If the image, scores or origin are not as said here, or do not fit the backend.
+        If the image, scores or origin are not as said here, or do not fit the backend; or numba has
+        no place for what it compiles.
     ImportError
         If the backend needs numba, and it is not installed.
     """
@@ -132,6 +133,13 @@ def _on_the_lattice(
             f"the CRF's lattice needs {error.name}, which is not installed: "
             "pip install 'histostream[crf]', or use the backend 'factorised'",
             name=error.name,
+        ) from error
+    except RuntimeError as error:
+        if "cannot cache" not in str(error):
+            raise
+        raise CrfError(
+            "numba can keep what it compiles neither beside the package nor in the home folder: "
+            "set NUMBA_CACHE_DIR to a folder that can be written"
         ) from error
     if image.shape[2] == 1:
         # The lattice has three axes of colour; two that never change change no distance.
