@@ -19,6 +19,7 @@ from histostream.export.graph import GraphError
 from histostream.export.tiles import Tiles
 from histostream.wsi.errors import HistoError
 
+MOST_LEVELS = 1  # grey levels that a painted pixel may differ from torch's: rounding
 # A Dice of a class that covers less of the tiles is noise; it is recorded, not judged.
 SMALLEST_SHARE = 0.01
 FATAL_ONLY = 4  # ONNX Runtime's severity
@@ -240,3 +241,30 @@ def _change(
         return 0.0
     before, after = dice_of(labels == k, target == k), dice_of(other == k, target == k)
     return abs((before or 0.0) - (after or 0.0))
+
+
+def check_images(
+    model: onnx.ModelProto, feeds: dict[str, NDArray[Any]], wanted: NDArray[np.uint8], what: str
+) -> None:
+    """Refuse a graph that does not paint the images that torch does.
+
+    Parameters
+    ----------
+    model
+        With one output.
+    feeds
+        Its inputs.
+    wanted
+        The images of torch, uint8.
+    what
+        What the graph is called.
+
+    Raises
+    ------
+    ParityError
+        If a pixel differs by more than `MOST_LEVELS`.
+    """
+    (found,) = open_session(model).run(None, feeds)
+    off = int(np.abs(found.astype(int) - wanted.astype(int)).max())
+    if off > MOST_LEVELS:
+        raise ParityError(f"{what}: {off} grey levels from torch's images; nothing was written")

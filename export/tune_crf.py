@@ -149,11 +149,9 @@ def samples_of(
     if part == "all":
         return every, found.mpp
     if run is None:
-        return getattr(found, part) or every, found.mpp
+        return batches.parts_of(found)[part] or every, found.mpp
     recipe = checkpoint.read(find_checkpoint(run)).record["recipe"]
-    parts = batches.divide(found, Schedule(**recipe["schedule"]))
-    chosen = getattr(parts.split, part)
-    return tuple(parts.samples[i] for i in chosen), found.mpp
+    return batches.parts_of(found, Schedule(**recipe["schedule"]))[part], found.mpp
 
 
 def search(

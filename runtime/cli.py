@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from histostream.runtime.blend import WINDOWS
-from histostream.runtime.card import PRECISIONS, default_bundle
+from histostream.runtime.card import PRECISIONS, default_bundle, read_card
 from histostream.runtime.crf.options import CrfOptions, read_params
 from histostream.runtime.crf.params import CrfError
 from histostream.runtime.engine import BACKENDS, BF16, Engine, open_engine
@@ -97,17 +97,18 @@ def main(
         settings = Options(threads=threads, **options)
         if not crf and (crf_params is not None or crf_uncertain is not None):
             raise HistoError("--crf-params and --crf-uncertain are of --crf: add it")
-        chosen: list[str] = []
-        engine = _open(
-            bundle or default_bundle(), devices, chosen.append,
-            backend=backend, precision=precision, threads=threads,
-        )  # fmt: skip
+        bundle = bundle or default_bundle()
         if crf:
-            settings = replace(settings, crf=_crf(engine, crf_params or "", crf_uncertain))
+            settings = replace(settings, crf=_crf(bundle, crf_params or "", crf_uncertain))
             # Read when numba is imported, which is at the first cell.
             os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning starves busy machines
             if threads is not None:
                 os.environ.setdefault("NUMBA_NUM_THREADS", str(threads))
+        chosen: list[str] = []
+        engine = _open(
+            bundle, devices, chosen.append,
+            backend=backend, precision=precision, threads=threads,
+        )  # fmt: skip
     except HistoError as error:
         _fail(str(error))
         sys.exit(1)
@@ -133,23 +134,18 @@ def main(
     sys.exit(1 if failed else 0)
 
 
-def _crf(engine: Engine | Fleet, params: str, uncertain: float | None) -> CrfOptions:
-    """Read how the CRF is to be run, before any slide is.
+def _crf(bundle: Path, params: str, uncertain: float | None) -> CrfOptions:
+    """Read how the CRF is to be run, before anything is opened.
 
     Raises
     ------
-    CrfError
-        If a parameter cannot be, or numba is not installed.
+    CardError, CrfError
+        If there is no card, a parameter cannot be, or numba is not installed.
     """
     if importlib.util.find_spec("numba") is None:
-        engine.close()
         raise CrfError("--crf needs numba: pip install 'histostream[crf]'")
-    card = engine.card
-    try:
-        return CrfOptions(read_params(params, card.crf, mpp=card.mpp), uncertain)
-    except CrfError:
-        engine.close()
-        raise
+    card = read_card(bundle)
+    return CrfOptions(read_params(params, card.crf, mpp=card.mpp), uncertain)
 
 
 def _open(

@@ -57,6 +57,29 @@ def divide(found: DataSet, schedule: Schedule) -> Parts:
     return parts if schedule.labelled == 1 else _with_fewer_labels(parts, schedule)
 
 
+def parts_of(found: DataSet, schedule: Schedule | None = None) -> dict[str, tuple[Sample, ...]]:
+    """Return the "train", "validation" and "test" images of a set.
+
+    Parameters
+    ----------
+    found
+        The set.
+    schedule
+        Of a run on it, which held images back; None: the official parts.
+
+    Raises
+    ------
+    DataError
+        If a part that the schedule asks for would be empty.
+    """
+    if schedule is None:
+        return {"train": found.train, "validation": found.validation, "test": found.test}
+    parts = divide(found, schedule)
+    places = {"train": parts.split.train, "validation": parts.split.validation,
+              "test": parts.split.test}  # fmt: skip
+    return {name: tuple(parts.samples[i] for i in ids) for name, ids in places.items()}
+
+
 def _with_fewer_labels(parts: Parts, schedule: Schedule) -> Parts:
     train = [parts.samples[i] for i in parts.split.train]
     kept = set(data.keep_labels(train, share=schedule.labelled, seed=schedule.seed))

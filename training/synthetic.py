@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
-from histostream.training.data import DataSet, StoredSample
+from histostream.training.data import Classes, DataSet, StoredSample
 
 TEXTURE_COLORS = ((230, 75, 53), (77, 187, 213), (0, 160, 135))
 REGIONS = 3  # of an image, one of each texture
@@ -38,8 +38,7 @@ def textures(count: int, test: int, *, side_px: int = 128, seed: int = 0) -> Dat
     rng = np.random.default_rng(seed)
     samples = [_textured(f"texture {i}", side_px, rng) for i in range(count + test)]
     classes = tuple(zip(("rising", "falling", "blobs"), TEXTURE_COLORS, strict=True))
-    train, held = tuple(samples[:count]), tuple(samples[count:])
-    return DataSet("textures", classes, None, train, test=held)
+    return _set("textures", classes, samples, count)
 
 
 def nuclei_pair(count: int, target: int, test: int, *, side_px: int = 64, seed: int = 0) -> DataSet:
@@ -247,9 +246,7 @@ def long_range_cue(count: int, test: int, *, side_px: int = 128, seed: int = 0) 
     rng = np.random.default_rng(seed)
     samples = [_cued(f"cue {i}", side_px, i % 2, rng) for i in range(count + test)]
     classes = tuple(zip(("ground", "warm", "cold"), CUE_COLORS, strict=True))
-    return DataSet(
-        "long range cue", classes, None, tuple(samples[:count]), test=tuple(samples[count:])
-    )
+    return _set("long range cue", classes, samples, count)
 
 
 def _cued(name: str, side: int, kind: int, rng: np.random.Generator) -> StoredSample:
@@ -290,9 +287,7 @@ def colored_regions(count: int, test: int, *, side_px: int = 64, seed: int = 0) 
     samples = [_regions(f"regions {i}", side_px, rng) for i in range(count + test)]
     colors = [(round(r), round(g), round(b)) for r, g, b in REGION_COLORS]
     classes = tuple(zip(("stroma", "gland"), colors, strict=True))
-    return DataSet(
-        "colored regions", classes, None, tuple(samples[:count]), test=tuple(samples[count:])
-    )
+    return _set("colored regions", classes, samples, count)
 
 
 def _regions(name: str, side: int, rng: np.random.Generator) -> StoredSample:
@@ -303,3 +298,8 @@ def _regions(name: str, side: int, rng: np.random.Generator) -> StoredSample:
     pixels = np.array(REGION_COLORS)[labels] + shade[..., None]
     image: NDArray[np.uint8] = np.clip(pixels, 0, 255).astype(np.uint8)
     return StoredSample(name, name, image, labels)
+
+
+def _set(name: str, classes: Classes, samples: list[StoredSample], count: int) -> DataSet:
+    """Train on the first ``count`` images, test on the others."""
+    return DataSet(name, classes, None, tuple(samples[:count]), test=tuple(samples[count:]))

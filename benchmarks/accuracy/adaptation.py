@@ -24,18 +24,15 @@ trains on them with their labels. No target label chooses a checkpoint: the last
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
-import torch
 
-from histostream.benchmarks.accuracy.cells import Cell, fill
+from histostream.benchmarks.accuracy.cells import Cell, fill_table, options, settings_of
 from histostream.training import cli, data, methods, sets, synthetic
-from histostream.training.compute import PRECISIONS, Compute
 from histostream.training.data import DataSet, Sample, StoredSample
 from histostream.training.schedule import Schedule
 
@@ -203,9 +200,8 @@ def cell(pair: str, size: str, algorithm: str, number: int, root: Path = Path())
         "schedule": {**asdict(schedule), "seed": number},
         "augmentation": {"flips": True},
     }
-    settings = [f"{t}.{k}={json.dumps(v)}" for t, keys in tables.items() for k, v in keys.items()]
     recipe = cli.read_recipe(
-        of.method, methods.load(of.method), of.algorithms[algorithm], tuple(settings), mpp=mpp
+        of.method, methods.load(of.method), of.algorithms[algorithm], settings_of(tables), mpp=mpp
     )
     name = f"{pair}-{size}-{algorithm}-{number}".lower().replace(" ", "-").replace(",", "")
 
@@ -216,34 +212,14 @@ def cell(pair: str, size: str, algorithm: str, number: int, root: Path = Path())
 
 
 @click.command()
-@click.option("--data", "data_dir", required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--pair", type=click.Choice(list(PAIRS)), required=True)
-@click.option("--size", type=click.Choice(["small", "paper"]), default="small", show_default=True)
-@click.option("--only", multiple=True, help="Algorithms; default: all.")
-@click.option("--number", "numbers", multiple=True, type=int, help="Folds and seeds; default: 3.")
-@click.option("--runs", required=True, type=click.Path(path_type=Path), help="Folder for runs.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Of the result file.")
-@click.option("--device", default="auto", show_default=True)
-@click.option("--precision", type=click.Choice(PRECISIONS), default="bf16", show_default=True)
-@click.option("--threads", default=1, show_default=True, help="CPU threads.")
-def main(
-    data_dir: Path, pair: str, size: str, only: tuple[str, ...], numbers: tuple[int, ...],
-    runs: Path, out: Path, device: str, precision: str, threads: int,
-) -> None:  # fmt: skip
+@options
+def main(pair: str, **how: Any) -> None:
     """Make the cells of a pair that are not there yet."""
-    algorithms, sizes = PAIRS[pair].algorithms, PAIRS[pair].sizes
-    if size not in sizes:
-        raise click.BadParameter(f"{pair} has no size {size!r}: use {', '.join(sizes)}")
-    unknown = [name for name in only if name not in algorithms]
-    if unknown:
-        raise click.BadParameter(f"{unknown[0]!r} is none of {', '.join(algorithms)}")
-    torch.set_num_threads(threads)
-    cells = [
-        cell(pair, size, algorithm, number, data_dir)
-        for number in numbers or range(3)
-        for algorithm in only or algorithms
-    ]
-    fill(out / f"accuracy-{pair}-{size}.json", cells, runs, Compute(device, precision))
+    fill_table(
+        cell, pair, algorithms=PAIRS[pair].algorithms, sizes=PAIRS[pair].sizes, repeats=3,
+        name=f"accuracy-{pair}", **how,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -10,18 +10,19 @@ from __future__ import annotations
 import fcntl
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 from histostream.benchmarks.accuracy.score import choose, predicting, score
 from histostream.benchmarks.hardware import hardware
 from histostream.training import checkpoint, cli, loop, methods
-from histostream.training.compute import Compute
+from histostream.training.compute import PRECISIONS, Compute
 from histostream.training.data import DataSet, Sample
 from histostream.training.loop import Progress, Recipe
 from histostream.wsi.errors import HistoError
@@ -54,6 +55,88 @@ class Cell:
     recipe: Recipe
     data: Callable[[], DataSet]
     further: Callable[[Path, Sequence[Sample]], Plain] | None = None
+
+
+def settings_of(*tables: dict[str, dict[str, Any]]) -> tuple[str, ...]:
+    """Write the tables of a recipe as the settings of `cli.read_recipe`; later ones win."""
+    return tuple(
+        f"{name}.{key}={json.dumps(value)}"
+        for table in tables
+        for name, keys in table.items()
+        for key, value in keys.items()
+    )
+
+
+def options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that every command has which fills a table."""
+    folder = click.Path(path_type=Path)
+    for option in reversed(
+        (
+            click.option(
+                "--data", "data_dir", required=True, type=click.Path(path_type=Path, exists=True)
+            ),
+            click.option("--size", default="small", show_default=True, help="small, paper, ..."),
+            click.option("--only", multiple=True, help="Algorithms; default: all."),
+            click.option(
+                "--number", "numbers", multiple=True, type=int, help="Seeds or folds; default: all."
+            ),
+            click.option("--runs", required=True, type=folder, help="Folder for runs."),
+            click.option("--out", required=True, type=folder, help="Of the result file."),
+            click.option("--device", default="auto", show_default=True),
+            click.option(
+                "--precision", type=click.Choice(PRECISIONS), default="bf16", show_default=True
+            ),
+            click.option("--threads", default=1, show_default=True, help="CPU threads."),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def fill_table(
+    cell: Callable[[str, str, str, int, Path], Cell],
+    table: str,
+    *,
+    algorithms: Collection[str],
+    sizes: Collection[str],
+    repeats: int,
+    name: str,
+    data_dir: Path,
+    size: str,
+    only: tuple[str, ...],
+    numbers: tuple[int, ...],
+    runs: Path,
+    out: Path,
+    device: str,
+    precision: str,
+    threads: int,
+) -> None:
+    """Make the cells of a table that are not there yet.
+
+    Parameters
+    ----------
+    cell
+        Makes one of table, size, algorithm, number and data folder.
+    table, algorithms, sizes
+        Which table, and what there is of it.
+    repeats
+        Seeds or folds, where none are named.
+    name
+        Of the result file, before its size.
+    data_dir, size, only, numbers, runs, out, device, precision, threads
+        As of `options`.
+    """
+    if size not in sizes:
+        raise click.BadParameter(f"{table} has no size {size!r}: use {', '.join(sizes)}")
+    if unknown := [one for one in only if one not in algorithms]:
+        raise click.BadParameter(f"{unknown[0]!r} is none of {', '.join(algorithms)}")
+    torch.set_num_threads(threads)
+    cells = [
+        cell(table, size, algorithm, number, data_dir)
+        for number in numbers or range(repeats)
+        for algorithm in only or algorithms
+    ]
+    fill(out / f"{name}-{size}.json", cells, runs, Compute(device, precision))
 
 
 def fill(path: Path, cells: Sequence[Cell], runs: Path, how: Compute) -> None:

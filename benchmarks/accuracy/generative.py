@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from histostream.benchmarks.accuracy.cells import Cell, Plain, fill
+from histostream.benchmarks.accuracy.cells import Cell, Plain, fill_table, options, settings_of
 from histostream.export.trained import config_of, find_checkpoint
 from histostream.training import checkpoint, cli, methods, sample, sets, synthetic
-from histostream.training.compute import PRECISIONS, Compute
 from histostream.training.data import DataSet, Sample, StoredPicture
 from histostream.training.image_metrics import (
     MS_SSIM_MIN_PX,
@@ -216,11 +214,7 @@ def cell(table: str, size: str, algorithm: str, number: int, data: Path = Path()
     tables = [how.settings, how.own.get(algorithm, {}), {"schedule": {"seed": number}}]
     if of.labelled < 1:
         tables.append({"schedule": {"labelled": of.labelled}})
-    settings = [
-        f"{name}.{key}={json.dumps(value)}"
-        for found in tables for name, keys in found.items() for key, value in keys.items()
-    ]  # fmt: skip
-    recipe = cli.read_recipe(of.method, method, configs, tuple(settings), mpp=how.mpp)
+    recipe = cli.read_recipe(of.method, method, configs, settings_of(*tables), mpp=how.mpp)
     if how.level_steps:
         steps = how.level_steps * recipe.config.levels
         schedule = dataclasses.replace(recipe.schedule, steps=steps)
@@ -316,33 +310,14 @@ def _nchw(image: np.ndarray) -> Tensor:
 
 
 @click.command()
-@click.option("--data", "data_dir", required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--table", type=click.Choice(list(TABLES)), required=True)
-@click.option("--size", default="small", show_default=True, help="small, reduced or paper.")
-@click.option("--only", multiple=True, help="Algorithms; default: all.")
-@click.option("--number", "numbers", multiple=True, type=int, help="Seeds; default: 0, 1, 2.")
-@click.option("--runs", required=True, type=click.Path(path_type=Path), help="Folder for runs.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Of the result file.")
-@click.option("--device", default="auto", show_default=True)
-@click.option("--precision", type=click.Choice(PRECISIONS), default="bf16", show_default=True)
-@click.option("--threads", default=1, show_default=True, help="CPU threads.")
-def main(
-    data_dir: Path, table: str, size: str, only: tuple[str, ...], numbers: tuple[int, ...],
-    runs: Path, out: Path, device: str, precision: str, threads: int,
-) -> None:  # fmt: skip
+@options
+def main(table: str, **how: Any) -> None:
     """Make the cells of a table that are not there yet."""
-    algorithms, sizes = TABLES[table].algorithms, TABLES[table].sizes
-    if size not in sizes:
-        raise click.BadParameter(f"{table} has no size {size!r}: use {', '.join(sizes)}")
-    if unknown := [name for name in only if name not in algorithms]:
-        raise click.BadParameter(f"{unknown[0]!r} is none of {', '.join(algorithms)}")
-    torch.set_num_threads(threads)
-    cells = [
-        cell(table, size, algorithm, number, data_dir)
-        for number in numbers or range(3)
-        for algorithm in only or algorithms
-    ]
-    fill(out / f"accuracy-{table}-{size}.json", cells, runs, Compute(device, precision))
+    fill_table(
+        cell, table, algorithms=TABLES[table].algorithms, sizes=TABLES[table].sizes, repeats=3,
+        name=f"accuracy-{table}", **how,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

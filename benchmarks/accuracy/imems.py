@@ -12,17 +12,14 @@ schedule, for a GPU.
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
-import torch
 
-from histostream.benchmarks.accuracy.cells import Cell, fill
+from histostream.benchmarks.accuracy.cells import Cell, fill_table, options, settings_of
 from histostream.training import cli, sets
-from histostream.training.compute import PRECISIONS, Compute
 from histostream.training.methods import imems
 from histostream.training.schedule import Schedule
 
@@ -86,39 +83,24 @@ def cell(table: str, size: str, algorithm: str, number: int, data: Path = Path()
         "schedule": {**asdict(how.schedule), kind: number},
         "augmentation": {"flips": how.flips},
     }
-    settings = [f"{t}.{k}={json.dumps(v)}" for t, keys in tables.items() for k, v in keys.items()]
     return Cell(
         f"{table}-{size}-{algorithm}-{number}".lower(),
         algorithm,
         number,
-        cli.read_recipe("imems", imems, ALGORITHMS[algorithm], tuple(settings), mpp=how.mpp),
+        cli.read_recipe("imems", imems, ALGORITHMS[algorithm], settings_of(tables), mpp=how.mpp),
         functools.partial(sets.open_set, TABLES[table].source.format(data=data)),
     )
 
 
 @click.command()
-@click.option("--data", "data_dir", required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--table", type=click.Choice(list(TABLES)), required=True)
-@click.option("--size", type=click.Choice(["small", "paper"]), default="small", show_default=True)
-@click.option("--only", multiple=True, type=click.Choice(list(ALGORITHMS)), help="Algorithms.")
-@click.option("--number", "numbers", multiple=True, type=int, help="Seeds, or folds.")
-@click.option("--runs", required=True, type=click.Path(path_type=Path), help="Folder for runs.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Of the result file.")
-@click.option("--device", default="auto", show_default=True)
-@click.option("--precision", type=click.Choice(PRECISIONS), default="bf16", show_default=True)
-@click.option("--threads", default=1, show_default=True, help="CPU threads.")
-def main(
-    data_dir: Path, table: str, size: str, only: tuple[str, ...], numbers: tuple[int, ...],
-    runs: Path, out: Path, device: str, precision: str, threads: int,
-) -> None:  # fmt: skip
+@options
+def main(table: str, **how: Any) -> None:
     """Make the cells of a table that are not there yet."""
-    torch.set_num_threads(threads)
-    cells = [
-        cell(table, size, algorithm, number, data_dir)
-        for number in numbers or range(TABLES[table].repeats)
-        for algorithm in only or ALGORITHMS
-    ]
-    fill(out / f"accuracy-imems-{table}-{size}.json", cells, runs, Compute(device, precision))
+    fill_table(
+        cell, table, algorithms=ALGORITHMS, sizes=TABLES[table].sizes,
+        repeats=TABLES[table].repeats, name=f"accuracy-imems-{table}", **how,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

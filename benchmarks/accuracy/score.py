@@ -59,15 +59,10 @@ def choose(found: DataSet, part: str, schedule: Schedule | None = None) -> tuple
         If that part is empty.
     """
     every = (*found.train, *found.validation, *found.test)
-    official = {"train": found.train, "validation": found.validation, "test": found.test}
-    if schedule is not None:
-        parts = batches.divide(found, schedule)
-        split = {"train": parts.split.train, "validation": parts.split.validation,
-                 "test": parts.split.test}  # fmt: skip
-        official = {name: tuple(parts.samples[i] for i in ids) for name, ids in split.items()}
+    parts = batches.parts_of(found, schedule)
     if part == "auto":
-        return official["test"] or every
-    chosen = every if part == "all" else official[part]
+        return parts["test"] or every
+    chosen = every if part == "all" else parts[part]
     if not chosen:
         raise ScoreError(f"{found.name}: has no {part} part; use --part all")
     return chosen

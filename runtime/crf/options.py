@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -43,12 +42,8 @@ class CrfOptions:
 
     @property
     def halo_px(self) -> int:
-        """Pixels around a cell that it is refined with: five times the widest kernel.
-
-        `CrfParams.halo_px` is four times: of all labels 99.99 % are then the whole slide's. Of
-        those within 2 px of a cell's border it was 99.98 % to 100 %; with five 99.997 % or more.
-        """
-        return math.ceil(1.25 * self.params.halo_px)
+        """Pixels around a cell that it is refined with."""
+        return self.params.halo_px
 
     @property
     def cell_px(self) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import subprocess
 import sys
@@ -15,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from histostream.export.bundle import Options
 from histostream.export.trained import export_checkpoint
@@ -36,6 +34,8 @@ from histostream.training.networks.domain_classifier import (
 from histostream.training.networks.group_norm_unet import GroupNormUNet, ReconstructionDecoder
 from histostream.training.schedule import Schedule, set_rates
 from histostream.wsi.reader import open_slide
+
+from .resuming import killed_and_resumed, logged, weights_of
 
 TERMS = {
     "apma-paper": (True, "adversarial", True),
@@ -516,32 +516,14 @@ TINY = (
 )  # fmt: skip
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("stop", [1, 4], ids=["source only", "joint"])
 def test_a_killed_run_goes_on_as_if_it_never_stopped(tmp_path: Path, stop: int) -> None:
     recipe, found = read("apma-paper", *TINY, f"schedule.validate_every={stop}"), em()
-    loop.train(recipe, apma_net, found, tmp_path / "whole")
-
-    def kill(progress: loop.Progress) -> None:
-        if progress.step == stop + 1:
-            raise Killed
-
-    with pytest.raises(Killed):
-        loop.train(recipe, apma_net, found, tmp_path / "broken", report=kill)
-    loop.train(recipe, apma_net, found, tmp_path / "broken")
+    killed_and_resumed(recipe, apma_net, found, tmp_path, step=stop + 1)
     for name in ("last", "best"):
-        one, other = (
-            load_file(tmp_path / run / name / "checkpoint.safetensors")
-            for run in ("whole", "broken")
-        )
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[k], other[k]) for k in one)
+        one = weights_of(tmp_path / "broken", name)
         assert 0 < float(one["scale.low"][1]) < float(one["scale.high"][1]) < 255
-    with (tmp_path / "broken" / "log.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = logged(tmp_path / "broken")
     assert [row["step"] for row in rows] == [str(i) for i in range(1, 7)]
     assert float(rows[1]["fooling_pred"]) == 0 < float(rows[2]["fooling_pred"])
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 import subprocess
@@ -10,8 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from histostream.training import checkpoint, data, loop, methods, sets
 from histostream.training.augment import Augmentation, draw_crop
@@ -20,6 +17,8 @@ from histostream.training.loop import Recipe
 from histostream.training.methods import imems
 from histostream.training.methods.imems import Config
 from histostream.training.schedule import Schedule
+
+from .resuming import killed_and_resumed, logged
 
 ALL_ON = Augmentation(
     flips=True, object_px=9.0, zoom=1.3, stain=0.2, restain=0.5, light=0.2, focus=1.0,
@@ -41,10 +40,6 @@ def recipe(steps: int = 6, **more: object) -> Recipe:
     )  # fmt: skip
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize(
     "algorithm",
     [
@@ -62,25 +57,9 @@ def test_a_killed_run_goes_on_as_if_it_never_stopped(
 ) -> None:
     found = sets.open_set(str(nuclei_folder))
     mine = replace(recipe(), config=replace(recipe().config, **algorithm))
-    whole = loop.train(mine, imems, found, tmp_path / "whole")
-
-    def kill(progress: loop.Progress) -> None:
-        if progress.step == 5:
-            raise Killed
-
-    with pytest.raises(Killed):
-        loop.train(mine, imems, found, tmp_path / "broken", report=kill)
-    resumed = loop.train(mine, imems, found, tmp_path / "broken")
-    for name in ("last", "best"):
-        one, other = (
-            load_file(tmp_path / run / name / "checkpoint.safetensors")
-            for run in ("whole", "broken")
-        )
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[k], other[k]) for k in one)
+    whole, resumed = killed_and_resumed(mine, imems, found, tmp_path, step=5)
     assert resumed.record["scores"] == whole.record["scores"]
-    with (tmp_path / "broken" / "log.csv").open(newline="") as file:
-        steps = [row["step"] for row in csv.DictReader(file)]
+    steps = [row["step"] for row in logged(tmp_path / "broken")]
     assert steps == [str(i) for i in range(1, 7)]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from histostream.export import cli as export_cli
 from histostream.export import generator
@@ -51,6 +50,8 @@ from histostream.training.networks.pyramid import (
 from histostream.training.networks.vgg import LAYERS, VGG19Features, WeightsError
 from histostream.training.schedule import Schedule, set_rates
 from histostream.wsi.errors import OutputError
+
+from .resuming import killed_and_resumed, logged, weights_of
 
 SMALL: dict[str, Any] = {
     "levels": 2, "poolings": 2, "layers": 1, "first_width": 4, "growth": 4, "g_width": 4,
@@ -861,10 +862,6 @@ TINY = (
 )  # fmt: skip
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("stop", [1, 3, 5], ids=["coarse", "between levels", "fine"])
 @pytest.mark.parametrize(
     "more",
@@ -881,27 +878,13 @@ def test_a_killed_run_goes_on_as_if_it_never_stopped(
 ) -> None:
     recipe = read(settings=(*TINY, *more, f"schedule.validate_every={stop}"))
     found = synthetic.colored_regions(6, 2, side_px=48)
-    loop.train(recipe, pyramid_gan, found, tmp_path / "whole")
-
-    def kill(progress: loop.Progress) -> None:
-        if progress.step == stop + 1:
-            raise Killed
-
-    with pytest.raises(Killed):
-        loop.train(recipe, pyramid_gan, found, tmp_path / "broken", report=kill)
-    loop.train(recipe, pyramid_gan, found, tmp_path / "broken")
+    killed_and_resumed(recipe, pyramid_gan, found, tmp_path, step=stop + 1)
     for name in ("last", "best"):
-        one, other = (
-            load_file(tmp_path / run / name / "checkpoint.safetensors")
-            for run in ("whole", "broken")
-        )
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[k], other[k]) for k in one)
+        one = weights_of(tmp_path / "broken", name)
         assert int(one["progress.level"]) == 0
         if recipe.config.paints:
             assert 0 < float(one["progress.amplitudes"][0]) < 0.5
-    with (tmp_path / "broken" / "log.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = logged(tmp_path / "broken")
     assert [row["step"] for row in rows] == [str(i) for i in range(1, 9)]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from histostream.export import cli as export_cli
@@ -46,6 +44,8 @@ from histostream.training.networks.translation import (
     mirrored,
 )
 from histostream.training.schedule import Schedule, set_rates
+
+from .resuming import killed_and_resumed, logged, weights_of
 
 CLASSES = (("background", (0, 0, 0)), ("digit", (255, 200, 60)))
 # Width and depth of the networks for 48 px, and for 128 px and BraTS.
@@ -1036,35 +1036,17 @@ TINY = (
 )  # fmt: skip
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("other", ["translation-separate", "translation-autoencoder", None])
 def test_a_killed_run_goes_on_as_if_it_never_stopped(tmp_path: Path, other: str | None) -> None:
     recipe = read("translation-paper", *([other] if other else []), settings=TINY)
     found = digits()
-    loop.train(recipe, translation, found, tmp_path / "whole")
-
-    def kill(progress: loop.Progress) -> None:
-        if progress.step == 3:
-            raise Killed
-
-    with pytest.raises(Killed):
-        loop.train(recipe, translation, found, tmp_path / "broken", report=kill)
-    loop.train(recipe, translation, found, tmp_path / "broken")
-    for name in ("last", "best"):
-        one, two = (load_file(tmp_path / run / name / "checkpoint.safetensors")
-                    for run in ("whole", "broken"))  # fmt: skip
-        assert one.keys() == two.keys()
-        assert all(torch.equal(one[k], two[k]) for k in one)
-    assert float(one["labelled.share"]) == 0.5
-    last = load_file(tmp_path / "whole" / "last" / "checkpoint.safetensors")
+    killed_and_resumed(recipe, translation, found, tmp_path, step=3)
+    last = weights_of(tmp_path / "whole", "last")
+    assert float(weights_of(tmp_path / "whole", "best")["labelled.share"]) == 0.5
     spectral = {k for k in last if k.endswith((".u", ".v"))}
     assert bool(spectral) == (other != "translation-autoencoder")
     assert any(k.endswith("max_exp_avg_sq") for k in last)
-    with (tmp_path / "broken" / "log.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = logged(tmp_path / "broken")
     assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
     assert float(rows[-1]["segmentation"]) < 0
 

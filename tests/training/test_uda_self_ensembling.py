@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from histostream.export.bundle import Options
@@ -27,6 +26,8 @@ from histostream.training.methods import uda_self_ensembling as uda
 from histostream.training.networks.bn_unet import BatchNormUNet
 from histostream.training.networks.discriminator import DomainDiscriminator
 from histostream.training.schedule import Schedule, set_rates
+
+from .resuming import killed_and_resumed, weights_of
 
 TINY = ("method.base_width=2", "method.discriminator_width=2")
 FULL = ("dice", "discriminator", "adversarial", "reconstruction", "entropy", "consistency")
@@ -552,10 +553,6 @@ def test_mixed_precision_needs_nothing_of_the_method(
         assert not any(loss.requires_grad for loss in losses.values())
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("name", ["recommended", "cbst", "mean teacher"])
 def test_a_killed_run_goes_on_as_if_it_never_stopped(
     name: str, found: DataSet, tmp_path: Path
@@ -567,23 +564,8 @@ def test_a_killed_run_goes_on_as_if_it_never_stopped(
     if name == "mean teacher":
         name, settings = "paper", [*settings, "method.ema=0.9"]
     recipe = algorithm(name, *settings)
-    loop.train(recipe, uda, found, tmp_path / "whole")
-
-    def kill(progress: loop.Progress) -> None:
-        if progress.step == 7:
-            raise Killed
-
-    with pytest.raises(Killed):
-        loop.train(recipe, uda, found, tmp_path / "broken", report=kill)
-    loop.train(recipe, uda, found, tmp_path / "broken")
-    for which in ("last", "best"):
-        one, other = (
-            load_file(tmp_path / run / which / "checkpoint.safetensors")
-            for run in ("whole", "broken")
-        )
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[k], other[k]) for k in one)
-    last = load_file(tmp_path / "whole" / "last" / "checkpoint.safetensors")
+    killed_and_resumed(recipe, uda, found, tmp_path, step=7)
+    last = weights_of(tmp_path / "whole", "last")
     assert last["domains.steps_per_epoch"] == 4
     assert last["domains.round"] == (4 if name == "cbst" else 0)
 
