@@ -3,6 +3,8 @@
 HistoError
   SlideError   a slide cannot be opened, lacks something, or breaks while being read
   OutputError  an output file or folder cannot be written
+
+StoppedError   the caller asked to stop; no fault of anything, so no HistoError
 """
 
 
@@ -16,3 +18,7 @@ class SlideError(HistoError, OSError):
 
 class OutputError(HistoError, OSError):
     """An output cannot be written; nothing is left under its final name."""
+
+
+class StoppedError(Exception):
+    """The caller's ``stopping()`` said yes; what was begun has been cleaned up."""

@@ -1,0 +1,169 @@
+"""Slides in object storage, ``s3://`` and ``gs://``, through fsspec's s3fs and gcsfs."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from pathlib import PurePosixPath
+from typing import Any
+
+from histostream.wsi.errors import SlideError
+from histostream.wsi.sources.disk import INDEX_BYTES, named_files
+from histostream.wsi.staging import SlidePart, TransientError, file_name, is_plain
+
+PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
+CREDENTIALS = {
+    "s3": "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; "
+    """for a public bucket FSSPEC_S3='{"anon": true}'""",
+    "gs": "set GOOGLE_APPLICATION_CREDENTIALS, or run gcloud auth application-default login; "
+    """for a public bucket FSSPEC_GS='{"token": "anon"}'""",
+}
+VERSIONS = ("ETag", "etag", "generation", "LastModified", "updated", "mtime")  # in this order
+
+
+def find_parts(source: str) -> list[SlidePart]:
+    """Ask for a slide's files: its own first, then those that belong to it.
+
+    Raises
+    ------
+    SlideError
+        If there is no such object, or no access to it.
+    """
+    file_name(source)  # refuses what is none
+    with _said_clearly(source):
+        fs, path = _filesystem(source)
+        if source.endswith("/"):
+            infos = _files_below(fs, path, maxdepth=1)
+        else:
+            infos = [fs.info(path), *_companions(fs, path)]
+    if not infos or infos[0]["type"] != "file":
+        raise SlideError(f"{source}: not an object; name one, or end a DICOM series' folder with /")
+    return [_part(source, info, path.rpartition("/")[0]) for info in infos]
+
+
+def read_part(part: SlidePart, chunk_bytes: int) -> Generator[bytes]:
+    """Yield the content of one object, a request for each chunk.
+
+    Raises
+    ------
+    SlideError
+        If the storage refuses or fails; `TransientError` if another attempt may help.
+    """
+    with _said_clearly(part.address):
+        fs, path = _filesystem(part.address)
+        with fs.open(path, "rb", cache_type="none") as file:
+            while chunk := file.read(chunk_bytes):
+                yield chunk
+
+
+def list_files(url: str) -> list[str]:
+    """List the URLs of the objects below a folder (``.../``), or that match a pattern, sorted.
+
+    Raises
+    ------
+    SlideError
+        If the bucket cannot be listed.
+    """
+    with _said_clearly(url):
+        fs, path = _filesystem(url)
+        if url.endswith("/"):
+            infos = _files_below(fs, path)
+        elif fs.exists(path):  # a name with [ or * in it
+            return [url]
+        else:
+            infos = list(fs.glob(path, detail=True).values())
+    scheme = url.partition("://")[0]
+    return sorted(f"{scheme}://{info['name']}" for info in infos if info["type"] == "file")
+
+
+def _files_below(fs: Any, path: str, maxdepth: int | None = None) -> list[dict[str, Any]]:
+    found = fs.find(path, maxdepth=maxdepth, detail=True)
+    return [
+        found[name]
+        for name in sorted(found)
+        # Some consoles make an empty object for a folder.
+        if found[name]["type"] == "file" and name != path and not name.endswith("/")
+        if not name.rpartition("/")[2].startswith(".")
+    ]
+
+
+def _companions(fs: Any, path: str) -> list[dict[str, Any]]:
+    """List the further files of a .mrxs, .vms or .vmu."""
+    suffix = PurePosixPath(path).suffix.lower()
+    if suffix == ".mrxs":
+        return _files_below(fs, path[: -len(suffix)])
+    if suffix in {".vms", ".vmu"}:
+        names = set(named_files(fs.cat_file(path, start=0, end=INDEX_BYTES)))
+        beside = _files_below(fs, path.rpartition("/")[0], maxdepth=1)
+        files = {info["name"].rpartition("/")[2]: info for info in beside if info["name"] != path}
+        return [files[name] for name in sorted(names & files.keys())]
+    return []
+
+
+def _part(source: str, info: dict[str, Any], folder: str) -> SlidePart:
+    name = str(info["name"])[len(folder) :].lstrip("/")
+    if not all(is_plain(part) for part in name.split("/")):
+        raise SlideError(f"{source}: {name!r} in it is no plain file name; rename it there")
+    version = next((str(info[key]) for key in VERSIONS if info.get(key)), "")
+    scheme = source.partition("://")[0]
+    return SlidePart(f"{scheme}://{info['name']}", name, int(info["size"]), version.strip('"'))
+
+
+def _filesystem(url: str) -> tuple[Any, str]:
+    """Return the file system and the path in it, without the scheme."""
+    scheme, _, path = url.partition("://")
+    scheme = scheme.lower()
+    if not path.strip("/"):
+        raise SlideError(f"{url}: names no bucket; write {scheme}://bucket/path")
+    try:
+        import fsspec
+
+        # Without listings kept: an object may be replaced while a cohort runs.
+        return fsspec.filesystem(scheme, use_listings_cache=False), path.rstrip("/")
+    except ImportError:
+        raise SlideError(
+            f"{scheme}:// needs {PACKAGES[scheme]}: pip install 'histostream[cloud]'"
+        ) from None
+
+
+@contextmanager
+def _said_clearly(url: str) -> Iterator[None]:
+    """Turn what the libraries raise, of which there are many kinds, into one clear line."""
+    scheme = url.partition("://")[0].lower()
+    try:
+        yield
+    except SlideError:
+        raise
+    except _foreign_errors(scheme) as error:
+        raise _translated(url, scheme, error) from None
+
+
+def _foreign_errors(scheme: str) -> tuple[type[Exception], ...]:
+    try:
+        from aiohttp import ClientError as HttpError
+
+        if scheme == "s3":
+            from botocore.exceptions import BotoCoreError, ClientError
+
+            return OSError, HttpError, BotoCoreError, ClientError
+        from gcsfs.retry import HttpError as GoogleError
+        from google.auth.exceptions import GoogleAuthError
+        from requests.exceptions import RequestException
+    except ImportError:  # `_filesystem` says what is missing
+        return (OSError,)
+    return OSError, HttpError, GoogleError, GoogleAuthError, RequestException
+
+
+def _translated(url: str, scheme: str, error: Exception) -> SlideError:
+    kind, said = type(error).__name__, " ".join(str(error).split()) or type(error).__name__
+    status = getattr(error, "code", None)
+    if isinstance(error, FileNotFoundError):
+        return SlideError(f"{url}: there is no such object or bucket; check the URL")
+    if "Credential" in kind:
+        return SlideError(f"{url}: no credentials ({said}); {CREDENTIALS[scheme]}")
+    denied = isinstance(error, PermissionError) or status in {401, 403}
+    if denied or "Forbidden" in said or kind in {"RefreshError", "ProfileNotFound"}:
+        return SlideError(f"{url}: access denied ({said}); {CREDENTIALS[scheme]}")
+    return TransientError(
+        f"{url}: the storage cannot be reached ({said}); check the network and the endpoint"
+    )
