@@ -91,8 +91,8 @@ def run(
     from histostream.benchmarks.report import write_together
     from histostream.benchmarks.speed import markdown, measure_speed
     from histostream.benchmarks.stages import Setup
-    from histostream.runtime.infer import Options
     from histostream.runtime.memory import return_buffers_at_once
+    from histostream.runtime.options import Options
     from histostream.wsi.sink import json_text
 
     return_buffers_at_once()  # as histo-infer

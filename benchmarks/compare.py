@@ -27,7 +27,7 @@ from histostream.export.tiles import collect_tiles
 from histostream.export.trained import load_deployed, read_checkpoint
 from histostream.runtime.card import PRECISIONS, ModelCard, read_card
 from histostream.runtime.engine import open_engine
-from histostream.runtime.infer import versions
+from histostream.runtime.record import versions
 from histostream.training.checkpoint import CheckpointError
 from histostream.wsi.errors import HistoError
 

@@ -17,7 +17,8 @@ from histostream.benchmarks.stages import ALONE, STAGES, BenchError, Contender, 
 from histostream.benchmarks.work import count_work
 from histostream.export.graph import GraphError
 from histostream.runtime.card import PRECISIONS, read_file
-from histostream.runtime.infer import Options, versions
+from histostream.runtime.options import Options
+from histostream.runtime.record import versions
 from histostream.wsi.errors import HistoError
 from histostream.wsi.synthetic import SyntheticSlide
 

@@ -17,8 +17,9 @@ from histostream.runtime.blend import Blender
 from histostream.runtime.card import PRECISIONS, ModelCard, read_card, read_file, write_card
 from histostream.runtime.device_stream import DeviceEngine, DeviceStream
 from histostream.runtime.devices import Stream
-from histostream.runtime.engine import Engine, open_engine
-from histostream.runtime.infer import Options, plan_grid, segment_slide, to_channels
+from histostream.runtime.engine import Engine, open_engine, to_channels
+from histostream.runtime.infer import plan_grid, segment_slide
+from histostream.runtime.options import Options
 from histostream.wsi.errors import HistoError
 from histostream.wsi.grid import Strip, Tile
 from histostream.wsi.reader import open_slide

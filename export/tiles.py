@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.runtime.infer import to_channels
+from histostream.runtime.engine import to_channels
 from histostream.training.data import DataError, read_folder, read_image
 from histostream.wsi.errors import HistoError, SlideError
 from histostream.wsi.grid import Strip, TileGrid

@@ -2,7 +2,8 @@
 
 from histostream.runtime.card import CardError, ModelCard, default_bundle, read_card
 from histostream.runtime.engine import Engine, EngineError, open_engine
-from histostream.runtime.infer import Options, SlideResult, segment_pixels, segment_slide
+from histostream.runtime.infer import SlideResult, segment_pixels, segment_slide
+from histostream.runtime.options import Options
 
 __all__ = [
     "CardError",

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import click
 from rich.console import Console
@@ -17,12 +21,29 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from histostream.runtime.blend import WINDOWS
 from histostream.runtime.card import PRECISIONS, default_bundle, read_card
+from histostream.runtime.cohort import (
+    AT_ONCE,
+    DAMAGED,
+    DONE,
+    ELSEWHERE,
+    FAILED,
+    NOT_BEGUN,
+    STOPPED,
+    UNCHANGED,
+    Crew,
+    LocalCrew,
+    Outcome,
+    Report,
+    Task,
+    run_cohort,
+)
 from histostream.runtime.crf.options import CrfOptions, read_params
 from histostream.runtime.crf.params import CrfError
-from histostream.runtime.engine import BACKENDS, BF16, Engine, open_engine
+from histostream.runtime.engine import BACKENDS, BF16, open_engine
 from histostream.runtime.fleet import Fleet
-from histostream.runtime.infer import Options, SlideResult, segment_slide, slide_stem
+from histostream.runtime.inputs import SlideInput, find_inputs
 from histostream.runtime.memory import return_buffers_at_once
+from histostream.runtime.options import Options
 from histostream.wsi.console import fail, show_only_our_warnings
 from histostream.wsi.errors import HistoError
 
@@ -31,7 +52,7 @@ console = Console(stderr=True)
 
 @click.command(context_settings={"show_default": True})
 @click.version_option(package_name="histostream")
-@click.argument("slides", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("slides", nargs=-1, required=True)
 @click.option(
     "--model", "bundle", type=click.Path(path_type=Path), help="Model bundle; default: nuclei."
 )
@@ -73,8 +94,23 @@ console = Console(stderr=True)
     help="Refine only where the two best scores are nearer than P, 0 to 1; with --crf.",
 )  # fmt: skip
 @click.option("--force-upsampling", is_flag=True, help="Enlarge slides coarser than the model.")
+@click.option(
+    "--strict", is_flag=True, help="Stop a slide at a damaged block; default: leave it out."
+)
+@click.option(
+    "--restart", is_flag=True, help="Do slides again that are done or were begun; default: go on."
+)
+@click.option(
+    "--stage", type=click.Path(path_type=Path), metavar="DIR",
+    help="Copy each slide to this fast local folder first, while the one before it is run.",
+)  # fmt: skip
+@click.option(
+    "--ray", "cluster", metavar="ADDRESS|local",
+    help="Run on a Ray cluster, an engine for each GPU; paths must be the same on all hosts.",
+)  # fmt: skip
+@click.option("--workers", type=int, help="Engines on the cluster; default: as many as fit.")
 def main(
-    slides: tuple[Path, ...],
+    slides: tuple[str, ...],
     bundle: Path | None,
     out: Path,
     backend: str,
@@ -84,16 +120,25 @@ def main(
     crf: bool,
     crf_params: str | None,
     crf_uncertain: float | None,
+    restart: bool,
+    stage: Path | None,
+    cluster: str | None,
+    workers: int | None,
     **options: Any,
 ) -> None:
     """Segment whole slides; results go to OUT/<slide name>/.
 
-    Exit status 0 only if every slide was done whole; a slide that fails does not stop the others.
+    SLIDES are files, folders, patterns in quotes, URLs (s3://, gs://, https://), and .csv files
+    with the columns path, and maybe mpp, roi and name.
+
+    The same command again goes on where it was stopped, and leaves out what is done. A slide that
+    fails does not stop the others; OUT/cohort.csv says how each went. Exit status: 0 all done, 1
+    some failed, 3 some have damaged places, 130 stopped.
     """
     show_only_our_warnings("histo-infer")
     return_buffers_at_once()
     try:
-        _check_names(slides)
+        inputs = find_inputs(slides)
         settings = Options(threads=threads, **options)
         if not crf and (crf_params is not None or crf_uncertain is not None):
             raise HistoError("--crf-params and --crf-uncertain are of --crf: add it")
@@ -104,34 +149,46 @@ def main(
             os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning starves busy machines
             if threads is not None:
                 os.environ.setdefault("NUMBA_NUM_THREADS", str(threads))
+        asked = {"backend": backend, "precision": precision}
+        tasks = [
+            Task(slide, out, _of_slide(settings, slide), asked, stage, restart) for slide in inputs
+        ]
         chosen: list[str] = []
-        engine = _open(
-            bundle, devices, chosen.append,
+        crew = _crew(
+            bundle, devices, cluster, workers, len(tasks), settings, chosen.append,
             backend=backend, precision=precision, threads=threads,
         )  # fmt: skip
     except HistoError as error:
         _fail(str(error))
         sys.exit(1)
-    card = engine.card
+    card = crew.card
     console.print(
         f"model: {card.method} ({', '.join(c.name for c in card.classes)}) at {card.mpp:g} um/px; "
-        f"{''.join(chosen) or engine.name}",
+        f"{''.join(chosen) or crew.name}",
         highlight=False,
         soft_wrap=True,  # one line, however narrow the terminal
     )
-    try:
-        if isinstance(engine, Fleet) and 1 < engine.devices <= len(slides):
-            failed = _share(slides, engine, out, settings)
-        else:
-            failed = sum(not _run(slide, engine, out, settings) for slide in slides)
-    except KeyboardInterrupt:
-        _fail("stopped; nothing half-written is left")
-        sys.exit(130)
-    finally:
-        engine.close()
-    if failed and len(slides) > 1:
-        _fail(f"{failed} of {len(slides)} slides failed")
-    sys.exit(1 if failed else 0)
+    with _stopped_by_signals() as stop:
+        try:
+            counts = _run(tasks, crew, out if len(tasks) > 1 else None, stop.asked)
+        except HistoError as error:
+            _fail(str(error))
+            sys.exit(1)
+        finally:
+            crew.close()
+    if len(tasks) > 1:
+        _sum_up(counts, out)
+    if stop.signal is not None:
+        _fail("stopped; what is finished is kept, and the same command goes on from there")
+        sys.exit(128 + stop.signal)
+    sys.exit(1 if counts[FAILED] else 3 if counts[DAMAGED] else 0)
+
+
+def _of_slide(settings: Options, slide: SlideInput) -> Options:
+    """Return the options of one slide: what a .csv says of it goes first."""
+    mpp = settings.mpp if slide.mpp is None else slide.mpp
+    roi = settings.roi if slide.roi is None else Path(slide.roi)
+    return replace(settings, mpp=mpp, roi=roi)
 
 
 def _crf(bundle: Path, params: str, uncertain: float | None) -> CrfOptions:
@@ -148,62 +205,129 @@ def _crf(bundle: Path, params: str, uncertain: float | None) -> CrfOptions:
     return CrfOptions(read_params(params, card.crf, mpp=card.mpp), uncertain)
 
 
-def _open(
-    bundle: Path, devices: str | None, say: Callable[[str], None], **how: Any
-) -> Engine | Fleet:
+def _crew(
+    bundle: Path,
+    devices: str | None,
+    cluster: str | None,
+    workers: int | None,
+    slides: int,
+    settings: Options,
+    say: Callable[[str], None],
+    **how: Any,
+) -> Crew:
+    """Open what the slides are run on.
+
+    Raises
+    ------
+    CardError, EngineError, OptionError
+        If it cannot be opened, or options contradict each other.
+    """
+    if cluster is None and workers is not None:
+        raise HistoError("--workers is of --ray: add it")
+    if cluster is not None:
+        if devices is not None:
+            raise HistoError("--devices and --ray exclude each other: --ray takes all that it has")
+        from histostream.runtime.ray_crew import RayCrew
+
+        return RayCrew(bundle, cluster, workers=workers, **how)
+    # Two slides at once would take twice the memory that is allowed.
+    at_once = AT_ONCE if settings.max_memory_mib is None else 1
     if devices is None:
-        return open_engine(bundle, say=say, **how)
-    return Fleet(bundle, tuple(d.strip() for d in devices.split(",") if d.strip()), **how)
+        return LocalCrew(lambda: open_engine(bundle, say=say, **how), at_once)
+    names = tuple(d.strip() for d in devices.split(",") if d.strip())
+    if 1 < len(names) <= slides:
+        return Fleet(bundle, names, at_once=at_once, **how)
+    return LocalCrew(lambda: Fleet(bundle, names, **how), 1)
 
 
-def _share(slides: tuple[Path, ...], fleet: Fleet, out: Path, options: Options) -> int:
-    """Segment slides on several devices, a slide on each; returns how many failed."""
-    failed = 0
-    for slide, result in fleet.segment_slides(slides, out, options):
-        if isinstance(result, HistoError):
-            failed += 1
-            _fail_slide(slide, result)
-        else:
-            _tell(slide, result)
-    return failed
+def _run(
+    tasks: list[Task], crew: Crew, record: Path | None, stopping: Callable[[], bool]
+) -> Counter[str]:
+    """Segment the slides and say how each went; returns how often each status was."""
+    counts: Counter[str] = Counter()
+    with _Progress() as progress:
+        for i, outcome in run_cohort(
+            tasks, crew, report=lambda i: progress.of(tasks[i].slide.name), stopping=stopping,
+            record=record,
+        ):  # fmt: skip
+            progress.end(tasks[i].slide.name)
+            counts[outcome.status] += 1
+            _tell(tasks[i], outcome)
+    counts[NOT_BEGUN] = len(tasks) - counts.total()
+    return counts
 
 
-def _run(slide: Path, engine: Engine | Fleet, out: Path, options: Options) -> bool:
-    """Segment one slide and say how it went."""
+def _tell(task: Task, outcome: Outcome) -> None:
+    """Say what became of a slide, in a line."""
+    name = task.slide.source.rstrip("/").rpartition("/")[2]
+    run, summary = outcome.run, outcome.summary
+    if outcome.status in (DONE, DAMAGED) and run is not None and summary is not None:
+        areas = ", ".join(
+            f"{c['name']} {c['area_mm2']:.3g} mm2 ({100 * (c['share'] or 0):.1f} %)"
+            for c in summary["classes"]
+        )
+        click.echo(
+            f"{name}: {areas}; {run['mpx']:.1f} Mpx in {run['seconds']['total']:.1f} s "
+            f"({run['mpx_per_s']:.2f} Mpx/s) -> {task.folder}"
+        )
+    if outcome.status == UNCHANGED:
+        click.echo(f"{name}: {outcome.reason} -> {task.folder}")
+    elif outcome.status == FAILED:
+        _fail(outcome.reason)
+    elif outcome.reason:
+        _fail(f"{name}: {outcome.reason}")
+
+
+def _sum_up(counts: Counter[str], out: Path) -> None:
+    total = counts.total()
+    if counts[FAILED]:
+        _fail(f"{counts[FAILED]} of {total} slides failed")
+    said = {
+        "done": counts[DONE] + counts[DAMAGED], "unchanged": counts[UNCHANGED],
+        "elsewhere": counts[ELSEWHERE], "not finished": counts[STOPPED] + counts[NOT_BEGUN],
+        "failed": counts[FAILED],
+    }  # fmt: skip
+    listed = ", ".join(f"{n} {word}" for word, n in said.items() if n)
+    click.echo(f"{total} slides: {listed} -> {out / 'cohort.csv'}")
+
+
+class _Stop:
+    """Whether the user has asked to stop, and by which signal."""
+
+    signal: int | None = None
+
+    def asked(self) -> bool:
+        """Whether to stop."""
+        return self.signal is not None
+
+    def ask(self, number: int, *_: object) -> None:
+        """Take a signal: the first asks to stop, the second ends the process."""
+        if self.signal is not None:
+            os._exit(128 + number)  # the journal bears it
+        self.signal = number
+        _fail("finishing the strip in hand; once more stops at once")
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[_Stop]:
+    """Turn Ctrl-C, and the SIGTERM of a scheduler, into a wish to stop."""
+    stop = _Stop()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():  # only that one may
+        yield stop
+        return
+    before = {number: signal.signal(number, stop.ask) for number in numbers}
     try:
-        with _progress(slide.name) as report:
-            result = segment_slide(slide, engine, out, options, report=report)
-    except MemoryError:
-        _fail(f"{slide}: out of memory; pass --max-memory MIB, or a smaller --batch")
-        return False
-    except HistoError as error:
-        _fail_slide(slide, error)
-        return False
-    _tell(slide, result)
-    return True
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _fail_slide(slide: Path, error: HistoError) -> None:
-    text = str(error)
-    _fail(text if slide.name in text else f"{slide}: {text}")
+class _Progress:
+    """A progress bar for each slide, with Mpx/s and time left; silent where nobody watches."""
 
-
-def _tell(slide: Path, result: SlideResult) -> None:
-    run = result.run
-    areas = ", ".join(
-        f"{c['name']} {c['area_mm2']:.3g} mm2 ({100 * (c['share'] or 0):.1f} %)"
-        for c in result.summary["classes"]
-    )
-    click.echo(
-        f"{slide.name}: {areas}; {run['mpx']:.1f} Mpx in {run['seconds']['total']:.1f} s "
-        f"({run['mpx_per_s']:.2f} Mpx/s) -> {result.folder}"
-    )
-
-
-class _progress:
-    """A progress bar with Mpx/s and time left; silent where nobody watches."""
-
-    def __init__(self, name: str) -> None:
+    def __init__(self) -> None:
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -213,35 +337,35 @@ class _progress:
             transient=True,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task(name, total=None, rate="")
-        self._start: float | None = None
+        self._tasks: dict[str, Any] = {}
 
-    def __enter__(self) -> Callable[[int, int], None]:
+    def __enter__(self) -> Self:
         self._bar.start()
-        return self._report
+        return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def _report(self, done: int, total: int) -> None:
-        now = time.perf_counter()
-        self._start = self._start or now
-        rate = done / 1e6 / (now - self._start) if now > self._start else 0.0
-        text = f"{rate:.2f} Mpx/s" if rate else ""
-        self._bar.update(self._task, completed=done, total=total, rate=text)
+    def of(self, name: str) -> Report:
+        """Return what is told how far a slide is; its bar appears with the first word of it."""
+        start = before = None
 
+        def report(done: int, total: int) -> None:
+            nonlocal start, before
+            now = time.perf_counter()
+            if start is None or before is None:
+                start, before = now, done  # what a former run did does not count for the rate
+                self._tasks[name] = self._bar.add_task(name, total=None, rate="")
+            rate = (done - before) / 1e6 / (now - start) if now > start else 0.0
+            text = f"{rate:.2f} Mpx/s" if rate else ""
+            self._bar.update(self._tasks[name], completed=done, total=total, rate=text)
 
-def _check_names(slides: tuple[Path, ...]) -> None:
-    """Refuse two slides whose results would overwrite each other."""
-    seen: dict[str, Path] = {}
-    for slide in slides:
-        stem = os.path.normcase(slide_stem(slide))
-        if stem in seen:
-            raise HistoError(
-                f"{seen[stem]} and {slide} would both write to {stem}/: "
-                "run them with different --out folders"
-            )
-        seen[stem] = slide
+        return report
+
+    def end(self, name: str) -> None:
+        """Take the bar of a slide away."""
+        if name in self._tasks:
+            self._bar.remove_task(self._tasks.pop(name))
 
 
 def _fail(message: str) -> None:

@@ -238,7 +238,7 @@ def plan_band(
 
 
 class DeviceStream:
-    """One column band through a device; the counterpart of `infer.HostStream`.
+    """One column band through a device; the counterpart of `band.HostStream`.
 
     Parameters
     ----------

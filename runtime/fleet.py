@@ -8,32 +8,36 @@ it the same bits as on one device.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
-import tempfile
+import signal
+import threading
+import time
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from multiprocessing.connection import Connection, wait
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from histostream.runtime.band import Band, Counts, StageSeconds
 from histostream.runtime.card import ModelCard, read_card
+from histostream.runtime.cohort import AT_ONCE, FAILED, STOPPED, Outcome, Report, Task, Worker
 from histostream.runtime.engine import EngineError, open_engine
-from histostream.runtime.infer import (
-    Counts,
-    Options,
-    SlideResult,
-    StageSeconds,
-    run_band,
-    segment_slide,
-)
+from histostream.runtime.infer import Job
 from histostream.runtime.memory import BAND_ALIGN_PX, return_buffers_at_once
-from histostream.wsi.errors import HistoError
-from histostream.wsi.grid import TileGrid
+from histostream.runtime.options import Options
+from histostream.wsi.damage import Damage
+from histostream.wsi.errors import HistoError, StoppedError
+from histostream.wsi.grid import Box, TileGrid
+from histostream.wsi.journal import Journal
 from histostream.wsi.reader import open_slide
 from histostream.wsi.resolution import at_mpp
 from histostream.wsi.sink import OutputFolder, Segmented
@@ -42,37 +46,31 @@ from histostream.wsi.tissue import RegionOfInterest
 CPU = "cpu"  # names a process on the CPU among the devices; a number names a GPU
 
 
+PR_SET_PDEATHSIG = 1  # sys/prctl.h
+ATTEMPTS = 2  # at a job whose device's process ended
+ASKED_S = 0.2  # how often it is asked whether to stop
+REPORTED_S = 0.5  # between two reports of how far a slide is
+
+
 @dataclass(frozen=True, slots=True)
 class BandJob:
-    """One column band of a slide: its finished rows are written to ``spool``."""
+    """One column band of a slide: its finished rows go to the journal in ``folder``."""
 
     slide: Path
     grid: TileGrid
     roi: RegionOfInterest | None
     options: Options
-    spool: Path
-
-
-@dataclass(frozen=True, slots=True)
-class SlideJob:
-    """A whole slide."""
-
-    slide: Path
-    out: Path
-    options: Options
-
-
-Job = BandJob | SlideJob
+    folder: Path
 
 
 @dataclass(slots=True)
-class _Worker:
-    """A process on one device, and the job that it has."""
+class _Process:
+    """A process on one device, and the jobs that it has."""
 
     device: str
     process: multiprocessing.process.BaseProcess
     pipe: Connection
-    job: int | None = None
+    jobs: list[int] = field(default_factory=list)
 
 
 class Fleet:
@@ -86,6 +84,8 @@ class Fleet:
         Numbers of GPUs, as "0"; "cpu" is a process on the CPU, and may be named more than once.
     backend, precision, threads
         As for `open_engine`; the CPU's threads are shared out among its processes.
+    at_once
+        Slides that a process has in memory together.
 
     Raises
     ------
@@ -96,8 +96,8 @@ class Fleet:
     ----------
     card
         The model's card.
-    name
-        What the engines say of themselves, with the devices.
+    name, each
+        What the engines say of themselves, with the devices, and what one of them says.
     devices
         How many there are.
     """
@@ -110,30 +110,34 @@ class Fleet:
         backend: str = "auto",
         precision: str = "auto",
         threads: int | None = None,
+        at_once: int = AT_ONCE,
     ) -> None:
+        self._at_once = at_once
         self.card: ModelCard = read_card(bundle)
-        self._workers: list[_Worker] = []
+        self._processes: list[_Process] = []
         check_devices(devices)
         on_cpu = devices.count(CPU)
         if threads is None and on_cpu:
             threads = max(1, (os.cpu_count() or 1) // on_cpu)
         context = multiprocessing.get_context("spawn")
+        self._stop = context.Event()
         try:
             for device in devices:
                 ours, theirs = context.Pipe()
                 how = {"backend": CPU if device == CPU and backend == "auto" else backend,
                        "precision": precision, "threads": threads}  # fmt: skip
                 process = context.Process(
-                    target=_work, args=(theirs, bundle, device, how), daemon=True
+                    target=_work, args=(theirs, bundle, device, how, self._stop), daemon=True
                 )
                 process.start()
                 theirs.close()
-                self._workers.append(_Worker(device, process, ours))
-            opened = [self._receive(worker) for worker in self._workers]
+                self._processes.append(_Process(device, process, ours))
+            opened = [self._receive(process) for process in self._processes]
         except BaseException:
             self.close()
             raise
-        self.name = f"{opened[0]} x {len(devices)} ({', '.join(devices)})"
+        self.each: str = opened[0]
+        self.name = f"{self.each} x {len(devices)} ({', '.join(devices)})"
         self.devices = len(devices)
 
     def plan_bands(self, grid: TileGrid, align_px: int = BAND_ALIGN_PX) -> list[tuple[int, int]]:
@@ -146,21 +150,23 @@ class Fleet:
         for tile in grid:
             tiles[tile.write.x // align_px] += 1
         share = np.cumsum(tiles) / max(tiles.sum(), 1)
-        wanted = np.arange(1, len(self._workers)) / len(self._workers)
+        wanted = np.arange(1, len(self._processes)) / len(self._processes)
         cuts = {int(np.searchsorted(share, w) + 1) * align_px for w in wanted}
         edges = [0, *sorted(c for c in cuts if c < grid.width), grid.width]
         return list(pairwise(edges))
 
     def run_bands(
         self,
-        slide: Path,
+        job: Job,
         grid: TileGrid,
         roi: RegionOfInterest | None,
         bands: list[tuple[int, int]],
-        options: Options,
         folder: OutputFolder,
+        journal: Journal,
+        damage: Damage,
         seconds: StageSeconds,
         counts: Counts,
+        stopping: Callable[[], bool],
     ) -> dict[str, Any]:
         """Run the bands of a slide, and write their rows to ``folder``, one band after the other.
 
@@ -171,100 +177,153 @@ class Fleet:
         Raises
         ------
         HistoError
-            If a band fails, or a device's process ends.
+            If a band fails, or its device's process ends, twice.
+        StoppedError
+            If it was stopped.
         """
-        with tempfile.TemporaryDirectory(prefix=".bands-", dir=folder.path) as scratch:
-            jobs: list[Job] = [
-                BandJob(slide, grid.band(*band), roi, options, Path(scratch) / str(i))
-                for i, band in enumerate(bands)
-            ]
-            done: dict[int, dict[str, Any]] = {}
-            doing: dict[int, tuple[int, int]] = {}
+        jobs = [
+            BandJob(job.path, grid.band(*band), roi, job.options, folder.path) for band in bands
+        ]
+        done: dict[int, dict[str, Any]] = {}
+        doing: dict[int, tuple[int, int, int]] = {}
 
-            def progressed(job: int, tiles: int, pixels: int) -> None:
-                doing[job] = tiles, pixels
-                counts.tiles, counts.pixels = (sum(v) for v in zip(*doing.values(), strict=True))
-                counts.report(counts.pixels, counts.total_pixels)
+        def progressed(band: int, content: tuple[int, int, int]) -> None:
+            doing[band] = content
+            columns = zip(*doing.values(), strict=True)
+            counts.tiles, counts.pixels, counts.pixels_before = (sum(v) for v in columns)
+            counts.report(counts.pixels, counts.total_pixels)
 
-            results = self._run(jobs, progressed)
-            try:
-                for band in range(len(jobs)):
-                    while band not in done:
-                        with seconds.time("infer"):
-                            job, result = next(results)
-                        if isinstance(result, HistoError):
-                            raise result
-                        done[job] = result
-                    with seconds.time("write"):
-                        for part in _read_spool(Path(scratch) / str(band)):
-                            folder.write(part)
-            finally:
-                for _ in results:  # nobody may be left with a job of this slide
-                    pass
-            return {"devices": [done[i] for i in range(len(jobs))]}
+        results = self._run(jobs, progressed, stopping, at_once=1)
+        try:
+            for i, (x0, x1) in enumerate(bands):
+                while i not in done:
+                    with seconds.time("infer"):
+                        band, kind, content = next(results)
+                    if kind == "stopped":
+                        raise StoppedError
+                    if kind == "failed":
+                        raise HistoError(content)
+                    done[band] = content
+                with seconds.time("write"), journal.band(x0, x1, grid.height) as rows:
+                    for record in rows.finished():
+                        folder.write(record.part)
+                    if rows.y < grid.height:
+                        raise HistoError(f"{rows.path}: cannot be read back; check the disk")
+                for level, box in done[i].pop("damaged"):
+                    damage.add(level, box)
+        finally:
+            self._stop.set()
+            for _ in results:  # nobody may be left with a job of this slide
+                pass
+        return {"devices": [done[i] for i in range(len(jobs))]}
 
-    def segment_slides(
-        self, slides: tuple[Path, ...], out: Path, options: Options
-    ) -> Iterator[tuple[Path, SlideResult | HistoError]]:
-        """Segment slides, a slide on each device, as each is done; a failed one gives its error."""
-        jobs: list[Job] = [SlideJob(slide, out, options) for slide in slides]
-        for job, result in self._run(jobs, lambda job, tiles, pixels: None):
-            yield slides[job], result
+    def segment_all(
+        self,
+        tasks: Sequence[Task],
+        *,
+        report: Callable[[int], Report],
+        stopping: Callable[[], bool],
+    ) -> Iterator[tuple[int, Outcome]]:
+        """Segment slides, a slide on each device; see `cohort.Crew`."""
+        reports = [report(i) for i in range(len(tasks))]
+
+        def progressed(i: int, content: tuple[int, int]) -> None:
+            reports[i](*content)
+
+        for i, kind, content in self._run(tasks, progressed, stopping, at_once=self._at_once):
+            if isinstance(content, Outcome):
+                yield i, content
+            elif kind == "failed":
+                yield i, Outcome(FAILED, f"{tasks[i].slide.source}: {content}")
 
     def close(self) -> None:
         """End the processes."""
-        for worker in self._workers:
+        for process in self._processes:
             with contextlib.suppress(OSError):
-                worker.pipe.send(None)
-            worker.pipe.close()
-        for worker in self._workers:
-            worker.process.join(5)
-            if worker.process.is_alive():
-                worker.process.terminate()
-                worker.process.join()
-        self._workers = []
+                process.pipe.send(None)
+            process.pipe.close()
+        for process in self._processes:
+            process.process.join(5)
+            if process.process.is_alive():
+                process.process.terminate()
+                process.process.join()
+        self._processes = []
 
     def _run(
-        self, jobs: list[Job], progressed: Callable[[int, int, int], None]
-    ) -> Iterator[tuple[int, Any]]:
-        """Give jobs to whoever is free; yields (job, result) as they are done."""
+        self,
+        jobs: Sequence[BandJob | Task],
+        progressed: Callable[[int, Any], None],
+        stopping: Callable[[], bool],
+        *,
+        at_once: int,
+    ) -> Iterator[tuple[int, str, Any]]:
+        """Give jobs to whoever is free; yields (job, "done", "failed" or "stopped", what)."""
         waiting = list(range(len(jobs)))
-        for worker in self._workers:
-            self._give(worker, waiting, jobs)
-        while any(worker.job is not None for worker in self._workers):
-            ready = wait([w.pipe for w in self._workers if w.job is not None])
-            for worker in [w for w in self._workers if w.pipe in ready]:
-                job = worker.job
-                assert job is not None
+        attempts = [0] * len(jobs)
+        self._stop.clear()
+        while True:
+            if stopping():
+                self._stop.set()
+            else:
+                self._share_out(waiting, attempts, jobs, at_once)
+            busy = [p.pipe for p in self._processes if p.jobs]
+            if not busy:
+                break
+            ready = wait(busy, timeout=ASKED_S)
+            for process in [p for p in self._processes if p.pipe in ready]:
                 try:
-                    kind, content = worker.pipe.recv()
+                    job, kind, content = process.pipe.recv()
                 except (EOFError, OSError):
-                    worker.process.join()
-                    self._workers.remove(worker)
-                    kind, content = "failed", _ended(worker)
-                if kind == "progress":
-                    progressed(job, *content)
+                    yield from self._lost(process, waiting, attempts)
                     continue
-                worker.job = None
-                yield job, HistoError(content) if kind == "failed" else content
-                if worker in self._workers:
-                    self._give(worker, waiting, jobs)
+                if kind == "progress":
+                    progressed(job, content)
+                    continue
+                process.jobs.remove(job)
+                yield job, kind, content
         for job in waiting:
-            yield job, HistoError("no device is left to run it on")
+            said = ("stopped", None) if stopping() else ("failed", "no device is left to run it on")
+            yield job, *said
 
-    def _give(self, worker: _Worker, waiting: list[int], jobs: list[Job]) -> None:
-        if waiting:
-            worker.job = waiting.pop(0)
-            worker.pipe.send(jobs[worker.job])
+    def _share_out(
+        self,
+        waiting: list[int],
+        attempts: list[int],
+        jobs: Sequence[BandJob | Task],
+        at_once: int,
+    ) -> None:
+        """Give each process a job, and one ahead while there is more than one for each."""
+        for depth in range(1, at_once + 1):
+            for process in self._processes:
+                ahead = depth > 1 and len(waiting) < len(self._processes)
+                if waiting and len(process.jobs) < depth and not ahead:
+                    job = waiting.pop(0)
+                    attempts[job] += 1
+                    process.jobs.append(job)
+                    with contextlib.suppress(OSError):  # its end is seen when it is listened to
+                        process.pipe.send((job, jobs[job]))
 
-    def _receive(self, worker: _Worker) -> Any:
+    def _lost(
+        self, process: _Process, waiting: list[int], attempts: list[int]
+    ) -> Iterator[tuple[int, str, Any]]:
+        """Leave a process that ended; others go on with its jobs, from where it was."""
+        process.process.join()
+        self._processes.remove(process)
+        process.pipe.close()
+        for job in process.jobs:
+            if attempts[job] < ATTEMPTS and self._processes:
+                waiting.insert(0, job)
+            else:
+                yield job, "failed", _ended(process)
+
+    def _receive(self, process: _Process) -> Any:
         try:
-            kind, content = worker.pipe.recv()
+            kind, content = process.pipe.recv()
         except (EOFError, OSError) as error:
-            worker.process.join()
-            raise EngineError(_ended(worker)) from error
+            process.process.join()
+            raise EngineError(_ended(process)) from error
         if kind == "failed":
-            raise EngineError(f"device {worker.device}: {content}")
+            raise EngineError(f"device {process.device}: {content}")
         return content
 
 
@@ -285,84 +344,128 @@ def check_devices(devices: tuple[str, ...]) -> None:
         raise EngineError("no device is named; as 0,1")
 
 
-def _ended(worker: _Worker) -> str:
+def _ended(process: _Process) -> str:
     return (
-        f"device {worker.device}: its process ended with exit code {worker.process.exitcode} "
+        f"device {process.device}: its process ended with exit code {process.process.exitcode} "
         "(-9: killed, often for want of memory)"
     )
 
 
-def _work(pipe: Connection, bundle: Path, device: str, how: dict[str, Any]) -> None:
+def _work(pipe: Connection, bundle: Path, device: str, how: dict[str, Any], stop: Event) -> None:
     """Open the network on one device, then do jobs until there are no more: a process's life."""
     if device != CPU:
         os.environ["CUDA_VISIBLE_DEVICES"] = device  # before anything of CUDA is loaded
+    _end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first decides
     return_buffers_at_once()
     try:
-        engine = open_engine(bundle, **how)
+        worker = Worker(lambda: open_engine(bundle, **how))
     except HistoError as error:
         pipe.send(("failed", str(error)))
         return
-    pipe.send(("opened", engine.name))
-    try:
-        while (job := pipe.recv()) is not None:
-            try:
-                result = _do(job, engine, device, pipe)
-            except HistoError as error:
-                pipe.send(("failed", str(error)))
-            except MemoryError:
-                pipe.send(("failed", "out of memory; use a smaller --batch or fewer --devices"))
-            except Exception:  # what it is has to reach the user, whose process this is not
-                pipe.send(("failed", traceback.format_exc(limit=-3)))
+    pipe.send(("opened", worker.engine.name))
+    left = threading.Event()
+    talking = threading.Lock()
+
+    def send(*message: Any) -> None:
+        with talking, contextlib.suppress(OSError):  # nobody listens any more
+            pipe.send(message)
+
+    def stopping() -> bool:
+        return stop.is_set() or left.is_set()
+
+    def do(number: int, job: BandJob | Task) -> None:
+        def report(*progress: int) -> None:
+            send(number, "progress", progress)
+
+        try:
+            if isinstance(job, Task):
+                outcome = worker.segment(job, _seldom(report), stopping)
+                send(number, "stopped" if outcome.status == STOPPED else "done", outcome)
             else:
-                pipe.send(("done", result))
-    except (EOFError, OSError, KeyboardInterrupt):
-        pass  # the parent is gone, or is stopping
-    finally:
-        engine.close()
+                said = worker.on_device(
+                    lambda: _run_band(job, worker.engine, device, report, stopping)
+                )
+                send(number, "done", said)
+        except StoppedError:
+            send(number, "stopped", None)
+        except HistoError as error:
+            send(number, "failed", str(error))
+        except MemoryError:
+            send(number, "failed", "out of memory; use a smaller --batch or fewer --devices")
+        except Exception:  # what it is has to reach the user, whose process this is not
+            send(number, "failed", traceback.format_exc(limit=-3))
+
+    with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="slide") as pool:
+        try:
+            while (message := pipe.recv()) is not None:
+                pool.submit(do, *message)
+        except (EOFError, OSError):  # the parent is gone
+            left.set()
+    worker.close()
 
 
-def _do(job: Job, engine: Any, device: str, pipe: Connection) -> Any:
-    if isinstance(job, SlideJob):
-        return segment_slide(job.slide, engine, job.out, job.options)
+def _run_band(
+    job: BandJob,
+    engine: Any,
+    device: str,
+    report: Callable[[int, int, int], None],
+    stopping: Callable[[], bool],
+) -> dict[str, Any]:
+    """Run one band into its journal; returns what ``run.json`` says, and the damaged blocks."""
     seconds = StageSeconds()
     counts = Counts()
-    counts.report = lambda done, total: pipe.send(("progress", (counts.tiles, counts.pixels)))
-    with open_slide(job.slide) as slide, job.spool.open("wb") as spool:
-        options = job.options
+    counts.report = lambda done, total: report(counts.tiles, done, counts.pixels_before)
+    grid, options = job.grid, job.options
+    with (
+        open_slide(job.slide) as slide,
+        Journal(job.folder).band(grid.x0, grid.x1, grid.height) as journal,
+    ):
         view = at_mpp(slide, engine.card.mpp, slide_mpp=options.mpp, force=options.force_upsampling)
-        record = run_band(view, job.grid, job.roi, engine, options, _Spool(spool), seconds, counts)
+        damage = Damage(slide)
+        band = Band(
+            view, grid, job.roi, engine.card, options, journal, _Nowhere(), damage, seconds,
+            counts, stopping,
+        )  # fmt: skip
+        with closing(band):
+            band.begin()
+            record = band.run(engine)
         blocks = slide.decoded_blocks
+        report(counts.tiles, counts.pixels, counts.pixels_before)
+    found: list[tuple[int, Box]] = [(view.level, box) for box in damage.of_level(view.level)]
     return {
         "device": device,
-        "columns": [job.grid.x0, job.grid.x1],
+        "columns": [grid.x0, grid.x1],
         "tiles": counts.tiles,
         "source_blocks_decoded": blocks,
         "seconds": {k: round(v, 3) for k, v in asdict(seconds).items()},
+        "damaged": found,
         **record,
     }
 
 
-class _Spool:
-    """Where a band's finished rows wait for their turn: a file of arrays, one after the other."""
+def _end_with_parent() -> None:
+    """Have the system kill this process when its parent is killed (Linux; else a strip later)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
-    def __init__(self, file: Any) -> None:
-        self._file = file
+
+class _Nowhere:
+    """Takes finished rows that the journal holds, for the process that writes them."""
 
     def write(self, part: Segmented) -> None:
-        """Append a part."""
-        place = np.array((part.x, part.y, part.probabilities is not None), np.int64)
-        for array in (place, part.labels, part.probabilities):
-            if array is not None:
-                np.lib.format.write_array(self._file, array, allow_pickle=False)
+        """Do nothing."""
 
 
-def _read_spool(path: Path) -> Iterator[Segmented]:
-    """Read the parts of a band again, and remove the file."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        while file.tell() < size:
-            read = np.lib.format.read_array
-            x, y, shared = (int(v) for v in read(file, allow_pickle=False))
-            labels = read(file, allow_pickle=False)
-            yield Segmented(x, y, labels, read(file, allow_pickle=False) if shared else None)
-    path.unlink()
+def _seldom(report: Report) -> Report:
+    """Pass a report on twice a second, not for each batch."""
+    last = 0.0
+
+    def passed_on(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last > REPORTED_S:
+            last = now
+            report(done, total)
+
+    return passed_on

@@ -2,107 +2,64 @@
 
 ::
 
-    read_strips     every source block decoded once, ahead of need, in threads
-      RowStream     every tile inferred once, and blended: weighted sums over a ring of rows
-        sinks       every output row written once
+    prepare   open the slide, lay tiles over its tissue, see what a former run has finished, and
+              begin to read                                                       on the host
+    run       column bands, one after the other; see `band.Band`                  on the device
+    finish    complete the files and put them in place                            on the host
 
-There is one way through, and each stage is a generator or an object that is fed. A `RowStream` is
-fed rows of tiles and gives finished rows back: `HostStream` with any engine, `DeviceStream` where
-the engine runs on a GPU, with the pixels staying there from the strip to the labels.
+`segment_slide` does one after the other. A cohort prepares the next slide and finishes the last
+one while the device is busy with this one.
 """
 
 from __future__ import annotations
 
 import logging
-import platform
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing, suppress
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from types import TracebackType
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from histostream.runtime.band import Band, Counts, StageSeconds, band_pixels, join_records, predict
 from histostream.runtime.blend import Blender, check_blend, exact_overlap_px
 from histostream.runtime.card import ModelCard
-from histostream.runtime.crf.options import CrfOptions, check_memory
-from histostream.runtime.crf.stream import CrfStage, widened
-from histostream.runtime.device_stream import DeviceEngine, DeviceStream
-from histostream.runtime.engine import Engine
-from histostream.runtime.engine import to_channels as to_channels
+from histostream.runtime.crf.options import check_memory
+from histostream.runtime.engine import Engine, to_channels
+from histostream.runtime.inputs import stem_of
 from histostream.runtime.memory import Further, peak_memory_mib, plan_bands
-from histostream.wsi.errors import HistoError, SlideError
-from histostream.wsi.grid import Box, Strip, Tile, TileGrid
+from histostream.runtime.options import OptionError, Options
+from histostream.runtime.record import (
+    crf_record,
+    differences,
+    inputs_of,
+    plain,
+    read_run,
+    slide_record,
+    time_record,
+    versions,
+)
+from histostream.wsi.damage import Damage, Undamaged
+from histostream.wsi.errors import SlideError, StoppedError
+from histostream.wsi.grid import Strip, TileGrid
+from histostream.wsi.journal import Begun, Journal, JournalError
 from histostream.wsi.reader import SlideReader, open_slide
 from histostream.wsi.resolution import SlideView, at_mpp, thumbnail
-from histostream.wsi.sink import OUTSIDE, OutputFolder, Segmented, SlideInfo
+from histostream.wsi.sink import OutputFolder, Segmented, SlideInfo
 from histostream.wsi.sinks.overview import Overview, overview_size
 from histostream.wsi.sinks.summary import Summary
 from histostream.wsi.sinks.tiff import LabelTiff, ProbabilityTiff
-from histostream.wsi.strips import cut, read_strips
+from histostream.wsi.staging import sha256_of, version_of
 from histostream.wsi.tissue import RegionOfInterest, find_tissue, read_roi
 
 DEFAULT_OVERLAP_PX = 64
 log = logging.getLogger(__name__)
-
-
-class OptionError(HistoError, ValueError):
-    """An option has a value that cannot work."""
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How a slide is run; ``histo-infer`` has an option for each.
-
-    Attributes
-    ----------
-    overlap_px
-        Pixels that neighbouring tiles share; None: 64, or what ``blend="exact"`` needs.
-    blend
-        Window of the weighted sum: hann, gaussian, linear, mean, crop or exact.
-    mpp
-        Resolution of the slide's level 0 in um per pixel, where the file has none or a wrong one.
-    roi
-        GeoJSON file; only its polygons (level 0 pixels) are analysed.
-    tissue
-        Whether glass is left out.
-    batch
-        Tiles per inference; None: what suits the device.
-    threads
-        CPU threads for reading; None: 2.
-    max_memory_mib
-        Bound on the process's memory; wide slides are then run in column bands.
-    probabilities
-        Whether ``probabilities.tif`` is written.
-    force_upsampling
-        Whether a slide much coarser than the model may be enlarged.
-    crf
-        How labels are refined by a dense CRF; None: not at all.
-    """
-
-    overlap_px: int | None = None
-    blend: str = "hann"
-    mpp: float | None = None
-    roi: Path | None = None
-    tissue: bool = True
-    batch: int | None = None
-    threads: int | None = None
-    max_memory_mib: int | None = None
-    probabilities: bool = False
-    force_upsampling: bool = False
-    crf: CrfOptions | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("batch", "threads", "max_memory_mib"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise OptionError(f"{name}={value}: use 1 or more")
-        if self.overlap_px is not None and self.overlap_px < 0:
-            raise OptionError(f"overlap_px={self.overlap_px}: use 0 or more")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,41 +81,69 @@ class SlideResult:
     run: dict[str, Any]
 
 
-@dataclass(slots=True)
-class StageSeconds:
-    """Seconds that the main thread spent in, or waited for, each stage.
+class DoneError(Exception):
+    """A job is done already, and was to be run only if not."""
 
-    On a device, infer is the time for queueing its work and waiting for it, blending included, and
-    copy that for staging rows in pinned memory; on the host there is no copy.
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One slide to segment.
+
+    Attributes
+    ----------
+    path
+        The slide, on a local drive.
+    out
+        Folder for results.
+    options
+        How to run.
+    name
+        Of the folder that is made in ``out``; empty: the slide's stem.
+    source
+        The slide as the user named it, where that is not ``path``; results are told apart by it.
+    asked
+        What was asked for beside ``options``, as ``{"precision": "auto"}``.
+    restart
+        Whether what a former run left is forgotten.
+    unless_done
+        Whether `DoneError` is raised where the folder holds the result of just these inputs.
     """
 
-    prepare: float = 0.0
-    read: float = 0.0
-    copy: float = 0.0
-    infer: float = 0.0
-    blend: float = 0.0
-    crf: float = 0.0
-    write: float = 0.0
-    finish: float = 0.0
+    path: Path
+    out: Path
+    options: Options = field(default_factory=Options)
+    name: str = ""
+    source: str = ""
+    asked: Mapping[str, str] = field(default_factory=dict)
+    restart: bool = False
+    unless_done: bool = False
 
-    @contextmanager
-    def time(self, stage: str) -> Iterator[None]:
-        """Add the duration of the block to one stage."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            setattr(self, stage, getattr(self, stage) + time.perf_counter() - start)
+    @property
+    def folder(self) -> Path:
+        """Where the results of the slide will be."""
+        return self.out / (self.name or stem_of(str(self.path)))
 
+    def inputs(self, card: ModelCard) -> dict[str, Any]:
+        """Return what decides the result, as run.json says it; see `record.inputs_of`.
 
-@dataclass(slots=True)
-class Counts:
-    """What was done, for the record and for the progress bar."""
+        Raises
+        ------
+        SlideError
+            If there is no such slide.
+        """
+        version = version_of(self.source or str(self.path))
+        return inputs_of(version, card, self.options, self.asked)
 
-    tiles: int = 0
-    pixels: int = 0
-    total_pixels: int = 0
-    report: Callable[[int, int], None] = field(default=lambda done, total: None)
+    def is_done(self, card: ModelCard) -> bool:
+        """Whether the folder holds the result of just these inputs.
+
+        Raises
+        ------
+        SlideError
+            If there is no such slide.
+        """
+        run = read_run(self.folder)
+        return run is not None and run.get("inputs") == self.inputs(card)
 
 
 def segment_slide(
@@ -168,8 +153,12 @@ def segment_slide(
     options: Options | None = None,
     *,
     report: Callable[[int, int], None] = lambda done, total: None,
+    stopping: Callable[[], bool] = lambda: False,
+    restart: bool = False,
 ) -> SlideResult:
     """Segment one slide into ``out/<slide stem>/``.
+
+    What a run that was killed, stopped or failed has finished is not done again.
 
     Parameters
     ----------
@@ -183,6 +172,10 @@ def segment_slide(
         How to run; see `Options`.
     report
         Called with (pixels done, pixels in all), at the model's resolution.
+    stopping
+        Asked after each row of tiles; if it says so, `StoppedError` is raised.
+    restart
+        Whether what a former run has finished is forgotten.
 
     Raises
     ------
@@ -190,62 +183,293 @@ def segment_slide(
         If the slide cannot be opened or read, or has no resolution.
     BlendError, OptionError
         If an option does not fit the model.
+    JournalError
+        If another run was begun in the folder, of another model or with other options.
+    LockedError
+        If another process is at work on the slide.
     OutputError
         If a result cannot be written. Nothing is left under a final name then.
+    StoppedError
+        If it was stopped; what is finished is kept.
     """
-    options = options or Options()
-    started = datetime.now(UTC)
-    seconds = StageSeconds()
-    counts = Counts(report=report)
-    clock = time.perf_counter()
-    with open_slide(path) as slide, OutputFolder(out, slide_stem(path)) as folder:
-        with seconds.time("prepare"):
-            view = at_mpp(
-                slide, engine.card.mpp, slide_mpp=options.mpp, force=options.force_upsampling
-            )
-            picture = thumbnail(view, max(overview_size(view.width, view.height)))
-            grid, roi = plan_grid(view, engine.card, options, picture)
+    job = Job(path, out, options or Options(), restart=restart)
+    with SlideRun(job, engine, report=report, stopping=stopping) as run:
+        run.prepare()
+        run.run()
+        return run.finish()
+
+
+class SlideRun:
+    """One slide on its way: `prepare`, `run` and `finish` it, in a ``with`` block.
+
+    `prepare` and `finish` do not touch the device, and may be called in another thread than `run`.
+
+    Parameters
+    ----------
+    job
+        The slide, and how it is run.
+    engine
+        The network.
+    report, stopping
+        As for `segment_slide`.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        engine: Engine | ManyDevices,
+        *,
+        report: Callable[[int, int], None] = lambda done, total: None,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._job, self._engine, self._stopping = job, engine, stopping
+        self._started = datetime.now(UTC)
+        self._clock = time.perf_counter()
+        self.seconds = StageSeconds()
+        self._counts = Counts(report=report)
+        self._open = ExitStack()
+        self._bands: list[tuple[int, int]] = []
+        self._band: Band | None = None  # begun ahead
+        self._begun: Begun | None = None
+        self._of_band: ExitStack | None = None
+        self._device: dict[str, Any] = {}
+        self._refined: list[dict[str, int]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def prepare(self) -> None:
+        """Open the slide, lay tiles over it, and begin to read.
+
+        Errors as of `segment_slide`, and `DoneError`.
+        """
+        job, card, options = self._job, self._engine.card, self._job.options
+        self._version = version_of(job.source or str(job.path))
+        self._slide = self._open.enter_context(open_slide(job.path))
+        self._folder = self._open.enter_context(OutputFolder(job.out, job.folder.name))
+        self._journal = Journal(self._folder.path)
+        self._open.push(self._forget_nothing)
+        with self.seconds.time("prepare"):
+            self._inputs = inputs_of(self._version, card, options, job.asked)
+            if job.unless_done and job.is_done(card):  # now that nobody else is at work on it
+                self._journal.remove()
+                raise DoneError
+            self._begun = self._former()
+            view = self._see(self._slide)
+            self._damage = Damage(self._slide)
+            shown = view
+            if not options.strict:
+                shown = SlideView(
+                    Undamaged(self._slide, self._damage), view.level, view.scale, view.mpp
+                )
+            picture = thumbnail(shown, max(overview_size(view.width, view.height)))
+            self._grid, self._roi = plan_grid(view, card, options, picture)
             if options.crf is not None:
-                check_memory(options.crf, len(engine.card.classes), options.max_memory_mib)
-            bands = _plan_bands(grid, view, engine, options)
-            summary = _add_sinks(folder, view, engine.card, options, picture)
-            overview_blocks = slide.decoded_blocks
-        counts.total_pixels = sum(_write_pixels(grid.band(x0, x1)) for x0, x1 in bands)
-        device: dict[str, Any] = {}
-        refined: list[dict[str, int]] = []
+                check_memory(options.crf, len(card.classes), options.max_memory_mib)
+            self._view = view
+            self._summary = _add_sinks(self._folder, view, card, options, picture)
+            self._overview_blocks = self._slide.decoded_blocks
+            self._hash = _Hash(job.path)
+            self._open.callback(self._hash.stop)
+        if isinstance(self._engine, ManyDevices) or options.max_memory_mib is not None:
+            return  # bands are planned with what memory is there when they are run
+        self._plan()
+        with self.seconds.time("prepare"):
+            self._band = self._begin_band(0)
+
+    def run(self) -> None:
+        """Run the network over the slide, on the device.
+
+        Errors as of `segment_slide`.
+        """
+        engine = self._engine
+        if not self._bands:
+            self._plan()
+        self._counts.total_pixels = sum(_write_pixels(self._grid.band(*b)) for b in self._bands)
         if isinstance(engine, ManyDevices):
-            device = engine.run_bands(path, grid, roi, bands, options, folder, seconds, counts)
-            refined = [found.pop("crf", {}) for found in device["devices"]]
-        else:
-            for x0, x1 in bands:
-                band = grid.band(x0, x1)
-                found = run_band(view, band, roi, engine, options, folder, seconds, counts)
-                refined.append(found.pop("crf", {}))
-                device = _of_all_bands(device, found)
-        with seconds.time("finish"):
-            folder.finish()
+            self._device = engine.run_bands(
+                self._job, self._grid, self._roi, self._bands, self._folder, self._journal,
+                self._damage, self.seconds, self._counts, self._stopping,
+            )  # fmt: skip
+            self._refined = [found.pop("crf", {}) for found in self._device["devices"]]
+            return
+        for i in range(len(self._bands)):
+            band = self._band or self._begin_band(i)
+            self._band = None
+            found = band.run(engine)
+            self._close_band()
+            self._refined.append(found.pop("crf", {}))
+            self._device = join_records(self._device, found)
+            if self._stopping() and i + 1 < len(self._bands):
+                raise StoppedError
+
+    def finish(self) -> SlideResult:
+        """Complete the files and put them in place.
+
+        Errors as of `segment_slide`.
+        """
+        engine, options, grid = self._engine, self._job.options, self._grid
+        with self.seconds.time("finish"):
+            self._folder.finish()
+            sha256 = self._hash.result()
+        total = time.perf_counter() - self._clock
+        device = self._device
+        assert self._begun is not None
         record = {
-            "slide": _slide_record(slide, view),
+            "slide": {**slide_record(self._slide, self._view, self._version), "sha256": sha256,
+                      "source": self._job.source or str(self._job.path)},
             "source_blocks_decoded": {
-                "overview": overview_blocks,
-                "stream": slide.decoded_blocks - overview_blocks
+                "overview": self._overview_blocks,
+                "stream": self._slide.decoded_blocks - self._overview_blocks
                 + sum(d["source_blocks_decoded"] for d in device.get("devices", ())),
             },
+            "damaged": self._damage.record(),
             "model": {"method": engine.card.method, "engine": engine.name,
                       "sha256": engine.card.files, "mpp": engine.card.mpp},
-            "options": _plain(asdict(options)),
+            "options": plain(asdict(options)),
             "grid": {"tile_px": grid.tile_px, "overlap_px": grid.overlap_px,
-                     "tiles": len(grid.xs) * len(grid.ys), "tiles_inferred": counts.tiles,
-                     "column_bands": len(bands)},
-            **_time_record(seconds, counts, time.perf_counter() - clock),
+                     "tiles": len(grid.xs) * len(grid.ys), "tiles_inferred": self._counts.tiles,
+                     "column_bands": len(self._bands)},
+            **time_record(self.seconds, self._counts, total),
             "peak_memory_mib": peak_memory_mib(),
             **({"device": device} if device else {}),
-            **({"crf": _crf_record(options.crf, refined)} if options.crf else {}),
-            "started": started.isoformat(timespec="seconds"),
+            **({"crf": crf_record(options.crf, self._refined)} if options.crf else {}),
+            **({"resumed": {"runs": self._begun.runs,
+                            "mpx_before": round(self._counts.pixels_before / 1e6, 3)}}
+               if self._begun.runs > 1 else {}),
+            "started": self._started.isoformat(timespec="seconds"),
+            "inputs": self._inputs,
             "versions": versions(),
         }  # fmt: skip
-        folder.run.update(record)
-    return SlideResult(folder.path, summary.as_dict(), record)
+        self._folder.run.update(record)
+        self._folder.after_publishing(self._journal.remove)
+        self._open.close()
+        return SlideResult(self._folder.path, self._summary.as_dict(), record)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with suppress(Exception):
+            self._close_band()
+        self._open.__exit__(kind, error, trace)
+
+    def _see(self, slide: SlideReader) -> SlideView:
+        options = self._job.options
+        return at_mpp(
+            slide, self._engine.card.mpp, slide_mpp=options.mpp, force=options.force_upsampling
+        )
+
+    def _former(self) -> Begun | None:
+        """Return what a run of the same inputs has begun.
+
+        Raises
+        ------
+        JournalError
+            If it was another run that was broken off.
+        """
+        if self._job.restart:
+            self._journal.remove()
+        begun = self._journal.read()
+        if begun is None:
+            return None
+        run = read_run(self._folder.path)
+        if run is not None and begun.what == {
+            **run.get("inputs", {}),
+            "engine": begun.what["engine"],
+        }:
+            self._journal.remove()  # left by a run that was killed when all was done
+            return None
+        changed = differences(begun.what, self._what())
+        if changed:
+            raise JournalError(
+                f"{self._folder.path}: a run with another {', '.join(changed)} was broken off "
+                "here; repeat its command to go on with it, or add --restart to start over"
+            )
+        return begun
+
+    def _what(self) -> dict[str, Any]:
+        engine = self._engine
+        name = engine.each if isinstance(engine, ManyDevices) else engine.name
+        return {**self._inputs, "engine": name}
+
+    def _plan(self) -> None:
+        """Lay column bands: those of the run that was broken off, where they fit."""
+        with self.seconds.time("prepare"):
+            bands = _plan_bands(self._grid, self._view, self._engine, self._job.options)
+            begun = self._begun
+            if begun is not None and begun.bands != bands:
+                widest = max(x1 - x0 for x0, x1 in begun.bands)
+                if widest > max(x1 - x0 for x0, x1 in bands):
+                    raise JournalError(
+                        f"{self._folder.path}: the run that was broken off here has column bands "
+                        f"of {widest} px, more than --max-memory leaves room for; allow it more "
+                        "memory to go on, or add --restart to start over"
+                    )
+                bands = begun.bands
+            self._bands = bands
+            runs = 1 if begun is None else begun.runs + 1
+            self._begun = Begun(self._what(), bands, runs)
+            self._journal.begin(self._begun)
+
+    def _begin_band(self, i: int) -> Band:
+        x0, x1 = self._bands[i]
+        self._of_band = ExitStack()
+        journal = self._of_band.enter_context(self._journal.band(x0, x1, self._view.height))
+        band = Band(
+            self._view, self._grid.band(x0, x1), self._roi, self._engine.card, self._job.options,
+            journal, self._folder, self._damage, self.seconds, self._counts, self._stopping,
+        )  # fmt: skip
+        self._of_band.enter_context(closing(band))
+        band.begin()
+        return band
+
+    def _close_band(self) -> None:
+        if self._of_band is not None:
+            self._of_band.close()
+
+    def _forget_nothing(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Remove a journal that holds nothing, so that a failure leaves no trace."""
+        if kind is not None and not self._journal.has_strips():
+            self._journal.remove()
+
+
+class _Hash:
+    """SHA-256 of a file, computed beside other work."""
+
+    def __init__(self, path: Path) -> None:
+        self._stop = threading.Event()
+        self._found: str | OSError | None = None
+        self._thread = threading.Thread(target=self._run, args=(path,), name="hash", daemon=True)
+        self._thread.start()
+
+    def result(self) -> str:
+        """Wait for it.
+
+        Raises
+        ------
+        SlideError
+            If the file cannot be read.
+        """
+        self._thread.join()
+        if not isinstance(self._found, str):
+            raise self._found or SlideError("stopped")
+        return self._found
+
+    def stop(self) -> None:
+        """Give up."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self, path: Path) -> None:
+        try:
+            self._found = sha256_of(path, self._stop.is_set)
+        except OSError as error:
+            self._found = error
+        except StoppedError:
+            pass
 
 
 def segment_pixels(
@@ -300,11 +524,6 @@ def _pixel_rows(
                 blender.add(tile, score)
         rows.append(blender.finish_row(row))
     return rows
-
-
-def slide_stem(path: Path) -> str:
-    """Name of a slide's result folder."""
-    return path.resolve().name if path.is_dir() else path.stem
 
 
 def plan_grid(
@@ -368,65 +587,34 @@ def _lay_tiles(width: int, height: int, card: ModelCard, options: Options) -> Ti
     )
 
 
-def predict(
-    engine: Engine, grid: TileGrid, strip: Strip, tiles: list[Tile], batch: int
-) -> Iterator[tuple[list[Tile], NDArray[np.uint8]]]:
-    """Run the tiles of one row in batches.
-
-    Yields
-    ------
-    The tiles of a batch, and their scores (N, K, tile_px, tile_px).
-    """
-    for first in range(0, len(tiles), batch):
-        some = tiles[first : first + batch]
-        pixels = [cut(strip, tile, width=grid.width, height=grid.height) for tile in some]
-        yield some, engine.infer(to_channels(np.stack(pixels), engine.card.channels))
-
-
-def versions() -> dict[str, str]:
-    """Versions of what made a result."""
-    names = (
-        "histostream", "numpy", "onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-rtx",
-        "cuda-python", "pycuda", "large-image", "tifffile",
-    )  # fmt: skip
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-class TakesRows(Protocol):
-    """Where finished rows go: an `OutputFolder`, or what stands for one in another process."""
-
-    def write(self, part: Segmented) -> None:
-        """Take the next rows."""
-
-
 @runtime_checkable
 class ManyDevices(Protocol):
     """The same network on several devices, which share the column bands of a slide."""
 
     card: ModelCard
     name: str
+    each: str  # what one of them says of itself
 
     def plan_bands(self, grid: TileGrid, align_px: int) -> list[tuple[int, int]]:
         """Cut a slide into column bands that begin at multiples of ``align_px``."""
 
     def run_bands(
         self,
-        slide: Path,
+        job: Job,
         grid: TileGrid,
         roi: RegionOfInterest | None,
         bands: list[tuple[int, int]],
-        options: Options,
         folder: OutputFolder,
+        journal: Journal,
+        damage: Damage,
         seconds: StageSeconds,
         counts: Counts,
+        stopping: Callable[[], bool],
     ) -> dict[str, Any]:
         """Run the bands and write their rows; returns what ``run.json`` says of the devices."""
+
+    def close(self) -> None:
+        """Give the devices back."""
 
 
 def _plan_bands(
@@ -445,183 +633,6 @@ def _plan_bands(
     )  # fmt: skip
 
 
-class RowStream(Protocol):
-    """Rows of tiles in, finished rows of one column band out."""
-
-    def feed(self, strip: Strip, tiles: list[Tile]) -> Iterator[list[Tile]]:
-        """Infer and blend the tiles of one row of the grid; yields those of each batch."""
-
-    def finish_row(self, row: int) -> list[Segmented]:
-        """Say that row ``row`` was fed, or has no tiles; returns the rows that are ready now."""
-
-    def drain(self) -> list[Segmented]:
-        """Return the rows that are left."""
-
-    def record(self) -> dict[str, Any]:
-        """Return what ``run.json`` says of the device; nothing on the host."""
-
-    def close(self) -> None:
-        """Give memory back."""
-
-
-class HostStream:
-    """One column band through an engine and a `Blender` in host memory.
-
-    Parameters
-    ----------
-    engine
-        The network.
-    grid
-        The tiles of the band.
-    options
-        How to run.
-    seconds
-        Where the time goes to.
-    """
-
-    def __init__(
-        self, engine: Engine, grid: TileGrid, options: Options, seconds: StageSeconds
-    ) -> None:
-        self._engine, self._grid, self._seconds = engine, grid, seconds
-        self._batch = options.batch or engine.batch
-        self._blender = Blender(
-            grid, len(engine.card.classes), options.blend, probabilities=options.probabilities
-        )
-
-    def feed(self, strip: Strip, tiles: list[Tile]) -> Iterator[list[Tile]]:
-        """Infer and blend the tiles of one row; yields those of each batch."""
-        batches = predict(self._engine, self._grid, strip, tiles, self._batch)
-        while True:
-            with self._seconds.time("infer"):
-                some, scores = next(batches, ([], np.empty(0, np.uint8)))
-            if not some:
-                return
-            with self._seconds.time("blend"):
-                for tile, score in zip(some, scores, strict=True):
-                    self._blender.add(tile, score)
-            yield some
-
-    def finish_row(self, row: int) -> list[Segmented]:
-        """Return the rows that no tile after row ``row`` reaches."""
-        with self._seconds.time("blend"):
-            return [self._blender.finish_row(row)]
-
-    def drain(self) -> list[Segmented]:
-        """Return nothing: every row was returned at once."""
-        return []
-
-    def record(self) -> dict[str, Any]:
-        """Return nothing: there is no device."""
-        return {}
-
-    def close(self) -> None:
-        """Do nothing: memory ends with the object."""
-
-
-def open_stream(
-    engine: Engine, grid: TileGrid, options: Options, seconds: StageSeconds, *, channels: int
-) -> RowStream:
-    """Open the way through one column band: on the engine's device where it has one.
-
-    Parameters
-    ----------
-    engine
-        The network.
-    grid
-        The tiles of the band.
-    options
-        How to run.
-    seconds
-        Where the time goes to.
-    channels
-        Of the strips that will be fed.
-
-    Raises
-    ------
-    DeviceMemoryError
-        If the band does not fit on the device.
-    """
-    if not isinstance(engine, DeviceEngine):
-        return HostStream(engine, grid, options, seconds)
-    return DeviceStream(
-        engine, grid, options.blend, channels=channels, batch=options.batch or engine.batch,
-        probabilities=options.probabilities, time=seconds.time,
-    )  # fmt: skip
-
-
-def run_band(
-    view: SlideView,
-    grid: TileGrid,
-    roi: RegionOfInterest | None,
-    engine: Engine,
-    options: Options,
-    folder: TakesRows,
-    seconds: StageSeconds,
-    counts: Counts,
-) -> dict[str, Any]:
-    """Segment one column band of a slide, top to bottom.
-
-    Parameters
-    ----------
-    view
-        The slide at the model's resolution.
-    grid
-        The tiles of the band.
-    roi
-        Outside of it nothing is labelled.
-    engine, options
-        The network, and how to run it.
-    folder
-        Where the finished rows go.
-    seconds, counts
-        Where times and numbers are added to.
-
-    Returns
-    -------
-    What ``run.json`` says of the device, nothing on the host; and ``crf``, where it was run.
-    """
-    own, crf = grid, None
-    if options.crf is not None:
-        grid = widened(grid, options.crf)
-        crf = CrfStage(
-            grid, (own.x0, own.x1), options.crf, classes=len(engine.card.classes),
-            channels=view.channels, probabilities=options.probabilities,
-        )  # fmt: skip
-        # The scores are needed whether they are written or not.
-        options = replace(options, probabilities=True)
-
-    def write(parts: Iterable[Segmented]) -> None:
-        if crf is not None:
-            with seconds.time("crf"):
-                parts = list(crf.take(parts))
-        for part in parts:
-            if roi is not None:
-                with seconds.time("blend"):
-                    height, width = part.labels.shape
-                    part.labels[~roi.inside(Box(part.x, part.y, width, height))] = OUTSIDE
-            with seconds.time("write"):
-                folder.write(part)
-
-    with (
-        closing(open_stream(engine, grid, options, seconds, channels=view.channels)) as stream,
-        closing(read_strips(view, grid, threads=options.threads or 2)) as strips,
-    ):
-        for row in range(len(grid.ys)):
-            if grid.row(row):
-                with seconds.time("read"):
-                    tiles, strip = next(strips)
-                if crf is not None:
-                    crf.see(strip, tiles)
-                for some in stream.feed(strip, tiles):
-                    counts.tiles += len(some)
-                    counts.pixels += sum(_band_pixels(own, tile) for tile in some)
-                    counts.report(counts.pixels, counts.total_pixels)
-            write(stream.finish_row(row))
-        write(stream.drain())
-        record = stream.record()
-        return record if crf is None else {**record, "crf": crf.record()}
-
-
 def _add_sinks(
     folder: OutputFolder,
     view: SlideView,
@@ -638,59 +649,5 @@ def _add_sinks(
     return folder.add(Summary(folder.path, info))
 
 
-def _of_all_bands(before: dict[str, Any], band: dict[str, Any]) -> dict[str, Any]:
-    """Join what bands say of the device: bytes that moved add up, bytes that are held do not."""
-    if not before:
-        return band
-    joined = {**band, "bytes_uploaded": before["bytes_uploaded"] + band["bytes_uploaded"]}
-    for held in ("bytes_planned", "pinned_bytes"):
-        joined[held] = max(before[held], band[held])
-    joined["batch"] = min(before["batch"], band["batch"])
-    return joined
-
-
-def _band_pixels(grid: TileGrid, tile: Tile) -> int:
-    width = min(tile.write.right, grid.x1) - max(tile.write.x, grid.x0)
-    return max(width, 0) * tile.write.height
-
-
 def _write_pixels(grid: TileGrid) -> int:
-    return sum(_band_pixels(grid, tile) for tile in grid)
-
-
-def _slide_record(slide: SlideReader, view: SlideView) -> dict[str, Any]:
-    stat = slide.path.stat()
-    return {
-        "path": str(slide.path),
-        "bytes": stat.st_size,
-        "modified": datetime.fromtimestamp(stat.st_mtime, UTC).isoformat(timespec="seconds"),
-        "reader": slide.name,
-        "mpp": slide.mpp,
-        "level": view.level,
-        "scale": view.scale,
-        "width": view.width,
-        "height": view.height,
-        "result_mpp": view.mpp,
-    }
-
-
-def _time_record(seconds: StageSeconds, counts: Counts, total: float) -> dict[str, Any]:
-    stages = {name: round(value, 3) for name, value in asdict(seconds).items()}
-    return {
-        "seconds": {"total": round(total, 3), **stages},
-        "mpx": round(counts.pixels / 1e6, 3),
-        "mpx_per_s": round(counts.pixels / 1e6 / total, 3),
-        "bound_by": max(stages, key=lambda name: stages[name]),
-    }
-
-
-def _crf_record(options: CrfOptions, bands: list[dict[str, int]]) -> dict[str, Any]:
-    return {
-        "halo_px": options.halo_px,
-        "cell_px": options.cell_px,
-        **{name: sum(band[name] for band in bands) for name in ("cells", "cells_skipped")},
-    }
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+    return sum(band_pixels(grid, tile) for tile in grid)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histostream.wsi.errors import OutputError
+from histostream.wsi.lock import Lock
 
 OUTSIDE = 255  # label of pixels that were not analysed: outside the tissue mask or the ROI
 RUN_FILE = "run.json"
+LOCK_FILE = ".lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +143,15 @@ class OutputFolder:
             folder.run["seconds"] = 12.3
 
     Leaving the block publishes; an exception inside it removes what was written, and the folder
-    too if it is new and empty.
+    too if it is new and empty. Inside the block no other process works on the folder, not on
+    another host either.
+
+    Raises
+    ------
+    LockedError
+        On entering, if another process is at work on it.
+    OutputError
+        On entering or leaving, if something cannot be written.
 
     Attributes
     ----------
@@ -158,13 +169,31 @@ class OutputFolder:
         self._sinks: list[Sink] = []
         self._finished: list[tuple[Path, Path]] | None = None
         self._created: list[Path] = []
+        self._lock = Lock(self.path / LOCK_FILE)
+        self._afterwards: list[Callable[[], None]] = []
 
     def __enter__(self) -> Self:
         missing = [p for p in (self.path, *self.path.parents) if not p.exists()]
-        with writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
+        while not self._entered():
+            pass
         self._created = missing
         return self
+
+    def _entered(self) -> bool:
+        """Make the folder and lock it; False if another process removed it in between."""
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.__enter__()
+        except OutputError:
+            if self.path.exists():
+                raise
+            return False
+        return True
+
+    def after_publishing(self, call: Callable[[], None]) -> None:
+        """Call something when the files are in place, and still nobody else is at work."""
+        self._afterwards.append(call)
 
     def add(self, sink: AnySink) -> AnySink:
         """Send what is written to the folder to ``sink`` too; returns it."""
@@ -172,7 +201,14 @@ class OutputFolder:
         return sink
 
     def write(self, part: Segmented) -> None:
-        """Hand finished rows to every sink."""
+        """Hand finished rows to every sink.
+
+        Raises
+        ------
+        OutputError
+            If the disk is full or refuses, or another process has taken the folder over.
+        """
+        self._lock.check()
         for sink in self._sinks:
             sink.write(part)
 
@@ -190,17 +226,23 @@ class OutputFolder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is not None:
-            self._abort()
-            return
         try:
-            self.finish()
-            self._publish()
-        except BaseException:
-            self._abort()
-            raise
+            if error is not None:
+                self._abort()
+                return
+            try:
+                self.finish()
+                self._publish()
+            except BaseException:
+                self._abort()
+                raise
+        finally:
+            self._lock.__exit__(kind, error, trace)
+            if self._created and not (self.path / RUN_FILE).exists():
+                self._remove_new_folders()
 
     def _publish(self) -> None:
+        self._lock.check()
         pairs = list(self._finished or [])
         names = sorted(final.name for _, final in pairs)
         marker = self.path / RUN_FILE
@@ -219,11 +261,15 @@ class OutputFolder:
                 temporary.replace(final)
         with writing(self.path):
             _sync(self.path)
+        for call in self._afterwards:
+            call()
 
     def _abort(self) -> None:
         for sink in self._sinks:
             sink.abort()
         remove([temporary_name(self.path / RUN_FILE)])
+
+    def _remove_new_folders(self) -> None:
         with suppress(OSError):  # not empty, or already gone: then it is not ours to remove
             for folder in self._created:
                 folder.rmdir()
@@ -231,10 +277,20 @@ class OutputFolder:
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
     """Write one JSON file, whole or not at all."""
-    temporary, final = write_temporary(path, json_text(content))
-    with writing(final):
-        _sync(temporary)
-        temporary.replace(final)
+    write_whole(path, json_text(content))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text (UTF-8), whole or not at all, whoever else writes it at the same time."""
+    temporary = temporary_name(path, f"{uuid.uuid4().hex}.part")
+    with writing(path):
+        try:
+            temporary.write_text(text, encoding="utf-8", newline="")
+            _sync(temporary)
+            temporary.replace(path)
+        except OSError:
+            remove([temporary])
+            raise
 
 
 def json_text(content: Mapping[str, object]) -> str:

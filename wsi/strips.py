@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.wsi.errors import SlideError
+from histostream.wsi.damage import block_box
+from histostream.wsi.errors import DamagedError, SlideError
 from histostream.wsi.grid import Box, Strip, Tile, TileGrid
 from histostream.wsi.resolution import SlideView
 
@@ -182,13 +183,10 @@ class _BlockWindow:
 
     def _decode(self, key: BlockKey) -> NDArray[np.uint8]:
         view = self._view
-        block_w, block_h = view.slide.block_px[view.level]
-        level = view.slide.levels[view.level]
-        x, y = key[1] * block_w, key[0] * block_h
-        box = Box(x, y, min(block_w, level.width - x), min(block_h, level.height - y))
+        box = block_box(view.slide.levels[view.level], view.slide.block_px[view.level], *key)
         try:
             return view.slide.read(view.level, box.x, box.y, box.width, box.height)
-        except SlideError as error:
+        except DamagedError as error:
             if self._on_bad_block is None:
                 raise
             self._on_bad_block(box, error)

@@ -43,6 +43,8 @@ class CrfStage:
         Score planes, and channels of the strips.
     probabilities
         Whether the scores (not refined) are handed on.
+    start
+        Row of pixels that the first row of cells begins at: those above are refined already.
     """
 
     def __init__(
@@ -54,14 +56,15 @@ class CrfStage:
         classes: int,
         channels: int,
         probabilities: bool,
+        start: int = 0,
     ) -> None:
         self._grid, self._own, self._options = grid, own, options
         self._probabilities = probabilities
-        width = grid.x1 - grid.x0
-        self._image = _Rows(width, (channels,), WHITE)
-        self._scores = _Rows(width, (classes,), 0)
-        self._labels = _Rows(width, (), OUTSIDE)
-        self._done = 0  # slide row up to which labels are refined
+        width, top = grid.x1 - grid.x0, max(start - options.halo_px, 0)
+        self._image = _Rows(width, (channels,), WHITE, top)
+        self._scores = _Rows(width, (classes,), 0, top)
+        self._labels = _Rows(width, (), OUTSIDE, top)
+        self._done = start  # slide row up to which labels are refined
         self.cells = self.skipped = 0
 
     def see(self, strip: Strip, tiles: list[Tile]) -> None:
@@ -171,9 +174,9 @@ def _margin(scores: NDArray[np.uint8]) -> NDArray[np.uint8]:
 class _Rows:
     """Rows of a band while they are needed; what was not put is the fill value."""
 
-    def __init__(self, width: int, more: tuple[int, ...], fill: int) -> None:
+    def __init__(self, width: int, more: tuple[int, ...], fill: int, top: int = 0) -> None:
         self._width, self._more, self._fill = width, more, fill
-        self._top = 0
+        self._top = top
         self._array = np.empty((0, width, *more), np.uint8)
 
     def put(self, y: int, x: int, values: NDArray[np.uint8]) -> None:

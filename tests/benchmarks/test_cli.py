@@ -29,7 +29,7 @@ from histostream.benchmarks.work import count_work
 from histostream.export.precision import multiply_accumulates
 from histostream.runtime.card import default_bundle
 from histostream.runtime.engine import open_engine
-from histostream.runtime.infer import Options
+from histostream.runtime.options import Options
 from histostream.wsi.errors import OutputError
 from histostream.wsi.synthetic import SyntheticSlide
 from tests.runtime.host_device import HostDevice, HostDeviceEngine

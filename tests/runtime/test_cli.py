@@ -156,7 +156,13 @@ def test_a_full_disk_leaves_nothing_under_a_final_name(tiny_bundle: Path, tmp_pa
         "--probabilities", preexec_fn=limit,
     )  # fmt: skip
     assert "no room" in one_clear_line(done)
-    assert not (tmp_path / "out").exists()
+    folder = tmp_path / "out" / "big"
+    assert not [p for p in folder.glob("*") if p.name != ".journal"]  # with which it goes on
+    done = infer(
+        slide, "--model", tiny_bundle, "--out", tmp_path / "out", "--no-tissue", "--probabilities"
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((folder / "run.json").read_text())["resumed"]["runs"] == 2
 
 
 def test_slides_that_would_overwrite_each_other_are_refused(

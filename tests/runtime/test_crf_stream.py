@@ -17,8 +17,9 @@ from histostream.runtime.crf import CrfError, CrfParams, dense_crf
 from histostream.runtime.crf import options as crf_options
 from histostream.runtime.crf.options import CrfOptions, check_memory, read_params
 from histostream.runtime.crf.stream import to_probabilities
-from histostream.runtime.infer import Options, segment_slide
+from histostream.runtime.infer import segment_slide
 from histostream.runtime.memory import MemoryLimitError
+from histostream.runtime.options import Options
 from histostream.wsi.sink import OUTSIDE
 
 from .conftest import identity_engine, write_slide

@@ -15,12 +15,14 @@ import pytest
 import tifffile
 from numpy.typing import NDArray
 
-from histostream.runtime import device_stream, infer
+from histostream.runtime import band, device_stream, infer
+from histostream.runtime.band import HostStream, StageSeconds, open_stream
 from histostream.runtime.blend import WINDOWS
 from histostream.runtime.device_stream import DeviceEngine, DeviceStream, plan_band
 from histostream.runtime.devices import DeviceMemoryError
 from histostream.runtime.engine import Engine, open_engine
-from histostream.runtime.infer import HostStream, Options, StageSeconds, open_stream, segment_slide
+from histostream.runtime.infer import segment_slide
+from histostream.runtime.options import Options
 from histostream.wsi.errors import SlideError
 from histostream.wsi.grid import TileGrid
 from histostream.wsi.reader import open_slide
@@ -312,7 +314,7 @@ def test_a_slide_that_breaks_midway_leaves_no_memory_behind(
             yield from itertools.islice(read_strips(at_mpp(slide, 0.5), grid), 2)
         raise SlideError("planted")
 
-    monkeypatch.setattr(infer, "read_strips", breaking)
+    monkeypatch.setattr(band, "read_strips", breaking)
     with pytest.raises(SlideError, match="planted"):
         segment_slide(path, engine, tmp_path / "out", ALL)
 

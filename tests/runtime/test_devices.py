@@ -27,7 +27,8 @@ from histostream.runtime.card import read_card
 from histostream.runtime.devices import DeviceError, DeviceMemoryError, open_device
 from histostream.runtime.engine import EngineError, gpu_count, open_engine
 from histostream.runtime.engine_file import EngineHeader, Profile
-from histostream.runtime.infer import Options, segment_slide
+from histostream.runtime.infer import segment_slide
+from histostream.runtime.options import Options
 from histostream.runtime.tensorrt import Library, messages
 
 from .conftest import random_pixels, write_slide
@@ -159,7 +160,8 @@ def test_a_slide_streams_through_cuda_python(tmp_path: Path) -> None:
         import ctypes, logging
         from pathlib import Path
         from histostream.runtime.devices import open_device
-        from histostream.runtime.infer import Options, segment_slide
+        from histostream.runtime.infer import segment_slide
+        from histostream.runtime.options import Options
         from tests.runtime.conftest import PlaceDependentEngine
         from tests.runtime.host_device import HostDeviceEngine, HostStreamQueue
 

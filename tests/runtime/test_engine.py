@@ -111,7 +111,8 @@ def test_exact_blending_equals_whole_image_inference(
     import tifffile
     import torch
 
-    from histostream.runtime.infer import Options, segment_slide
+    from histostream.runtime.infer import segment_slide
+    from histostream.runtime.options import Options
     from histostream.training import checkpoint, methods
     from histostream.wsi.synthetic import SyntheticSlide
 

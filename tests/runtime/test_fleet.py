@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 import tifffile
 
+from histostream.runtime.cohort import Outcome, Report, Task
 from histostream.runtime.engine import EngineError, open_engine
 from histostream.runtime.fleet import Fleet, check_devices
-from histostream.runtime.infer import Options, SlideResult, segment_slide
+from histostream.runtime.infer import segment_slide
+from histostream.runtime.inputs import SlideInput
+from histostream.runtime.options import Options
 from histostream.wsi.errors import HistoError
 from histostream.wsi.grid import TileGrid
 from histostream.wsi.synthetic import SyntheticSlide
@@ -59,7 +62,7 @@ def test_two_devices_give_the_same_bits_as_one(
     assert all(d["tiles"] > 0 for d in devices)
     assert two.run["model"]["engine"].endswith("x 2 (cpu, cpu)")
     assert seen[-1][0] == seen[-1][1]
-    assert not list(two.folder.glob(".bands*"))
+    assert not list(two.folder.glob(".*"))
 
 
 def test_bands_have_as_many_tiles_each_wherever_the_tissue_is(fleet: Fleet) -> None:
@@ -75,6 +78,18 @@ def test_bands_have_as_many_tiles_each_wherever_the_tissue_is(fleet: Fleet) -> N
     assert fleet.plan_bands(TileGrid.cover(300, 300, tile_px=128, overlap_px=16)) == [(0, 300)]
 
 
+def tasks(slides: list[Path], out: Path, options: Options) -> list[Task]:
+    return [Task(SlideInput(str(path), path.stem), out, options) for path in slides]
+
+
+def all_of(fleet: Fleet, wanted: list[Task], stopping: bool = False) -> dict[int, Outcome]:
+    return dict(
+        fleet.segment_all(
+            wanted, report=lambda i: lambda done, total: None, stopping=lambda: stopping
+        )
+    )
+
+
 def test_slides_are_shared_and_one_that_fails_does_not_stop_the_others(
     slide: Path, fleet: Fleet, tiny_bundle: Path, tmp_path: Path
 ) -> None:
@@ -82,18 +97,23 @@ def test_slides_are_shared_and_one_that_fails_does_not_stop_the_others(
     SyntheticSlide(600, 500, mpp=0.5, seed=3).write(other)
     broken = tmp_path / "broken.tif"
     broken.write_bytes(b"no slide")
-    slides = (slide, broken, other)
     options = Options(tissue=False)
-    found = dict(fleet.segment_slides(slides, tmp_path / "out", options))
-    assert found.keys() == set(slides)
-    assert isinstance(found[broken], HistoError)
-    assert "broken.tif" in str(found[broken])
+    found = all_of(fleet, tasks([slide, broken, other], tmp_path / "out", options))
+    assert [found[i].status for i in range(3)] == ["done", "failed", "done"]
+    assert "broken.tif" in found[1].reason
     engine = open_engine(tiny_bundle, backend="cpu")
     for path in (slide, other):
-        result = found[path]
-        assert isinstance(result, SlideResult)
         alone = segment_slide(path, engine, tmp_path / "alone", options)
-        np.testing.assert_array_equal(labels(result.folder), labels(alone.folder))
+        np.testing.assert_array_equal(labels(tmp_path / "out" / path.stem), labels(alone.folder))
+
+
+def test_a_fleet_that_is_stopped_begins_nothing_and_runs_again_later(
+    slide: Path, fleet: Fleet, tmp_path: Path
+) -> None:
+    wanted = tasks([slide], tmp_path / "out", Options(tissue=False))
+    assert all_of(fleet, wanted, stopping=True) == {}
+    assert not (tmp_path / "out").exists()
+    assert all_of(fleet, wanted)[0].status == "done"
 
 
 def test_a_slide_that_fails_leaves_the_fleet_fit_for_the_next(
@@ -106,26 +126,43 @@ def test_a_slide_that_fails_leaves_the_fleet_fit_for_the_next(
     assert segment_slide(slide, fleet, tmp_path / "out", Options(tissue=False)).run["mpx"] > 0
 
 
-def test_a_device_that_dies_is_named_and_its_slide_fails_alone(
+def test_the_slide_of_a_device_that_dies_is_done_by_another(
     slide: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:
     fleet = Fleet(tiny_bundle, ("cpu", "cpu"))
+    other = tmp_path / "other.tif"
+    SyntheticSlide(2100, 900, mpp=0.5, seed=3).write(other)
+    wanted = tasks([slide, other], tmp_path / "out", Options(tissue=False, batch=1))
+    victim = fleet._processes[0].process
+
+    def report(number: int) -> Report:
+        def kill(done: int, total: int) -> None:
+            if victim.is_alive() and victim.pid is not None:
+                os.kill(victim.pid, signal.SIGKILL)
+
+        return kill
+
     try:
-        results = fleet.segment_slides((slide, slide), tmp_path, Options(tissue=False))
-        victim = fleet._workers[0].process
-        assert victim.pid is not None
-        os.kill(victim.pid, signal.SIGKILL)
-        found = [result for _, result in results]
+        found = dict(fleet.segment_all(wanted, report=report, stopping=lambda: False))
+        assert [found[i].status for i in (0, 1)] == ["done", "done"]
+        assert not victim.is_alive()
+        left = fleet._processes[0].process
+        assert left.pid is not None
+        os.kill(left.pid, signal.SIGKILL)
+        lost = all_of(fleet, tasks([slide], tmp_path / "again", Options(tissue=False)))
     finally:
         fleet.close()
-    failed = [r for r in found if isinstance(r, HistoError)]
-    assert len(failed) == 1
-    assert "exit code -9" in str(failed[0])
+    assert lost[0].status == "failed"
+    assert "exit code -9" in lost[0].reason
+    engine = open_engine(tiny_bundle, backend="cpu")
+    for path in (slide, other):
+        alone = segment_slide(path, engine, tmp_path / "alone", Options(tissue=False))
+        np.testing.assert_array_equal(labels(tmp_path / "out" / path.stem), labels(alone.folder))
 
 
 def test_closing_leaves_no_process_behind(tiny_bundle: Path) -> None:
     fleet = Fleet(tiny_bundle, ("cpu",))
-    (pid,) = [w.process.pid for w in fleet._workers]
+    (pid,) = [w.process.pid for w in fleet._processes]
     assert pid is not None
     fleet.close()
     deadline = time.monotonic() + 10

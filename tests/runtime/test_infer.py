@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 
 from histostream.runtime import infer, memory
 from histostream.runtime.blend import WINDOWS
-from histostream.runtime.infer import OptionError, Options, segment_slide, slide_stem, to_channels
+from histostream.runtime.engine import to_channels
+from histostream.runtime.infer import segment_slide
 from histostream.runtime.memory import MemoryLimitError, bytes_per_column
+from histostream.runtime.options import OptionError, Options
 from histostream.wsi.errors import SlideError
 from histostream.wsi.grid import TileGrid
 from histostream.wsi.reader import open_slide
@@ -227,7 +229,9 @@ def test_a_finer_slide_is_averaged_down_to_the_models_resolution(tmp_path: Path)
     np.testing.assert_array_equal(scores_of(result.folder), pixels[::2, ::2])
 
 
-def test_a_failure_leaves_nothing_behind(noise_slide: Noise, tmp_path: Path) -> None:
+def test_a_failure_leaves_nothing_but_what_it_goes_on_with(
+    noise_slide: Noise, tmp_path: Path
+) -> None:
     class Failing(PlaceDependentEngine):
         def infer(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
             if self.tiles > 10:
@@ -237,7 +241,10 @@ def test_a_failure_leaves_nothing_behind(noise_slide: Noise, tmp_path: Path) -> 
     path, _ = noise_slide
     with pytest.raises(SlideError, match="planted"):
         segment_slide(path, Failing(), tmp_path / "out", ALL)
-    assert not (tmp_path / "out").exists()
+    assert [p.name for p in (tmp_path / "out" / "noise").iterdir()] == [".journal"]
+    with pytest.raises(SlideError, match="planted"):
+        segment_slide(path, Failing(tiles=11), tmp_path / "early", ALL)
+    assert not (tmp_path / "early").exists()
 
 
 def test_grey_and_colour_are_converted_to_what_the_model_takes() -> None:
@@ -250,12 +257,6 @@ def test_grey_and_colour_are_converted_to_what_the_model_takes() -> None:
 def test_options_out_of_range_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(OptionError, match=next(iter(wrong))):
         Options(**wrong)  # type: ignore[arg-type]
-
-
-def test_results_are_named_after_the_slide(tmp_path: Path) -> None:
-    assert slide_stem(Path("a/CMU-1.svs")) == "CMU-1"
-    assert slide_stem(Path("a/OS-1.ome.tif")) == "OS-1.ome"
-    assert slide_stem(tmp_path) == tmp_path.name
 
 
 def test_a_grey_slide_runs(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.wsi.errors import SlideError
+from histostream.wsi.errors import DamagedError, SlideError
 from histostream.wsi.grid import Box
 from histostream.wsi.reader import DeclinedError, Level, check_box, read_from_blocks, square_mpp
 from histostream.wsi.readers.tiff import refuse_cut_off
@@ -40,6 +40,7 @@ class LargeImageReader:
         self.decoded_blocks = 0
         self._source = source
         self._lock = threading.Lock()
+        self._mending = threading.Lock()
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
         """Read a box of one level, (height, width, channels); see `SlideReader.read`."""
@@ -52,26 +53,29 @@ class LargeImageReader:
         )
 
     def _block(self, level: int, row: int, column: int) -> NDArray[np.uint8]:
-        import large_image
-
         try:
-            # Without style: large-image would apply ICC profiles, we promise raw pixels.
-            block = self._source.getTile(
-                column, row, self._zs[level], numpyAllowed="always", applyStyle=False
-            )
-        except (
-            large_image.exceptions.TileGeneralError,
-            OSError,
-            RuntimeError,
-            ValueError,
-        ) as error:
-            raise SlideError(
-                f"{self.path}: block {column}, {row} of level {level} cannot be decoded ({error}); "
-                "the file is damaged there: copy or scan it again"
-            ) from error
+            block = _tile(self._source, column, row, self._zs[level])
+        except _tile_errors() as error:
+            block = self._once_more(level, row, column, error)
         with self._lock:
             self.decoded_blocks += 1
         return _without_alpha(np.asarray(block))
+
+    def _once_more(self, level: int, row: int, column: int, error: Exception) -> Any:
+        """Try a block again with the file opened anew, for this block alone.
+
+        After a damaged block OpenSlide refuses every other one too, in all threads that share the
+        handle, until large-image has opened it again.
+        """
+        with self._mending:
+            _refuse_unreadable(self.path)
+            try:
+                return _tile(_open(self.path), column, row, self._zs[level])
+            except _tile_errors() as again:
+                raise DamagedError(
+                    f"{self.path}: block {column}, {row} of level {level} cannot be decoded "
+                    f"({again}); the file is damaged there: copy or scan it again"
+                ) from error
 
     def close(self) -> None:
         """Let go of the file; large-image closes it when nothing refers to it."""
@@ -100,18 +104,48 @@ def open_reader(path: Path) -> LargeImageReader:
     """
     refuse_cut_off(path)  # OpenSlide and libtiff open such files and fail in the middle
     import large_image
+
+    try:
+        source = _open(path)
+    except large_image.exceptions.TileGeneralError as error:
+        raise DeclinedError(str(error).replace(f" for {path}", "")) from error
+    _refuse_other_than_image(path, source.getMetadata())
+    return LargeImageReader(path, source)
+
+
+def _open(path: Path) -> Any:
+    import large_image
     from cachetools import LRUCache
 
     # Read when a plain image is opened; its default refuses images above 4096 px.
     large_image.config.setConfig("max_small_image_size", MAX_PLAIN_IMAGE_PX)
-    try:
-        source = large_image.open(str(_file_of(path)), noCache=True)
-    except large_image.exceptions.TileGeneralError as error:
-        raise DeclinedError(str(error).replace(f" for {path}", "")) from error
+    source = large_image.open(str(_file_of(path)), noCache=True)
     # Nothing is read twice, and the default keeps up to 512 tiles alive for the whole process.
     source.cache, source.cache_lock = LRUCache(maxsize=1), threading.Lock()
-    _refuse_other_than_image(path, source.getMetadata())
-    return LargeImageReader(path, source)
+    return source
+
+
+def _tile(source: Any, column: int, row: int, z: int) -> Any:
+    # Without style: large-image would apply ICC profiles, we promise raw pixels.
+    return source.getTile(column, row, z, numpyAllowed="always", applyStyle=False)
+
+
+def _tile_errors() -> tuple[type[Exception], ...]:
+    import large_image
+
+    return (large_image.exceptions.TileGeneralError, OSError, RuntimeError, ValueError)
+
+
+def _refuse_unreadable(path: Path) -> None:
+    """Raise SlideError if a file has vanished, or may not be read any more."""
+    try:
+        with _file_of(path).open("rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise SlideError(
+            f"{path}: cannot be read any more ({error.strerror or error}); check the drive that "
+            "it is on"
+        ) from error
 
 
 def _file_of(path: Path) -> Path:

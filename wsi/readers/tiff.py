@@ -17,7 +17,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.wsi.errors import SlideError
+from histostream.wsi.errors import DamagedError, SlideError
 from histostream.wsi.grid import Box
 from histostream.wsi.reader import (
     DeclinedError,
@@ -74,9 +74,15 @@ class TiffReader:
         index = row * -(-self.levels[level].width // self.block_px[level][0]) + column
         try:
             data = self._pread(offsets[index], counts[index])
+        except OSError as error:
+            raise SlideError(
+                f"{self.path}: cannot be read any more ({error.strerror or error}); check the "
+                "drive that it is on"
+            ) from error
+        try:
             tile: NDArray[np.uint8] = decode(data, index, jpegtables=tables)[0][0]
         except (OSError, RuntimeError, ValueError) as error:
-            raise SlideError(
+            raise DamagedError(
                 f"{self.path}: tile {column}, {row} of level {level} cannot be decoded ({error}); "
                 "the file is damaged there: copy or scan it again"
             ) from error

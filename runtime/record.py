@@ -1,0 +1,133 @@
+"""What run.json says of a run, and what tells two runs apart."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from histostream.runtime.band import Counts, StageSeconds
+from histostream.runtime.card import ModelCard
+from histostream.runtime.crf.options import CrfOptions
+from histostream.runtime.options import Options
+from histostream.wsi.reader import SlideReader
+from histostream.wsi.resolution import SlideView
+from histostream.wsi.sink import RUN_FILE
+from histostream.wsi.staging import SlideVersion
+
+
+def versions() -> dict[str, str]:
+    """Versions of what made a result."""
+    names = (
+        "histostream", "numpy", "onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-rtx",
+        "cuda-python", "pycuda", "large-image", "tifffile",
+    )  # fmt: skip
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def inputs_of(
+    version: SlideVersion, card: ModelCard, options: Options, asked: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return what decides the result of a run, as plain JSON.
+
+    Parameters
+    ----------
+    version
+        Of the slide.
+    card, options
+        The model, and how it is run.
+    asked
+        What else was asked for, as ``{"precision": "auto"}``.
+    """
+    said = {
+        "slide": asdict(version),
+        "model": card.digest(),
+        "options": {**options.deciding(), **asked},
+        "histostream": metadata.version("histostream"),
+    }
+    found: dict[str, Any] = json.loads(json.dumps(said))  # tuples become lists, as when read back
+    return found
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Say in which entries two runs differ, as "options.blend (hann, now crop)"."""
+    old, new = dict(_flat(before)), dict(_flat(now))
+    return [
+        f"{name} ({_short(old.get(name))}, now {_short(new.get(name))})"
+        for name in (*old, *(n for n in new if n not in old))
+        if old.get(name) != new.get(name)
+    ]
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """Return what the run.json of an output folder says; None if there is none, or it is broken."""
+    try:
+        said = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return said if isinstance(said, dict) else None
+
+
+def slide_record(slide: SlideReader, view: SlideView, version: SlideVersion) -> dict[str, Any]:
+    """Say what the slide is, and at which resolution it was seen."""
+    return {
+        "path": str(slide.path),
+        **asdict(version),
+        "reader": slide.name,
+        "mpp": slide.mpp,
+        "level": view.level,
+        "scale": view.scale,
+        "width": view.width,
+        "height": view.height,
+        "result_mpp": view.mpp,
+    }
+
+
+def time_record(seconds: StageSeconds, counts: Counts, total: float) -> dict[str, Any]:
+    """Say where the time went; time in which another slide had the device does not count."""
+    stages = {name: round(value, 3) for name, value in asdict(seconds).items()}
+    waited = stages.pop("wait")
+    pixels = counts.pixels - counts.pixels_before
+    return {
+        "seconds": {"total": round(total - waited, 3), **stages, "wait": waited},
+        "mpx": round(counts.pixels / 1e6, 3),
+        "mpx_per_s": round(pixels / 1e6 / max(total - waited, 1e-9), 3),
+        "bound_by": max(stages, key=lambda name: stages[name]),
+    }
+
+
+def crf_record(options: CrfOptions, bands: list[dict[str, int]]) -> dict[str, Any]:
+    """Say how the CRF was run."""
+    return {
+        "halo_px": options.halo_px,
+        "cell_px": options.cell_px,
+        **{n: sum(band.get(n, 0) for band in bands) for n in ("cells", "cells_skipped")},
+    }
+
+
+def plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Return values with paths as text."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."

@@ -1,0 +1,296 @@
+"""What a run has finished of a slide, on disk, so that a killed run goes on where it was.
+
+::
+
+    OUT/slide/.journal/begun.json      what is run: slide, model, options, column bands
+    OUT/slide/.journal/0.strips        finished strips of the band that begins at column 0
+    OUT/slide/.journal/4096.strips     ...
+
+A strip is one record: a header with a checksum, what is known of the strip, labels, and scores
+where they are wanted. Records are only ever appended, and each is forced to the disk; a record that
+a killed process left half-written fails its checksum and is cut off. Sinks are fed from the
+records again, so they need not know how to go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import shutil
+import struct
+import threading
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Self
+
+import imagecodecs
+import numpy as np
+from numpy.typing import NDArray
+
+from histostream.wsi.errors import OutputError
+from histostream.wsi.grid import Box
+from histostream.wsi.sink import Segmented, write_json, writing
+
+JOURNAL = ".journal"
+BEGUN = "begun.json"
+MAGIC = b"HSJ1"
+# Magic, CRC-32 of all that follows; bytes of: what is known, labels, scores.
+HEADER = struct.Struct("<4sIIQQ")
+ZSTD_LEVEL = 1  # label maps: above 1 GB/s
+WAITING = 2  # strips that wait to be written, at most
+
+
+class JournalError(OutputError):
+    """A journal belongs to another run, or cannot be read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """What a journal says of its run.
+
+    Attributes
+    ----------
+    what
+        Names and values that decide the bits of the result: slide, model, options.
+    bands
+        (x0, x1) of each column band, in pixels.
+    runs
+        How often the run was begun, gone on with included.
+    """
+
+    what: Mapping[str, Any]
+    bands: list[tuple[int, int]]
+    runs: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A finished strip, and the damaged places that were found on the way to it."""
+
+    part: Segmented
+    damaged: tuple[Box, ...]
+
+
+class Journal:
+    """The journal of one slide's run.
+
+    Parameters
+    ----------
+    folder
+        The slide's output folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / JOURNAL
+
+    def read(self) -> Begun | None:
+        """Return what was begun; None if nothing was.
+
+        Raises
+        ------
+        JournalError
+            If the journal cannot be read.
+        """
+        try:
+            said = json.loads((self.path / BEGUN).read_text(encoding="utf-8"))
+            bands = [(int(x0), int(x1)) for x0, x1 in said["bands"]]
+            return Begun(dict(said["what"]), bands, int(said["runs"]))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise JournalError(
+                f"{self.path / BEGUN}: cannot be read ({error}); --restart starts the slide over"
+            ) from error
+
+    def begin(self, begun: Begun) -> None:
+        """Write what is run; strips may follow."""
+        with writing(self.path):
+            self.path.mkdir(exist_ok=True)
+        content = {"what": dict(begun.what), "bands": begun.bands, "runs": begun.runs}
+        write_json(self.path / BEGUN, content)
+
+    def band(self, x0: int, x1: int, height: int) -> BandJournal:
+        """Open the strips of one column band; see `BandJournal`."""
+        return BandJournal(self.path / f"{x0}.strips", x0, x1, height)
+
+    def has_strips(self) -> bool:
+        """Whether any strip is finished."""
+        return any(file.stat().st_size for file in self.path.glob("*.strips"))
+
+    def remove(self) -> None:
+        """Forget the run."""
+        with contextlib.suppress(OSError):  # first: without it the rest means nothing
+            (self.path / BEGUN).unlink(missing_ok=True)
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+class BandJournal:
+    """The finished strips of one column band, in order; hold it in a ``with`` block.
+
+    `finished` gives those that a former run left; call it first. A thread writes what is appended.
+
+    Parameters
+    ----------
+    path
+        The file.
+    x0, x1
+        The band's columns, in pixels.
+    height
+        The slide's, in pixels.
+
+    Attributes
+    ----------
+    y
+        Rows that are finished, from the top.
+    """
+
+    def __init__(self, path: Path, x0: int, x1: int, height: int) -> None:
+        self.path, self.y = path, 0
+        self._x0, self._x1, self._height = x0, x1, height
+        self._file: IO[bytes] | None = None
+        self._queue: queue.Queue[Record | None] = queue.Queue(WAITING)
+        self._writer: threading.Thread | None = None
+        self._failed: OSError | None = None
+
+    def __enter__(self) -> Self:
+        with writing(self.path):
+            self._file = self.path.open("r+b" if self.path.exists() else "w+b")
+        return self
+
+    def finished(self) -> Iterator[Record]:
+        """Yield the strips that are whole, and cut off what comes after them.
+
+        Raises
+        ------
+        OutputError
+            If the file cannot be read.
+        """
+        assert self._file is not None
+        self.y, end = 0, 0
+        with writing(self.path):
+            self._file.seek(0)
+        while True:
+            with writing(self.path):
+                record = _read_record(self._file)
+            if record is None or not self._continues(record.part):
+                break
+            end = self._file.tell()
+            self.y += len(record.part.labels)
+            yield record
+        with writing(self.path):
+            self._file.truncate(end)
+            self._file.seek(end)
+
+    def write(self, part: Segmented, damaged: tuple[Box, ...] = ()) -> None:
+        """Append a strip; its arrays may be used again at once.
+
+        Raises
+        ------
+        OutputError
+            If an earlier one could not be written.
+        """
+        self._raise()
+        if self._writer is None:
+            self._writer = threading.Thread(target=self._write_all, name="journal", daemon=True)
+            self._writer.start()
+        scores = part.probabilities
+        copy = Segmented(
+            part.x, part.y, part.labels.copy(), None if scores is None else scores.copy()
+        )
+        self._queue.put(Record(copy, damaged))
+        self.y = part.y + len(part.labels)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if self._writer is not None:
+                self._queue.put(None)
+                self._writer.join()
+            if kind is None:
+                self._raise()
+        finally:
+            if self._file is not None:
+                with contextlib.suppress(OSError):
+                    self._file.close()
+
+    def _continues(self, part: Segmented) -> bool:
+        height, width = part.labels.shape
+        right = (part.x, part.y, width) == (self._x0, self.y, self._x1 - self._x0)
+        return right and 0 < height <= self._height - self.y
+
+    def _raise(self) -> None:
+        if self._failed is not None:
+            with writing(self.path):
+                raise self._failed
+
+    def _write_all(self) -> None:
+        """Write strips until there are no more; what waits together is forced to the disk once."""
+        more = True
+        while more:
+            waiting = [self._queue.get()]
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    waiting.append(self._queue.get_nowait())
+            more = None not in waiting
+            if self._failed is not None:
+                continue  # the other side is told with its next strip
+            try:
+                assert self._file is not None
+                for record in waiting:
+                    if record is not None:
+                        self._file.write(_encoded(record))
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            except OSError as error:
+                self._failed = error
+
+
+def _encoded(record: Record) -> bytes:
+    part = record.part
+    height, width = part.labels.shape
+    scores = part.probabilities
+    known = {
+        "x": part.x, "y": part.y, "height": height, "width": width,
+        "classes": None if scores is None else scores.shape[2],
+        "damaged": [[b.x, b.y, b.width, b.height] for b in record.damaged],
+    }  # fmt: skip
+    said = json.dumps(known).encode()
+    labels = _pressed(part.labels)
+    pressed = b"" if scores is None else _pressed(scores)
+    sizes = HEADER.pack(MAGIC, 0, len(said), len(labels), len(pressed))[8:]
+    body = b"".join((sizes, said, labels, pressed))
+    return MAGIC + struct.pack("<I", zlib.crc32(body)) + body
+
+
+def _pressed(array: NDArray[np.uint8]) -> bytes:
+    return bytes(imagecodecs.zstd_encode(array.tobytes(), level=ZSTD_LEVEL))
+
+
+def _read_record(file: IO[bytes]) -> Record | None:
+    """Read the next record; None at the end, and where a record is not whole."""
+    head = file.read(HEADER.size)
+    if len(head) < HEADER.size or head[:4] != MAGIC:
+        return None
+    _, checksum, *sizes = HEADER.unpack(head)
+    left = os.fstat(file.fileno()).st_size - file.tell()
+    if sum(sizes) > left:
+        return None
+    body = file.read(sum(sizes))
+    if zlib.crc32(body, zlib.crc32(head[8:])) != checksum:
+        return None
+    said, labels, scores = (body[sum(sizes[:i]) : sum(sizes[: i + 1])] for i in range(len(sizes)))
+    known = json.loads(said)
+    shape = known["height"], known["width"]
+    part = Segmented(
+        known["x"], known["y"], _unpressed(labels, shape),
+        _unpressed(scores, (*shape, known["classes"])) if known["classes"] else None,
+    )  # fmt: skip
+    return Record(part, tuple(Box(*box) for box in known["damaged"]))
+
+
+def _unpressed(data: bytes, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    values = imagecodecs.zstd_decode(data, out=int(np.prod(shape)))
+    return np.frombuffer(values, np.uint8).reshape(shape)
