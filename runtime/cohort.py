@@ -181,7 +181,7 @@ class Worker:
         May be called in several threads at once: they share the device.
         """
         clock = time.perf_counter()
-        outcome = self._try(task, report, stopping)
+        outcome = self._try(task, report, stopping, restart=task.restart)
         while outcome is None:
             batch = (task.options.batch or self.engine_batch) // 2
             gc.collect()
@@ -189,8 +189,8 @@ class Worker:
                 "%s: out of memory; goes on with %d tile%s at once",
                 task.slide.name, batch, "s" if batch > 1 else "",
             )  # fmt: skip
-            task = replace(task, options=replace(task.options, batch=batch), restart=False)
-            outcome = self._try(task, report, stopping)
+            task = replace(task, options=replace(task.options, batch=batch))
+            outcome = self._try(task, report, stopping, restart=False)
         return replace(outcome, seconds=round(time.perf_counter() - clock, 3))
 
     @property
@@ -203,10 +203,12 @@ class Worker:
         self.on_device(self.engine.close)
         self._device.shutdown()
 
-    def _try(self, task: Task, report: Report, stopping: Callable[[], bool]) -> Outcome | None:
+    def _try(
+        self, task: Task, report: Report, stopping: Callable[[], bool], *, restart: bool
+    ) -> Outcome | None:
         """Segment a slide; None if memory does not last and a smaller batch may help."""
         try:
-            return self._segment(task, report, stopping)
+            return self._segment(task, report, stopping, restart)
         except DoneError:
             return former_outcome(task.folder)
         except StoppedError:
@@ -226,11 +228,13 @@ class Worker:
         except Exception:  # a fault of ours must not take the other slides along
             return Outcome(FAILED, f"{task.slide.source}: {traceback.format_exc(limit=-3)}")
 
-    def _segment(self, task: Task, report: Report, stopping: Callable[[], bool]) -> Outcome:
+    def _segment(
+        self, task: Task, report: Report, stopping: Callable[[], bool], restart: bool
+    ) -> Outcome:
         slide = task.slide
         job = Job(
             Path(slide.source), task.out, task.options, slide.name, slide.source, task.asked,
-            restart=task.restart, unless_done=not task.restart,
+            restart=restart, unless_done=not task.restart,
         )  # fmt: skip
         if job.unless_done and job.is_done(self.engine.card):
             raise DoneError

@@ -60,6 +60,8 @@ class OnnxRuntimeEngine:
         try:
             scores: NDArray[np.uint8] = self._session.run(["scores"], {"tiles": tiles})[0]
         except Exception as error:  # ONNX Runtime's own exceptions have no common base
+            if NO_MEMORY.search(str(error)):
+                raise MemoryError(f"{self.name}: {len(tiles)} tiles at once") from error
             raise EngineError(
                 f"{self.name}: inference failed on {len(tiles)} tiles ({first_line(error)}); "
                 "a smaller --batch needs less memory"
