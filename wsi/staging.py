@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from histostream.wsi.errors import OutputError, SlideError, StoppedError
 from histostream.wsi.sink import temporary_name, writing
@@ -121,7 +121,8 @@ def file_name(source: str) -> str:
     if not is_remote(source):
         return Path(source).name or Path(source).resolve().name  # of "." and ".."
     if _module_of(source) == "web":
-        name = unquote(urlsplit(source).path.rpartition("/")[2])
+        host_and_path = re.split(r"[?#]", source)[0].partition("://")[2]
+        name = unquote(host_and_path.partition("/")[2].rpartition("/")[2])
     else:
         name = source.rstrip("/").rpartition("/")[2]
     if not is_plain(name):
@@ -278,6 +279,8 @@ def _fetch(part: SlidePart, target: Path, stopping: Callable[[], bool]) -> None:
             with writing(target):
                 _write_all(out, chunk)
             got += len(chunk)
+            if got > part.bytes:  # it may grow as fast as it is copied
+                break
     if got != part.bytes and is_remote(part.address):
         raise TransientError(
             f"{shown(part.address)}: {got} of {part.bytes} bytes came; the connection was cut or "

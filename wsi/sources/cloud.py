@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import PurePosixPath
@@ -9,8 +10,9 @@ from typing import Any
 
 from histostream.wsi.errors import SlideError
 from histostream.wsi.sources.disk import INDEX_BYTES, named_files
-from histostream.wsi.staging import SlidePart, TransientError, file_name, is_plain
+from histostream.wsi.staging import SlidePart, file_name, is_plain
 
+LOGGERS = ("s3fs", "aiobotocore", "botocore", "gcsfs", "google", "asyncio")
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
 CREDENTIALS = {
     "s3": "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; "
@@ -47,7 +49,7 @@ def read_part(part: SlidePart, chunk_bytes: int) -> Generator[bytes]:
     Raises
     ------
     SlideError
-        If the storage refuses or fails; `TransientError` if another attempt may help.
+        If the storage refuses or fails.
     """
     with _said_clearly(part.address):
         fs, path = _filesystem(part.address)
@@ -113,11 +115,13 @@ def _filesystem(url: str) -> tuple[Any, str]:
     """Return the file system and the path in it, without the scheme."""
     scheme, _, path = url.partition("://")
     scheme = scheme.lower()
-    if not path.strip("/"):
+    if not path or path.startswith("/"):
         raise SlideError(f"{url}: names no bucket; write {scheme}://bucket/path")
     try:
         import fsspec
 
+        for library in LOGGERS:  # they log tracebacks of what they raise as well
+            logging.getLogger(library).addHandler(logging.NullHandler())
         # Without listings kept: an object may be replaced while a cohort runs.
         return fsspec.filesystem(scheme, use_listings_cache=False), path.rstrip("/")
     except ImportError:
@@ -145,25 +149,26 @@ def _foreign_errors(scheme: str) -> tuple[type[Exception], ...]:
         if scheme == "s3":
             from botocore.exceptions import BotoCoreError, ClientError
 
-            return OSError, HttpError, BotoCoreError, ClientError
+            return OSError, ValueError, HttpError, BotoCoreError, ClientError
         from gcsfs.retry import HttpError as GoogleError
         from google.auth.exceptions import GoogleAuthError
         from requests.exceptions import RequestException
     except ImportError:  # `_filesystem` says what is missing
-        return (OSError,)
-    return OSError, HttpError, GoogleError, GoogleAuthError, RequestException
+        return OSError, ValueError
+    return OSError, ValueError, HttpError, GoogleError, GoogleAuthError, RequestException
 
 
 def _translated(url: str, scheme: str, error: Exception) -> SlideError:
     kind, said = type(error).__name__, " ".join(str(error).split()) or type(error).__name__
-    status = getattr(error, "code", None)
     if isinstance(error, FileNotFoundError):
         return SlideError(f"{url}: there is no such object or bucket; check the URL")
-    if "Credential" in kind:
+    if "Credential" in kind or kind in {"ProfileNotFound", "RefreshError"}:
         return SlideError(f"{url}: no credentials ({said}); {CREDENTIALS[scheme]}")
-    denied = isinstance(error, PermissionError) or status in {401, 403}
-    if denied or "Forbidden" in said or kind in {"RefreshError", "ProfileNotFound"}:
+    status = getattr(error, "code", None)  # of gcsfs, which says Forbidden by a bare OSError
+    if isinstance(error, PermissionError) or status in {401, 403} or said.startswith("Forbidden"):
         return SlideError(f"{url}: access denied ({said}); {CREDENTIALS[scheme]}")
-    return TransientError(
+    if isinstance(error, ValueError) or kind == "ParamValidationError":
+        return SlideError(f"{url}: cannot be asked for ({said}); check the URL and the endpoint")
+    return SlideError(  # after the libraries' own attempts, which are five and more
         f"{url}: the storage cannot be reached ({said}); check the network and the endpoint"
     )

@@ -88,6 +88,8 @@ def _opened(url: str) -> Iterator[http.client.HTTPResponse]:
     try:
         with _opener().open(_request(url), timeout=TIMEOUT_S) as response:
             yield response
+    except SlideError:
+        raise
     except HTTPError as error:
         error.close()
         raise _refused(url, error) from None
