@@ -44,7 +44,7 @@ from histostream.runtime.fleet import Fleet
 from histostream.runtime.inputs import SlideInput, find_inputs
 from histostream.runtime.memory import return_buffers_at_once
 from histostream.runtime.options import Options
-from histostream.wsi.console import fail, show_only_our_warnings
+from histostream.wsi.console import fail, memory_mib, show_only_our_warnings
 from histostream.wsi.errors import HistoError
 
 console = Console(stderr=True)
@@ -78,8 +78,8 @@ console = Console(stderr=True)
 )  # fmt: skip
 @click.option("--threads", type=int, help="CPU threads; default: all cores.")
 @click.option(
-    "--max-memory", "max_memory_mib", type=int, metavar="MIB",
-    help="Bound on memory; wide slides are run in column bands.",
+    "--max-memory", "max_memory_mib", type=memory_mib, metavar="1GiB",
+    help="Bound on memory, plain numbers are MiB; wide slides are run in column bands.",
 )  # fmt: skip
 @click.option("--probabilities", is_flag=True, help="Write probabilities.tif too.")
 @click.option(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,6 +12,35 @@ from typing import Any
 import click
 
 from histostream.wsi.errors import HistoError
+
+MIB = 1024 * 1024
+BYTES = {"MIB": MIB, "GIB": 1024 * MIB, "TIB": MIB * MIB, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def memory_mib(text: str) -> int:
+    """Read a size of memory as people write it; the type of an option.
+
+    Parameters
+    ----------
+    text
+        ``1GiB``, ``900MiB``, ``2GB``, or a plain number of MiB.
+
+    Returns
+    -------
+    Whole MiB; parts of one are dropped, so that a bound stays a bound.
+
+    Raises
+    ------
+    click.BadParameter
+        If it is no size.
+    """
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Z]*)", text.strip().upper())
+    unit = BYTES.get(found.group(2) or "MIB") if found else None
+    if found is None or unit is None:
+        raise click.BadParameter(
+            f"{text!r} is no size of memory: write 1GiB, 900MiB, 2GB, or a number of MiB"
+        )
+    return int(float(found.group(1)) * unit / MIB)
 
 
 def show_only_our_warnings(command: str) -> None:
