@@ -90,6 +90,11 @@ class SyntheticSlide:
                 labels[ys, xs] = block[1][source_ys, source_xs]
         return pixels, labels
 
+    def is_tissue(self, x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Whether points, in pixels, lie inside the borders of tissue; (n,) each."""
+        layer = _tissue_layer(self)
+        return _sample_at(layer, self.seed, x * self.mpp, y * self.mpp) > TISSUE_LEVEL
+
     def nuclei(self, x: int, y: int, w: int, h: int) -> NDArray[np.float64]:
         """Nuclei whose centre lies in the box.
 
@@ -506,7 +511,8 @@ def _overlap(start: int, length: int, block: int) -> tuple[slice, slice]:
 # ----------------------------------------------------------------------------- command
 
 
-def _size(_: click.Context, __: click.Parameter, text: str) -> tuple[int, int]:
+def read_size(_: click.Context, __: click.Parameter, text: str) -> tuple[int, int]:
+    """Read the option of a size, "4096x4096"."""
     try:
         width, height = map(int, text.lower().split("x"))
     except ValueError:
@@ -516,7 +522,7 @@ def _size(_: click.Context, __: click.Parameter, text: str) -> tuple[int, int]:
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--size", default="4096x4096", callback=_size, help="Width x height in pixels.")
+@click.option("--size", default="4096x4096", callback=read_size, help="Width x height in pixels.")
 @click.option("--mpp", default=0.5, show_default=True, help="Side of a pixel, um.")
 @click.option("--seed", default=0, show_default=True, help="Another seed is another slide.")
 @click.option("--tile-px", default=256, show_default=True, help="Side of the file's tiles.")
