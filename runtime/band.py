@@ -355,8 +355,9 @@ class Band:
             if part is None:
                 continue
             damaged = self._damage.of_level(self._view.level)
-            with self._seconds.time("blend"):
-                self._leave_out(part, damaged)
+            if not part.all_outside:
+                with self._seconds.time("blend"):
+                    self._leave_out(part, damaged)
             with self._seconds.time("write"):
                 self._journal.write(part, tuple(set(damaged) - self._journalled))
                 self._journalled.update(damaged)

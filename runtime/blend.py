@@ -189,41 +189,61 @@ class Blender:
         grid = self._grid
         last = row + 1 == len(grid.ys)
         bottom = grid.height if last else grid.ys[row + 1]
-        wy = self._axis_profile(grid.ys, row)
-        self._weights.append((grid.ys[row], wy, self._columns))
-        self._columns = np.zeros_like(self._columns)
+        if self._columns.any():
+            wy = self._axis_profile(grid.ys, row)
+            self._weights.append((grid.ys[row], wy, self._columns))
+            self._columns = np.zeros_like(self._columns)
         count = min(bottom - self._top, grid.tile_px)
-        finished = self._segmented(count)
+        reached = self._reached()
+        finished = self._segmented(count, reached)
         self._weights = [w for w in self._weights if w[0] + grid.tile_px > bottom]
-        self._sums[:, : grid.tile_px - count] = self._sums[:, count:]
-        self._sums[:, grid.tile_px - count :] = 0
+        for columns in reached:
+            sums = self._sums[:, :, columns]
+            sums[:, : grid.tile_px - count] = sums[:, count:]
+            sums[:, grid.tile_px - count :] = 0
         self._top = bottom
         return finished
 
-    def _segmented(self, count: int) -> Segmented:
-        grid = self._grid
-        xs = slice(grid.x0 - self._left, grid.x1 - self._left)
-        sums = self._sums[:, :count, xs]
-        labels = _arg_max(sums)
-        shared = None
-        if grid.keep is not None or self._probabilities:
-            weight = self._weight(count)[:, xs]
-            labels[weight == 0] = OUTSIDE
-            if self._probabilities:
+    def _reached(self) -> list[slice]:
+        """Columns of the ring that any tile in it reaches; elsewhere all sums are 0."""
+        if not self._weights:
+            return []
+        some = np.any([columns for _, _, columns in self._weights], axis=0)
+        edges = np.flatnonzero(np.diff(some, prepend=False, append=False)).tolist()
+        return [slice(*edge) for edge in zip(edges[::2], edges[1::2], strict=True)]
+
+    def _segmented(self, count: int, reached: list[slice]) -> Segmented:
+        grid, classes = self._grid, len(self._sums)
+        left, right = grid.x0 - self._left, grid.x1 - self._left
+        clipped = [slice(max(c.start, left), min(c.stop, right)) for c in reached]
+        parts = [columns for columns in clipped if columns.start < columns.stop]
+        if not parts:
+            scores = classes if self._probabilities else None
+            return Segmented.outside(grid.x0, self._top, right - left, count, classes=scores)
+        labels = np.full((count, right - left), OUTSIDE, np.uint8)
+        shared = np.zeros((*labels.shape, classes), np.uint8) if self._probabilities else None
+        for columns in parts:
+            own = slice(columns.start - left, columns.stop - left)
+            sums = self._sums[:, :count, columns]
+            labels[:, own] = _arg_max(sums)
+            if grid.keep is None and shared is None:
+                continue
+            weight = self._weight(count, columns)
+            labels[:, own][weight == 0] = OUTSIDE
+            if shared is not None:
                 divisor = np.maximum(weight, 1)
-                shared = np.empty((*labels.shape, len(sums)), np.uint8)
                 for k, plane in enumerate(sums):
-                    shared[..., k] = (plane + divisor // 2) // divisor
+                    shared[:, own, k] = (plane + divisor // 2) // divisor
         return Segmented(grid.x0, self._top, labels, shared)
 
-    def _weight(self, count: int) -> NDArray[np.uint32]:
-        """Sum of the windows over the ring's first rows, (count, width)."""
-        weight = np.zeros((count, self._sums.shape[2]), np.uint32)
-        for y, wy, columns in self._weights:
+    def _weight(self, count: int, columns: slice) -> NDArray[np.uint32]:
+        """Sum of the windows over the ring's first rows and some columns, (count, width)."""
+        weight = np.zeros((count, columns.stop - columns.start), np.uint32)
+        for y, wy, wx in self._weights:
             first, stop = max(y, self._top), min(y + len(wy), self._top + count)
             if first < stop:
                 weight[first - self._top : stop - self._top] += np.outer(
-                    wy[first - y : stop - y], columns
+                    wy[first - y : stop - y], wx[columns]
                 )
         return weight
 
@@ -246,7 +266,7 @@ def _extent(weights: NDArray[np.uint32]) -> slice:
 def _arg_max(sums: NDArray[np.uint32]) -> NDArray[np.uint8]:
     """Class of the largest sum, (H, W); the lower class where two are equal."""
     if len(sums) == 2:  # several times faster than a general arg-max
-        return np.asarray(sums[1] > sums[0], np.uint8)
+        return np.asarray((sums[1] > sums[0]).view(np.uint8))
     best = sums[0].copy()
     labels = np.zeros(best.shape, np.uint8)
     for k in range(1, len(sums)):

@@ -23,7 +23,7 @@ import struct
 import threading
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -197,11 +197,7 @@ class BandJournal:
         if self._writer is None:
             self._writer = threading.Thread(target=self._write_all, name="journal", daemon=True)
             self._writer.start()
-        scores = part.probabilities
-        copy = Segmented(
-            part.x, part.y, part.labels.copy(), None if scores is None else scores.copy()
-        )
-        self._queue.put(Record(copy, damaged))
+        self._queue.put(Record(_copy(part), damaged))
         self.y = part.y + len(part.labels)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -248,18 +244,29 @@ class BandJournal:
                 self._failed = error
 
 
+def _copy(part: Segmented) -> Segmented:
+    if part.all_outside:  # one value, which nobody changes
+        return part
+    scores = part.probabilities
+    return replace(
+        part, labels=part.labels.copy(), probabilities=None if scores is None else scores.copy()
+    )
+
+
 def _encoded(record: Record) -> bytes:
     part = record.part
     height, width = part.labels.shape
     scores = part.probabilities
     known = {
         "x": part.x, "y": part.y, "height": height, "width": width,
-        "classes": None if scores is None else scores.shape[2],
+        "classes": None if scores is None else scores.shape[2], "outside": part.all_outside,
         "damaged": [[b.x, b.y, b.width, b.height] for b in record.damaged],
     }  # fmt: skip
     said = json.dumps(known).encode()
-    labels = _pressed(part.labels)
-    pressed = b"" if scores is None else _pressed(scores)
+    labels = pressed = b""
+    if not part.all_outside:
+        labels = _pressed(part.labels)
+        pressed = b"" if scores is None else _pressed(scores)
     sizes = HEADER.pack(MAGIC, 0, len(said), len(labels), len(pressed))[8:]
     body = b"".join((sizes, said, labels, pressed))
     return MAGIC + struct.pack("<I", zlib.crc32(body)) + body
@@ -283,12 +290,13 @@ def _read_record(file: IO[bytes]) -> Record | None:
         return None
     said, labels, scores = (body[sum(sizes[:i]) : sum(sizes[: i + 1])] for i in range(len(sizes)))
     known = json.loads(said)
-    shape = known["height"], known["width"]
-    part = Segmented(
-        known["x"], known["y"], _unpressed(labels, shape),
-        _unpressed(scores, (*shape, known["classes"])) if known["classes"] else None,
-    )  # fmt: skip
-    return Record(part, tuple(Box(*box) for box in known["damaged"]))
+    damaged = tuple(Box(*box) for box in known["damaged"])
+    x, y, height, width = (known[name] for name in ("x", "y", "height", "width"))
+    classes = known["classes"]
+    if known["outside"]:
+        return Record(Segmented.outside(x, y, width, height, classes=classes), damaged)
+    shared = _unpressed(scores, (height, width, classes)) if classes else None
+    return Record(Segmented(x, y, _unpressed(labels, (height, width)), shared), damaged)
 
 
 def _unpressed(data: bytes, shape: tuple[int, ...]) -> NDArray[np.uint8]:

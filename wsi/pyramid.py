@@ -22,7 +22,7 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from histostream.wsi.sink import remove, temporary_name, writing
+from histostream.wsi.sink import is_one_value, remove, temporary_name, writing
 
 Pixels = NDArray[np.uint8]
 _ABSENT = -1
@@ -177,14 +177,14 @@ class PyramidWriter:
         tile_px, done = self.layout.tile_px, band.y == self.layout.height
         if band.waiting_rows < tile_px and not done:
             # The caller may reuse its buffer.
-            band.waiting[-1] = pixels.copy()
+            band.waiting[-1] = _kept(pixels)
             return
-        rows = np.concatenate(band.waiting) if len(band.waiting) > 1 else pixels
+        rows = _joined(band.waiting)
         first = band.y - len(rows)
         whole = len(rows) if done else len(rows) // tile_px * tile_px
         for top in range(0, whole, tile_px):
             self._put_row(band, first + top, rows[top : min(top + tile_px, whole)])
-        band.waiting = [rows[whole:].copy()] if whole < len(rows) else []
+        band.waiting = [_kept(rows[whole:])] if whole < len(rows) else []
 
     def put(self, row: int, column: int, tile: Pixels) -> None:
         """Take one tile of level 0, in any order.
@@ -247,6 +247,12 @@ class PyramidWriter:
 
     def _put_row(self, band: _Band, y: int, rows: Pixels) -> None:
         tile_px = self.layout.tile_px
+        if is_one_value(rows):
+            row, first = y // tile_px, band.x // tile_px
+            with writing(self.path):
+                place = slice(first, first + -(-band.width // tile_px))
+                self._put_same(self._levels[0], row, place, rows[0, 0])
+            return
         for left in range(0, band.width, tile_px):
             tile = rows[:, left : left + tile_px]
             self.put(y // tile_px, (band.x + left) // tile_px, tile)
@@ -255,15 +261,20 @@ class PyramidWriter:
         # Edges are repeated into the padding, which keeps JPEG's ringing out of the image.
         full = _pad(tile, self.layout.tile_px)
         # The first row alone rules out most tiles, at once.
-        constant = bool((full[0] == full[0, 0]).all() and (full == full[0]).all())
-        key = full[0, 0].tobytes() if constant else b""
-        place = self._same.get(key) if constant else None
-        if place is None:
-            place = self._append(self.codec.encode(full))
-            if constant:
-                self._same[key] = place
-        index.offsets[row, column], index.sizes[row, column] = place
-        index.constant[row, column] = constant
+        if (full[0] == full[0, 0]).all() and (full == full[0]).all():
+            self._put_same(index, row, slice(column, column + 1), full[0, 0])
+            return
+        index.offsets[row, column], index.sizes[row, column] = self._append(self.codec.encode(full))
+
+    def _put_same(self, index: _Index, row: int, columns: slice, pixel: Pixels) -> None:
+        """Put tiles of one value, all of them the same bytes."""
+        key = pixel.tobytes()
+        if key not in self._same:
+            px = self.layout.tile_px
+            tile = np.full((px, px, *pixel.shape), pixel, np.uint8)
+            self._same[key] = self._append(self.codec.encode(tile))
+        index.offsets[row, columns], index.sizes[row, columns] = self._same[key]
+        index.constant[row, columns] = True
 
     def _append(self, data: bytes) -> tuple[int, int]:
         self._scratch.seek(self._end)
@@ -362,6 +373,21 @@ def jpeg_codec(quality: int) -> TileCodec:
 
     tags = {"compression": "jpeg", "photometric": "ycbcr", "subsampling": (2, 2)}
     return TileCodec(encode, decode, tags)
+
+
+def _kept(pixels: Pixels) -> Pixels:
+    """Copy pixels (H, W[, C]); of one value that is broadcast only that."""
+    if is_one_value(pixels):
+        return np.broadcast_to(pixels[:1, :1].copy(), pixels.shape)
+    return pixels.copy()
+
+
+def _joined(parts: list[Pixels]) -> Pixels:
+    """Put rows below each other; one value stays broadcast."""
+    first = parts[0]
+    if all(is_one_value(part) and (part[0, 0] == first[0, 0]).all() for part in parts):
+        return np.broadcast_to(first[:1, :1], (sum(map(len, parts)), *first.shape[1:]))
+    return np.concatenate(parts) if len(parts) > 1 else first
 
 
 def _pad(tile: Pixels, tile_px: int) -> Pixels:

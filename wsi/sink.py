@@ -109,13 +109,42 @@ class Segmented:
                 f"probabilities are {_kind(probs)}: use (H, W, K) uint8 beside {_kind(self.labels)}"
             )
 
+    @classmethod
+    def outside(
+        cls, x: int, y: int, width: int, height: int, *, classes: int | None = None
+    ) -> Segmented:
+        """Rows that no tile reaches: one label and one score, broadcast, so read-only.
+
+        Parameters
+        ----------
+        x, y, width, height
+            Where, in pixels of the level that inference runs at.
+        classes
+            Number of scores, all 0; None: there are no scores.
+        """
+        labels = np.broadcast_to(np.uint8(OUTSIDE), (height, width))
+        if classes is None:
+            return cls(x, y, labels)
+        return cls(x, y, labels, np.broadcast_to(np.uint8(0), (height, width, classes)))
+
+    @property
+    def all_outside(self) -> bool:
+        """Whether the shape of the arrays alone shows that nothing was analysed here."""
+        return is_one_value(self.labels) and self.labels[0, 0] == OUTSIDE
+
+
+def is_one_value(pixels: NDArray[np.uint8]) -> bool:
+    """Whether pixels (H, W[, C]) are one pixel broadcast, as their strides say without a look."""
+    return pixels.size > 0 and pixels.strides[:2] == (0, 0)
+
 
 class Sink(Protocol):
     """Takes finished rows, leaves files.
 
     Parts come in column bands: inside a band top to bottom without gaps, each band from the first
     row to the last; band edges are multiples of 512 px except at the slide's right border; part
-    heights vary. Rows without tissue come too, full of `OUTSIDE`.
+    heights vary. Rows without tissue come too, full of `OUTSIDE` (and read-only, see
+    `Segmented.outside`).
     """
 
     def write(self, part: Segmented) -> None:

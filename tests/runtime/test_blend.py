@@ -12,6 +12,7 @@ from histostream.runtime.blend import (
     WINDOWS,
     Blender,
     BlendError,
+    axis_profile,
     check_blend,
     exact_overlap_px,
     profile,
@@ -115,6 +116,59 @@ def test_left_out_tiles_are_outside_and_do_not_dim_their_neighbours(mode: str) -
         reached[box.y : box.bottom, box.x : box.right] = True
     np.testing.assert_array_equal(labels != OUTSIDE, reached)
     np.testing.assert_array_equal(probabilities[reached], pixels[reached])
+
+
+def summed_at_once(
+    grid: TileGrid, pixels: NDArray[np.uint8], mode: str, pattern: NDArray[np.uint8]
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Blend as the definition says: sums over the whole slide, no ring, no shortcut."""
+    source, base = pad(pixels, grid.tile_px), profile(mode, grid.tile_px, grid.overlap_px)
+    sums, weight = np.zeros((*source.shape[:2], 3), np.int64), np.zeros(source.shape[:2], np.int64)
+    for tile in grid:
+        place = np.s_[tile.read.y : tile.read.bottom, tile.read.x : tile.read.right]
+        wy = axis_profile(mode, base, grid.ys, tile.row).astype(np.int64)
+        window = np.outer(wy, axis_profile(mode, base, grid.xs, tile.column))
+        sums[place] += window[..., None] * (source[place] // 2 + pattern.transpose(1, 2, 0))
+        weight[place] += window
+    sums, weight = sums[: grid.height, : grid.width], weight[: grid.height, : grid.width]
+    divisor = np.maximum(weight, 1)[..., None]
+    labels = np.where(weight == 0, OUTSIDE, sums.argmax(axis=-1))
+    return labels.astype(np.uint8), ((sums + divisor // 2) // divisor).astype(np.uint8)
+
+
+@pytest.mark.parametrize("mode", WINDOWS)
+@pytest.mark.parametrize("share", [0.03, 0.2, 0.8])
+def test_left_out_tiles_change_nothing_of_the_sums(mode: str, share: float) -> None:
+    """Whole rows and columns without a tile are not computed at all; nobody may see it."""
+    random = np.random.default_rng(6)
+    pixels = random.integers(0, 256, (400, 510, 3), dtype=np.uint8)
+    pattern = random.integers(0, 120, (3, 64, 64), dtype=np.uint8)
+    grid = TileGrid.cover(510, 400, tile_px=64, overlap_px=24)
+    grid = grid.where(random.random((len(grid.ys), len(grid.xs))) < share)
+    wanted = summed_at_once(grid, pixels, mode, pattern)
+    for edges in ([0, 510], [0, 100, 101, 300, 510]):
+        parts = [
+            blended(grid.band(x0, x1), pixels, mode, pattern)
+            for x0, x1 in itertools.pairwise(edges)
+        ]
+        for found, expected in zip(zip(*parts, strict=True), wanted, strict=True):
+            np.testing.assert_array_equal(np.hstack(found), expected)
+
+
+def test_rows_without_tiles_take_no_memory_until_tiles_come_again() -> None:
+    grid = TileGrid.cover(300, 400, tile_px=64, overlap_px=16)
+    keep = np.zeros((len(grid.ys), len(grid.xs)), np.bool_)
+    keep[3, 2] = True
+    blender = Blender(grid.where(keep), 3, "hann", probabilities=True)
+    nothing = []
+    for row in range(len(grid.ys)):
+        if keep[row].any():
+            blender.add(grid.tile(3, 2), np.full((3, 64, 64), 9, np.uint8))
+        part = blender.finish_row(row)
+        assert part.probabilities is not None
+        assert (part.probabilities.max() > 0) == ((part.labels != OUTSIDE).any())
+        nothing.append(part.all_outside)
+    assert nothing == [row not in (3, 4) for row in range(len(grid.ys))]
 
 
 def test_equal_scores_go_to_the_lower_class() -> None:

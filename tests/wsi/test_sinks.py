@@ -124,6 +124,69 @@ def test_bytes_do_not_depend_on_the_cut(
     assert files.count(files[0]) == len(files)
 
 
+def glassy_parts(width: int, height: int, band_px: int, *, broadcast: bool) -> Iterator[Segmented]:
+    """Rows of glass and rows with labels in turns, glass as one value or written out."""
+    labels, random = label_map(width, height, seed=3), np.random.default_rng(7)
+    heights = list(random.integers(1, 900, 40))
+    for x in range(0, width, band_px):
+        y, right = 0, min(x + band_px, width)
+        for i, rows in enumerate(heights):
+            end = min(y + int(rows), height)
+            if y == end:
+                break
+            glass = Segmented.outside(x, y, right - x, end - y, classes=3)
+            if i % 3 == 1:
+                some = labels[y:end, x:right]
+                yield Segmented(x, y, some, probability_map(some))
+            elif broadcast:
+                yield glass
+            else:
+                assert glass.probabilities is not None
+                yield Segmented(x, y, glass.labels.copy(), glass.probabilities.copy())
+            y = end
+
+
+@pytest.mark.parametrize(("width", "height"), [(700, 2600), (1300, 4000), (37, 1030)])
+@pytest.mark.parametrize("band_px", [512, 1 << 20])
+def test_glass_as_one_value_is_glass(tmp_path: Path, width: int, height: int, band_px: int) -> None:
+    info, files, others = slide_info(width, height), [], []
+    thumbnail = np.full((20, 20, 3), 100, np.uint8)
+    for broadcast in (True, False):
+        folder = tmp_path / str(broadcast)
+        with OutputFolder(folder, "slide") as out:
+            out.add(LabelTiff(out.path / "labels.tif", info))
+            out.add(ProbabilityTiff(out.path / "probabilities.tif", info))
+            summary, overview = (
+                Summary(out.path, info),
+                Overview(out.path / "overview.png", info, thumbnail),
+            )
+            for sink in (summary, overview):
+                out.add(sink)
+            for part in glassy_parts(width, height, band_px, broadcast=broadcast):
+                assert part.all_outside <= broadcast
+                out.write(part)
+        files.append({p.name: p.read_bytes() for p in out.path.iterdir()})
+        others.append((summary.as_dict(), overview.image().tolist()))
+    assert files[0] == files[1]
+    assert others[0] == others[1]
+
+
+def test_only_one_value_that_is_outside_is_known_to_be() -> None:
+    outside = Segmented.outside(3, 4, 50, 20, classes=2)
+    assert outside.all_outside
+    assert outside.labels.shape == (20, 50)
+    assert outside.probabilities is not None
+    assert outside.probabilities.shape == (20, 50, 2)
+    assert Segmented.outside(0, 0, 5, 6).probabilities is None
+    assert (outside.labels == OUTSIDE).all()
+    assert not outside.probabilities.any()
+    with pytest.raises(ValueError, match="read-only"):
+        outside.labels[0, 0] = 1
+    assert not Segmented(0, 0, np.broadcast_to(np.uint8(1), (20, 50))).all_outside
+    assert not Segmented(0, 0, np.full((20, 50), OUTSIDE, np.uint8)).all_outside
+    assert not Segmented(0, 0, np.empty((0, 50), np.uint8)).all_outside
+
+
 @pytest.mark.parametrize(("width", "height"), SIZES)
 def test_every_reader_sees_the_same_levels(tmp_path: Path, width: int, height: int) -> None:
     sink = LabelTiff(tmp_path / "labels.tif", slide_info(width, height))
@@ -238,6 +301,17 @@ def test_summary_of_glass_has_no_shares(tmp_path: Path) -> None:
     content = summary.as_dict()
     assert content["analysed_mm2"] == 0
     assert [entry["share"] for entry in content["classes"]] == [None] * 3  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("count", [1, 3, 16, 17, 255])
+def test_summary_counts_few_and_many_classes(tmp_path: Path, count: int) -> None:
+    labels = np.random.default_rng(count).integers(0, count + 1, (700, 900), np.uint8)
+    labels[labels == count] = OUTSIDE
+    classes = tuple(ClassInfo(str(k), (k, k, k)) for k in range(count))
+    summary = Summary(tmp_path, SlideInfo("slide", 900, 700, 0.5, classes))
+    summary.write(Segmented(0, 0, labels))
+    found = [entry["pixels"] for entry in summary.as_dict()["classes"]]  # type: ignore[attr-defined]
+    assert found == np.bincount(labels.ravel(), minlength=256)[:count].tolist()
 
 
 def test_summary_refuses_a_label_without_a_class(tmp_path: Path) -> None:
