@@ -289,7 +289,9 @@ class DeviceStream:
         self._last: tuple[list[int], Strip] | None = None  # columns and strip that were fed last
         self._row = -1  # of the grid, fed last
         self._fed = self._done = self._tiles_in_row = 0
-        self._pending: deque[tuple[int, int, int]] = deque()  # slide row, rows, slot
+        self._reach = 0  # slide row at which the tiles that were fed end
+        # Slide row, rows, and slot; no slot where no tile reaches.
+        self._pending: deque[tuple[int, int, int | None]] = deque()
         self._uploaded_bytes = 0
         self._closed = False
         self._device.activate()
@@ -315,6 +317,7 @@ class DeviceStream:
         self._fed += 1
         rows = self._rows[slot]
         self._tiles_in_row = len(tiles)
+        self._reach = tiles[0].read.bottom
         with self._time("copy"):
             strip = Strip(strip.x, strip.y, to_channels(strip.pixels, self._channels))
             self._upload(strip, tiles, slot)
@@ -538,9 +541,12 @@ class DeviceStream:
     def _finish(self, row: int) -> None:
         """Queue the finished rows' kernel and their way down."""
         grid, slot = self._grid, self._done % 2
-        self._done += 1
         top, bottom = self._finished_rows[row]
         count, width = bottom - top, grid.x1 - grid.x0
+        if self._reach <= top:  # the sums are 0 already
+            self._pending.append((top, count, None))
+            return
+        self._done += 1
         first = next(r for r in range(row + 1) if grid.ys[r] + grid.tile_px > top)
         self._compute.wait(self._downloaded[slot])  # of the row before the last
         self._device.launch(
@@ -563,16 +569,19 @@ class DeviceStream:
     def _take(self) -> Segmented:
         """Wait for the oldest rows that are queued."""
         top, count, slot = self._pending.popleft()
-        width = self._grid.x1 - self._grid.x0
+        x0, width = self._grid.x0, self._grid.x1 - self._grid.x0
+        classes = len(self._engine.card.classes) if self._probabilities else None
+        if slot is None:
+            return Segmented.outside(x0, top, width, count, classes=classes)
         with self._time("infer"):
             self._downloaded[slot].synchronize()
         with self._time("copy"):
             labels = self._labels_out[slot][: count * width].reshape(count, width).copy()
             shares = None
-            if self._probabilities:
-                shape = (count, width, len(self._engine.card.classes))
+            if classes is not None:
+                shape = (count, width, classes)
                 shares = self._shares_out[slot][: np.prod(shape)].reshape(shape).copy()
-        return Segmented(self._grid.x0, top, labels, shares)
+        return Segmented(x0, top, labels, shares)
 
     def _alloc(self, nbytes: int) -> int:
         self._memory.append(self._device.alloc(nbytes))

@@ -136,6 +136,19 @@ def test_they_agree_where_glass_is_left_out(tmp_path: Path) -> None:
     on_both(path, PlaceDependentEngine(), tmp_path / "b", Options(overlap_px=16, blend="crop"))
 
 
+def test_rows_without_tiles_are_not_computed(tmp_path: Path) -> None:
+    pixels = np.full((900, 300, 3), 243, np.uint8)
+    pixels[400:620, 40:260] = random_pixels(220, 220) // 3
+    path = write_slide(tmp_path / "glass.tif", pixels)
+    device = HostDevice()
+    engine = HostDeviceEngine(PlaceDependentEngine(), device)
+    run = segment_slide(path, engine, tmp_path / "out", replace(ALL, tissue=True)).run
+    engine.close()
+    rows = -(-(900 - 16) // (64 - 16))
+    assert 0 < run["grid"]["tiles_inferred"] < run["grid"]["tiles"]
+    assert 0 < device.launches["finish_rows"] <= rows // 2
+
+
 def test_rows_that_the_last_strip_left_white_are_uploaded_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
