@@ -172,7 +172,8 @@ def list_files(url: str) -> list[str]:
 def sha256_of(path: Path, stopping: Callable[[], bool] = _never) -> str:
     """Return the SHA-256 of a file's content, as ``sha256sum`` prints it.
 
-    Of a folder: over the sorted relative names of its files, each followed by its content's own.
+    Of a folder: that of the lines which ``sha256sum`` prints for its files, sorted by relative
+    name, without hidden ones.
 
     Raises
     ------
@@ -184,7 +185,7 @@ def sha256_of(path: Path, stopping: Callable[[], bool] = _never) -> str:
     try:
         if not path.is_dir():
             return _sha256_of_file(path, stopping)
-        files = {f.relative_to(path).as_posix(): f for f in path.rglob("*") if f.is_file()}
+        files = {f.relative_to(path).as_posix(): f for f in path.rglob("[!.]*") if f.is_file()}
         lines = (f"{_sha256_of_file(files[name], stopping)}  {name}\n" for name in sorted(files))
         return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
     except OSError as error:

@@ -127,7 +127,7 @@ def test_a_missing_slide_is_named(tmp_path: Path, name: str) -> None:
 def test_a_checksum_is_that_of_sha256sum(tmp_path: Path) -> None:
     slide = write(tmp_path / "a.svs", BYTES * 200)
     assert sha256_of(slide) == hashlib.sha256(BYTES * 200).hexdigest()
-    for name in ("s/b/1.dcm", "s/2.dcm"):
+    for name in ("s/b/1.dcm", "s/2.dcm", "s/.DS_Store"):
         write(tmp_path / name, name.encode())
     lines = subprocess.run(
         ["sha256sum", "2.dcm", "b/1.dcm"],
@@ -328,6 +328,19 @@ def test_a_fault_that_passes_is_not_noticed(web: Server, tmp_path: Path, fault: 
     web.answers["/a.svs"] = in_turn(whole(), fault, fault, whole())
     with staged(f"{web.url}/a.svs", tmp_path) as path:
         assert path.read_bytes() == BYTES
+
+
+def test_a_stop_does_not_wait_for_the_next_attempt(
+    web: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staging, "PAUSES_S", (60, 60))
+    web.answers["/a.svs"] = refuses(503)
+    with (
+        pytest.raises(StoppedError),
+        staged(f"{web.url}/a.svs", tmp_path, stopping=lambda: True),
+    ):
+        pass
+    assert left_in(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -549,6 +562,19 @@ def test_formats_of_several_objects_are_staged_whole(
         assert path.name == name
         found = [p.relative_to(path.parent).as_posix() for p in path.parent.rglob("*")]
         assert {p for p in found if (path.parent / p).is_file()} == set(files)
+
+
+def test_an_object_that_is_replaced_meanwhile_is_refused(bucket: str, tmp_path: Path) -> None:
+    url = put(f"{bucket}/a.svs")
+    (part,) = staging._find_parts(url)
+    put(url, BYTES[::-1])
+    with pytest.raises(SlideError, match=f"{url}: replaced while it was staged"):
+        staging._fetch(part, tmp_path / "a.svs", lambda: False)
+
+
+def test_an_empty_object_is_staged_as_it_is(bucket: str, tmp_path: Path) -> None:
+    with staged(put(f"{bucket}/empty.svs", b""), tmp_path) as path:
+        assert path.stat().st_size == 0
 
 
 def test_folders_and_patterns_are_listed(bucket: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import PurePosixPath
 from typing import Any
@@ -49,11 +49,13 @@ def read_part(part: SlidePart, chunk_bytes: int) -> Generator[bytes]:
     Raises
     ------
     SlideError
-        If the storage refuses or fails.
+        If the storage refuses or fails, or has another version by now.
     """
     with _said_clearly(part.address):
         fs, path = _filesystem(part.address)
         with fs.open(path, "rb", cache_type="none") as file:
+            if _version(file.details) != part.modified:
+                raise SlideError(f"{part.address}: replaced while it was staged; try again")
             while chunk := file.read(chunk_bytes):
                 yield chunk
 
@@ -106,9 +108,12 @@ def _part(source: str, info: dict[str, Any], folder: str) -> SlidePart:
     name = str(info["name"])[len(folder) :].lstrip("/")
     if not all(is_plain(part) for part in name.split("/")):
         raise SlideError(f"{source}: {name!r} in it is no plain file name; rename it there")
-    version = next((str(info[key]) for key in VERSIONS if info.get(key)), "")
     scheme = source.partition("://")[0]
-    return SlidePart(f"{scheme}://{info['name']}", name, int(info["size"]), version.strip('"'))
+    return SlidePart(f"{scheme}://{info['name']}", name, int(info["size"]), _version(info))
+
+
+def _version(info: Mapping[str, Any]) -> str:
+    return next((str(info[key]).strip('"') for key in VERSIONS if info.get(key)), "")
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
@@ -121,7 +126,8 @@ def _filesystem(url: str) -> tuple[Any, str]:
         import fsspec
 
         for library in LOGGERS:  # they log tracebacks of what they raise as well
-            logging.getLogger(library).addHandler(logging.NullHandler())
+            if not logging.getLogger(library).handlers:
+                logging.getLogger(library).addHandler(logging.NullHandler())
         # Without listings kept: an object may be replaced while a cohort runs.
         return fsspec.filesystem(scheme, use_listings_cache=False), path.rstrip("/")
     except ImportError:
@@ -150,12 +156,21 @@ def _foreign_errors(scheme: str) -> tuple[type[Exception], ...]:
             from botocore.exceptions import BotoCoreError, ClientError
 
             return OSError, ValueError, HttpError, BotoCoreError, ClientError
+        from gcsfs.retry import ChecksumError
         from gcsfs.retry import HttpError as GoogleError
         from google.auth.exceptions import GoogleAuthError
         from requests.exceptions import RequestException
     except ImportError:  # `_filesystem` says what is missing
         return OSError, ValueError
-    return OSError, ValueError, HttpError, GoogleError, GoogleAuthError, RequestException
+    return (
+        OSError,
+        ValueError,
+        HttpError,
+        ChecksumError,
+        GoogleError,
+        GoogleAuthError,
+        RequestException,
+    )
 
 
 def _translated(url: str, scheme: str, error: Exception) -> SlideError:
