@@ -67,7 +67,7 @@ def find_inputs(arguments: Sequence[str]) -> list[SlideInput]:
     - a folder: one slide if ``.dcm`` files lie in it (a DICOM series); else every slide below it,
       sorted. Hidden files, folders of results, and PNG and JPEG files are left out;
     - a pattern such as ``/data/**/*.svs``, where no file has that very name. PNG and JPEG files
-      count if they match; a ``.dcm`` file stands for its folder;
+      count if they match; a ``.dcm`` file stands for its folder, if no other slides lie in it;
     - a list, ``.csv``: UTF-8 with a header; the columns are ``path``, and if wanted ``mpp``,
       ``roi``, ``name``; others are handed through. Relative paths begin at the list's folder;
     - ``s3://`` and ``gs://`` folders (they end with ``/``) and patterns.
@@ -178,18 +178,22 @@ def _slides_among(folder: str, names: Iterable[str]) -> list[str]:
 
 def _matches(pattern: str) -> list[str]:
     """Return what matches a local pattern, as if the shell had put it there."""
-    found: list[str] = []
+    found: dict[str, None] = {}
     for match in sorted(glob.glob(pattern, recursive=True)):  # noqa: PTH207
         folder = str(Path(match).parent)
         if _is_folder(match):
-            found += _sources_below(match)
+            found |= dict.fromkeys(_sources_below(match))
         elif any(os.path.lexists(Path(folder, name)) for name in RESULTS):
             continue
-        elif _suffix(match) == DICOM:
-            found.append(folder)
-        elif _suffix(match) in SUFFIXES | IMAGES:
-            found.append(match)
-    return found
+        elif _suffix(match) == DICOM and (folder in found or not _has_other_slides(folder)):
+            found[folder] = None
+        elif _suffix(match) in SUFFIXES | IMAGES | {DICOM}:
+            found[match] = None
+    return list(found)
+
+
+def _has_other_slides(folder: str) -> bool:
+    return any(_suffix(name) in SUFFIXES for name in os.listdir(folder))  # noqa: PTH208
 
 
 def _remote_sources(url: str) -> list[str]:

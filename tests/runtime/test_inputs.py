@@ -62,6 +62,7 @@ def test_a_folder_of_dicom_and_other_slides_is_ambiguous(tmp_path: Path) -> None
     touch(tmp_path, "a.dcm", "b.svs")
     with pytest.raises(InputError, match=r"holds DICOM files and other slides \(b\.svs\)"):
         find_inputs([str(tmp_path)])
+    assert names_in(tmp_path, f"{tmp_path}/*") == ["a.dcm", "b.svs"]
 
 
 def test_links_are_followed_once(tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ FORMATS = {
     "m.mrxs": ["m.mrxs", "m/Data0001.dat", "m/deep/Index.dat"],
     "h.vms": ["h.vms", "h-1.jpg", "h.opt"],
     "series": ["series/1.dcm", "series/2.dcm"],
+    "d1.dcm": ["d1.dcm", "d2.dcm"],
 }
 
 

@@ -92,16 +92,18 @@ def _files_below(fs: Any, path: str, maxdepth: int | None = None) -> list[dict[s
 
 
 def _companions(fs: Any, path: str) -> list[dict[str, Any]]:
-    """List the further files of a .mrxs, .vms or .vmu."""
+    """List the further files of a .mrxs, .dcm, .vms or .vmu; see `disk`."""
     suffix = PurePosixPath(path).suffix.lower()
     if suffix == ".mrxs":
         return _files_below(fs, path[: -len(suffix)])
-    if suffix in {".vms", ".vmu"}:
-        names = set(named_files(fs.cat_file(path, start=0, end=INDEX_BYTES)))
-        beside = _files_below(fs, path.rpartition("/")[0], maxdepth=1)
-        files = {info["name"].rpartition("/")[2]: info for info in beside if info["name"] != path}
-        return [files[name] for name in sorted(names & files.keys())]
-    return []
+    if suffix not in {".dcm", ".vms", ".vmu"}:
+        return []
+    beside = _files_below(fs, path.rpartition("/")[0], maxdepth=1)
+    files = {info["name"].rpartition("/")[2]: info for info in beside if info["name"] != path}
+    if suffix == ".dcm":
+        return [files[name] for name in sorted(files) if name.endswith(".dcm")]
+    names = set(named_files(fs.cat_file(path, start=0, end=INDEX_BYTES)))
+    return [files[name] for name in sorted(names & files.keys())]
 
 
 def _part(source: str, info: dict[str, Any], folder: str) -> SlidePart:

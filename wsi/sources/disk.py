@@ -62,6 +62,8 @@ def _files(path: Path) -> Iterator[Path]:
     suffix = path.suffix.lower()
     if suffix == ".mrxs" and path.with_suffix("").is_dir():
         yield from sorted(file for file in path.with_suffix("").rglob("*") if file.is_file())
+    if suffix == ".dcm":  # a reader looks for the other files of the series beside it
+        yield from sorted(f for f in path.parent.glob("[!.]*.dcm") if f.is_file() and f != path)
     if suffix in {".vms", ".vmu"}:
         with path.open("rb") as file:
             names = set(named_files(file.read(INDEX_BYTES))) - {path.name}
