@@ -37,7 +37,7 @@ from histostream.runtime.record import read_run
 from histostream.wsi.errors import HistoError, StoppedError
 from histostream.wsi.lock import LockedError
 from histostream.wsi.sink import write_json, write_whole
-from histostream.wsi.staging import is_remote, staged
+from histostream.wsi.staging import is_remote, shown, staged
 
 DONE = "done"
 DAMAGED = "damaged"  # done, with damaged blocks left as background
@@ -220,13 +220,13 @@ class Worker:
                 return None
             said = f" ({error})" if str(error) else ""
             return Outcome(
-                FAILED, f"{task.slide.source}: out of memory{said}; pass --max-memory, or use "
+                FAILED, f"{shown(task.slide.source)}: out of memory{said}; pass --max-memory, or use "
                 "fewer --threads"
             )  # fmt: skip
         except HistoError as error:
-            return Outcome(FAILED, _naming(task.slide.source, str(error)))
+            return Outcome(FAILED, _naming(shown(task.slide.source), str(error)))
         except Exception:  # a fault of ours must not take the other slides along
-            return Outcome(FAILED, f"{task.slide.source}: {traceback.format_exc(limit=-3)}")
+            return Outcome(FAILED, f"{shown(task.slide.source)}: {traceback.format_exc(limit=-3)}")
 
     def _segment(
         self, task: Task, report: Report, stopping: Callable[[], bool], restart: bool
@@ -408,8 +408,7 @@ def _line(task: Task, outcome: Outcome) -> dict[str, Any]:
     """Return one slide's line of the table; areas in mm2."""
     run, summary = outcome.run or {}, outcome.summary or {}
     line: dict[str, Any] = {
-        **task.slide.further,
-        "path": task.slide.source,
+        "path": shown(task.slide.source),
         "name": task.slide.name,
         "status": outcome.status,
         "reason": " ".join(outcome.reason.split()),
@@ -423,4 +422,6 @@ def _line(task: Task, outcome: Outcome) -> dict[str, Any]:
     }
     for entry in summary.get("classes", ()):
         line[f"{entry['name']}_mm2"] = entry["area_mm2"]
+    for name, value in task.slide.further.items():
+        line[f"{name} (given)" if name in line else name] = value
     return line

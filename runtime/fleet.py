@@ -41,6 +41,7 @@ from histostream.wsi.journal import Journal
 from histostream.wsi.reader import open_slide
 from histostream.wsi.resolution import at_mpp
 from histostream.wsi.sink import OutputFolder, Segmented
+from histostream.wsi.staging import shown
 from histostream.wsi.tissue import RegionOfInterest
 
 CPU = "cpu"  # names a process on the CPU among the devices; a number names a GPU
@@ -234,7 +235,7 @@ class Fleet:
             if isinstance(content, Outcome):
                 yield i, content
             elif kind == "failed":
-                yield i, Outcome(FAILED, f"{tasks[i].slide.source}: {content}")
+                yield i, Outcome(FAILED, f"{shown(tasks[i].slide.source)}: {content}")
 
     def close(self) -> None:
         """End the processes."""

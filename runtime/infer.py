@@ -55,7 +55,7 @@ from histostream.wsi.sink import OutputFolder, Segmented, SlideInfo
 from histostream.wsi.sinks.overview import Overview, overview_size
 from histostream.wsi.sinks.summary import Summary
 from histostream.wsi.sinks.tiff import LabelTiff, ProbabilityTiff
-from histostream.wsi.staging import sha256_of, version_of
+from histostream.wsi.staging import sha256_of, shown, version_of
 from histostream.wsi.tissue import RegionOfInterest, find_tissue, read_roi
 
 DEFAULT_OVERLAP_PX = 64
@@ -317,7 +317,7 @@ class SlideRun:
         assert self._begun is not None
         record = {
             "slide": {**slide_record(self._slide, self._view, self._version), "sha256": sha256,
-                      "source": self._job.source or str(self._job.path)},
+                      "source": shown(self._job.source or str(self._job.path))},
             "source_blocks_decoded": {
                 "overview": self._overview_blocks,
                 "stream": self._slide.decoded_blocks - self._overview_blocks
