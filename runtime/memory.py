@@ -16,11 +16,13 @@ from histostream.runtime.engine import Engine
 from histostream.wsi.errors import HistoError
 from histostream.wsi.grid import TileGrid
 from histostream.wsi.resolution import SlideView
+from histostream.wsi.sinks.overview import overview_size
 
 MIB = 1024 * 1024
 M_MMAP_THRESHOLD = -3  # malloc.h
 BAND_ALIGN_PX = 512  # sinks take bands at multiples of their tile
-SLACK = 1.25  # allocator and temporaries, over the buffers that are counted
+INDEX_BYTES = 32  # of each tile of labels.tif, on all levels
+SLACK = 1.15  # allocator and small temporaries, over the buffers that are counted
 
 
 class MemoryLimitError(HistoError, ValueError):
@@ -59,7 +61,7 @@ def plan_bands(
 ) -> list[tuple[int, int]]:
     """Divide a slide into column bands that fit the bound on memory.
 
-    One batch is run first, so that what the network itself takes is measured, not guessed.
+    The network is run first, so that what it takes itself is measured, not guessed.
 
     Parameters
     ----------
@@ -86,13 +88,15 @@ def plan_bands(
     if max_memory_mib is None:
         return [(0, grid.width)]
     card = engine.card
-    engine.infer(np.zeros((batch, card.tile_px, card.tile_px, card.channels), np.uint8))
+    for _ in range(2):  # ONNX Runtime plans its memory in the first run, and takes it in the next
+        engine.infer(np.zeros((batch, card.tile_px, card.tile_px, card.channels), np.uint8))
     further = further or Further()
     align_px = further.align_px
     per_column = bytes_per_column(grid, view, len(card.classes), probabilities)
     per_column += SLACK * further.bytes_per_column
     # A band also holds the tiles that reach into it from both sides.
-    margin = 2 * (grid.tile_px + further.margin_px) * per_column + further.bytes_at_once
+    margin = 2 * (grid.tile_px + further.margin_px) * per_column
+    margin += further.bytes_at_once + sink_bytes(view, len(card.classes))
     room = max_memory_mib * MIB - resident_bytes() - margin
     widest = int(room / per_column) // align_px * align_px
     if widest < align_px:
@@ -110,11 +114,19 @@ def bytes_per_column(grid: TileGrid, view: SlideView, classes: int, probabilitie
     """Bytes that one column of pixels takes in all buffers of a run."""
     block_height = view.slide.block_px[view.level][1]
     native_rows = (grid.tile_px * view.scale + 2 * block_height) * view.scale
-    strips = 3 * grid.tile_px * view.channels
-    sums = 4 * (classes + 1) * grid.tile_px
+    strips = 3 * grid.tile_px * view.channels  # in use, ready, and being read
+    # Each class, the weight and what is added to it, and two comparisons.
+    sums = (4 * (classes + 2) + 2) * grid.tile_px
     labels = 2 * grid.tile_px + BAND_ALIGN_PX
     scores = classes * (grid.tile_px + BAND_ALIGN_PX) if probabilities else 0
     return SLACK * (native_rows * view.channels + strips + sums + labels + scores)
+
+
+def sink_bytes(view: SlideView, classes: int) -> int:
+    """Bytes that the sinks hold of the whole slide: the overview's counts, an index of tiles."""
+    width, height = overview_size(view.width, view.height)
+    tiles = -(-view.width // BAND_ALIGN_PX) * -(-view.height // BAND_ALIGN_PX)
+    return 4 * (classes + 1) * width * height + INDEX_BYTES * tiles
 
 
 def return_buffers_at_once() -> None:
