@@ -19,10 +19,13 @@ from histostream.wsi.errors import HistoError
 from histostream.wsi.grid import Tile, TileGrid
 from histostream.wsi.sink import OUTSIDE, Segmented
 
+Pixels = NDArray[np.uint8]
+
 WINDOWS = ("hann", "gaussian", "linear", "mean", "crop", "exact")
 # Largest weight of a profile. Nine tiles can meet in a pixel (a last tile is shifted in), so
 # 9 * 255 * FULL^2 has to fit uint32: FULL < 1368.
 FULL = 1024
+PIECE_BYTES = 1 << 19  # of one plane of sums, worked on at a time: it stays in a core's cache
 GAUSSIAN_SIGMA = 0.125  # of the tile; as MONAI's sliding window and nnU-Net
 
 
@@ -172,16 +175,22 @@ class Blender:
         # Weight sums are separable within a row of tiles: (first row, rows' weights, columns' sum).
         self._weights: list[tuple[int, NDArray[np.uint32], NDArray[np.uint32]]] = []
         self._columns = np.zeros(width, np.uint32)
+        # A new array for each tile would cost as much as what is done with it: memory of this size
+        # comes from the system and goes back.
+        self._window, self._product = np.empty((2, grid.tile_px, grid.tile_px), np.uint32)
 
     def add(self, tile: Tile, scores: NDArray[np.uint8]) -> None:
         """Add the scores (K, tile_px, tile_px) of one tile of the current row."""
         wy, wx = self._tile_profiles(tile)
         x, y = tile.read.x - self._left, tile.read.y - self._top
         ys, xs = _extent(wy), _extent(wx)
-        window = np.outer(wy[ys], wx[xs])
+        place = slice(0, ys.stop - ys.start), slice(0, xs.stop - xs.start)
+        window, product = self._window[place], self._product[place]
+        np.outer(wy[ys], wx[xs], out=window)
         target = self._sums[:, y + ys.start : y + ys.stop, x + xs.start : x + xs.stop]
         for sums, plane in zip(target, scores, strict=True):
-            sums += window * plane[ys, xs]
+            np.multiply(window, plane[ys, xs], out=product)
+            sums += product
         self._columns[x : x + len(wx)] += wx
 
     def finish_row(self, row: int) -> Segmented:
@@ -223,28 +232,47 @@ class Blender:
         labels = np.full((count, right - left), OUTSIDE, np.uint8)
         shared = np.zeros((*labels.shape, classes), np.uint8) if self._probabilities else None
         for columns in parts:
-            own = slice(columns.start - left, columns.stop - left)
-            sums = self._sums[:, :count, columns]
-            labels[:, own] = _arg_max(sums)
-            if grid.keep is None and shared is None:
-                continue
-            weight = self._weight(count, columns)
-            labels[:, own][weight == 0] = OUTSIDE
-            if shared is not None:
-                divisor = np.maximum(weight, 1)
-                for k, plane in enumerate(sums):
-                    shared[:, own, k] = (plane + divisor // 2) // divisor
+            step = max(1, PIECE_BYTES // (4 * (columns.stop - columns.start)))
+            for first in range(0, count, step):
+                rows = slice(first, min(first + step, count))
+                place = rows, slice(columns.start - left, columns.stop - left)
+                some = None if shared is None else shared[place]
+                self._finish_piece(rows, columns, labels[place], some)
         return Segmented(grid.x0, self._top, labels, shared)
 
-    def _weight(self, count: int, columns: slice) -> NDArray[np.uint32]:
-        """Sum of the windows over the ring's first rows and some columns, (count, width)."""
-        weight = np.zeros((count, columns.stop - columns.start), np.uint32)
+    def _finish_piece(
+        self, rows: slice, columns: slice, labels: Pixels, shared: Pixels | None
+    ) -> None:
+        """Put labels, and scores where they are wanted, of a piece of the ring into arrays."""
+        sums = self._sums[:, rows, columns]
+        labels[...] = _arg_max(sums)
+        if shared is None and (self._grid.keep is None or self._covered(rows, columns)):
+            return
+        weight = self._weight(rows, columns)
+        labels[weight == 0] = OUTSIDE
+        if shared is not None:
+            divisor = np.maximum(weight, 1)
+            for k, plane in enumerate(sums):
+                shared[..., k] = (plane + divisor // 2) // divisor
+
+    def _covered(self, rows: slice, columns: slice) -> bool:
+        """Whether one row of tiles reaches every pixel of a piece of the ring."""
+        return any(
+            y <= self._top + rows.start
+            and self._top + rows.stop <= y + len(wy)
+            and wy[self._top + rows.start - y : self._top + rows.stop - y].all()
+            and wx[columns].all()
+            for y, wy, wx in self._weights
+        )
+
+    def _weight(self, rows: slice, columns: slice) -> NDArray[np.uint32]:
+        """Sum of the windows over a piece of the ring, (rows, columns)."""
+        top, bottom = self._top + rows.start, self._top + rows.stop
+        weight = np.zeros((bottom - top, columns.stop - columns.start), np.uint32)
         for y, wy, wx in self._weights:
-            first, stop = max(y, self._top), min(y + len(wy), self._top + count)
+            first, stop = max(y, top), min(y + len(wy), bottom)
             if first < stop:
-                weight[first - self._top : stop - self._top] += np.outer(
-                    wy[first - y : stop - y], wx[columns]
-                )
+                weight[first - top : stop - top] += np.outer(wy[first - y : stop - y], wx[columns])
         return weight
 
     def _tile_profiles(self, tile: Tile) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
