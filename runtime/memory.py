@@ -15,6 +15,7 @@ import numpy as np
 from histostream.runtime.engine import Engine
 from histostream.wsi.errors import HistoError
 from histostream.wsi.grid import TileGrid
+from histostream.wsi.journal import WAITING
 from histostream.wsi.resolution import SlideView
 from histostream.wsi.sinks.overview import overview_size
 
@@ -119,7 +120,9 @@ def bytes_per_column(grid: TileGrid, view: SlideView, classes: int, probabilitie
     sums = (4 * (classes + 2) + 2) * grid.tile_px
     labels = 2 * grid.tile_px + BAND_ALIGN_PX
     scores = classes * (grid.tile_px + BAND_ALIGN_PX) if probabilities else 0
-    return SLACK * (native_rows * view.channels + strips + sums + labels + scores)
+    # The journal's copies, those that wait and the one that is written.
+    copies = (WAITING + 1) * grid.tile_px * (1 + (classes if probabilities else 0))
+    return SLACK * (native_rows * view.channels + strips + sums + labels + scores + copies)
 
 
 def sink_bytes(view: SlideView, classes: int) -> int:

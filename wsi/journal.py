@@ -41,7 +41,7 @@ MAGIC = b"HSJ1"
 # Magic, CRC-32 of all that follows; bytes of: what is known, labels, scores.
 HEADER = struct.Struct("<4sIIQQ")
 ZSTD_LEVEL = 1  # label maps: above 1 GB/s
-WAITING = 2  # strips that wait to be written, at most
+WAITING = 1  # strips that wait while one is written
 
 
 class JournalError(OutputError):
