@@ -174,8 +174,7 @@ def count_kills(kills: int, seed: int) -> Iterator[Way]:
             click.echo(f"{name}: {ways[-1].tally.seconds_unbroken} s unbroken", err=True)
         while (done := sum(way.tally.kills for way in ways)) < kills:
             min(ways, key=lambda way: way.tally.kills).kill_once(rng)
-            if done and done % 10 == 0:
-                click.echo(f"{done} kills", err=True)
+            click.echo(f"{done} kills", err=True)
         for way in ways:
             way.finish()
             yield way

@@ -220,8 +220,8 @@ class Worker:
                 return None
             said = f" ({error})" if str(error) else ""
             return Outcome(
-                FAILED, f"{shown(task.slide.source)}: out of memory{said}; pass --max-memory, or use "
-                "fewer --threads"
+                FAILED, f"{shown(task.slide.source)}: out of memory{said}; pass --max-memory, or "
+                "use fewer --threads"
             )  # fmt: skip
         except HistoError as error:
             return Outcome(FAILED, _naming(shown(task.slide.source), str(error)))

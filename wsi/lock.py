@@ -83,7 +83,7 @@ class Holder:
 
     def is_gone(self) -> bool:
         """Whether it is a process of this machine that has ended."""
-        if self.machine != _machine():
+        if self.machine != _machine() or os.name == "nt":  # whose os.kill would kill it
             return False
         try:
             os.kill(self.pid, 0)

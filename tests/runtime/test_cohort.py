@@ -310,3 +310,28 @@ def test_run_json_holds_the_hash_that_sha256sum_prints(
     import hashlib
 
     assert said == hashlib.sha256(slides[0].read_bytes()).hexdigest()
+
+
+def test_a_slide_in_a_bucket_is_segmented(
+    slides: list[Path], bucket: str, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    import fsspec
+
+    scheme, _, name = bucket.partition("://")
+    for path in slides[:2]:
+        fsspec.filesystem(scheme).pipe(f"{name}/study/{path.name}", path.read_bytes())
+    out = tmp_path / "out"
+    line = ["--model", tiny_bundle, "--no-tissue", "--out"]
+    done = run(f"{bucket}/study/", f"{bucket}/study/none.tif", *line, out)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "1 of 3 slides failed" in done.stderr
+    assert run(*slides[:2], *line, tmp_path / "local").returncode == 0
+    for slide in ("a", "b"):
+        one, other = (tmp_path / f / slide / "labels.tif" for f in ("out", "local"))
+        assert one.read_bytes() == other.read_bytes()
+    said = json.loads((out / "a" / "run.json").read_text())["slide"]
+    assert said["source"] == f"{bucket}/study/a.tif"
+    assert not list((out / ".stage").rglob("*.tif"))
+    again = run(f"{bucket}/study/a.tif", *line, out)
+    assert "done before" in again.stdout

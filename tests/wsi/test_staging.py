@@ -9,8 +9,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from email.message import Message
@@ -489,44 +487,6 @@ def test_what_was_left_is_not_used_if_its_size_is_wrong(tmp_path: Path) -> None:
 
 
 # Object storage
-
-
-@pytest.fixture(scope="module")
-def s3_server() -> Iterator[str]:
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    url = f"http://{host}:{port}"
-    urllib.request.urlopen(urllib.request.Request(f"{url}/slides", method="PUT")).close()
-    yield url
-    server.stop()
-
-
-@pytest.fixture(scope="module")
-def gs_server() -> Iterator[str]:
-    from gcp_storage_emulator.server import create_server
-
-    server = create_server("127.0.0.1", 0, in_memory=True, default_bucket="slides")
-    server.start()
-    while server._api._httpd is None:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server._api._httpd.server_port}"
-    server.stop()
-
-
-@pytest.fixture(params=["s3", "gs"])
-def bucket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Return the URL of a bucket on a real server."""
-    server = request.getfixturevalue(f"{request.param}_server")
-    for name, value in {
-        "AWS_ENDPOINT_URL": server, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_REGION": "us-east-1", "AWS_CONFIG_FILE": "none", "AWS_MAX_ATTEMPTS": "1",
-        "AWS_EC2_METADATA_DISABLED": "true", "STORAGE_EMULATOR_HOST": server,
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    return f"{request.param}://slides"
 
 
 def put(url: str, content: bytes = BYTES) -> str:
