@@ -35,7 +35,7 @@ from histostream.runtime.inputs import SlideInput
 from histostream.runtime.options import Options
 from histostream.runtime.record import read_run
 from histostream.wsi.errors import HistoError, StoppedError
-from histostream.wsi.lock import LockedError
+from histostream.wsi.lock import LockedError, Process
 from histostream.wsi.sink import write_json, write_whole
 from histostream.wsi.staging import is_remote, shown, staged
 
@@ -72,6 +72,8 @@ class Task:
         Folder that slides are copied to first; None: local slides are read where they are.
     restart
         Whether it is run though it is done, or was begun.
+    gone
+        Processes that are known to have ended, and may have been at work on it.
     """
 
     slide: SlideInput
@@ -80,6 +82,7 @@ class Task:
     asked: Mapping[str, str] = field(default_factory=dict)
     stage: Path | None = None
     restart: bool = False
+    gone: tuple[Process, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -234,7 +237,7 @@ class Worker:
         slide = task.slide
         job = Job(
             Path(slide.source), task.out, task.options, slide.name, slide.source, task.asked,
-            restart=restart, unless_done=not task.restart,
+            restart=restart, unless_done=not task.restart, gone=task.gone,
         )  # fmt: skip
         if job.unless_done and job.is_done(self.engine.card):
             raise DoneError

@@ -49,6 +49,7 @@ from histostream.wsi.damage import Damage, Undamaged
 from histostream.wsi.errors import SlideError, StoppedError
 from histostream.wsi.grid import Strip, TileGrid
 from histostream.wsi.journal import Begun, Journal, JournalError
+from histostream.wsi.lock import Process
 from histostream.wsi.reader import SlideReader, open_slide
 from histostream.wsi.resolution import SlideView, at_mpp, thumbnail
 from histostream.wsi.sink import OutputFolder, Segmented, SlideInfo
@@ -107,6 +108,8 @@ class Job:
         Whether what a former run left is forgotten.
     unless_done
         Whether `DoneError` is raised where the folder holds the result of just these inputs.
+    gone
+        Processes that are known to have ended, and may have been at work on the slide.
     """
 
     path: Path
@@ -117,6 +120,7 @@ class Job:
     asked: Mapping[str, str] = field(default_factory=dict)
     restart: bool = False
     unless_done: bool = False
+    gone: tuple[Process, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -246,7 +250,7 @@ class SlideRun:
         job, card, options = self._job, self._engine.card, self._job.options
         self._version = version_of(job.source or str(job.path))
         self._slide = self._open.enter_context(open_slide(job.path))
-        self._folder = self._open.enter_context(OutputFolder(job.out, job.folder.name))
+        self._folder = self._open.enter_context(OutputFolder(job.out, job.folder.name, job.gone))
         self._journal = Journal(self._folder.path)
         self._open.push(self._forget_nothing)
         with self.seconds.time("prepare"):

@@ -2,7 +2,8 @@
 
 The file is made by linking a whole file to its name, which is atomic on network drives too. Its
 holder touches it while it works. It is taken over from a process of this host that is no longer
-there, and from one of another host that has not touched it for `STALE_S`.
+there, from one that the caller knows to have ended, and from one of another host that has not
+touched it for `STALE_S`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +28,9 @@ BEAT_S = 30.0  # between two touches
 STALE_S = 600.0  # without a touch, a process on another host counts as dead
 TAKING_S = 60.0  # a takeover itself takes milliseconds
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EACCES}
+
+
+Process = tuple[str, int, int]  # machine, number and start, as of a `Holder`
 
 
 class LockedError(HistoError):
@@ -81,6 +86,11 @@ class Holder:
         started = _started(pid) or 0
         return cls(socket.gethostname(), pid, _machine(), started, since, uuid.uuid4().hex)
 
+    @property
+    def process(self) -> Process:
+        """The process itself, told apart from all others."""
+        return self.machine, self.pid, self.started
+
     def is_gone(self) -> bool:
         """Whether it is a process of this machine that has ended."""
         if self.machine != _machine() or os.name == "nt":  # whose os.kill would kill it
@@ -101,6 +111,8 @@ class Lock:
     ----------
     path
         The file; its folder must exist.
+    gone
+        Processes, maybe of other hosts, that are known to have ended.
 
     Raises
     ------
@@ -110,8 +122,8 @@ class Lock:
         On entering, if the file cannot be written.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, gone: Collection[Process] = ()) -> None:
+        self.path, self._gone = path, gone
         self._me: Holder | None = None
         self._lost = False
         self._done = threading.Event()
@@ -126,7 +138,9 @@ class Lock:
                     time.sleep(0.01)  # being removed just now, or written by a drive without links
                     if _age_s(self.path) > TAKING_S:
                         self.path.unlink(missing_ok=True)
-                elif holder.is_gone() or _age_s(self.path) > STALE_S:
+                elif (
+                    holder.process in self._gone or holder.is_gone() or _age_s(self.path) > STALE_S
+                ):
                     _clear(self.path, holder)
                 else:
                     raise LockedError(self.path, holder)

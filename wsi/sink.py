@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histostream.wsi.errors import OutputError
-from histostream.wsi.lock import Lock
+from histostream.wsi.lock import Lock, Process
 
 OUTSIDE = 255  # label of pixels that were not analysed: outside the tissue mask or the ROI
 RUN_FILE = "run.json"
@@ -173,7 +173,7 @@ class OutputFolder:
 
     Leaving the block publishes; an exception inside it removes what was written, and the folder
     too if it is new and empty. Inside the block no other process works on the folder, not on
-    another host either.
+    another host either; of those in ``gone`` it is known that they have ended.
 
     Raises
     ------
@@ -190,7 +190,7 @@ class OutputFolder:
         What ``run.json`` will say; the names of the published files are added as ``outputs``.
     """
 
-    def __init__(self, out: Path, stem: str) -> None:
+    def __init__(self, out: Path, stem: str, gone: Collection[Process] = ()) -> None:
         if not stem or stem == ".." or Path(stem).name != stem:
             raise ValueError(f"stem {stem!r} is not a plain name: use the slide's, without a path")
         self.path = Path(out) / stem
@@ -198,7 +198,7 @@ class OutputFolder:
         self._sinks: list[Sink] = []
         self._finished: list[tuple[Path, Path]] | None = None
         self._created: list[Path] = []
-        self._lock = Lock(self.path / LOCK_FILE)
+        self._lock = Lock(self.path / LOCK_FILE, gone)
         self._afterwards: list[Callable[[], None]] = []
 
     def __enter__(self) -> Self:
