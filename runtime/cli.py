@@ -225,14 +225,14 @@ def _crew(
     """
     if cluster is None and workers is not None:
         raise HistoError("--workers is of --ray: add it")
+    # Two slides at once would take twice the memory that is allowed.
+    at_once = AT_ONCE if settings.max_memory_mib is None else 1
     if cluster is not None:
         if devices is not None:
             raise HistoError("--devices and --ray exclude each other: --ray takes all that it has")
         from histostream.runtime.ray_crew import RayCrew
 
-        return RayCrew(bundle, cluster, workers=workers, **how)
-    # Two slides at once would take twice the memory that is allowed.
-    at_once = AT_ONCE if settings.max_memory_mib is None else 1
+        return RayCrew(bundle, cluster, workers=workers, at_once=at_once, **how)
     if devices is None:
         return LocalCrew(lambda: open_engine(bundle, say=say, **how), at_once)
     names = tuple(d.strip() for d in devices.split(",") if d.strip())
