@@ -193,14 +193,14 @@ class RayCrew:
             self._ray = _connect(cluster, self._open)
             on_gpu = backend in ("cuda", "tensorrt")
             if backend == "auto":
-                on_gpu = self._slots({"GPU": 1}) > 0
+                on_gpu = self._room("GPU", 1) > 0
             if not on_gpu:
                 threads = threads or 1
-            needs = {"GPU": 1} if on_gpu else {"CPU": threads or 1}
-            count = self._count(workers, needs, backend)
+            what, n = ("GPU", 1) if on_gpu else ("CPU", threads or 1)
+            count = self._count(workers, what, n, backend)
             self._how = (bundle.absolute(), backend, precision, threads)
             self._actor = self._ray.remote(RayWorker).options(
-                num_cpus=needs.get("CPU", 0), num_gpus=needs.get("GPU", 0),
+                num_cpus=0 if on_gpu else n, num_gpus=int(on_gpu),
                 max_concurrency=at_once + 2,  # it answers while all slides are run
                 max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD",
             )  # fmt: skip
@@ -238,6 +238,12 @@ class RayCrew:
                 if not self._members and not self._someone_comes():
                     break
                 yield from self._look(run, stop)
+        except self._errors() as error:
+            run.doing.clear()
+            raise EngineError(
+                f"the Ray cluster was lost ({_last_line(error)}); what is finished is kept, and "
+                "the same command goes on from there"
+            ) from error
         finally:
             for member in self._members:  # nobody may be left with a slide of an abandoned run
                 if any(m is member for m, _ in run.doing.values()):
@@ -255,17 +261,14 @@ class RayCrew:
 
     # ------------------------------------------------------------------ workers come and go
 
-    def _slots(self, needs: dict[str, int]) -> int:
-        """How many workers fit on the cluster, were it empty: each has to fit on one host."""
-        return sum(
-            min(int(node["Resources"].get(what, 0) // n) for what, n in needs.items())
-            for node in self._nodes()
-        )
+    def _room(self, what: str, n: int) -> int:
+        """How many workers of ``n`` fit on an empty cluster: each has to fit on one host."""
+        return sum(int(node["Resources"].get(what, 0) // n) for node in self._nodes())
 
     def _nodes(self) -> list[dict[str, Any]]:
         return [node for node in self._ray.nodes() if node["Alive"]]
 
-    def _count(self, workers: int | None, needs: dict[str, int], backend: str) -> int:
+    def _count(self, workers: int | None, what: str, n: int, backend: str) -> int:
         """Decide how many workers there will be.
 
         Raises
@@ -275,9 +278,7 @@ class RayCrew:
         """
         if workers is not None and workers < 1:
             raise EngineError(f"--workers {workers}: use 1 or more")
-        room = self._slots(needs)
-        ((what, n),) = needs.items()
-        total = sum(int(node["Resources"].get(what, 0)) for node in self._nodes())
+        room, total = self._room(what, n), self._room(what, 1)
         hosts = ", ".join(dict.fromkeys(node["NodeManagerHostname"] for node in self._nodes()))
         there = f"it has {total or 'no'} {what}{'s' if total != 1 else ''} ({hosts})"
         if room < (workers or 1):

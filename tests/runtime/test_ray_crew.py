@@ -233,6 +233,19 @@ def test_slides_that_nobody_is_left_for_have_failed(
     assert "no worker is left on the cluster" in found[0].reason
 
 
+def test_a_cluster_that_is_lost_is_one_clear_line(
+    crew: RayCrew, slides: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wait(refs: list) -> list:
+        raise ray.exceptions.RaySystemError("long story\nconnection closed.")
+
+    monkeypatch.setattr(crew, "_wait", wait)
+    with pytest.raises(
+        EngineError, match=r"was lost \(.*connection closed\); .* goes on from there"
+    ):
+        all_of(crew, tasks(slides[1:2], tmp_path))
+
+
 def test_what_a_worker_warns_of_reaches_the_user() -> None:
     ours = logging.getLogger("histostream")
     before = list(ours.handlers)
