@@ -116,8 +116,7 @@ def bytes_per_column(grid: TileGrid, view: SlideView, classes: int, probabilitie
     block_height = view.slide.block_px[view.level][1]
     native_rows = (grid.tile_px * view.scale + 2 * block_height) * view.scale
     strips = 3 * grid.tile_px * view.channels  # in use, ready, and being read
-    # Each class, the weight and what is added to it, and two comparisons.
-    sums = (4 * (classes + 2) + 2) * grid.tile_px
+    sums = 4 * classes * grid.tile_px  # what rows are finished with is of pieces, see `blend`
     labels = 2 * grid.tile_px + BAND_ALIGN_PX
     scores = classes * (grid.tile_px + BAND_ALIGN_PX) if probabilities else 0
     # The journal's copies, those that wait and the one that is written.
