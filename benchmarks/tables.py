@@ -125,6 +125,18 @@ def crf_cpu(found: dict[str, Any]) -> Iterator[list[str]]:
         ]  # fmt: skip
 
 
+def size_cpu(found: dict[str, Any]) -> Iterator[list[str]]:
+    """Seconds and peak memory of large slides."""
+    yield ["slide, px", "tissue", "network", "column bands", "seconds", "of them the network",
+           "load before", "peak memory"]  # fmt: skip
+    for run in found["runs"].values():
+        yield [
+            f"{run['width']} x {run['height']}", f"{run['tissue']:.0%}", run["network"],
+            str(run["column_bands"]), f"{run['wall_s']:.0f}", f"{run['seconds']['infer']:.0f}",
+            f"{run['load_before']:.1f}", f"{run['peak_mib']:.0f} MiB",
+        ]  # fmt: skip
+
+
 def accuracy_imems(found: dict[str, Any]) -> Iterator[list[str]]:
     """Mean over seeds or folds of each algorithm of the iMEMS paper, and their spread."""
     cells = list(found["cells"].values())
@@ -222,6 +234,7 @@ TABLES = {
     "accuracy-mnist-simple-small": accuracy_digits,
     "accuracy-em-small": accuracy_adaptation,
     "crf-cpu": crf_cpu,
+    "size-cpu": size_cpu,
     "bench-cpu": bench_cpu,
     "fast-cpu": fast_cpu,
     "export-cpu": export_cpu,
