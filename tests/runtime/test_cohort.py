@@ -23,6 +23,7 @@ from histostream.runtime.devices import DeviceMemoryError
 from histostream.runtime.inputs import SlideInput
 from histostream.runtime.options import Options
 from histostream.wsi.lock import Lock
+from histostream.wsi.reader import open_slide
 
 from .conftest import IdentityEngine, PlaceDependentEngine, random_pixels, write_slide
 
@@ -149,17 +150,14 @@ class Watched(PlaceDependentEngine):
 def test_the_next_slide_is_read_while_this_one_is_on_the_device(
     slides: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from histostream.runtime import infer
-
     engine = Watched()
     reads: list[float] = []
-    open_slide = infer.open_slide
 
     def opened(path: Path) -> Any:
         reads.append(time.monotonic())
         return open_slide(path)
 
-    monkeypatch.setattr(infer, "open_slide", opened)
+    monkeypatch.setattr("histostream.runtime.infer.open_slide", opened)
     crew = LocalCrew(lambda: engine)
     assert statuses(tasks(slides, tmp_path / "out"), crew) == ["done"] * 3
     crew.close()
