@@ -137,6 +137,16 @@ def size_cpu(found: dict[str, Any]) -> Iterator[list[str]]:
         ]  # fmt: skip
 
 
+def kills_cpu(found: dict[str, Any]) -> Iterator[list[str]]:
+    """Count runs that were killed, and what differed in the end."""
+    yield ["", "kills", "while it started", "amid the strips", "while files were finished",
+           "runs compared", "differing pixels", "differing files"]  # fmt: skip
+    for name, way in (*found["ways"].items(), ("all", found["total"])):
+        keys = ("kills", "before_strips", "amid_strips", "after_strips", "rounds",
+                "differing_pixels", "differing_files")  # fmt: skip
+        yield [name, *(str(way[key]) for key in keys)]
+
+
 def accuracy_imems(found: dict[str, Any]) -> Iterator[list[str]]:
     """Mean over seeds or folds of each algorithm of the iMEMS paper, and their spread."""
     cells = list(found["cells"].values())
@@ -234,6 +244,7 @@ TABLES = {
     "accuracy-mnist-simple-small": accuracy_digits,
     "accuracy-em-small": accuracy_adaptation,
     "crf-cpu": crf_cpu,
+    "kills-cpu": kills_cpu,
     "size-cpu": size_cpu,
     "bench-cpu": bench_cpu,
     "fast-cpu": fast_cpu,

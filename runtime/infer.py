@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -261,12 +261,10 @@ class SlideRun:
             self._begun = self._former()
             view = self._see(self._slide)
             self._damage = Damage(self._slide)
-            shown = view
+            readable = view
             if not options.strict:
-                shown = SlideView(
-                    Undamaged(self._slide, self._damage), view.level, view.scale, view.mpp
-                )
-            picture = thumbnail(shown, max(overview_size(view.width, view.height)))
+                readable = replace(view, slide=Undamaged(self._slide, self._damage))
+            picture = thumbnail(readable, max(overview_size(view.width, view.height)))
             self._grid, self._roi = plan_grid(view, card, options, picture)
             if options.crf is not None:
                 check_memory(options.crf, len(card.classes), options.max_memory_mib)
@@ -400,23 +398,34 @@ class SlideRun:
         return {**self._inputs, "engine": name}
 
     def _plan(self) -> None:
-        """Lay column bands: those of the run that was broken off, where they fit."""
+        """Lay column bands: those of the run that was broken off, where there is one."""
         with self.seconds.time("prepare"):
-            bands = _plan_bands(self._grid, self._view, self._engine, self._job.options)
-            begun = self._begun
-            if begun is not None and begun.bands != bands:
-                widest = max(x1 - x0 for x0, x1 in begun.bands)
-                if widest > max(x1 - x0 for x0, x1 in bands):
-                    raise JournalError(
-                        f"{self._folder.path}: the run that was broken off here has column bands "
-                        f"of {widest} px, more than --max-memory leaves room for; allow it more "
-                        "memory to go on, or add --restart to start over"
-                    )
-                bands = begun.bands
-            self._bands = bands
-            runs = 1 if begun is None else begun.runs + 1
-            self._begun = Begun(self._what(), bands, runs)
+            memory, begun = self._job.options.max_memory_mib, self._begun
+            if begun is None:
+                bands = _plan_bands(self._grid, self._view, self._engine, self._job.options)
+                begun = Begun(self._what(), bands, memory, runs=0)
+            elif memory is not None and memory < (begun.max_memory_mib or memory + 1):
+                self._check_width(begun)
+            self._bands = begun.bands
+            self._begun = replace(begun, runs=begun.runs + 1)
             self._journal.begin(self._begun)
+
+    def _check_width(self, begun: Begun) -> None:
+        """Refuse bands that were laid for more memory than there is now.
+
+        Raises
+        ------
+        JournalError
+            If they are wider than they may be.
+        """
+        bands = _plan_bands(self._grid, self._view, self._engine, self._job.options)
+        widest = max(x1 - x0 for x0, x1 in begun.bands)
+        if widest > max(x1 - x0 for x0, x1 in bands):
+            raise JournalError(
+                f"{self._folder.path}: the run that was broken off here has column bands of "
+                f"{widest} px, more than --max-memory leaves room for; allow it more memory to go "
+                "on, or add --restart to start over"
+            )
 
     def _begin_band(self, i: int) -> Band:
         x0, x1 = self._bands[i]

@@ -38,7 +38,7 @@ from histostream.runtime.engine import EngineError, open_engine
 from histostream.runtime.memory import return_buffers_at_once
 from histostream.wsi.errors import HistoError
 from histostream.wsi.lock import Holder, Process
-from histostream.wsi.staging import is_remote
+from histostream.wsi.staging import is_remote, shown
 
 LOCAL = "local"  # in place of an address: a Ray of this machine alone
 ATTEMPTS = 2  # at a slide whose worker was lost
@@ -249,7 +249,7 @@ class RayCrew:
                 if any(m is member for m, _ in run.doing.values()):
                     member.handle.pulse.remote(True)
         for i in run.waiting:
-            source = tasks[i].slide.source
+            source = shown(tasks[i].slide.source)
             yield i, Outcome(FAILED, f"{source}: no worker is left on the cluster; run it again")
 
     def close(self) -> None:
@@ -436,10 +436,11 @@ class RayCrew:
             elif run.attempts[i] < ATTEMPTS:
                 run.waiting.appendleft(i)
             else:
+                source = shown(run.tasks[i].slide.source)
                 yield i, Outcome(
-                    FAILED, f"{run.tasks[i].slide.source}: its worker on {member.host} (process "
-                    f"{member.pid}) was lost, as was one before it (killed, often for want of "
-                    "memory, or its host went away); use a smaller --batch or fewer --workers"
+                    FAILED, f"{source}: its worker on {member.host} (process {member.pid}) was "
+                    "lost, as was one before it (killed, often for want of memory, or its host "
+                    "went away); use a smaller --batch or fewer --workers"
                 )  # fmt: skip
 
     def _outcome(self, ref: Any, task: Task) -> Outcome | None:
@@ -447,7 +448,7 @@ class RayCrew:
         try:
             outcome: Outcome = self._ray.get(ref)
         except self._ray.exceptions.RayTaskError as error:  # a fault of ours, not of the cluster
-            return Outcome(FAILED, f"{task.slide.source}: {_last_line(error)}")
+            return Outcome(FAILED, f"{shown(task.slide.source)}: {_last_line(error)}")
         except self._errors():
             return None
         return outcome

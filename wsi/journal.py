@@ -23,7 +23,7 @@ import struct
 import threading
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -58,12 +58,15 @@ class Begun:
         Names and values that decide the bits of the result: slide, model, options.
     bands
         (x0, x1) of each column band, in pixels.
+    max_memory_mib
+        Bound on memory that the bands were laid for; None: there was none.
     runs
         How often the run was begun, gone on with included.
     """
 
     what: Mapping[str, Any]
     bands: list[tuple[int, int]]
+    max_memory_mib: int | None = None
     runs: int = 1
 
 
@@ -98,7 +101,9 @@ class Journal:
         try:
             said = json.loads((self.path / BEGUN).read_text(encoding="utf-8"))
             bands = [(int(x0), int(x1)) for x0, x1 in said["bands"]]
-            return Begun(dict(said["what"]), bands, int(said["runs"]))
+            memory = said["max_memory_mib"]
+            limit = None if memory is None else int(memory)
+            return Begun(dict(said["what"]), bands, limit, int(said["runs"]))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, KeyError) as error:
@@ -110,8 +115,7 @@ class Journal:
         """Write what is run; strips may follow."""
         with writing(self.path):
             self.path.mkdir(exist_ok=True)
-        content = {"what": dict(begun.what), "bands": begun.bands, "runs": begun.runs}
-        write_json(self.path / BEGUN, content)
+        write_json(self.path / BEGUN, asdict(begun))
 
     def band(self, x0: int, x1: int, height: int) -> BandJournal:
         """Open the strips of one column band; see `BandJournal`."""

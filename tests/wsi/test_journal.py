@@ -152,7 +152,7 @@ def test_a_full_disk_is_said_at_the_latest_at_the_end(tmp_path: Path) -> None:
 def test_a_journal_says_what_was_begun(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     assert journal.read() is None
-    begun = Begun({"options": {"blend": "hann"}}, [(0, 512), (512, 700)])
+    begun = Begun({"options": {"blend": "hann"}}, [(0, 512), (512, 700)], 900, 3)
     journal.begin(begun)
     assert journal.read() == begun
     assert not journal.has_strips()
