@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from histostream.wsi.errors import HistoError
+from histostream.wsi.errors import HistoError, printable
 
 MIB = 1024 * 1024
 BYTES = {"MIB": MIB, "GIB": 1024 * MIB, "TIB": MIB * MIB, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -52,8 +52,8 @@ def show_only_our_warnings(command: str) -> None:
 
 
 def fail(command: str, message: str) -> None:
-    """Say what went wrong, on stderr."""
-    click.echo(f"{command}: {message}", err=True)
+    """Say what went wrong, in one line on stderr."""
+    click.echo(f"{command}: {printable(message)}", err=True)
 
 
 def one_line_errors(

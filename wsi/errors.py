@@ -26,3 +26,19 @@ class OutputError(HistoError, OSError):
 
 class StoppedError(Exception):
     """The user asked to stop; what was finished is kept."""
+
+
+LONGEST_REASON = 300  # characters; libraries quote whole files
+
+
+def reason(error: BaseException) -> str:
+    """Return what a library's exception says as one short line, or its name if it says nothing."""
+    line = printable(" ".join(str(error).split())) or type(error).__name__
+    return line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]}..."
+
+
+def printable(text: str) -> str:
+    """Write control characters, and what is no character, as Python's escapes: names hold any."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
