@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,7 +198,7 @@ def square_mpp(path: Path, mpp_x: float | None, mpp_y: float | None) -> float | 
     SlideError
         If the pixels are not square.
     """
-    if not mpp_x or not mpp_y or mpp_x < 0 or mpp_y < 0:
+    if not mpp_x or not mpp_y or not (0 < mpp_x < math.inf and 0 < mpp_y < math.inf):
         return None
     if abs(mpp_x - mpp_y) > SQUARE_TOLERANCE * max(mpp_x, mpp_y):
         raise SlideError(
@@ -215,6 +216,19 @@ def check_box(level: Level, x: int, y: int, width: int, height: int) -> None:
             f"box x={x} y={y} {width}x{height} does not lie inside a level of "
             f"{level.width}x{level.height} px"
         )
+
+
+def check_block(
+    pixels: Pixels, level: Level, block_px: tuple[int, int], channels: int, row: int, column: int
+) -> None:
+    """Raise ValueError unless a decoded block covers its part of the level, in (H, W, channels)."""
+    width = min(block_px[0], level.width - column * block_px[0])
+    height = min(block_px[1], level.height - row * block_px[1])
+    found = pixels.shape
+    if len(found) != 3 or found[0] < height or found[1] < width or found[2] != channels:
+        raise ValueError(f"it is {found} {pixels.dtype}, not {(height, width, channels)}")
+    if pixels.dtype != np.uint8:
+        raise ValueError(f"its pixels are {pixels.dtype}")
 
 
 def _refuse_missing(path: Path) -> None:

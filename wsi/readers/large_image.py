@@ -9,10 +9,18 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.wsi.errors import DamagedError, SlideError
+from histostream.wsi.declared import check_plain_image
+from histostream.wsi.directories import check_tiff
+from histostream.wsi.errors import DamagedError, HistoError, SlideError, reason
 from histostream.wsi.grid import Box
-from histostream.wsi.reader import DeclinedError, Level, check_box, read_from_blocks, square_mpp
-from histostream.wsi.readers.tiff import refuse_cut_off
+from histostream.wsi.reader import (
+    DeclinedError,
+    Level,
+    check_block,
+    check_box,
+    read_from_blocks,
+    square_mpp,
+)
 
 MAX_PLAIN_IMAGE_PX = 65_535  # side of a PNG or JPEG, which is decoded as a whole: JPEG's own limit
 CHANNELS = {1: 1, 2: 1, 3: 3, 4: 3}  # bands -> channels: an even number of bands ends with alpha
@@ -54,14 +62,26 @@ class LargeImageReader:
 
     def _block(self, level: int, row: int, column: int) -> NDArray[np.uint8]:
         try:
-            block = _tile(self._source, column, row, self._zs[level])
-        except _tile_errors() as error:
-            block = self._once_more(level, row, column, error)
+            pixels = self._tile(self._source, level, row, column)
+        except MemoryError:  # says nothing of the file
+            raise
+        except Exception as error:  # its sources have no common base for what damage leads to
+            pixels = self._once_more(level, row, column, error)
         with self._lock:
             self.decoded_blocks += 1
-        return _without_alpha(np.asarray(block))
+        return pixels
 
-    def _once_more(self, level: int, row: int, column: int, error: Exception) -> Any:
+    def _tile(self, source: Any, level: int, row: int, column: int) -> NDArray[np.uint8]:
+        # Without style: large-image would apply ICC profiles, we promise raw pixels.
+        z = self._zs[level]
+        block = source.getTile(column, row, z, numpyAllowed="always", applyStyle=False)
+        pixels = _without_alpha(np.asarray(block))
+        check_block(pixels, self.levels[level], self.block_px[level], self.channels, row, column)
+        return pixels
+
+    def _once_more(
+        self, level: int, row: int, column: int, error: Exception
+    ) -> NDArray[np.uint8]:
         """Try a block again with the file opened anew, for this block alone.
 
         After a damaged block OpenSlide refuses every other one too, in all threads that share the
@@ -70,11 +90,13 @@ class LargeImageReader:
         with self._mending:
             _refuse_unreadable(self.path)
             try:
-                return _tile(_open(self.path), column, row, self._zs[level])
-            except _tile_errors() as again:
+                return self._tile(_open(self.path), level, row, column)
+            except MemoryError:
+                raise
+            except Exception as again:
                 raise DamagedError(
                     f"{self.path}: block {column}, {row} of level {level} cannot be decoded "
-                    f"({again}); the file is damaged there: copy or scan it again"
+                    f"({reason(again)}); the file is damaged there: copy or scan it again"
                 ) from error
 
     def close(self) -> None:
@@ -99,18 +121,23 @@ def open_reader(path: Path) -> LargeImageReader:
     DeclinedError
         If no source of large-image opens it.
     SlideError
-        If it is a TIFF that was cut off, or holds something else than one 8-bit RGB or grey
-        image.
+        If it is a TIFF that was cut off or says what cannot be true, or holds something else than
+        one 8-bit RGB or grey image.
     """
-    refuse_cut_off(path)  # OpenSlide and libtiff open such files and fail in the middle
+    check_tiff(path)  # OpenSlide and libtiff open such files and fail in the middle
     import large_image
 
     try:
         source = _open(path)
-    except large_image.exceptions.TileGeneralError as error:
-        raise DeclinedError(str(error).replace(f" for {path}", "")) from error
-    _refuse_other_than_image(path, source.getMetadata())
-    return LargeImageReader(path, source)
+        _refuse_other_than_image(path, source.getMetadata())
+        return LargeImageReader(path, source)
+    except (HistoError, MemoryError):
+        raise
+    except Exception as error:  # its sources have no common base for what damage leads to
+        said = reason(error).replace(f" for {path}", "")
+        if not isinstance(error, large_image.exceptions.TileGeneralError):
+            said = f"{type(error).__name__}: {said}"
+        raise DeclinedError(said) from error
 
 
 def _open(path: Path) -> Any:
@@ -119,21 +146,12 @@ def _open(path: Path) -> Any:
 
     # Read when a plain image is opened; its default refuses images above 4096 px.
     large_image.config.setConfig("max_small_image_size", MAX_PLAIN_IMAGE_PX)
-    source = large_image.open(str(_file_of(path)), noCache=True)
+    file = _file_of(path)
+    check_plain_image(file)
+    source = large_image.open(str(file), noCache=True)
     # Nothing is read twice, and the default keeps up to 512 tiles alive for the whole process.
     source.cache, source.cache_lock = LRUCache(maxsize=1), threading.Lock()
     return source
-
-
-def _tile(source: Any, column: int, row: int, z: int) -> Any:
-    # Without style: large-image would apply ICC profiles, we promise raw pixels.
-    return source.getTile(column, row, z, numpyAllowed="always", applyStyle=False)
-
-
-def _tile_errors() -> tuple[type[Exception], ...]:
-    import large_image
-
-    return (large_image.exceptions.TileGeneralError, OSError, RuntimeError, ValueError)
 
 
 def _refuse_unreadable(path: Path) -> None:

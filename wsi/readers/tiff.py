@@ -6,7 +6,7 @@ compared with OpenSlide and libtiff are declined, and large-image reads them.
 
 from __future__ import annotations
 
-import contextlib
+import math
 import os
 import re
 import threading
@@ -17,18 +17,20 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.wsi.errors import DamagedError, SlideError
+from histostream.wsi.declared import check_claim
+from histostream.wsi.directories import check_tiff, is_tiff
+from histostream.wsi.errors import DamagedError, HistoError, SlideError, reason
 from histostream.wsi.grid import Box
 from histostream.wsi.reader import (
     DeclinedError,
     Level,
+    check_block,
     check_box,
     downsample_between,
     read_from_blocks,
     square_mpp,
 )
 
-MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and Big TIFF, both byte orders
 # none, LZW, JPEG, deflate (two tags), JPEG 2000 RGB by Aperio. Aperio's JPEG 2000 YCbCr (33003)
 # is missing on purpose: OpenSlide rounds its colours differently, by up to 1 of 255.
 COMPRESSIONS = {1, 5, 7, 8, 32946, 33005}
@@ -80,11 +82,15 @@ class TiffReader:
                 "drive that it is on"
             ) from error
         try:
+            check_claim(data, math.prod(self.block_px[level]))
             tile: NDArray[np.uint8] = decode(data, index, jpegtables=tables)[0][0]
-        except (OSError, RuntimeError, ValueError) as error:
+            check_block(tile, self.levels[level], self.block_px[level], self.channels, row, column)
+        except MemoryError:  # says nothing of the file, whose sizes are checked
+            raise
+        except Exception as error:  # codecs have no common base for what damaged bytes lead to
             raise DamagedError(
-                f"{self.path}: tile {column}, {row} of level {level} cannot be decoded ({error}); "
-                "the file is damaged there: copy or scan it again"
+                f"{self.path}: tile {column}, {row} of level {level} cannot be decoded "
+                f"({reason(error)}); the file is damaged there: copy or scan it again"
             ) from error
         with self._lock:
             self.decoded_blocks += 1
@@ -116,59 +122,27 @@ def open_reader(path: Path) -> TiffReader:
     DeclinedError
         If it is no TIFF, or one that another reader must take.
     SlideError
-        If it is a TIFF that was cut off.
+        If it is a TIFF that was cut off, or says what cannot be true.
     """
-    if not _is_tiff(path):
+    if not is_tiff(path):
         raise DeclinedError("not a TIFF file")
+    check_tiff(path)
     import tifffile
 
     try:
-        with tifffile.TiffFile(path) as file:
-            _check_length(path, file)
+        # Not the other files that OME-XML may name: a slide is one file.
+        with tifffile.TiffFile(path, _multifile=False) as file:
             return TiffReader(path, file, _pages(file))
-    except tifffile.TiffFileError as error:
-        raise DeclinedError(str(error)) from error
-
-
-def refuse_cut_off(path: Path) -> None:
-    """Raise SlideError if a file is a TIFF and shorter than what its directories point at."""
-    if not _is_tiff(path):
-        return
-    import tifffile
-
-    # What tifffile cannot parse at all is for others to judge.
-    with contextlib.suppress(tifffile.TiffFileError), tifffile.TiffFile(path) as file:
-        _check_length(path, file)
-
-
-def _is_tiff(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with path.open("rb") as head:
-        return head.read(4) in MAGIC
-
-
-def _check_length(path: Path, file: Any) -> None:
-    size = path.stat().st_size
-    end = 0
-    for page in file.pages:
-        spans = zip(page.dataoffsets, page.databytecounts, strict=False)
-        end = max(end, max((offset + count for offset, count in spans), default=0))
-    # tifffile stops in silence where the chain of directories leaves the file.
-    chain = file.tiff
-    file.filehandle.seek(file.pages.next_page_offset)
-    link = file.filehandle.read(chain.offsetsize)
-    if len(link) == chain.offsetsize:
-        end = max(end, int.from_bytes(link, "little" if chain.byteorder == "<" else "big"))
-    if end > size or not len(file.pages):
-        raise SlideError(
-            f"{path}: the file was cut off (it has {size} bytes and refers to byte {end}); "
-            "copy it again"
-        )
+    except (HistoError, DeclinedError, MemoryError):
+        raise
+    except Exception as error:  # tifffile raises anything where tags contradict each other
+        raise DeclinedError(f"{type(error).__name__}: {reason(error)}") from error
 
 
 def _pages(file: Any) -> list[Any]:
     """Return the pages of the levels, finest first; raise DeclinedError if they do not fit."""
+    if not len(file.pages):
+        raise DeclinedError("no images in the file")
     if file.is_ndpi or not file.series:
         raise DeclinedError("no tiles in the file")
     series = file.series[0]
@@ -219,7 +193,7 @@ def _mpp(path: Path, file: Any, page: Any) -> float | None:
     """Micrometres per pixel of level 0, from whatever the kind of file offers."""
     if file.is_svs:
         found = re.search(r"\|\s*MPP\s*=\s*([0-9.]+)", page.description)
-        return float(found.group(1)) if found else None
+        return _length(found.group(1)) if found else None
     if file.is_ome:
         return square_mpp(path, *_ome_mpp(file.ome_metadata))
     um = UM_PER_UNIT.get(int(page.resolutionunit))
@@ -241,6 +215,16 @@ def _ome_mpp(xml: str) -> tuple[float | None, float | None]:
     def side(axis: str) -> float | None:
         size = pixels.get(f"PhysicalSize{axis}")
         um = UM_PER_OME_UNIT.get(pixels.get(f"PhysicalSize{axis}Unit", "um"))
-        return float(size) * um if size and um else None
+        length = _length(size) if size else None
+        return length * um if length and um else None
 
     return side("X"), side("Y")
+
+
+def _length(text: str) -> float | None:
+    """Return a positive number; None for what is none."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if 0 < value < math.inf else None
