@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
-from histostream.wsi.errors import SlideError
+from histostream.wsi.errors import SlideError, reason
 from histostream.wsi.grid import Box, TileGrid
 from histostream.wsi.resolution import LIGHT_MPP, SlideView, thumbnail
 
@@ -20,6 +20,7 @@ OVERVIEW_PX = 2048  # longest side; 25 um per pixel on the largest slides
 OVERVIEW_MPP = 8.0  # um, at least: an overview on which one cell has no pixels of its own
 GUESSED_MPP = 0.5  # um of level 0, for the sizes here only, where a slide does not say: 20x
 MIN_AREA_UM2 = 10_000.0  # 100 um x 100 um: smaller than a biopsy's fragments, larger than dust
+FARTHEST_PX = 1 << 26  # of a corner from the slide's, level 0: farther than any slide is large
 BLUR_PX = 1  # radius; against JPEG's noise
 MARGIN_PX = 2  # by which tissue is widened, so that its faint borders are kept
 # Of 255, in the colour channel that a pixel absorbs most. Glass varied by +-5 on the slides tried,
@@ -187,9 +188,11 @@ def read_polygons(path: str | Path, downsample: float = 1.0) -> list[Polygon]:
         polygons = [Polygon(name, _rings(rings, downsample)) for name, rings in _polygons(found)]
     except OSError as error:
         raise SlideError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+    except RecursionError as error:
+        raise SlideError(f"{path}: nested too deeply; export the regions again") from error
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
         raise SlideError(
-            f"{path}: not valid GeoJSON ({error}); export the regions again"
+            f"{path}: not valid GeoJSON ({reason(error)}); export the regions again"
         ) from error
     if not polygons:
         raise SlideError(f"{path}: holds no polygon; draw a region and export it as GeoJSON")
@@ -340,10 +343,15 @@ def _name(properties: Any) -> str:
 
 def _rings(coordinates: list[Any], downsample: float) -> tuple[NDArray[np.float64], ...]:
     """Turn a polygon's coordinates at level 0 into (N, 2) arrays in pixels of the view."""
-    rings = tuple(np.asarray(ring, float)[:, :2] / downsample for ring in coordinates)
+    rings = tuple(np.asarray(ring, float)[:, :2] for ring in coordinates)
     if not rings or min(len(ring) for ring in rings) < 3:
         raise ValueError("a polygon has less than three corners")
-    return rings
+    for ring in rings:
+        if ring.shape[1] != 2:
+            raise ValueError("a corner is no pair of numbers")
+        if not (np.abs(ring) <= FARTHEST_PX).all():  # nan is not, either
+            raise ValueError(f"a corner lies more than {FARTHEST_PX} px away, or nowhere")
+    return tuple(ring / downsample for ring in rings)
 
 
 def _rasterised(
@@ -352,11 +360,20 @@ def _rasterised(
     """Return (height, width) bool: pixels inside or on the outline of a polygon, not in a hole."""
     canvas = Image.new("1", (width, height))
     for rings in polygons:
-        outline, *holes = [[(float(x), float(y)) for x, y in ring] for ring in rings]
-        piece = Image.new("1", (width, height)) if holes else canvas
-        ImageDraw.Draw(piece).polygon(outline, fill=1, outline=1)
+        # Pillow cuts fractions off; done here, so that it does not matter where the canvas begins.
+        outline, *holes = (np.trunc(ring) for ring in rings)
+        # A polygon with holes is drawn apart, in the part of the canvas that it may touch.
+        left, top = np.clip(outline.min(axis=0), 0, (width, height)).astype(int)
+        right, bottom = np.clip(outline.max(axis=0) + 1, 0, (width, height)).astype(int)
+        if left >= right or top >= bottom:
+            continue
+        if not holes:
+            ImageDraw.Draw(canvas).polygon(outline.ravel().tolist(), fill=1, outline=1)
+            continue
+        piece = Image.new("1", (int(right - left), int(bottom - top)))
+        draw = ImageDraw.Draw(piece)
+        draw.polygon((outline - (left, top)).ravel().tolist(), fill=1, outline=1)
         for hole in holes:
-            ImageDraw.Draw(piece).polygon(hole, fill=0, outline=0)
-        if holes:
-            canvas.paste(1, mask=piece)
+            draw.polygon((hole - (left, top)).ravel().tolist(), fill=0, outline=0)
+        canvas.paste(1, (int(left), int(top)), piece)
     return np.array(canvas)
