@@ -192,7 +192,9 @@ class OutputFolder:
 
     def __init__(self, out: Path, stem: str, gone: Collection[Process] = ()) -> None:
         if not stem or stem == ".." or Path(stem).name != stem:
-            raise ValueError(f"stem {stem!r} is not a plain name: use the slide's, without a path")
+            raise OutputError(
+                f"{stem!r} is not a plain name for a folder of results: give the slide another"
+            )
         self.path = Path(out) / stem
         self.run: dict[str, object] = {}
         self._sinks: list[Sink] = []
@@ -332,7 +334,8 @@ def write_temporary(path: Path, text: str) -> tuple[Path, Path]:
     temporary = temporary_name(path)
     with writing(path):
         try:
-            temporary.write_text(text, encoding="utf-8", newline="")
+            # A file's name may hold bytes that are no text: JSON's own escape stands for them.
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
         except OSError:
             remove([temporary])
             raise

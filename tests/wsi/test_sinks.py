@@ -469,7 +469,7 @@ def test_a_missing_folder_is_one_clear_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stem", ["", "a/b", "..", "."])
 def test_a_stem_with_a_path_is_refused(tmp_path: Path, stem: str) -> None:
-    with pytest.raises(ValueError, match="plain name"):
+    with pytest.raises(OutputError, match="plain name"):
         OutputFolder(tmp_path, stem)
 
 
