@@ -167,6 +167,8 @@ def main(
         f"model: {card.method} ({', '.join(c.name for c in card.classes)}) at {card.mpp:g} um/px; "
         f"{''.join(chosen) or crew.name}",
         highlight=False,
+        markup=False,  # names of classes may have brackets
+        emoji=False,
         soft_wrap=True,  # one line, however narrow the terminal
     )
     with _stopped_by_signals() as stop:
@@ -330,7 +332,7 @@ class _Progress:
 
     def __init__(self) -> None:
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}%  {task.fields[rate]}"),
             TimeRemainingColumn(),
