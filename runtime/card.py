@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import reprlib
 from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from histostream.wsi.errors import HistoError
+from histostream.wsi.errors import HistoError, reason
 from histostream.wsi.sink import ClassInfo
 
 SCHEMA = 1
 PRECISIONS = {"fp32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
 ENGINES = "engines"  # the one folder that a bundle may have: TensorRT engines
 SCORE_KINDS = ("probability", "embedding")
+LARGEST_TILE_PX = 8192  # 0.2 GB of RGB pixels; networks in use take 128 to 2048
+COARSEST_MPP = 1e6  # um: a pixel of a metre
+LONGEST_NAME = 200  # characters of a class; the legend shows about 25
 
 
 class CardError(HistoError, ValueError):
@@ -89,21 +92,29 @@ class ModelCard:
 
     def __post_init__(self) -> None:
         for name, valid, wanted in (
-            ("mpp", 0 < self.mpp < math.inf, "a positive number"),
+            ("method", self.method.isprintable(), "a line of text"),
+            ("mpp", 0 < self.mpp < COARSEST_MPP, "a positive number"),
             ("channels", self.channels in (1, 3), "1 or 3"),
             ("align_px", self.align_px > 0, "a positive number"),
             ("tile_px", self.tile_px > 0 and self.tile_px % max(self.align_px, 1) == 0,
              "a positive multiple of align_px"),
+            ("tile_px", self.tile_px <= LARGEST_TILE_PX, f"at most {LARGEST_TILE_PX}"),
             ("halo_px", self.halo_px >= 0, "0 or more"),
             ("classes", 2 <= len(self.classes) <= 254, "2 to 254 classes"),
             ("score_kind", self.score_kind in SCORE_KINDS, f"one of {SCORE_KINDS}"),
         ):  # fmt: skip
             if not valid:
-                raise CardError(f"card: {name}={getattr(self, name)!r} is not {wanted}")
+                raise CardError(f"card: {name}={_short(getattr(self, name))} is not {wanted}")
+        for entry in self.classes:
+            if not entry.name.isprintable() or len(entry.name) > LONGEST_NAME:
+                raise CardError(
+                    f"card: {_short(entry.name)} is no name for a class: use one line of up to "
+                    f"{LONGEST_NAME} characters"
+                )
         for file in self.files:
             name = file.removeprefix(f"{ENGINES}/")
             if Path(name).name != name or name in ("", ".", "..", "card.json"):
-                raise CardError(f"card: {file!r} is not the name of a file in the bundle")
+                raise CardError(f"card: {_short(file)} is not the name of a file in the bundle")
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -141,17 +152,19 @@ def read_card(bundle: Path) -> ModelCard:
         said = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CardError(f"{bundle}: not a model bundle (no card.json in it)") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CardError(f"{path}: cannot be read ({error}); export the model again") from error
-    schema = said.pop("schema", None) if isinstance(said, dict) else None
-    if schema != SCHEMA:
+    except (OSError, ValueError, RecursionError, MemoryError) as error:
         raise CardError(
-            f"{path}: schema {schema!r}, this version reads {SCHEMA}; export the model again"
+            f"{path}: cannot be read ({reason(error)}); export the model again"
+        ) from error
+    schema = said.pop("schema", None) if isinstance(said, dict) else None
+    if schema != SCHEMA or isinstance(schema, bool):
+        raise CardError(
+            f"{path}: schema {_short(schema)}, this version reads {SCHEMA}; export the model again"
         )
     try:
         return _from_plain(said)
-    except (TypeError, KeyError, ValueError) as error:
-        raise CardError(f"{path}: {error}; export the model again") from error
+    except (TypeError, KeyError, ValueError, OverflowError) as error:
+        raise CardError(f"{path}: {reason(error)}; export the model again") from error
 
 
 def write_card(card: ModelCard, bundle: Path) -> None:
@@ -202,8 +215,11 @@ def _from_plain(said: dict[str, Any]) -> ModelCard:
     for name, kind in types.items():
         if name not in said:
             raise KeyError(f"{name} is missing")
-        if not isinstance(said[name], kind):
-            raise TypeError(f"{name}={said[name]!r} has the wrong type")
+        if not isinstance(said[name], kind) or (kind is not bool and isinstance(said[name], bool)):
+            raise TypeError(f"{name}={_short(said[name])} has the wrong type")
+    for file, digest in said["files"].items():
+        if not isinstance(digest, str):
+            raise TypeError(f"sha256 {_short(digest)} of {_short(file)} has the wrong type")
     known = {f.name for f in fields(ModelCard)}
     classes = tuple(ClassInfo(str(c["name"]), _color(c["color"])) for c in said.pop("classes"))
     return ModelCard(classes=classes, **{k: v for k, v in said.items() if k in known})
@@ -212,5 +228,13 @@ def _from_plain(said: dict[str, Any]) -> ModelCard:
 def _color(values: Any) -> tuple[int, int, int]:
     red, green, blue = (int(v) for v in values)
     if not all(0 <= v <= 255 for v in (red, green, blue)):
-        raise ValueError(f"color {values!r} is not three numbers from 0 to 255")
+        raise ValueError(f"color {_short(values)} is not three numbers from 0 to 255")
     return red, green, blue
+
+
+def _short(value: Any) -> str:
+    """Return a value as a message quotes it."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # a number of more digits than Python writes
+        return "a number of thousands of digits"

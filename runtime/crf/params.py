@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 
 from histostream.wsi.errors import HistoError
 
+LARGEST = 1_000_000  # of any weight or width
+MOST_ITERATIONS = 1000  # labels stop changing after some ten
 HALO_THETAS = 5  # context that a tile needs, in units of the widest kernel
 
 
@@ -40,8 +42,11 @@ class CrfParams:
 
     def __post_init__(self) -> None:
         for name in (field.name for field in fields(self)):
-            if not math.isfinite(value := getattr(self, name)):
-                raise CrfError(f"{name}={value!r} is not a number: give a finite one")
+            value = getattr(self, name)
+            if not abs(value) <= LARGEST:  # nan is not, either
+                raise CrfError(
+                    f"{name}={value!r} is not a number up to {LARGEST}: give a smaller one"
+                )
         for name in ("w1", "w2"):
             if (value := getattr(self, name)) < 0:
                 raise CrfError(f"{name}={value!r} is negative: use 0 to leave the kernel out")
@@ -52,8 +57,10 @@ class CrfParams:
                     f"{name}={value!r} is no width: use more than 0 (and {kernel}=0 to leave the "
                     "kernel out)"
                 )
-        if self.n_iter != int(self.n_iter) or self.n_iter < 1:
-            raise CrfError(f"n_iter={self.n_iter!r}: use a whole number from 1; 5 is usual")
+        if self.n_iter != int(self.n_iter) or not 1 <= self.n_iter <= MOST_ITERATIONS:
+            raise CrfError(
+                f"n_iter={self.n_iter!r}: use a whole number, 1 to {MOST_ITERATIONS}; 5 is usual"
+            )
 
     @property
     def halo_px(self) -> int:
