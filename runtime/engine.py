@@ -9,7 +9,7 @@ import ctypes
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -160,6 +160,22 @@ def check_tiles(card: ModelCard, tiles: NDArray[np.uint8]) -> None:
         raise ValueError(
             f"tiles are {tiles.dtype} {tiles.shape}; this model takes uint8 (N, {wanted[0]}, "
             f"{wanted[1]}, {wanted[2]})"
+        )
+
+
+def check_scores(card: ModelCard, name: str, scores: NDArray[Any], n: int) -> None:
+    """Refuse scores that do not keep the tile contract: what a graph declares may not be so.
+
+    Raises
+    ------
+    EngineError
+        If type or shape are not what the card says of ``n`` tiles.
+    """
+    wanted = (n, len(card.classes), card.tile_px, card.tile_px)
+    if scores.dtype != np.uint8 or scores.shape != wanted:
+        raise EngineError(
+            f"{name}: the network gives {scores.dtype} {scores.shape}, the card says uint8 "
+            f"{wanted}; export the model again"
         )
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from histostream.runtime.card import ENGINES, PRECISIONS, ModelCard, read_card, read_file
+from histostream.runtime.card import ENGINES, PRECISIONS, ModelCard, read_card
 from histostream.runtime.engine import EngineError
 from histostream.runtime.engine_file import (
     EngineFileError,
@@ -30,6 +30,7 @@ from histostream.runtime.engine_file import (
     write_atomically,
     write_engine,
 )
+from histostream.runtime.graph import read_graph
 from histostream.wsi.sink import writing
 
 OPT_BATCH = 8  # not measured yet, as ONNX Runtime's GPU_BATCH
@@ -286,7 +287,7 @@ def build_engine(
         profile=profile or default_profile(card),
         precision_map=converted if isinstance(converted, dict) else {precision: converted},
     )
-    onnx = read_file(bundle, card, header.onnx)
+    onnx = read_graph(bundle, card, header.onnx)
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with locked(out):

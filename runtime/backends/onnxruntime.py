@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.runtime.card import PRECISIONS, ModelCard, read_file
+from histostream.runtime.card import PRECISIONS, ModelCard
 from histostream.runtime.device_stream import BatchBuffers, infer_arrays, score_bytes
 from histostream.runtime.devices import (
     Device,
@@ -27,7 +27,9 @@ from histostream.runtime.devices import (
     first_line,
     open_device,
 )
-from histostream.runtime.engine import EngineError, check_tiles
+from histostream.runtime.engine import EngineError, check_scores, check_tiles
+from histostream.runtime.graph import read_graph
+from histostream.wsi.errors import LONGEST_REASON, printable, reason
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 ERRORS_ONLY = 3  # ONNX Runtime's severity for messages on stderr; failures are raised by us
@@ -63,9 +65,10 @@ class OnnxRuntimeEngine:
             if NO_MEMORY.search(str(error)):
                 raise MemoryError(f"{self.name}: {len(tiles)} tiles at once") from error
             raise EngineError(
-                f"{self.name}: inference failed on {len(tiles)} tiles ({first_line(error)}); "
+                f"{self.name}: inference failed on {len(tiles)} tiles ({reason(error)}); "
                 "a smaller --batch needs less memory"
             ) from error
+        check_scores(self.card, self.name, scores, len(tiles))
         return scores
 
     def close(self) -> None:
@@ -212,7 +215,7 @@ def open_onnxruntime(
     import onnxruntime
 
     file = PRECISIONS[precision]
-    content = read_file(bundle, card, file)
+    content = read_graph(bundle, card, file)
     provider = PROVIDERS[device]
     if provider not in onnxruntime.get_available_providers():
         raise EngineError(
@@ -294,7 +297,7 @@ def _open_session(
             content, options, providers=[(provider, settings)], enable_fallback=0
         )
     except Exception as error:  # ONNX Runtime's own exceptions have no common base
-        raise EngineError(f"{path}: ONNX Runtime cannot load it ({first_line(error)})") from error
+        raise EngineError(f"{path}: ONNX Runtime cannot load it ({reason(error)})") from error
 
 
 def _order(device: Device, first: Stream, then: Stream) -> None:
@@ -306,11 +309,12 @@ def _order(device: Device, first: Stream, then: Stream) -> None:
 
 def _check_contract(session: Any, card: ModelCard, path: Path) -> None:
     inputs = [(i.name, i.type, i.shape[1:]) for i in session.get_inputs()]
-    outputs = [(o.name, o.type, o.shape[1]) for o in session.get_outputs()]
+    outputs = [(o.name, o.type, o.shape[1:2]) for o in session.get_outputs()]
     wanted_in = [("tiles", "tensor(uint8)", [card.tile_px, card.tile_px, card.channels])]
-    wanted_out = [("scores", "tensor(uint8)", len(card.classes))]
+    wanted_out = [("scores", "tensor(uint8)", [len(card.classes)])]
     if inputs != wanted_in or outputs != wanted_out:
+        found = printable(f"takes {inputs} and gives {outputs}")
         raise EngineError(
-            f"{path}: takes {inputs} and gives {outputs}, "
+            f"{path}: {found[:LONGEST_REASON]}, "
             f"the card says {wanted_in} and {wanted_out}; export the model again"
         )

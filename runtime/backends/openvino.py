@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.runtime.card import PRECISIONS, ModelCard, read_file
-from histostream.runtime.engine import BF16, EngineError, check_tiles
+from histostream.runtime.card import PRECISIONS, ModelCard
+from histostream.runtime.engine import BF16, EngineError, check_scores, check_tiles
+from histostream.runtime.graph import read_graph
+from histostream.wsi.errors import reason
 
 
 class OpenVinoEngine:
@@ -28,7 +30,8 @@ class OpenVinoEngine:
         try:
             scores = self._compiled(tiles)[0]
         except RuntimeError as error:
-            raise EngineError(f"{self.name}: inference failed ({error})") from error
+            raise EngineError(f"{self.name}: inference failed ({reason(error)})") from error
+        check_scores(self.card, self.name, scores, len(tiles))
         return np.array(scores, np.uint8)  # a copy: OpenVINO reuses its output buffer
 
     def close(self) -> None:
@@ -53,7 +56,7 @@ def open_openvino(
             "backend 'openvino' needs a package: pip install 'histostream[openvino]'"
         ) from error
     file = PRECISIONS["fp32" if precision == BF16 else precision]
-    content = read_file(bundle, card, file)
+    content = read_graph(bundle, card, file)
     # Left to itself, OpenVINO computes FP32 in bfloat16 on CPUs that can.
     hint = BF16 if precision == BF16 else "f32"
     settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": hint}
@@ -68,6 +71,6 @@ def open_openvino(
         model = core.read_model(model=io.BytesIO(content))
         compiled = core.compile_model(model, "CPU", settings)
     except RuntimeError as error:
-        raise EngineError(f"{bundle / file}: OpenVINO cannot load it ({error})") from error
+        raise EngineError(f"{bundle / file}: OpenVINO cannot load it ({reason(error)})") from error
     name = f"openvino {openvino.__version__.split('-')[0]} cpu {precision}"
     return OpenVinoEngine(compiled, card, name)
