@@ -35,16 +35,17 @@ MOST_EXPANSION = {1: 1, 5: 2560, 7: 2048, 8: 1032, 32946: 1032}
 SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8,
          17: 8, 18: 8}  # fmt: skip  # bytes of one value, by type
 COUNTING = {1: "u1", 3: "u2", 4: "u4", 13: "u4", 16: "u8", 18: "u8"}  # types of whole numbers
-WIDTH, LENGTH, COMPRESSION, DESCRIPTION, SAMPLES, ROWS, PLANAR = 256, 257, 259, 270, 277, 278, 284
+WIDTH, LENGTH, BITS, COMPRESSION, DESCRIPTION, SAMPLES = 256, 257, 258, 259, 270, 277
+ROWS, PLANAR = 278, 284
 STRIPS, STRIP_BYTES, TILES, TILE_BYTES = 273, 279, 324, 325
 TILE_WIDTH, TILE_LENGTH, SUB_DIRECTORIES, DEPTH, NDPI = 322, 323, 330, 32997, 65420
 
-DECIDING = {WIDTH, LENGTH, COMPRESSION, SAMPLES, ROWS, PLANAR, STRIPS, STRIP_BYTES, TILES,
+DECIDING = {WIDTH, LENGTH, BITS, COMPRESSION, SAMPLES, ROWS, PLANAR, STRIPS, STRIP_BYTES, TILES,
             TILE_BYTES, TILE_WIDTH, TILE_LENGTH, SUB_DIRECTORIES, DEPTH}  # fmt: skip
 
 # No slide's XML defines entities: they are for files that multiply, or read others.
 ENTITIES = re.compile(rb"<!\s*(ENTITY|DOCTYPE)", re.IGNORECASE)
-FILE_ELSEWHERE = re.compile(rb"FileName\s*=\s*[\"'][^\"']*[/\\&]")
+FILE_ELSEWHERE = re.compile(rb"<[^<\s]*UUID\s[^<]*FileName\s*=\s*[\"'][^\"']*[/\\&]")  # of OME
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,8 +220,9 @@ class _Directories:
         self._need(int(ends[sizes > 0].max(initial=0)))
         largest = int(sizes.max(initial=0))
         expansion = MOST_EXPANSION.get(self._one(entries, COMPRESSION, 1))
-        if tiled and largest and expansion and values > expansion * largest:
-            self._refuse(f"tiles of {values} values cannot come out of {largest} bytes")
+        needed = values * self._one(entries, BITS, 1) // 8
+        if largest and expansion and needed > expansion * largest:
+            self._refuse(f"{name} of {needed} bytes cannot come out of {largest}")
 
     def _check_text(self, entry: _Entry) -> None:
         text = self._read(entry.place, min(entry.nbytes, self._size))
