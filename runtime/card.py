@@ -105,12 +105,6 @@ class ModelCard:
         ):  # fmt: skip
             if not valid:
                 raise CardError(f"card: {name}={_short(getattr(self, name))} is not {wanted}")
-        for entry in self.classes:
-            if not entry.name.isprintable() or len(entry.name) > LONGEST_NAME:
-                raise CardError(
-                    f"card: {_short(entry.name)} is no name for a class: use one line of up to "
-                    f"{LONGEST_NAME} characters"
-                )
         for file in self.files:
             name = file.removeprefix(f"{ENGINES}/")
             if Path(name).name != name or name in ("", ".", "..", "card.json"):
@@ -221,8 +215,19 @@ def _from_plain(said: dict[str, Any]) -> ModelCard:
         if not isinstance(digest, str):
             raise TypeError(f"sha256 {_short(digest)} of {_short(file)} has the wrong type")
     known = {f.name for f in fields(ModelCard)}
-    classes = tuple(ClassInfo(str(c["name"]), _color(c["color"])) for c in said.pop("classes"))
+    classes = tuple(ClassInfo(_name(c["name"]), _color(c["color"])) for c in said.pop("classes"))
     return ModelCard(classes=classes, **{k: v for k, v in said.items() if k in known})
+
+
+def _name(value: Any) -> str:
+    name = str(value)
+    # Lines and tabs do no harm; what a terminal obeys, and half characters, do.
+    if not "".join(name.split()).isprintable() or len(name) > LONGEST_NAME:
+        raise ValueError(
+            f"{_short(name)} is no name for a class: use up to {LONGEST_NAME} characters that can "
+            "be printed"
+        )
+    return name
 
 
 def _color(values: Any) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""Every input that broke histo-infer once is refused clearly now, or accepted."""
+"""Input that broke histo-infer, or came near it, is refused clearly now, or accepted."""
 
 from __future__ import annotations
 
