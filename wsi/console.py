@@ -6,6 +6,7 @@ import functools
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -49,6 +50,8 @@ def show_only_our_warnings(command: str) -> None:
     handler.setFormatter(logging.Formatter(f"{command}: %(message)s"))
     handler.addFilter(logging.Filter("histostream"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    if not sys.warnoptions:  # whoever asks Python for them sees them
+        warnings.simplefilter("ignore")
 
 
 def fail(command: str, message: str) -> None:
