@@ -7,6 +7,7 @@ so is a file that was cut off. Nothing is allocated by what the file claims.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -46,6 +47,9 @@ DECIDING = {WIDTH, LENGTH, BITS, COMPRESSION, SAMPLES, ROWS, PLANAR, STRIPS, STR
 # No slide's XML defines entities: they are for files that multiply, or read others.
 ENTITIES = re.compile(rb"<!\s*(ENTITY|DOCTYPE)", re.IGNORECASE)
 FILE_ELSEWHERE = re.compile(rb"<[^<\s]*UUID\s[^<]*FileName\s*=\s*[\"'][^\"']*[/\\&]")  # of OME
+OME_PIXELS = re.compile(rb"<[^<\s]*Pixels\s([^<]*)")
+# Of more digits, the first: enough to be too many.
+OME_SIZES = re.compile(rb"\bSize[ZCT]\s*=\s*[\"']\s*\+?([0-9]{1,18})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +234,10 @@ class _Directories:
             self._refuse("its XML defines entities, which no slide needs")
         if FILE_ELSEWHERE.search(text):
             self._refuse("its XML names a file in another folder")
+        for pixels in OME_PIXELS.findall(text):
+            planes = math.prod(int(size) for size in OME_SIZES.findall(pixels))
+            if planes > MOST_DIRECTORIES:
+                self._refuse(f"its XML says that it has {planes:.6g} planes")
 
     def _one(self, entries: dict[int, _Entry], tag: int, default: int | None = None) -> int:
         if tag not in entries and default is not None:

@@ -149,6 +149,7 @@ SLIDES: dict[str, Callable[[], bytes]] = {
     "resolution-0-0.tif": resolution_of_nothing,
     "ome-laughs.ome.tif": lambda: described(OME % (LAUGHS, b"48", b"1", b"0.5", b"&a11;")),
     "ome-entity.ome.tif": lambda: described(OME % (STRANGER, b"48", b"1", b"0.5", b"&x;")),
+    "ome-planes.ome.tif": lambda: described(OME % (b"", b"48", b"1000000000", b"0.5", b"")),
     "ome-file-elsewhere.ome.tif": lambda: described(
         OME % (b"", b"48", b"1", b"0.5", b'<UUID FileName="/dev/zero">urn:uuid:1</UUID>')
     ),

@@ -41,6 +41,7 @@ EXPECTED = {
     "slides/resolution-0-0.tif": UNKNOWN_MPP,
     "slides/ome-laughs.ome.tif": "its XML defines entities",
     "slides/ome-entity.ome.tif": "its XML defines entities",
+    "slides/ome-planes.ome.tif": r"its XML says that it has 3e\+09 planes",
     "slides/ome-file-elsewhere.ome.tif": "its XML names a file in another folder",
     "slides/ome-size-of-letters.ome.tif": ACCEPTED,
     "slides/shape-of-brackets.tif": ACCEPTED,
