@@ -316,7 +316,7 @@ def write_whole(path: Path, text: str) -> None:
     temporary = temporary_name(path, f"{uuid.uuid4().hex}.part")
     with writing(path):
         try:
-            temporary.write_text(text, encoding="utf-8", newline="")
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
             _sync(temporary)
             temporary.replace(path)
         except OSError:

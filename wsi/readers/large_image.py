@@ -79,9 +79,7 @@ class LargeImageReader:
         check_block(pixels, self.levels[level], self.block_px[level], self.channels, row, column)
         return pixels
 
-    def _once_more(
-        self, level: int, row: int, column: int, error: Exception
-    ) -> NDArray[np.uint8]:
+    def _once_more(self, level: int, row: int, column: int, error: Exception) -> NDArray[np.uint8]:
         """Try a block again with the file opened anew, for this block alone.
 
         After a damaged block OpenSlide refuses every other one too, in all threads that share the
