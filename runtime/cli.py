@@ -45,7 +45,7 @@ from histostream.runtime.inputs import SlideInput, find_inputs
 from histostream.runtime.memory import return_buffers_at_once
 from histostream.runtime.options import Options
 from histostream.wsi.console import fail, memory_mib, show_only_our_warnings
-from histostream.wsi.errors import HistoError
+from histostream.wsi.errors import HistoError, printable
 from histostream.wsi.staging import shown
 
 console = Console(stderr=True)
@@ -262,7 +262,7 @@ def _run(
 
 def _tell(task: Task, outcome: Outcome) -> None:
     """Say what became of a slide, in a line."""
-    name = shown(task.slide.source).rstrip("/").rpartition("/")[2]
+    name = printable(shown(task.slide.source).rstrip("/").rpartition("/")[2])
     run, summary = outcome.run, outcome.summary
     if outcome.status in (DONE, DAMAGED) and run is not None and summary is not None:
         areas = ", ".join(

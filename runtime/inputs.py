@@ -7,6 +7,7 @@ import glob
 import io
 import math
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -311,7 +312,7 @@ def _delimiter(text: str) -> str:
 
 def _plain_name(source: str, name: str | None = None, line: str = "") -> str:
     try:
-        name = name or stem_of(source)
+        name = name or _printable(stem_of(source))
     except SlideError as error:
         raise InputError(f"{line}{error}") from None
     if not is_plain(name):
@@ -320,6 +321,11 @@ def _plain_name(source: str, name: str | None = None, line: str = "") -> str:
             "name (column `name` of a .csv: no separators, no dot in front)"
         )
     return name
+
+
+def _printable(name: str) -> str:
+    """Put _ for control characters, and for bytes that are no text: file names hold any."""
+    return "".join("_" if unicodedata.category(c) in {"Cc", "Cs"} else c for c in name)
 
 
 def _place(source: str) -> str:

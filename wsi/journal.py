@@ -18,7 +18,6 @@ import contextlib
 import json
 import os
 import queue
-import shutil
 import struct
 import threading
 import zlib
@@ -129,7 +128,10 @@ class Journal:
         """Forget the run."""
         with contextlib.suppress(OSError):  # first: without it the rest means nothing
             (self.path / BEGUN).unlink(missing_ok=True)
-        shutil.rmtree(self.path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not there, or holds what is not ours
+            for file in self.path.iterdir():
+                file.unlink()
+            self.path.rmdir()
 
 
 class BandJournal:
@@ -158,7 +160,7 @@ class BandJournal:
         self._file: IO[bytes] | None = None
         self._queue: queue.Queue[Record | None] = queue.Queue(WAITING)
         self._writer: threading.Thread | None = None
-        self._failed: OSError | None = None
+        self._failed: Exception | None = None
 
     def __enter__(self) -> Self:
         with writing(self.path):
@@ -244,7 +246,7 @@ class BandJournal:
                         self._file.write(_encoded(record))
                 self._file.flush()
                 os.fsync(self._file.fileno())
-            except OSError as error:
+            except Exception as error:  # whatever it is, the other side must not wait for ever
                 self._failed = error
 
 

@@ -130,7 +130,7 @@ class Segmented:
     @property
     def all_outside(self) -> bool:
         """Whether the shape of the arrays alone shows that nothing was analysed here."""
-        return is_one_value(self.labels) and self.labels[0, 0] == OUTSIDE
+        return is_one_value(self.labels) and bool(self.labels[0, 0] == OUTSIDE)
 
 
 def is_one_value(pixels: NDArray[np.uint8]) -> bool:
