@@ -34,8 +34,9 @@ from histostream.wsi.journal import JOURNAL
 from histostream.wsi.sink import RUN_FILE, write_json
 from histostream.wsi.synthetic import SyntheticSlide
 
-WIDTH, HEIGHT = 1100, 2600
+WIDTH, HEIGHT = 1700, 2400
 LEAST = "LEAST"  # stands for the least memory that a band of this slide takes
+VARIES_MIB = 12  # what is resident, from run to run
 WAYS = {
     "plain": (),
     "probabilities": ("--probabilities",),
@@ -101,10 +102,10 @@ class Way:
         """Ask the command what it takes."""
         line = [*self._line, "--max-memory", "1MiB", "--out", str(self._out)]
         said = subprocess.run(line, capture_output=True, text=True, check=False).stderr
-        found = re.search(r"give at least (\d+)", said)
+        found = re.search(r"one band of this slide takes (\d+) MiB", said)
         if found is None:
             raise RuntimeError(f"no bound on memory was named: {said}")
-        return f"{int(found[1]) + 20}MiB"  # what is resident varies a little
+        return f"{int(found[1]) + VARIES_MIB}MiB"
 
     def kill_once(self, rng: random.Random) -> None:
         """Start, or go on; kill at a random moment, or compare if it was through before."""
