@@ -104,6 +104,7 @@ class Sandbox:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},  # no threads of numpy's before the fork
         )
 
     def measure_cap(self, sane: Case) -> Outcome:

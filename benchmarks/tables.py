@@ -147,6 +147,16 @@ def kills_cpu(found: dict[str, Any]) -> Iterator[list[str]]:
         yield [name, *(str(way[key]) for key in keys)]
 
 
+def fuzz_cpu(found: dict[str, Any]) -> Iterator[list[str]]:
+    """Hostile inputs of each kind, and what became of them."""
+    yield ["", "tried", "accepted", "refused", "failed", "longest, s", "peak memory, MiB"]
+    kinds = found["kinds"]
+    worst = {key: max(kind[key] for kind in kinds.values()) for key in ("worst_seconds", "peak_mib")}
+    for name, row in (*kinds.items(), ("all", found | worst)):
+        counts = (str(row[key]) for key in ("tried", "accepted", "refused", "failed"))
+        yield [name, *counts, f"{row['worst_seconds']:.1f}", f"{row['peak_mib']:.0f}"]
+
+
 def accuracy_imems(found: dict[str, Any]) -> Iterator[list[str]]:
     """Mean over seeds or folds of each algorithm of the iMEMS paper, and their spread."""
     cells = list(found["cells"].values())
@@ -245,6 +255,7 @@ TABLES = {
     "accuracy-em-small": accuracy_adaptation,
     "crf-cpu": crf_cpu,
     "kills-cpu": kills_cpu,
+    "fuzz-cpu": fuzz_cpu,
     "size-cpu": size_cpu,
     "bench-cpu": bench_cpu,
     "fast-cpu": fast_cpu,
