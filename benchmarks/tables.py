@@ -151,7 +151,9 @@ def fuzz_cpu(found: dict[str, Any]) -> Iterator[list[str]]:
     """Hostile inputs of each kind, and what became of them."""
     yield ["", "tried", "accepted", "refused", "failed", "longest, s", "peak memory, MiB"]
     kinds = found["kinds"]
-    worst = {key: max(kind[key] for kind in kinds.values()) for key in ("worst_seconds", "peak_mib")}
+    worst = {
+        key: max(kind[key] for kind in kinds.values()) for key in ("worst_seconds", "peak_mib")
+    }
     for name, row in (*kinds.items(), ("all", found | worst)):
         counts = (str(row[key]) for key in ("tried", "accepted", "refused", "failed"))
         yield [name, *counts, f"{row['worst_seconds']:.1f}", f"{row['peak_mib']:.0f}"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ OVERVIEW_MPP = 8.0  # um, at least: an overview on which one cell has no pixels 
 GUESSED_MPP = 0.5  # um of level 0, for the sizes here only, where a slide does not say: 20x
 MIN_AREA_UM2 = 10_000.0  # 100 um x 100 um: smaller than a biopsy's fragments, larger than dust
 FARTHEST_PX = 1 << 26  # of a corner from the slide's, level 0: farther than any slide is large
+DRAWN_ROWS = 256  # of a polygon at a time
+FURTHEST_LEFT_PX = 4096  # of the slide's corner, where a canvas begins at most
 BLUR_PX = 1  # radius; against JPEG's noise
 MARGIN_PX = 2  # by which tissue is widened, so that its faint borders are kept
 # Of 255, in the colour channel that a pixel absorbs most. Glass varied by +-5 on the slides tried,
@@ -100,8 +102,7 @@ class RegionOfInterest:
 
     def inside(self, box: Box) -> NDArray[np.bool_]:
         """Return (H, W) bool: the pixels of a box of the view that lie in a polygon."""
-        moved = ((ring - (box.x, box.y) for ring in rings) for rings in self.polygons)
-        return _rasterised(moved, box.width, box.height)
+        return _rasterised(self.polygons, box)
 
 
 def find_tissue(
@@ -158,8 +159,8 @@ def read_roi(path: str | Path, view: SlideView) -> RegionOfInterest:
     scale = max(1.0, max(view.width, view.height) / OVERVIEW_PX)
     width, height = int(np.ceil(view.width / scale)), int(np.ceil(view.height / scale))
     scale_x, scale_y = view.width / width, view.height / height
-    small = ((ring / (scale_x, scale_y) for ring in rings) for rings in polygons)
-    mask = _rasterised(small, width, height)
+    small = ([ring / (scale_x, scale_y) for ring in rings] for rings in polygons)
+    mask = _rasterised(small, Box(0, 0, width, height))
     if not mask.any():
         raise SlideError(
             f"{path}: no polygon lies on the slide {view.slide.path}; "
@@ -354,26 +355,28 @@ def _rings(coordinates: list[Any], downsample: float) -> tuple[NDArray[np.float6
     return tuple(ring / downsample for ring in rings)
 
 
-def _rasterised(
-    polygons: Iterator[Iterator[NDArray[np.float64]]], width: int, height: int
-) -> NDArray[np.bool_]:
-    """Return (height, width) bool: pixels inside or on the outline of a polygon, not in a hole."""
-    canvas = Image.new("1", (width, height))
+def _rasterised(polygons: Iterable[Sequence[NDArray[np.float64]]], box: Box) -> NDArray[np.bool_]:
+    """Return (H, W) bool: pixels of a box inside or on the outline of a polygon, not in a hole.
+
+    A pixel has one answer, whatever box it is asked with: corners are cut to whole pixels of the
+    slide, and a polygon is drawn from its own left edge, since Pillow's sums round by where the
+    canvas begins.
+    """
+    inside = np.zeros((box.height, box.width), bool)
     for rings in polygons:
-        # Pillow cuts fractions off; done here, so that it does not matter where the canvas begins.
-        outline, *holes = (np.trunc(ring) for ring in rings)
-        # A polygon with holes is drawn apart, in the part of the canvas that it may touch.
-        left, top = np.clip(outline.min(axis=0), 0, (width, height)).astype(int)
-        right, bottom = np.clip(outline.max(axis=0) + 1, 0, (width, height)).astype(int)
-        if left >= right or top >= bottom:
+        outline, *holes = (np.floor(ring) for ring in rings)
+        left, top = np.maximum(outline.min(axis=0), -FURTHEST_LEFT_PX)
+        right, bottom = outline.max(axis=0) + 1
+        first, last = int(max(top, box.y)), int(min(bottom, box.bottom))
+        x0, x1 = int(max(left, box.x)), int(min(right, box.right))
+        if x0 >= x1:
             continue
-        if not holes:
-            ImageDraw.Draw(canvas).polygon(outline.ravel().tolist(), fill=1, outline=1)
-            continue
-        piece = Image.new("1", (int(right - left), int(bottom - top)))
-        draw = ImageDraw.Draw(piece)
-        draw.polygon((outline - (left, top)).ravel().tolist(), fill=1, outline=1)
-        for hole in holes:
-            draw.polygon((hole - (left, top)).ravel().tolist(), fill=0, outline=0)
-        canvas.paste(1, (int(left), int(top)), piece)
-    return np.array(canvas)
+        for y in range(first, last, DRAWN_ROWS):  # a canvas may be as wide as the slide
+            height = min(DRAWN_ROWS, last - y)
+            canvas = Image.new("1", (x1 - int(left), height))
+            draw = ImageDraw.Draw(canvas)
+            for ring, fill in ((outline, 1), *((hole, 0) for hole in holes)):
+                draw.polygon((ring - (left, y)).ravel().tolist(), fill=fill, outline=fill)
+            drawn = np.asarray(canvas)[:, x0 - int(left) :]
+            inside[y - box.y : y - box.y + height, x0 - box.x : x1 - box.x] |= drawn
+    return inside

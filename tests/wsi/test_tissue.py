@@ -12,7 +12,13 @@ from histostream.wsi.errors import SlideError
 from histostream.wsi.grid import Box, TileGrid
 from histostream.wsi.reader import open_slide
 from histostream.wsi.resolution import SlideView, at_mpp
-from histostream.wsi.tissue import TissueMask, _without_small, find_tissue, read_roi
+from histostream.wsi.tissue import (
+    RegionOfInterest,
+    TissueMask,
+    _without_small,
+    find_tissue,
+    read_roi,
+)
 
 from .test_resolution import ArraySlide
 
@@ -193,3 +199,18 @@ def test_files_without_regions_are_refused(tmp_path: Path, text: str, reason: st
 def test_a_missing_region_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(SlideError, match=r"none\.geojson: cannot be read"):
         read_roi(tmp_path / "none.geojson", drawn(GLASS, PINK, None))
+
+
+def test_a_pixel_lies_inside_or_not_whatever_box_it_is_asked_with() -> None:
+    """Column bands and strips must meet without a seam, also at slanted edges and fractions."""
+    rng = np.random.default_rng(0)
+    for i in range(60):
+        rings = [rng.uniform(-20, 620, (int(rng.integers(3, 9)), 2))]
+        if i % 2:
+            rings.append(rng.uniform(100, 400, (4, 2)))
+        roi = RegionOfInterest((tuple(rings),), np.ones((1, 1), bool), 600, 600)
+        whole = roi.inside(Box(0, 0, 600, 600))
+        for x0, x1 in ((0, 200), (200, 451), (451, 600)):
+            for y0, y1 in ((0, 37), (37, 301), (301, 600)):
+                part = roi.inside(Box(x0, y0, x1 - x0, y1 - y0))
+                np.testing.assert_array_equal(part, whole[y0:y1, x0:x1])
