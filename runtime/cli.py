@@ -173,7 +173,7 @@ def main(
     )
     with _stopped_by_signals() as stop:
         try:
-            counts = _run(tasks, crew, out if len(tasks) > 1 else None, stop.asked)
+            counts, damaged = _run(tasks, crew, out if len(tasks) > 1 else None, stop.asked)
         except HistoError as error:
             _fail(str(error))
             sys.exit(1)
@@ -184,7 +184,7 @@ def main(
     if stop.signal is not None:
         _fail("stopped; what is finished is kept, and the same command goes on from there")
         sys.exit(128 + stop.signal)
-    sys.exit(1 if counts[FAILED] else 3 if counts[DAMAGED] else 0)
+    sys.exit(1 if counts[FAILED] else 3 if damaged else 0)
 
 
 def _of_slide(settings: Options, slide: SlideInput) -> Options:
@@ -245,9 +245,15 @@ def _crew(
 
 def _run(
     tasks: list[Task], crew: Crew, record: Path | None, stopping: Callable[[], bool]
-) -> Counter[str]:
-    """Segment the slides and say how each went; returns how often each status was."""
+) -> tuple[Counter[str], bool]:
+    """Segment the slides and say how each went.
+
+    Returns
+    -------
+    How often each status was, and whether any slide has damaged places.
+    """
     counts: Counter[str] = Counter()
+    damaged = False  # now or before
     with _Progress() as progress:
         for i, outcome in run_cohort(
             tasks, crew, report=lambda i: progress.of(tasks[i].slide.name), stopping=stopping,
@@ -255,9 +261,10 @@ def _run(
         ):  # fmt: skip
             progress.end(tasks[i].slide.name)
             counts[outcome.status] += 1
+            damaged = damaged or bool(outcome.run and outcome.run.get("damaged"))
             _tell(tasks[i], outcome)
     counts[NOT_BEGUN] = len(tasks) - counts.total()
-    return counts
+    return counts, damaged
 
 
 def _tell(task: Task, outcome: Outcome) -> None:

@@ -353,11 +353,10 @@ def run_cohort(
 
 def outcome_of(result: SlideResult) -> Outcome:
     """Return what became of a slide that was run to its end."""
-    damaged = len(result.run["damaged"])
+    damaged = _damaged_blocks(result.run)
     if not damaged:
         return Outcome(DONE, run=result.run, summary=result.summary)
-    blocks = f"{damaged} damaged block{'s' if damaged > 1 else ''}"
-    reason = f"{blocks}, left as background; run.json lists them"
+    reason = f"{damaged}, left as background; run.json lists them"
     return Outcome(DAMAGED, reason, result.run, result.summary)
 
 
@@ -368,7 +367,15 @@ def former_outcome(folder: Path) -> Outcome:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         summary = None
-    return Outcome(UNCHANGED, "done before; --restart does it again", run, summary)
+    damaged = _damaged_blocks(run)
+    had = f", with {damaged}, left as background" if damaged else ""
+    return Outcome(UNCHANGED, f"done before{had}; --restart does it again", run, summary)
+
+
+def _damaged_blocks(run: dict[str, Any] | None) -> str:
+    """Say how many blocks were damaged; nothing if none."""
+    count = len((run or {}).get("damaged", ()))
+    return f"{count} damaged block{'s' if count > 1 else ''}" if count else ""
 
 
 def _see_elsewhere(tasks: Sequence[Task], outcomes: list[Outcome]) -> None:

@@ -135,13 +135,14 @@ def test_a_slide_in_other_hands_is_left_to_them(
 class Watched(PlaceDependentEngine):
     """Notes in which thread, and when, it is run."""
 
+    pause_s: float = 0.01
     threads: set[int] = field(default_factory=set)
     spans: list[tuple[float, float]] = field(default_factory=list)
 
     def infer(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
         self.threads.add(threading.get_ident())
         start = time.monotonic()
-        time.sleep(0.01)
+        time.sleep(self.pause_s)
         scores = super().infer(tiles)
         self.spans.append((start, time.monotonic()))
         return scores
@@ -150,7 +151,7 @@ class Watched(PlaceDependentEngine):
 def test_the_next_slide_is_read_while_this_one_is_on_the_device(
     slides: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = Watched()
+    engine = Watched(pause_s=0.2)
     reads: list[float] = []
 
     def opened(path: Path) -> Any:
@@ -162,13 +163,10 @@ def test_the_next_slide_is_read_while_this_one_is_on_the_device(
     assert statuses(tasks(slides, tmp_path / "out"), crew) == ["done"] * 3
     crew.close()
     assert len(engine.threads) == 1  # that opened it
-    first, last = engine.spans[0][0], engine.spans[-1][1]
-    assert len(reads) == 3
-    assert reads[1] < first + 0.5  # at once, not when the first slide was done
-    assert first < reads[2] < last
-    # The device never waited for a slide to be opened or completed.
-    gaps = [b[0] - a[1] for a, b in zip(engine.spans, engine.spans[1:], strict=False)]
-    assert sorted(gaps)[-1] < 0.5
+    each = len(engine.spans) // 3
+    ends = [engine.spans[(i + 1) * each - 1][1] for i in range(3)]
+    assert reads[1] < ends[0]  # while the first was on the device
+    assert ends[0] < reads[2] < ends[1]  # two are in memory at once, no more
 
 
 def test_a_stop_lets_the_strip_in_hand_be_finished_and_begins_nothing(
@@ -253,7 +251,7 @@ def test_two_processes_share_a_folder_and_do_no_slide_twice(
 ) -> None:
     (tmp_path / "in").mkdir()
     for seed in range(8):
-        write_slide(tmp_path / "in" / f"s{seed}.tif", random_pixels(700, 600, seed))
+        write_slide(tmp_path / "in" / f"s{seed}.tif", random_pixels(1200, 1200, seed))
     line = command(
         tmp_path / "in", "--model", tiny_bundle, "--out", tmp_path / "out", "--no-tissue",
         "--threads", "1",

@@ -202,6 +202,9 @@ def test_the_exit_status_says_that_a_slide_has_damaged_places(
     assert done.returncode == 3, done.stderr
     assert "1 damaged block, left as background; run.json lists them" in done.stderr
     assert (tmp_path / "out" / "slide" / "labels.tif").exists()
+    again = run()
+    assert again.returncode == 3
+    assert "done before, with 1 damaged block, left as background" in again.stdout
     strict = run("--strict", "--restart")
     assert strict.returncode == 1
     assert "cannot be decoded" in strict.stderr
