@@ -23,7 +23,7 @@ ENGINES = "engines"  # the one folder that a bundle may have: TensorRT engines
 SCORE_KINDS = ("probability", "embedding")
 LARGEST_TILE_PX = 8192  # 0.2 GB of RGB pixels; networks in use take 128 to 2048
 COARSEST_MPP = 1e6  # um: a pixel of a metre
-LONGEST_NAME = 200  # characters of a class; the legend shows about 25
+LONGEST_NAME = 200  # characters of a class or a method; the legend shows about 25
 
 
 class CardError(HistoError, ValueError):
@@ -92,7 +92,8 @@ class ModelCard:
 
     def __post_init__(self) -> None:
         for name, valid, wanted in (
-            ("method", self.method.isprintable(), "a line of text"),
+            ("method", self.method.isprintable() and len(self.method) <= LONGEST_NAME,
+             f"a line of up to {LONGEST_NAME} characters"),
             ("mpp", 0 < self.mpp < COARSEST_MPP, "a positive number"),
             ("channels", self.channels in (1, 3), "1 or 3"),
             ("align_px", self.align_px > 0, "a positive number"),

@@ -216,6 +216,7 @@ CARDS: dict[str, Callable[[], bytes]] = {
     "name-surrogate.json": lambda: named("\ud800"),
     "name-markup.json": lambda: named("[/b]"),
     "name-long.json": lambda: named("x" * 3000),
+    "method-long.json": lambda: card(method="x" * 3000),
     "checksum-of-no-text.json": lambda: card(files={"model.onnx": 1}),
     "file-above.json": lambda: card(files={"../model.onnx": "0" * 64}),
     "file-absolute.json": lambda: card(files={"/etc/passwd": "0" * 64}),

@@ -78,6 +78,7 @@ EXPECTED = {
     "cards/name-surrogate.json": r"'\\ud800' is no name for a class",
     "cards/name-markup.json": ACCEPTED,
     "cards/name-long.json": "is no name for a class",
+    "cards/method-long.json": "is not a line of up to 200 characters",
     "cards/checksum-of-no-text.json": "sha256 1 of 'model.onnx' has the wrong type",
     "cards/file-above.json": r"'\.\./model\.onnx' is not the name of a file in the bundle",
     "cards/file-absolute.json": "'/etc/passwd' is not the name of a file in the bundle",
