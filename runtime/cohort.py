@@ -142,6 +142,30 @@ class Crew(Protocol):
         """Give the devices back."""
 
 
+def whose_turn(held: Sequence[int], waiting: int, at_once: int) -> int | None:
+    """Decide which worker gets the next job: the idlest.
+
+    Parameters
+    ----------
+    held
+        Jobs that each worker has.
+    waiting
+        Jobs that nobody has.
+    at_once
+        Most jobs of a worker; it gets one ahead only while there is one for each worker.
+
+    Returns
+    -------
+    Its number; None if nobody gets one now.
+    """
+    if not held or not waiting:
+        return None
+    fewest = min(held)
+    if fewest >= at_once or (fewest and waiting < len(held)):
+        return None
+    return held.index(fewest)
+
+
 class Worker:
     """One warm engine, and the thread that it lives in.
 

@@ -29,7 +29,16 @@ import numpy as np
 
 from histostream.runtime.band import Band, Counts, StageSeconds
 from histostream.runtime.card import ModelCard, read_card
-from histostream.runtime.cohort import AT_ONCE, FAILED, STOPPED, Outcome, Report, Task, Worker
+from histostream.runtime.cohort import (
+    AT_ONCE,
+    FAILED,
+    STOPPED,
+    Outcome,
+    Report,
+    Task,
+    Worker,
+    whose_turn,
+)
 from histostream.runtime.engine import EngineError, open_engine
 from histostream.runtime.infer import Job
 from histostream.runtime.memory import BAND_ALIGN_PX, return_buffers_at_once
@@ -294,15 +303,15 @@ class Fleet:
         at_once: int,
     ) -> None:
         """Give each process a job, and one ahead while there is more than one for each."""
-        for depth in range(1, at_once + 1):
-            for process in self._processes:
-                ahead = depth > 1 and len(waiting) < len(self._processes)
-                if waiting and len(process.jobs) < depth and not ahead:
-                    job = waiting.pop(0)
-                    attempts[job] += 1
-                    process.jobs.append(job)
-                    with contextlib.suppress(OSError):  # its end is seen when it is listened to
-                        process.pipe.send((job, jobs[job]))
+        while True:
+            turn = whose_turn([len(p.jobs) for p in self._processes], len(waiting), at_once)
+            if turn is None:
+                return
+            process, job = self._processes[turn], waiting.pop(0)
+            attempts[job] += 1
+            process.jobs.append(job)
+            with contextlib.suppress(OSError):  # its end is seen when it is listened to
+                process.pipe.send((job, jobs[job]))
 
     def _lost(
         self, process: _Process, waiting: list[int], attempts: list[int]

@@ -255,10 +255,12 @@ class SlideRun:
         self._open.push(self._forget_nothing)
         with self.seconds.time("prepare"):
             self._inputs = inputs_of(self._version, card, options, job.asked)
-            if job.unless_done and job.is_done(card):  # now that nobody else is at work on it
+            run = read_run(self._folder.path)
+            done = None if run is None else run.get("inputs")
+            if job.unless_done and done == self._inputs:  # while nobody else is at work on it
                 self._journal.remove()
                 raise DoneError
-            self._begun = self._former()
+            self._begun = self._former(done)
             view = self._see(self._slide)
             self._damage = Damage(self._slide)
             readable = view
@@ -364,8 +366,8 @@ class SlideRun:
             slide, self._engine.card.mpp, slide_mpp=options.mpp, force=options.force_upsampling
         )
 
-    def _former(self) -> Begun | None:
-        """Return what a run of the same inputs has begun.
+    def _former(self, done: dict[str, Any] | None) -> Begun | None:
+        """Return what a run of the same inputs has begun; ``done`` are those of the last result.
 
         Raises
         ------
@@ -377,11 +379,7 @@ class SlideRun:
         begun = self._journal.read()
         if begun is None:
             return None
-        run = read_run(self._folder.path)
-        if run is not None and begun.what == {
-            **run.get("inputs", {}),
-            "engine": begun.what["engine"],
-        }:
+        if done == {name: value for name, value in begun.what.items() if name != "engine"}:
             self._journal.remove()  # left by a run that was killed when all was done
             return None
         changed = differences(begun.what, self._what())

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from histostream.runtime.crf.options import CrfOptions
 from histostream.wsi.errors import HistoError
+from histostream.wsi.staging import sha256_of
 
 FREE = ("batch", "threads", "max_memory_mib")  # options that change nothing in the result
 
@@ -85,6 +85,6 @@ class Options:
 def _content(path: Path) -> str:
     """Return the SHA-256 of a file that matters by what is in it; its name where there is none."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return sha256_of(path)
     except OSError:
         return str(path)

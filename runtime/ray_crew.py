@@ -33,7 +33,16 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from histostream.runtime.card import ModelCard, read_card
-from histostream.runtime.cohort import AT_ONCE, FAILED, STOPPED, Outcome, Report, Task, Worker
+from histostream.runtime.cohort import (
+    AT_ONCE,
+    FAILED,
+    STOPPED,
+    Outcome,
+    Report,
+    Task,
+    Worker,
+    whose_turn,
+)
 from histostream.runtime.engine import EngineError, open_engine
 from histostream.runtime.memory import return_buffers_at_once
 from histostream.wsi.errors import HistoError
@@ -376,15 +385,15 @@ class RayCrew:
 
     def _share_out(self, run: _Run) -> None:
         """Give each worker a slide, and one ahead while there is more than one for each."""
-        for depth in range(1, self._at_once + 1):
-            for member in self._members:
-                ahead = depth > 1 and len(run.waiting) < len(self._members)
-                held = sum(m is member for m, _ in run.doing.values())
-                if run.waiting and held < depth and not ahead:
-                    i = run.waiting.popleft()
-                    run.attempts[i] += 1
-                    task = replace(run.tasks[i], gone=tuple(self._gone))
-                    run.doing[member.handle.segment.remote(i, task)] = member, i
+        while True:
+            held = [sum(m is member for m, _ in run.doing.values()) for member in self._members]
+            turn = whose_turn(held, len(run.waiting), self._at_once)
+            if turn is None:
+                return
+            member, i = self._members[turn], run.waiting.popleft()
+            run.attempts[i] += 1
+            task = replace(run.tasks[i], gone=tuple(self._gone))
+            run.doing[member.handle.segment.remote(i, task)] = member, i
 
     def _look(self, run: _Run, stop: bool) -> Iterator[tuple[int, Outcome]]:
         """Wait a moment for whatever comes first; yields slides that are done with."""

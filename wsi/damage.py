@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from histostream.wsi.errors import DamagedError, SlideError
 from histostream.wsi.grid import Box
-from histostream.wsi.reader import Level, SlideReader, read_from_blocks
+from histostream.wsi.reader import SlideReader, read_from_blocks
 
 FEW = 16  # as many damaged blocks are borne whatever the share
 GREY = 128  # stands for damaged places of an overview: darker than glass, so they are analysed
@@ -96,28 +97,39 @@ class Undamaged:
         try:
             return slide.read(level, x, y, width, height)
         except DamagedError:
-            block = _block_reader(slide, level, self._damage)
             return read_from_blocks(
-                Box(x, y, width, height), slide.block_px[level], slide.channels, block
-            )
+                Box(x, y, width, height), slide.block_px[level], slide.channels,
+                lambda row, column: read_block(
+                    slide, level, row, column, fill=GREY, note=partial(self._damage.add, level)
+                ),
+            )  # fmt: skip
 
 
-def block_box(level: Level, block_px: tuple[int, int], row: int, column: int) -> Box:
-    """Return the pixels of a block; those at the right and bottom border may be smaller."""
-    width, height = block_px
-    x, y = column * width, row * height
-    return Box(x, y, min(width, level.width - x), min(height, level.height - y))
+def read_block(
+    slide: SlideReader,
+    level: int,
+    row: int,
+    column: int,
+    *,
+    fill: int,
+    note: Callable[[Box, SlideError], None] | None,
+) -> NDArray[np.uint8]:
+    """Read one block of a level; those at the right and bottom border may be smaller.
 
-
-def _block_reader(
-    slide: SlideReader, level: int, damage: Damage
-) -> Callable[[int, int], NDArray[np.uint8]]:
-    def block(row: int, column: int) -> NDArray[np.uint8]:
-        box = block_box(slide.levels[level], slide.block_px[level], row, column)
-        try:
-            return slide.read(level, box.x, box.y, box.width, box.height)
-        except DamagedError as error:
-            damage.add(level, box, error)
-            return np.full((box.height, box.width, slide.channels), GREY, np.uint8)
-
-    return block
+    Parameters
+    ----------
+    fill
+        Value of a block that cannot be decoded.
+    note
+        Told of such a block, and of the error; None raises it.
+    """
+    width, height = slide.block_px[level]
+    x, y, whole = column * width, row * height, slide.levels[level]
+    box = Box(x, y, min(width, whole.width - x), min(height, whole.height - y))
+    try:
+        return slide.read(level, box.x, box.y, box.width, box.height)
+    except DamagedError as error:
+        if note is None:
+            raise
+        note(box, error)
+        return np.full((box.height, box.width, slide.channels), fill, np.uint8)

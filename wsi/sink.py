@@ -313,10 +313,9 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text (UTF-8), whole or not at all, whoever else writes it at the same time."""
-    temporary = temporary_name(path, f"{uuid.uuid4().hex}.part")
+    temporary, _ = write_temporary(path, text, f"{uuid.uuid4().hex}.part")
     with writing(path):
         try:
-            temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
             _sync(temporary)
             temporary.replace(path)
         except OSError:
@@ -329,9 +328,9 @@ def json_text(content: Mapping[str, object]) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def write_temporary(path: Path, text: str) -> tuple[Path, Path]:
+def write_temporary(path: Path, text: str, suffix: str = "part") -> tuple[Path, Path]:
     """Write ``text`` (UTF-8) beside ``path``; return the (temporary, final) pair."""
-    temporary = temporary_name(path)
+    temporary = temporary_name(path, suffix)
     with writing(path):
         try:
             # A file's name may hold bytes that are no text: JSON's own escape stands for them.

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.wsi.damage import block_box
-from histostream.wsi.errors import DamagedError, SlideError
+from histostream.wsi.damage import read_block
+from histostream.wsi.errors import SlideError
 from histostream.wsi.grid import Box, Strip, Tile, TileGrid
 from histostream.wsi.resolution import SlideView
 
@@ -183,14 +183,7 @@ class _BlockWindow:
 
     def _decode(self, key: BlockKey) -> NDArray[np.uint8]:
         view = self._view
-        box = block_box(view.slide.levels[view.level], view.slide.block_px[view.level], *key)
-        try:
-            return view.slide.read(view.level, box.x, box.y, box.width, box.height)
-        except DamagedError as error:
-            if self._on_bad_block is None:
-                raise
-            self._on_bad_block(box, error)
-            return np.full((box.height, box.width, view.channels), WHITE, np.uint8)
+        return read_block(view.slide, view.level, *key, fill=WHITE, note=self._on_bad_block)
 
     def _assemble(self, needs: _Needs) -> Strip:
         (top, bottom), left, right = needs.rows, needs.runs[0][0], needs.runs[-1][1]

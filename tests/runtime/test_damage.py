@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -171,7 +173,7 @@ def test_openslide_goes_on_after_a_damaged_block(wsi_slides: Path, tmp_path: Pat
 
 
 def test_a_file_that_vanishes_is_not_taken_for_damage(
-    tmp_path: Path, pixels: NDArray[np.uint8]
+    tmp_path: Path, pixels: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_compressed(tmp_path / "slide.tif", pixels)
     with open_slide(path, reader="large_image") as slide:
@@ -182,8 +184,12 @@ def test_a_file_that_vanishes_is_not_taken_for_damage(
         assert not isinstance(caught.value, DamagedError)
     path = write_compressed(tmp_path / "slide.tif", pixels)
     with open_slide(path, reader="tiff") as slide:
-        slide._handle.close()  # type: ignore[attr-defined]  # as a drive that is gone
-        with pytest.raises((SlideError, ValueError)) as gone:
+
+        def stale(*_: object) -> bytes:
+            raise OSError(errno.ESTALE, "Stale file handle")
+
+        monkeypatch.setattr(os, "pread", stale)
+        with pytest.raises(SlideError, match="cannot be read any more") as gone:
             slide.read(0, 0, 0, 64, 64)
         assert not isinstance(gone.value, DamagedError)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -183,6 +184,20 @@ def test_a_journal_of_another_run_is_refused_by_name(
         segment_slide(slide, engine, out, options)
     # Refusing has changed nothing.
     assert (out / "slide" / ".journal" / "begun.json").exists()
+
+
+def test_the_journal_of_a_run_killed_after_publishing_is_forgotten(
+    slide: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(Broken):
+        segment_slide(slide, Breaking(after=200), out, ALL)
+    shutil.copytree(out / "slide" / ".journal", tmp_path / "kept")
+    segment_slide(slide, PlaceDependentEngine(), out, ALL)
+    shutil.copytree(tmp_path / "kept", out / "slide" / ".journal")
+    other = segment_slide(slide, PlaceDependentEngine(), out, replace(ALL, blend="crop"))
+    assert "resumed" not in other.run
+    assert not list(other.folder.glob(".*"))
 
 
 def test_memory_and_batch_may_change_between_runs(
