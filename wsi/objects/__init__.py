@@ -1,0 +1,1 @@
+"""Connected objects of a label map, found as its rows come in."""
