@@ -130,7 +130,18 @@ class Components:
                 yield self._settle(self._open())
 
     def finish(self) -> Complete:
-        """Return what the end of the slide completes."""
+        """Return what the end of the slide completes.
+
+        Raises
+        ------
+        ValueError
+            If rows are missing: outlines would be open.
+        """
+        if (self._x1, self._y) != (self._width, self._height):
+            raise ValueError(
+                f"column {self._x1}, row {self._y} of {self._width} x {self._height} px is the "
+                "last that came: the rest was never written"
+            )
         return self._settle(np.zeros(0, np.int32))
 
     def _begin_band(self, x: int, width: int) -> None:

@@ -1,0 +1,66 @@
+"""An object at the slide's full size, and the contract of a file of objects."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from histostream.wsi.errors import OutputError
+
+
+@dataclass(frozen=True, slots=True)
+class SlideObject:
+    """An object as files show it; places are in pixels of the slide's full size (level 0).
+
+    Attributes
+    ----------
+    number
+        1, 2, ..., in the order of their topmost rows.
+    label
+        Its class.
+    area_um2, perimeter_um, eccentricity
+        See `Shape`; simplified outlines change nothing in them.
+    x, y
+        Centroid.
+    box
+        Left, top, right, bottom.
+    rings
+        [[x, y], ...] of the outside, then of the holes; the first point is not repeated.
+    """
+
+    number: int
+    label: int
+    area_um2: float
+    perimeter_um: float
+    eccentricity: float
+    x: float
+    y: float
+    box: tuple[float, float, float, float]
+    rings: tuple[list[list[float]], ...]
+
+
+class ObjectFile(Protocol):
+    """A file of objects."""
+
+    def write(self, found: SlideObject) -> None:
+        """Take the next object."""
+
+    def finish(self) -> tuple[Path, Path]:
+        """Complete the file under a temporary name; return the (temporary, final) pair."""
+
+    def abort(self) -> None:
+        """Remove the temporary file. Allowed at any time, also twice, also after `finish`."""
+
+
+def need(module: str, what: str, extra: str) -> None:
+    """See that an optional library is there.
+
+    Raises
+    ------
+    OutputError
+        If it is not; the message says how to get it.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise OutputError(f"{what} {module}: pip install 'histostream[{extra}]'")
