@@ -46,6 +46,7 @@ from histostream.runtime.memory import return_buffers_at_once
 from histostream.runtime.options import Options
 from histostream.wsi.console import fail, memory_mib, show_only_our_warnings
 from histostream.wsi.errors import HistoError, printable
+from histostream.wsi.sinks.objects import ANNOTATIONS, check_installed
 from histostream.wsi.staging import shown
 
 console = Console(stderr=True)
@@ -83,6 +84,22 @@ console = Console(stderr=True)
     help="Bound on memory, plain numbers are MiB; wide slides are run in column bands.",
 )  # fmt: skip
 @click.option("--probabilities", is_flag=True, help="Write probabilities.tif too.")
+@click.option("--geojson", is_flag=True, help="Write objects.geojson.gz, outlines for QuPath.")
+@click.option(
+    "--annotations", type=click.Choice(tuple(ANNOTATIONS)), multiple=True,
+    help="Write outlines: dsa is annotations.json, qupath the same as --geojson.",
+)  # fmt: skip
+@click.option(
+    "--objects", default="", metavar="csv,parquet",
+    help="Write a table of objects: area, perimeter, eccentricity.",
+)  # fmt: skip
+@click.option(
+    "--min-area", "min_area_um2", default=0.0, metavar="UM2", help="Leave smaller objects out."
+)
+@click.option(
+    "--simplify", "simplify_um", default=0.0, metavar="UM",
+    help="How far outlines may deviate, to have fewer points; 0 follows the pixels.",
+)  # fmt: skip
 @click.option(
     "--crf", is_flag=True, help="Refine the labels by a dense CRF with the model's parameters."
 )
@@ -118,6 +135,9 @@ def main(
     precision: str,
     devices: str | None,
     threads: int | None,
+    geojson: bool,
+    annotations: tuple[str, ...],
+    objects: str,
     crf: bool,
     crf_params: str | None,
     crf_uncertain: float | None,
@@ -140,7 +160,13 @@ def main(
     return_buffers_at_once()
     try:
         inputs = find_inputs(slides)
-        settings = Options(threads=threads, **options)
+        settings = Options(
+            threads=threads,
+            annotations=(("qupath",) if geojson else ()) + annotations,
+            objects=tuple(name.strip() for name in objects.split(",") if name.strip()),
+            **options,
+        )
+        check_installed(settings.objects, settings.simplify_um)
         if not crf and (crf_params is not None or crf_uncertain is not None):
             raise HistoError("--crf-params and --crf-uncertain are of --crf: add it")
         bundle = bundle or default_bundle()

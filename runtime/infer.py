@@ -53,6 +53,7 @@ from histostream.wsi.lock import Process
 from histostream.wsi.reader import SlideReader, open_slide
 from histostream.wsi.resolution import SlideView, at_mpp, thumbnail
 from histostream.wsi.sink import OutputFolder, Segmented, SlideInfo
+from histostream.wsi.sinks.objects import Objects, memory_bytes
 from histostream.wsi.sinks.overview import Overview, overview_size
 from histostream.wsi.sinks.summary import Summary
 from histostream.wsi.sinks.tiff import LabelTiff, ProbabilityTiff
@@ -634,6 +635,9 @@ def _plan_bands(
     further = Further()
     if options.crf is not None:
         further = options.crf.needs(len(engine.card.classes), view.channels, grid.tile_px)
+    if options.annotations or options.objects:
+        more = memory_bytes(view.height, options.objects)
+        further = replace(further, bytes_at_once=further.bytes_at_once + more)
     if isinstance(engine, ManyDevices):
         if options.max_memory_mib is not None:
             raise OptionError("--max-memory cannot be kept while several devices share a slide")
@@ -657,6 +661,12 @@ def _add_sinks(
     if options.probabilities:
         folder.add(ProbabilityTiff(folder.path / "probabilities.tif", info))
     folder.add(Overview(folder.path / "overview.png", info, to_channels(picture, 3)))
+    if files := (*options.annotations, *options.objects):
+        objects = Objects(
+            folder.path, info, tuple(dict.fromkeys(files)), downsample=view.downsample,
+            min_area_um2=options.min_area_um2, simplify_um=options.simplify_um,
+        )  # fmt: skip
+        folder.add(objects)
     return folder.add(Summary(folder.path, info))
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from histostream.runtime.crf.options import CrfOptions
 from histostream.wsi.errors import HistoError
+from histostream.wsi.sinks.objects import ANNOTATIONS, TABLES
 from histostream.wsi.staging import sha256_of
 
 FREE = ("batch", "threads", "max_memory_mib")  # options that change nothing in the result
@@ -47,6 +49,15 @@ class Options:
         How labels are refined by a dense CRF; None: not at all.
     strict
         Whether a damaged block stops the slide, instead of being left as background.
+    annotations
+        Files of outlines that are written: "qupath" (objects.geojson.gz), "dsa"
+        (annotations.json).
+    objects
+        Tables of objects that are written: "csv" (objects.csv), "parquet" (objects.parquet).
+    min_area_um2
+        Objects smaller than this are left out of them.
+    simplify_um
+        How far outlines may deviate, to have fewer points; 0: they follow the pixels.
     """
 
     overlap_px: int | None = None
@@ -61,6 +72,10 @@ class Options:
     force_upsampling: bool = False
     crf: CrfOptions | None = None
     strict: bool = False
+    annotations: tuple[str, ...] = ()
+    objects: tuple[str, ...] = ()
+    min_area_um2: float = 0.0
+    simplify_um: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("batch", "threads", "max_memory_mib"):
@@ -69,6 +84,7 @@ class Options:
                 raise OptionError(f"{name}={value}: use 1 or more")
         if self.overlap_px is not None and self.overlap_px < 0:
             raise OptionError(f"overlap_px={self.overlap_px}: use 0 or more")
+        self._check_objects()
 
     def deciding(self) -> dict[str, Any]:
         """Return the options that decide the bits of the result, as run.json says them.
@@ -79,7 +95,21 @@ class Options:
         values = {k: v for k, v in asdict(self).items() if k not in FREE}
         if self.roi is not None:
             values["roi"] = _content(self.roi)
+        for name in ("annotations", "objects"):  # as JSON has them, in whatever order asked for
+            values[name] = sorted(set(values[name]))
         return values
+
+    def _check_objects(self) -> None:
+        for name, known in (("annotations", ANNOTATIONS), ("objects", TABLES)):
+            for value in getattr(self, name):
+                if value not in known:
+                    raise OptionError(f"{name}={value!r}: use {' or '.join(known)}")
+        for name in ("min_area_um2", "simplify_um"):
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise OptionError(f"{name}={value}: use 0 or more")
+            if value and not (self.annotations or self.objects):
+                raise OptionError(f"{name}={value} is of objects, and no file of them is asked for")
 
 
 def _content(path: Path) -> str:

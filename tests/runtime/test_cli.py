@@ -228,3 +228,20 @@ def test_several_devices_share_slides_or_the_columns_of_one(
     wrong = infer(slides[0], "--model", tiny_bundle, "--devices", "0,0", "--out", tmp_path / "x")
     assert wrong.returncode == 1
     assert wrong.stderr.strip() == "histo-infer: device 0 is named twice"
+
+
+def test_objects_are_written_where_they_are_asked_for(
+    slide: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    command = (slide, "--model", tiny_bundle, "--out", tmp_path / "out", "--no-tissue")
+    asked = ("--geojson", "--annotations", "dsa", "--objects", "csv, parquet", "--simplify", "0.5")
+    done = infer(*command, *asked)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "out" / "slide"
+    assert {p.name for p in folder.iterdir()} > {
+        "objects.geojson.gz", "annotations.json", "objects.csv", "objects.parquet"}  # fmt: skip
+    other_words = ("--annotations", "dsa", "--annotations", "qupath", "--objects", "parquet,csv")
+    again = infer(*command, *other_words, "--simplify", "0.5")
+    assert "done before" in again.stdout
+    assert "use csv or parquet" in one_clear_line(infer(*command, "--objects", "xlsx"))
+    assert "no file of them" in one_clear_line(infer(*command, "--min-area", "9"))

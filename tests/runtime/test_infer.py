@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -253,10 +254,40 @@ def test_grey_and_colour_are_converted_to_what_the_model_takes() -> None:
     np.testing.assert_array_equal(to_channels(to_channels(grey, 3), 1), grey)
 
 
-@pytest.mark.parametrize("wrong", [{"batch": 0}, {"threads": -1}, {"overlap_px": -4}])
-def test_options_out_of_range_are_refused(wrong: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"batch": 0}, {"threads": -1}, {"overlap_px": -4}, {"annotations": ("csv",)},
+        {"objects": ("dsa",)}, {"min_area_um2": -1.0, "objects": ("csv",)},
+        {"simplify_um": float("nan"), "objects": ("csv",)}, {"simplify_um": 0.5},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=next(iter(wrong))):
-        Options(**wrong)  # type: ignore[arg-type]
+        Options(**wrong)
+
+
+def test_objects_are_of_the_full_size_and_do_not_depend_on_bands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = np.kron(random_pixels(110, 30), np.ones((20, 20, 1), np.uint8))  # at half the mpp
+    path = write_slide(tmp_path / "slide.tif", pixels, mpp=0.25)
+    options = replace(ALL, annotations=("qupath", "dsa"), objects=("csv",), min_area_um2=20)
+    whole = segment_slide(path, identity_engine(), tmp_path / "whole", options)
+    bands = [(0, 512), (512, 1100)]
+    monkeypatch.setattr(infer, "plan_bands", lambda *_, **__: bands)
+    banded = segment_slide(path, identity_engine(), tmp_path / "banded", options)
+    for name in ("objects.geojson.gz", "annotations.json", "objects.csv"):
+        assert (whole.folder / name).read_bytes() == (banded.folder / name).read_bytes()
+    with (whole.folder / "objects.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    areas = {c["name"]: c["area_mm2"] * 1e6 for c in whole.summary["classes"]}
+    for name, area in areas.items():  # squares of 5 um have 25 um2, so none is left out
+        found = sum(float(line["area_um2"]) for line in lines if line["class"] == name)
+        assert found == pytest.approx(area)
+    assert max(float(line["right_px"]) for line in lines) == 2200
+    assert {line["area_um2"] for line in lines} >= {"25.0", "50.0"}
 
 
 def test_a_grey_slide_runs(tmp_path: Path) -> None:

@@ -99,6 +99,24 @@ def test_a_run_broken_off_many_times_gives_the_same_bits(
     assert not list(result.folder.glob(".*"))
 
 
+def test_objects_of_a_run_broken_off_are_those_of_an_unbroken_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = np.kron(random_pixels(55, 25), np.ones((20, 20, 1), np.uint8))
+    slide = write_slide(tmp_path / "slide.tif", pixels)
+    monkeypatch.setattr(infer, "plan_bands", lambda *_, **__: [(0, 512), (512, 1100)])
+    options = replace(ALL, annotations=("qupath",), objects=("csv",), simplify_um=1.0)
+    unbroken = segment_slide(slide, PlaceDependentEngine(), tmp_path / "unbroken", options)
+    for after in (40, 130):
+        with pytest.raises(Broken):
+            segment_slide(slide, Breaking(after=after), tmp_path / "broken", options)
+    result = segment_slide(slide, PlaceDependentEngine(), tmp_path / "broken", options)
+    assert result.run["resumed"]["runs"] == 3
+    for name in ("objects.geojson.gz", "objects.csv"):
+        assert (unbroken.folder / name).read_bytes() == (result.folder / name).read_bytes()
+    assert not list(result.folder.glob(".*"))
+
+
 def test_only_the_row_above_is_inferred_again(slide: Path, tmp_path: Path) -> None:
     grid = TileGrid.cover(1100, 500, tile_px=64, overlap_px=16)
     in_a_row, rows = len(grid.xs), len(grid.ys)
