@@ -18,6 +18,7 @@ import shapely
 from numpy.typing import NDArray
 
 from histostream.wsi.errors import OutputError
+from histostream.wsi.objects import simplify
 from histostream.wsi.sink import OUTSIDE, ClassInfo, OutputFolder, Segmented, SlideInfo
 from histostream.wsi.sinks import objects
 from histostream.wsi.sinks.geojson import ANNOTATION_UM2
@@ -250,6 +251,23 @@ def test_simplified_outlines_stay_valid_and_near(
     assert (away_px <= simplify_um / MPP * downsample + 1e-9).all()
     points = [int(shapely.get_num_coordinates(shapes).sum()) for shapes in (exact, simple)]
     assert points[1] < fewer * points[0]
+
+
+@pytest.mark.parametrize("simplify_um", [0.4, 2.0])
+def test_tissue_with_many_holes_is_simplified_ring_by_ring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, simplify_um: float
+) -> None:
+    monkeypatch.setattr(simplify, "MANY_RINGS", 2)
+    exact, simple = (
+        polygons(written(tmp_path / str(um), tissue(), files=("qupath",), simplify_um=um))
+        for um in (0.0, simplify_um)
+    )
+    assert shapely.is_valid(simple).all()
+    assert (shapely.hausdorff_distance(exact, simple) <= 2 * simplify_um / MPP).all()
+    gland = int(np.argmax([len(shape.interiors) for shape in exact]))
+    assert len(simple[gland].interiors) == len(exact[gland].interiors)
+    points = [shapely.get_num_coordinates(shapes[gland]) for shapes in (exact, simple)]
+    assert points[1] < 0.8 * points[0]
 
 
 def test_small_objects_are_left_out_of_all_files(tmp_path: Path) -> None:

@@ -137,7 +137,9 @@ def _rings(following: Longs) -> tuple[Longs, Longs]:
     -------
     Place of each corner, and where each ring ends.
     """
-    least, jump = np.arange(len(following)), following
+    count = len(following)
+    following = following.astype(np.int32)  # corners in memory are fewer than 2^31
+    least, jump = np.arange(count, dtype=np.int32), following
     while True:
         less = np.minimum(least, least[jump])
         if np.array_equal(less, least):
@@ -145,14 +147,14 @@ def _rings(following: Longs) -> tuple[Longs, Longs]:
         least, jump = less, jump[jump]
     # Corners from here to the last of the ring.
     is_last = following == least
-    jump = np.where(is_last, np.arange(len(following)), following)
-    left = (~is_last).astype(np.int64)
+    jump = np.where(is_last, np.arange(count, dtype=np.int32), following)
+    left = (~is_last).astype(np.int32)
     while True:
         more = left[jump]
         if not more.any():
             break
         left, jump = left + more, jump[jump]
-    is_first = least == np.arange(len(least))
-    ends = np.cumsum(np.bincount(least, minlength=len(least))[is_first])
+    is_first = least == np.arange(count)
+    ends = np.cumsum(np.bincount(least, minlength=count)[is_first])
     ring = (np.cumsum(is_first) - 1)[least]
     return ends[ring] - 1 - left, ends

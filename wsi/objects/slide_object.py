@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from histostream.wsi.errors import OutputError
 
@@ -27,7 +31,7 @@ class SlideObject:
     box
         Left, top, right, bottom.
     rings
-        [[x, y], ...] of the outside, then of the holes; the first point is not repeated.
+        (n, 2) each, x and y of the outside, then of the holes; the first point is not repeated.
     """
 
     number: int
@@ -38,7 +42,7 @@ class SlideObject:
     x: float
     y: float
     box: tuple[float, float, float, float]
-    rings: tuple[list[list[float]], ...]
+    rings: Sequence[NDArray[np.float64 | np.int64]]
 
 
 class ObjectFile(Protocol):

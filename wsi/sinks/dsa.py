@@ -41,7 +41,7 @@ class Dsa:
 
     def write(self, found: SlideObject) -> None:
         """Take the next object."""
-        outside, *holes = ([[x, y, 0] for x, y in ring] for ring in found.rings)
+        outside, *holes = ([[x, y, 0] for x, y in ring.tolist()] for ring in found.rings)
         element = {
             "type": "polyline",
             "closed": True,

@@ -43,24 +43,24 @@ class GeoJson:
 
     def write(self, found: SlideObject) -> None:
         """Take the next object."""
-        feature = {
-            "type": "Feature",
-            "geometry": {
-                "type": "Polygon",
-                "coordinates": [[*ring, ring[0]] for ring in found.rings],
-            },
-            "properties": {
-                "objectType": "annotation" if found.area_um2 >= ANNOTATION_UM2 else "detection",
-                "classification": self._classes[found.label],
-                "measurements": {
-                    "Area µm^2": round(found.area_um2, DECIMALS),
-                    "Perimeter µm": round(found.perimeter_um, DECIMALS),
-                    "Eccentricity": round(found.eccentricity, DECIMALS),
-                },
+        properties = {
+            "objectType": "annotation" if found.area_um2 >= ANNOTATION_UM2 else "detection",
+            "classification": self._classes[found.label],
+            "measurements": {
+                "Area µm^2": round(found.area_um2, DECIMALS),
+                "Perimeter µm": round(found.perimeter_um, DECIMALS),
+                "Eccentricity": round(found.eccentricity, DECIMALS),
             },
         }
-        self._put(self._separator + json.dumps(feature, separators=(",", ":"), allow_nan=False))
+        before = '{"type":"Feature","geometry":{"type":"Polygon","coordinates":['
+        self._put(self._separator + before)
         self._separator = ",\n"
+        comma = ""
+        for ring in found.rings:  # one at a time: there may be 100 000
+            points = ring.tolist()
+            self._put(comma + _compact([*points, points[0]]))
+            comma = ","
+        self._put(f']}},"properties":{_compact(properties)}}}')
 
     def finish(self) -> tuple[Path, Path]:
         """Complete the file under its temporary name."""
@@ -80,3 +80,7 @@ class GeoJson:
     def _put(self, text: str) -> None:
         with writing(self.path):
             self._file.write(text.encode("ascii"))
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)

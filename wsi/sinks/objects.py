@@ -85,6 +85,7 @@ class Objects:
     ) -> None:
         check_installed(files, simplify_um)
         self._info, self._downsample = info, downsample
+        self._whole = float(downsample).is_integer()  # coordinates: shorter, and easier to read
         self._tolerance_px = simplify_um / info.mpp * downsample
         wanted = [k for k, entry in enumerate(info.classes) if entry.name != BACKGROUND]
         min_area_px = min_area_um2 / info.mpp**2
@@ -98,6 +99,10 @@ class Objects:
         except BaseException:
             self.abort()
             raise
+
+    def __len__(self) -> int:
+        """How many objects are complete."""
+        return len(self._store)
 
     def write(self, part: Segmented) -> None:
         """Take the next rows."""
@@ -141,16 +146,11 @@ class Objects:
             shape.x * scale,
             shape.y * scale,
             (left, top, right, bottom),
-            tuple(self._listed(ring) for ring in rings),
+            [ring.astype(np.int64) for ring in rings] if self._whole else rings,
         )
 
     def _scaled(self, ring: NDArray[np.int32]) -> NDArray[np.float64]:
         return np.round(ring * self._downsample, DECIMALS)
-
-    def _listed(self, ring: NDArray[np.float64]) -> list[list[float]]:
-        whole = float(self._downsample).is_integer()  # shorter, and easier to read
-        found: list[list[float]] = (ring.astype(np.int64) if whole else ring).tolist()
-        return found
 
 
 def check_installed(files: Sequence[str], simplify_um: float) -> None:
