@@ -1,0 +1,259 @@
+"""What objects cost beside inference, and whether they are the nuclei that were drawn.
+
+::
+
+    python -m histostream.benchmarks.objects --out benchmarks/results/objects-cpu.json
+
+Label maps are fed to the sink as a run does, 512 rows at a time, each in a process of its own:
+
+- of a synthetic slide, whose nuclei are known, with each kind of file;
+- crowded, a disc every 24 px (12 um): 1.7 million pixels of outline in 100 Mpx, and half of
+  it, which shows whether time is proportional;
+- the reverse of it: a single object with as many holes, which is open to the last row.
+
+Then the shipped model runs on a part of the slide. Objects and nuclei are matched one to one, each
+the other's nearest, by their centroids. Nuclei that touch are one object of a label map, so they
+are also counted as one, and those that are alone are counted by themselves.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+
+from histostream.benchmarks.hardware import hardware
+from histostream.runtime.card import default_bundle
+from histostream.runtime.engine import open_engine
+from histostream.runtime.infer import segment_slide
+from histostream.runtime.memory import peak_memory_mib
+from histostream.runtime.options import Options
+from histostream.wsi.objects.components import connected
+from histostream.wsi.sink import OutputFolder, Segmented, SlideInfo
+from histostream.wsi.sinks.objects import Objects
+from histostream.wsi.synthetic import CLASSES, SyntheticSlide
+
+Labels = NDArray[np.uint8]
+Points = NDArray[np.float64]  # (n, 2) x, y
+
+ROWS = 512
+MATCH_UM = 3.0  # half of the smallest nucleus
+# Outlines of the synthetic nuclei wobble by about the one: nuclei that are nearer may touch. Those
+# that have nothing nearer than the other are alone.
+WOBBLE_UM, ALONE_UM = 0.45, 2.0
+PITCH_PX, RADIUS_PX = 24, 8
+SLIDE = SyntheticSlide(20480, 18432, seed=1)
+INFERRED = SyntheticSlide(3072, 3072, seed=1)
+BENCH = Path(__file__).parent / "results" / "bench-cpu.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A label map, and what is made of it."""
+
+    labels: str
+    files: tuple[str, ...]
+    simplify_um: float = 0.0
+
+
+CASES = {
+    "synthetic, geojson and csv": Case("synthetic", ("qupath", "csv")),
+    "synthetic, all files, simplified by 0.5 um": Case(
+        "synthetic", ("qupath", "dsa", "csv", "parquet"), 0.5
+    ),
+    "crowded, geojson": Case("crowded", ("qupath",)),
+    "half as high, geojson": Case("half", ("qupath",)),
+    "one object with holes, geojson": Case("holes", ("qupath",)),
+    "one object with holes, simplified by 0.5 um": Case("holes", ("qupath",), 0.5),
+}
+
+
+def discs(width: int, height: int, *, inverse: bool = False) -> Iterator[Labels]:
+    """Yield rows with a disc at each point of a grid."""
+    x = np.arange(width) % PITCH_PX - PITCH_PX // 2
+    for top in range(0, height, ROWS):
+        y = np.arange(top, min(top + ROWS, height)) % PITCH_PX - PITCH_PX // 2
+        inside = np.add.outer(y * y, x * x) < RADIUS_PX**2
+        yield (inside ^ inverse).astype(np.uint8)
+
+
+def nuclei_rows(slide: SyntheticSlide) -> Iterator[Labels]:
+    """Yield rows of the true label map."""
+    for top in range(0, slide.height, ROWS):
+        yield slide.region(0, top, slide.width, min(ROWS, slide.height - top))[1]
+
+
+MAPS: dict[str, tuple[int, int, Callable[[], Iterator[Labels]]]] = {
+    "synthetic": (SLIDE.width, SLIDE.height, lambda: nuclei_rows(SLIDE)),
+    "crowded": (10240, 10240, lambda: discs(10240, 10240)),
+    "half": (10240, 5120, lambda: discs(10240, 5120)),
+    "holes": (10240, 10240, lambda: discs(10240, 10240, inverse=True)),
+}
+
+
+def export(raw: Path, size: tuple[int, int], case: Case, out: Path) -> dict[str, Any]:
+    """Feed a stored label map to the sink; memory is that of the whole process."""
+    width, height = size
+    info = SlideInfo("synthetic", width, height, SLIDE.mpp, CLASSES)
+    before, seconds = peak_memory_mib(), 0.0
+    with OutputFolder(out, "slide") as folder, raw.open("rb") as file:
+        sink = Objects(folder.path, info, case.files, simplify_um=case.simplify_um)
+        folder.add(sink)
+        for top in range(0, height, ROWS):
+            rows = np.frombuffer(file.read(width * ROWS), np.uint8).reshape(-1, width)
+            start = time.perf_counter()
+            sink.write(Segmented(0, top, rows))
+            seconds += time.perf_counter() - start
+        start = time.perf_counter()
+        folder.finish()
+        end_s = time.perf_counter() - start
+    total = seconds + end_s
+    count = len(sink)
+    return {
+        "width": width, "height": height, "mpx": round(width * height / 1e6, 1),
+        "objects": count, "seconds": round(total, 2), "seconds_beside": round(seconds, 2),
+        "seconds_at_end": round(end_s, 2), "objects_per_s": round(count / total),
+        "mpx_per_s": round(width * height / 1e6 / total, 1),
+        "megabytes": {p.name: round(p.stat().st_size / 1e6, 1)
+                      for p in sorted(folder.path.iterdir()) if p.name != "run.json"},
+        "peak_mib": peak_memory_mib(), "peak_mib_before": before,
+    }  # fmt: skip
+
+
+def centroids(folder: Path) -> Points:
+    """Read the centroids of objects.csv, in px."""
+    with (folder / "objects.csv").open(encoding="utf-8", newline="") as file:
+        found = [(float(line["x_px"]), float(line["y_px"])) for line in csv.DictReader(file)]
+    return np.array(found).reshape(-1, 2)
+
+
+def groups(nuclei: NDArray[np.float64], apart_px: float) -> NDArray[np.int64]:
+    """Return which nuclei are nearer to each other than a distance: the first of each group.
+
+    Nuclei are ellipses here, grown by half of the distance.
+    """
+    import shapely
+
+    turn = np.linspace(0, 2 * np.pi, 33)[:-1]
+    x, y, major, minor, angle = (column[:, None] for column in nuclei.T)
+    u, v = (major + apart_px) / 2 * np.cos(turn), (minor + apart_px) / 2 * np.sin(turn)
+    outline = np.stack(
+        [x + u * np.cos(angle) - v * np.sin(angle), y + u * np.sin(angle) + v * np.cos(angle)], -1
+    )
+    ellipses = shapely.polygons(outline)
+    a, b = shapely.STRtree(ellipses).query(ellipses, predicate="intersects")
+    return connected(len(ellipses), a, b)
+
+
+def centers(nuclei: NDArray[np.float64], group: NDArray[np.int64]) -> Points:
+    """Return the centroid of each group, by the areas of its nuclei."""
+    area = nuclei[:, 2] * nuclei[:, 3]
+    x, y, total = (np.bincount(group, area * w) for w in (*nuclei[:, :2].T, np.ones(len(area))))
+    first = np.unique(group)
+    return np.stack([x[first], y[first]], axis=1) / total[first, None]
+
+
+def match(found: Points, known: Points, within: float) -> dict[str, Any]:
+    """Match points that are each other's nearest, and not further apart than ``within``."""
+    from scipy.spatial import cKDTree
+
+    apart, nearest = cKDTree(known).query(found)
+    _, back = cKDTree(found).query(known)
+    pairs = (back[nearest] == np.arange(len(found))) & (apart <= within)
+    true = int(pairs.sum())
+    return {
+        "objects": len(found), "known": len(known), "matched": true,
+        "precision": round(true / len(found), 4), "recall": round(true / len(known), 4),
+        "f1": round(2 * true / (len(found) + len(known)), 4),
+        "median_distance_um": round(float(np.median(apart[pairs])) * SLIDE.mpp, 3),
+    }  # fmt: skip
+
+
+def scores(slide: SyntheticSlide, folder: Path) -> dict[str, Any]:
+    """Compare objects.csv with the nuclei that were drawn."""
+    from scipy.spatial import cKDTree
+
+    found = centroids(folder)
+    nuclei = slide.nuclei(0, 0, slide.width, slide.height)
+    within = MATCH_UM / slide.mpp
+    near = groups(nuclei, WOBBLE_UM / slide.mpp)
+    far = groups(nuclei, ALONE_UM / slide.mpp)
+    alone = np.bincount(far, minlength=len(far))[far] == 1
+    _, nearest = cKDTree(nuclei[:, :2]).query(found)
+    return {
+        "nuclei": match(found, nuclei[:, :2], within),
+        "nuclei_that_touch_as_one": match(found, centers(nuclei, near), within),
+        # Of objects those whose nearest nucleus is alone.
+        "nuclei_alone": match(found[alone[nearest]], nuclei[alone, :2], within),
+    }
+
+
+def inferred(place: Path) -> dict[str, Any]:
+    """Run the shipped model."""
+    path = place / "inferred.tif"
+    INFERRED.write(path)
+    engine = open_engine(default_bundle(), backend="cpu", threads=1)
+    options = Options(tissue=False, annotations=("qupath",), objects=("csv",), min_area_um2=8)
+    with_objects = segment_slide(path, engine, place / "out", options)
+    engine.close()
+    run = with_objects.run
+    return {
+        "width": INFERRED.width, "height": INFERRED.height, "engine": engine.name,
+        "min_area_um2": options.min_area_um2, "seconds": run["seconds"],
+        **scores(INFERRED, with_objects.folder),
+    }  # fmt: skip
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--infer/--no-infer", default=True, help="Run the shipped model too.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="JSON to write.")
+def main(infer: bool, out: Path) -> None:
+    """Measure how long objects take, and compare them with the nuclei that were drawn."""
+    bench = json.loads(BENCH.read_text())["runs"][0]
+    rate = bench["stages"]["end_to_end"]["mpx_per_s"]
+    runs: dict[str, Any] = {}
+    said: dict[str, Any] = {
+        "hardware": hardware(), "load_before": round(os.getloadavg()[0], 2), "threads": 1,
+        "inference": {"mpx_per_s": rate, "engine": bench["engine"], "of": BENCH.name},
+        "match_um": MATCH_UM, "runs": runs,
+    }  # fmt: skip
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        for kind, (width, height, rows) in MAPS.items():
+            raw = place / "labels"
+            with raw.open("wb") as file:
+                for part in rows():
+                    file.write(part.tobytes())
+            for title, case in ((t, c) for t, c in CASES.items() if c.labels == kind):
+                folder = place / title.replace(" ", "-")
+                with ProcessPoolExecutor(1, context) as pool:
+                    found = pool.submit(export, raw, (width, height), case, folder).result()
+                found["inference_seconds"] = round(found["mpx"] / rate, 1)
+                found["share_of_inference"] = round(found["seconds"] * rate / found["mpx"], 4)
+                runs[title] = found
+                click.echo(f"{title}: {found}")
+                if kind == "synthetic" and not case.simplify_um:
+                    said["true_labels"] = scores(SLIDE, folder / "slide")
+                    click.echo(said["true_labels"])
+        if infer:
+            said["inferred"] = inferred(place)
+            click.echo(said["inferred"])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(said, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
