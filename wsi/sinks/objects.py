@@ -43,7 +43,7 @@ TABLES: dict[str, tuple[str, FileMaker]] = {
 # Blocks of the label map, corners until they are settled, rings that are traced; measured.
 BUFFERS = 64 << 20
 LINE_BYTES = 10  # of each row: a class and a number, at both edges of a column band
-ARROW_BYTES = 96 << 20  # pyarrow itself
+ARROW_BYTES = 128 << 20  # pyarrow itself, and the lines that wait
 STORE = "objects"  # name of the temporary file
 
 
