@@ -2,8 +2,10 @@
 
 from histostream.runtime.card import CardError, ModelCard, default_bundle, read_card
 from histostream.runtime.engine import Engine, EngineError, open_engine
-from histostream.runtime.infer import SlideResult, segment_pixels, segment_slide
+from histostream.runtime.infer import segment_pixels, segment_slide
 from histostream.runtime.options import Options
+from histostream.runtime.result import ResultError, SlideResult
+from histostream.runtime.segmenter import Segmenter
 
 __all__ = [
     "CardError",
@@ -11,6 +13,8 @@ __all__ = [
     "EngineError",
     "ModelCard",
     "Options",
+    "ResultError",
+    "Segmenter",
     "SlideResult",
     "default_bundle",
     "open_engine",

@@ -30,10 +30,11 @@ from typing import Any, Protocol, TypeVar
 from histostream.runtime.card import ModelCard
 from histostream.runtime.devices import DeviceMemoryError
 from histostream.runtime.engine import Engine
-from histostream.runtime.infer import DoneError, Job, ManyDevices, SlideResult, SlideRun
+from histostream.runtime.infer import DoneError, Job, ManyDevices, SlideRun
 from histostream.runtime.inputs import SlideInput
 from histostream.runtime.options import Options
 from histostream.runtime.record import read_run
+from histostream.runtime.result import SlideResult
 from histostream.wsi.errors import HistoError, StoppedError
 from histostream.wsi.lock import LockedError, Process
 from histostream.wsi.sink import write_json, write_whole

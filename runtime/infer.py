@@ -45,6 +45,7 @@ from histostream.runtime.record import (
     time_record,
     versions,
 )
+from histostream.runtime.result import SlideResult
 from histostream.wsi.damage import Damage, Undamaged
 from histostream.wsi.errors import SlideError, StoppedError
 from histostream.wsi.grid import Strip, TileGrid
@@ -62,25 +63,6 @@ from histostream.wsi.tissue import RegionOfInterest, find_tissue, read_roi
 
 DEFAULT_OVERLAP_PX = 64
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class SlideResult:
-    """What a run left behind.
-
-    Attributes
-    ----------
-    folder
-        Where ``labels.tif`` and the other files are.
-    summary
-        Area and share per class, as in ``summary.json``.
-    run
-        Versions, options and times, as in ``run.json``.
-    """
-
-    folder: Path
-    summary: dict[str, Any]
-    run: dict[str, Any]
 
 
 class DoneError(Exception):

@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from histostream.runtime import infer
 from histostream.runtime.crf.options import CrfOptions
 from histostream.runtime.crf.params import CrfParams
-from histostream.runtime.infer import SlideResult, segment_slide
+from histostream.runtime.infer import segment_slide
 from histostream.runtime.options import Options
+from histostream.runtime.result import SlideResult
 from histostream.wsi.errors import StoppedError
 from histostream.wsi.grid import TileGrid
 from histostream.wsi.journal import JournalError

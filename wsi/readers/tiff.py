@@ -11,6 +11,7 @@ import os
 import re
 import threading
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -35,7 +36,7 @@ from histostream.wsi.reader import (
 # is missing on purpose: OpenSlide rounds its colours differently, by up to 1 of 255.
 COMPRESSIONS = {1, 5, 7, 8, 32946, 33005}
 JPEG = 7
-GREY, RGB, YCBCR = 1, 2, 6  # PhotometricInterpretation
+GREY, RGB, PALETTE, YCBCR = 1, 2, 3, 6  # PhotometricInterpretation
 UM_PER_UNIT = {2: 25_400.0, 3: 10_000.0}  # ResolutionUnit: inch, centimetre
 UM_PER_OME_UNIT = {"nm": 1e-3, "um": 1.0, "µm": 1.0, "μm": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6}
 
@@ -124,6 +125,23 @@ def open_reader(path: Path) -> TiffReader:
     SlideError
         If it is a TIFF that was cut off, or says what cannot be true.
     """
+    return _open(path, _check_colours)
+
+
+def open_values(path: Path) -> TiffReader:
+    """Open a TIFF file whose bytes are values, not colours: label maps, scores.
+
+    Its ``channels`` may be any number; an index into a palette is given as it is.
+
+    Raises
+    ------
+    DeclinedError, SlideError
+        As of `open_reader`.
+    """
+    return _open(path, _check_values)
+
+
+def _open(path: Path, check: Callable[[Any], None]) -> TiffReader:
     if not is_tiff(path):
         raise DeclinedError("not a TIFF file")
     check_tiff(path)
@@ -132,14 +150,14 @@ def open_reader(path: Path) -> TiffReader:
     try:
         # Not the other files that OME-XML may name: a slide is one file.
         with tifffile.TiffFile(path, _multifile=False) as file:
-            return TiffReader(path, file, _pages(file))
+            return TiffReader(path, file, _pages(file, check))
     except (HistoError, DeclinedError, MemoryError):
         raise
     except Exception as error:  # tifffile raises anything where tags contradict each other
         raise DeclinedError(f"{type(error).__name__}: {reason(error)}") from error
 
 
-def _pages(file: Any) -> list[Any]:
+def _pages(file: Any, check: Callable[[Any], None]) -> list[Any]:
     """Return the pages of the levels, finest first; raise DeclinedError if they do not fit."""
     if not len(file.pages):
         raise DeclinedError("no images in the file")
@@ -158,6 +176,7 @@ def _pages(file: Any) -> list[Any]:
     pages = sorted(found.values(), key=lambda page: -int(page.imagewidth))
     for page in pages:
         _check_page(page)
+        check(page)
     if len({page.samplesperpixel for page in pages}) > 1:
         raise DeclinedError("its levels have different channels")
     return pages
@@ -170,11 +189,19 @@ def _check_page(page: Any) -> None:
         raise DeclinedError(f"its pixels have {page.bitspersample} bits")
     if page.compression not in COMPRESSIONS:
         raise DeclinedError(f"compression {int(page.compression)}")
+    if 0 in page.databytecounts:
+        raise DeclinedError("some tiles are missing")
+
+
+def _check_colours(page: Any) -> None:
     colours = (page.samplesperpixel, page.photometric)
     if colours not in ((1, GREY), (3, RGB)) and (*colours, page.compression) != (3, YCBCR, JPEG):
         raise DeclinedError(f"{colours[0]} channels of photometric kind {int(colours[1])}")
-    if 0 in page.databytecounts:
-        raise DeclinedError("some tiles are missing")
+
+
+def _check_values(page: Any) -> None:
+    if page.photometric not in (GREY, PALETTE):
+        raise DeclinedError(f"photometric kind {int(page.photometric)}")
 
 
 def _size(page: Any) -> tuple[int, int]:

@@ -1,0 +1,178 @@
+"""A model that is ready to segment, for notebooks and scripts."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from histostream.runtime.card import ModelCard, default_bundle
+from histostream.runtime.cohort import DAMAGED, DONE, UNCHANGED, Outcome, Task, Worker
+from histostream.runtime.engine import Engine, open_engine
+from histostream.runtime.infer import ManyDevices, segment_pixels
+from histostream.runtime.inputs import find_inputs
+from histostream.runtime.options import Options
+from histostream.runtime.result import ResultError, SlideResult
+
+
+class Segmenter:
+    """A model that is ready to segment slides and images.
+
+    ::
+
+        segmenter = Segmenter.load("bundles/mine")
+        result = segmenter.run("slide.svs")
+        result.areas, result.labels[:1000, :1000], result.plot()
+
+    It holds the network, and the GPU's memory if there is one, until it is closed; it may also be
+    used in a ``with`` block.
+
+    Parameters
+    ----------
+    open_engine
+        Opens the network; called once, in the thread that will run it.
+    asked
+        What was asked for, as ``{"backend": "cpu"}``; results of other wishes are done again.
+    """
+
+    def __init__(
+        self,
+        open_engine: Callable[[], Engine],
+        asked: Mapping[str, str] | None = None,
+    ) -> None:
+        self._worker, self._asked = Worker(open_engine), dict(asked or {})
+
+    @classmethod
+    def load(
+        cls,
+        bundle: str | Path | None = None,
+        *,
+        backend: str = "auto",
+        precision: str = "auto",
+        threads: int | None = None,
+    ) -> Self:
+        """Open a model bundle.
+
+        Parameters
+        ----------
+        bundle
+            Its folder; None: the nucleus model that ships.
+        backend, precision, threads
+            As of `open_engine`.
+
+        Raises
+        ------
+        CardError
+            If the bundle is missing something or damaged.
+        EngineError
+            If the backend is not usable on this machine.
+        """
+        folder = default_bundle() if bundle is None else Path(bundle)
+        return cls(
+            lambda: open_engine(folder, backend=backend, precision=precision, threads=threads),
+            {"backend": backend, "precision": precision},
+        )
+
+    @property
+    def card(self) -> ModelCard:
+        """What the model says of itself."""
+        return self._worker.engine.card
+
+    def run(
+        self,
+        slide: str | Path,
+        out: str | Path = "out",
+        options: Options | None = None,
+        *,
+        restart: bool = False,
+        report: Callable[[int, int], None] = lambda done, total: None,
+    ) -> SlideResult:
+        """Segment a slide into ``out/<slide's name>/``, as ``histo-infer`` does.
+
+        A result of the same slide, model and options that is there already is returned at once;
+        one that was interrupted goes on.
+
+        Parameters
+        ----------
+        slide
+            A file, the folder of a DICOM series, or the URL of a slide.
+        out
+            Folder for results.
+        options
+            How to run; see `Options`.
+        restart
+            Whether it is done again in any case.
+        report
+            Called with (pixels done, pixels in all), at the model's resolution, in another thread.
+
+        Raises
+        ------
+        ResultError
+            If there is no result in the end; the message says why.
+        InputError
+            If a folder or pattern cannot be used.
+        """
+        found = find_inputs([str(slide)])
+        if len(found) != 1:
+            raise ResultError(f"{slide}: these are {len(found)} slides; run them one by one")
+        task = Task(found[0], Path(out), options or Options(), self._asked, restart=restart)
+        outcome = self._segment(task, report)
+        if outcome.status not in (DONE, DAMAGED, UNCHANGED):
+            raise ResultError(outcome.reason)
+        return SlideResult.read(task.folder)
+
+    def segment(self, pixels: NDArray[np.uint8], *, blend: str = "hann") -> NDArray[np.uint8]:
+        """Segment an image that is in memory, at the model's resolution.
+
+        Parameters
+        ----------
+        pixels
+            (H, W, C) uint8, of ``card.mpp`` um a pixel.
+        blend
+            As in `Options`.
+
+        Returns
+        -------
+        (H, W) uint8, the class of each pixel.
+
+        Raises
+        ------
+        BlendError
+            If the blending does not fit the model.
+        """
+        engine = self._worker.engine
+        assert not isinstance(engine, ManyDevices)
+        return self._worker.on_device(lambda: segment_pixels(pixels, engine, blend=blend))
+
+    def close(self) -> None:
+        """Give the device and its memory back."""
+        self._worker.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        card = self.card
+        names = ", ".join(entry.name for entry in card.classes)
+        return (
+            f"<Segmenter: {card.method} ({names}) at {card.mpp:g} um/px, "
+            f"{self._worker.engine.name}>"
+        )
+
+    def _segment(self, task: Task, report: Callable[[int, int], None]) -> Outcome:
+        """Run a slide; Ctrl-C, or a notebook's stop, leaves what is finished to be gone on with."""
+        stop = threading.Event()
+        with ThreadPoolExecutor(1, thread_name_prefix="slide") as pool:
+            doing = pool.submit(self._worker.segment, task, report, stop.is_set)
+            try:
+                return doing.result()
+            finally:
+                stop.set()
