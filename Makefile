@@ -21,7 +21,7 @@ demo/synthetic.tif: | $(VENV)/.run
 	$(BIN)/python -m histostream.wsi.synthetic $@ --size 4096x4096 --mpp 0.5 --seed 1
 
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
