@@ -1,10 +1,8 @@
-"""A tiled pyramidal BigTIFF, written tile by tile in any order and in little memory.
+"""A tiled pyramid, written tile by tile in any order and in little memory.
 
 Tiles are compressed as they come, into a scratch file; the lower levels are made from those at the
-end, four tiles at a time, and tifffile puts the compressed bytes in order. Memory does not grow
-with the slide: an index of 24 bytes a tile is all that is kept.
-
-The reduced images are ordinary pages (subfile type 1), not SubIFDs: OpenSlide sees only those.
+end, four tiles at a time, and an `Assembler` puts the compressed bytes in order: tifffile those of
+a BigTIFF. Memory does not grow with the slide: an index of 24 bytes a tile is all that is kept.
 """
 
 from __future__ import annotations
@@ -12,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -135,7 +134,7 @@ class _Band:
 
 
 class PyramidWriter:
-    """Write one pyramidal TIFF.
+    """Write one pyramid: a TIFF, or what else is made of tiles.
 
     Parameters
     ----------
@@ -143,10 +142,19 @@ class PyramidWriter:
         Final name; nothing is written under it, see `finish`.
     layout, codec
         What is written, and how.
+    assemble
+        Makes the file, or folder, of the finished tiles; see `write_tiff`, the default.
     """
 
-    def __init__(self, path: Path, layout: PyramidLayout, codec: TileCodec) -> None:
+    def __init__(
+        self,
+        path: Path,
+        layout: PyramidLayout,
+        codec: TileCodec,
+        assemble: Assembler | None = None,
+    ) -> None:
         self.path, self.layout, self.codec = path, layout, codec
+        self._assemble = assemble or partial(write_tiff, subifds=False)
         self._temporary = temporary_name(path)
         self._scratch_path = temporary_name(path, "tiles")
         self._levels = [_Index.empty(layout.grid(0))]
@@ -216,10 +224,20 @@ class PyramidWriter:
             for level in range(1, len(self.layout.level_sizes)):
                 self._levels.append(self._halved(level))
             self._scratch.flush()
-            self._assemble()
+            self._assemble(self, self._temporary)
             self._scratch.close()
         remove([self._scratch_path])
         return self._temporary, self.path
+
+    def tiles(self, level: int) -> Iterator[bytes]:
+        """Yield the encoded tiles of a level, row by row; for an `Assembler`."""
+        index = self._levels[level]
+        for row, column in product(*map(range, index.offsets.shape)):
+            yield self._read(index, row, column)
+
+    def tile_bytes(self, level: int) -> NDArray[np.int64]:
+        """Return how long each of `tiles` is, (rows, columns)."""
+        return self._levels[level].sizes
 
     def abort(self) -> None:
         """Remove what was written."""
@@ -313,30 +331,43 @@ class PyramidWriter:
         # Tiles are padded with their edge already, so an odd last pixel averages with itself.
         return canvas
 
-    def _assemble(self) -> None:
-        layout = self.layout
-        samples = () if layout.samples == 1 else (layout.samples,)
-        with tifffile.TiffWriter(self._temporary, bigtiff=True) as file:
-            for level, (width, height) in enumerate(layout.level_sizes):
-                per_cm = 1e4 / (layout.mpp * 2**level)
-                file.write(
-                    self._tiles(level),
-                    shape=(height, width, *samples),
-                    dtype=np.uint8,
-                    tile=(layout.tile_px, layout.tile_px),
-                    subfiletype=int(level > 0),
-                    resolution=(per_cm, per_cm),
-                    resolutionunit="CENTIMETER",
-                    description=layout.description if level == 0 and layout.description else None,
-                    metadata=None,
-                    software="HistoStream",
-                    **self.codec.tags,
-                )
 
-    def _tiles(self, level: int) -> Iterator[bytes]:
-        index = self._levels[level]
-        for row, column in product(*map(range, index.offsets.shape)):
-            yield self._read(index, row, column)
+Assembler = Callable[[PyramidWriter, Path], None]
+
+
+def write_tiff(pyramid: PyramidWriter, path: Path, *, subifds: bool) -> None:
+    """Put the tiles of a pyramid in a BigTIFF.
+
+    Parameters
+    ----------
+    pyramid
+        With all its levels.
+    path
+        The file.
+    subifds
+        Whether the reduced images are SubIFDs of the first page, where OME-TIFF has them, or
+        pages of their own (both of subfile type 1): OpenSlide sees only those.
+    """
+    layout = pyramid.layout
+    sizes = layout.level_sizes
+    samples = () if layout.samples == 1 else (layout.samples,)
+    with tifffile.TiffWriter(path, bigtiff=True, ome=False) as file:
+        for level, (width, height) in enumerate(sizes):
+            per_cm = 1e4 / (layout.mpp * 2**level)
+            file.write(
+                pyramid.tiles(level),
+                shape=(height, width, *samples),
+                dtype=np.uint8,
+                tile=(layout.tile_px, layout.tile_px),
+                subfiletype=int(level > 0),
+                subifds=len(sizes) - 1 if subifds and level == 0 else None,
+                resolution=(per_cm, per_cm),
+                resolutionunit="CENTIMETER",
+                description=layout.description if level == 0 and layout.description else None,
+                metadata=None,
+                software="HistoStream",
+                **pyramid.codec.tags,
+            )
 
 
 def deflate_codec(tags: dict[str, Any]) -> TileCodec:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from histostream.wsi.pyramid import PyramidLayout, PyramidWriter, deflate_codec, mean, nearest
 from histostream.wsi.sink import OUTSIDE, Segmented, SlideInfo
 
+OUTSIDE_NAME = "not analysed"  # where names are given to all labels
 OUTSIDE_COLOR = (255, 255, 255)
 UNUSED_COLOR = (128, 128, 128)
 

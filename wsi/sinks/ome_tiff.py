@@ -1,0 +1,95 @@
+"""labels.ome.tif: the label map as OME-TIFF, its reduced levels as SubIFDs."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+from histostream.wsi.errors import printable
+from histostream.wsi.pyramid import (
+    PyramidLayout,
+    PyramidWriter,
+    deflate_codec,
+    nearest,
+    write_tiff,
+)
+from histostream.wsi.sink import OUTSIDE, Segmented, SlideInfo
+from histostream.wsi.sinks.tiff import OUTSIDE_NAME, color_map
+
+SCHEMA = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
+NAMES, COLORS = "histostream/class-names", "histostream/class-colors"  # namespaces of annotations
+
+
+class OmeTiff:
+    """The label map as in labels.tif, for readers of OME-TIFF (Bio-Formats, OMERO).
+
+    Parameters
+    ----------
+    path
+        Final name.
+    info
+        The slide.
+    tile_px
+        Side of the file's tiles; band edges must be multiples of it.
+    """
+
+    def __init__(self, path: Path, info: SlideInfo, tile_px: int = 512) -> None:
+        layout = PyramidLayout(
+            info.width, info.height, 1, info.mpp, nearest, tile_px, description=ome_xml(info)
+        )
+        codec = deflate_codec({"photometric": "palette", "colormap": color_map(info)})
+        self._file = PyramidWriter(path, layout, codec, partial(write_tiff, subifds=True))
+
+    def write(self, part: Segmented) -> None:
+        """Take the next rows."""
+        self._file.write(part.x, part.y, part.labels)
+
+    def finish(self) -> list[tuple[Path, Path]]:
+        """Complete the file under its temporary name."""
+        return [self._file.finish()]
+
+    def abort(self) -> None:
+        """Remove what was written."""
+        self._file.abort()
+
+
+def ome_xml(info: SlideInfo) -> str:
+    """Describe the label map in OME-XML (2016-06): its size, um per pixel, names of classes.
+
+    ASCII, since TIFF knows no other text; other characters are XML's numeric ones.
+    """
+    head = {
+        "xmlns": SCHEMA,
+        "xmlns:xsi": "http://www.w3.org/2001/XMLSchema-instance",
+        "xsi:schemaLocation": f"{SCHEMA} {SCHEMA}/ome.xsd",
+    }
+    root = ET.Element("OME", head, Creator="HistoStream")
+    image = ET.SubElement(root, "Image", ID="Image:0", Name=printable(info.name))
+    size = {"SizeX": info.width, "SizeY": info.height, "SizeC": 1, "SizeZ": 1, "SizeT": 1}
+    pixels = ET.SubElement(
+        image, "Pixels", {n: str(v) for n, v in size.items()}, ID="Pixels:0",
+        DimensionOrder="XYCZT", Type="uint8", BigEndian="false", Interleaved="false",
+        PhysicalSizeX=repr(info.mpp), PhysicalSizeY=repr(info.mpp),  # um, unless said otherwise
+    )  # fmt: skip
+    ET.SubElement(pixels, "Channel", ID="Channel:0:0", Name="class", SamplesPerPixel="1")
+    ET.SubElement(pixels, "TiffData", IFD="0", PlaneCount="1")
+    names = {k: printable(entry.name) for k, entry in enumerate(info.classes)}
+    colors = {k: "#{:02x}{:02x}{:02x}".format(*entry.color) for k, entry in enumerate(info.classes)}
+    annotations = ET.SubElement(root, "StructuredAnnotations")
+    for namespace, values in ((NAMES, {**names, OUTSIDE: OUTSIDE_NAME}), (COLORS, colors)):
+        _annotate(image, annotations, namespace, values)
+    text: bytes = ET.tostring(root, encoding="us-ascii", xml_declaration=True)
+    return text.decode("ascii")
+
+
+def _annotate(
+    image: ET.Element, annotations: ET.Element, namespace: str, values: Mapping[int, str]
+) -> None:
+    name = f"Annotation:{len(annotations)}"
+    ET.SubElement(image, "AnnotationRef", ID=name)
+    found = ET.SubElement(annotations, "MapAnnotation", ID=name, Namespace=namespace)
+    value = ET.SubElement(found, "Value")
+    for label, text in values.items():
+        ET.SubElement(value, "M", K=str(label)).text = text
