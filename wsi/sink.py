@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -151,7 +152,7 @@ class Sink(Protocol):
         """Take the next rows."""
 
     def finish(self) -> list[tuple[Path, Path]]:
-        """Complete the files under temporary names; return (temporary, final) pairs."""
+        """Complete the files, or folders, under temporary names; return (temporary, final)."""
 
     def abort(self) -> None:
         """Remove the temporary files. Allowed at any time, also twice, also after `finish`."""
@@ -280,7 +281,7 @@ class OutputFolder:
         last = write_temporary(marker, json_text({**self.run, "outputs": names}))
         for temporary, final in (*pairs, last):
             with writing(final):
-                _sync(temporary)
+                _sync_all(temporary)
         with writing(marker):
             # From here to the end the folder is a mixture of two runs, and has no marker.
             marker.unlink(missing_ok=True)
@@ -289,7 +290,7 @@ class OutputFolder:
             with writing(final):
                 if final == marker:
                     _sync(self.path)
-                temporary.replace(final)
+                _replace(temporary, final)
         with writing(self.path):
             _sync(self.path)
         for call in self._afterwards:
@@ -350,10 +351,16 @@ def temporary_name(path: Path, suffix: str = "part") -> Path:
 
 
 def remove(paths: Iterable[Path]) -> None:
-    """Remove files that may not exist; the error that led here matters more than a new one."""
+    """Remove files and folders that may not exist.
+
+    The error that led here matters more than a new one.
+    """
     for path in paths:
         with suppress(OSError):
-            path.unlink(missing_ok=True)
+            if _is_folder(path):
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -380,6 +387,37 @@ def _message(path: Path, error: OSError) -> str:
     if error.errno in {errno.EEXIST, errno.ENOTDIR, errno.EISDIR}:
         return f"cannot write {path} ({reason}): move what is in the way or choose another folder"
     return f"cannot write {path} ({reason}): check the disk or choose another folder"
+
+
+def _replace(temporary: Path, final: Path) -> None:
+    """Put a finished file or folder in place of an older one.
+
+    A folder cannot be renamed over another, so the older one steps aside first. Between the two
+    renames there is none of the name; a process that is killed there leaves no marker either, so
+    the run is done again, which also removes what stepped aside.
+    """
+    if not _is_folder(temporary):
+        temporary.replace(final)
+        return
+    aside = temporary_name(final, "old")
+    remove([aside])
+    if _is_folder(final):
+        final.replace(aside)
+    temporary.replace(final)
+    remove([aside])
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether it is a folder itself: what a link points to is not ours to move or remove."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def _sync_all(path: Path) -> None:
+    """Force a file, or a folder with all that is in it, to the disk."""
+    if _is_folder(path):
+        for entry in path.iterdir():
+            _sync_all(entry)
+    _sync(path)
 
 
 def _sync(path: Path) -> None:

@@ -1,0 +1,272 @@
+"""Rasters for other readers: the same pixels as labels.tif, whole or not there at all."""
+
+from __future__ import annotations
+
+import os
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import large_image_source_openslide
+import numpy as np
+import ome_zarr_models.v04
+import openslide
+import pytest
+import tifffile
+import zarr
+from numpy.typing import NDArray
+
+from histostream.wsi.errors import OutputError
+from histostream.wsi.sink import OUTSIDE, ClassInfo, OutputFolder, Segmented, Sink, SlideInfo
+from histostream.wsi.sinks.ome_tiff import COLORS, NAMES, SCHEMA, OmeTiff
+from histostream.wsi.sinks.ome_zarr import OmeZarr
+from histostream.wsi.sinks.tiff import LabelTiff
+
+Array = NDArray[np.uint8]
+Maker = Callable[[Path, SlideInfo], Sink]
+
+CLASSES = (
+    ClassInfo("background", (250, 240, 230)),
+    ClassInfo("nucleus", (200, 10, 30)),
+    ClassInfo('gland, "drüse" <\x07>', (10, 150, 60)),
+)
+MPP = 0.2527
+SIZES = [(1, 1), (513, 1), (37, 1030), (2111, 1537)]
+RASTERS: dict[str, tuple[str, Maker]] = {
+    "ome-tiff": ("labels.ome.tif", OmeTiff),
+    "ome-zarr": ("labels.ome.zarr", OmeZarr),
+}
+
+
+def slide_info(width: int, height: int) -> SlideInfo:
+    return SlideInfo("slide é.svs", width, height, MPP, CLASSES)
+
+
+def label_map(width: int, height: int, seed: int = 0) -> Array:
+    """Squares of 23 px of classes, and glass to the right of 1024 px."""
+    values = np.array([0, 1, 2, OUTSIDE], np.uint8)
+    squares = np.random.default_rng(seed).integers(0, 4, (height // 23 + 1, width // 23 + 1))
+    labels = np.kron(values[squares], np.ones((23, 23), np.uint8))[:height, :width]
+    labels[:, 1024:] = OUTSIDE
+    return labels
+
+
+def parts(labels: Array, seed: int, band_px: int = 1 << 20) -> Iterator[Segmented]:
+    """Cut a label map as the runtime does: bands, then rows of any height."""
+    heights = np.random.default_rng(seed)
+    for x in range(0, labels.shape[1], band_px):
+        y = 0
+        while y < len(labels):
+            rows = labels[y : y + int(heights.integers(1, 900)), x : x + band_px]
+            glass = Segmented.outside(x, y, rows.shape[1], len(rows))
+            yield glass if (rows == OUTSIDE).all() else Segmented(x, y, rows)
+            y += len(rows)
+
+
+def publish(out: Path, maker: Maker, name: str, labels: Array, seed: int = 0, **cut: int) -> Path:
+    with OutputFolder(out, "slide") as folder:
+        folder.add(maker(folder.path / name, slide_info(labels.shape[1], labels.shape[0])))
+        for part in parts(labels, seed, **cut):
+            folder.write(part)
+    assert {p.name for p in folder.path.iterdir()} == {name, "run.json"}
+    return folder.path / name
+
+
+def content(path: Path) -> dict[str, bytes]:
+    """Return the bytes of a file, or of all files of a folder."""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return {p.relative_to(path).as_posix(): p.read_bytes() for p in files}
+
+
+@pytest.fixture(params=RASTERS)
+def raster(request: pytest.FixtureRequest) -> tuple[str, Maker]:
+    return RASTERS[request.param]
+
+
+def test_bits_do_not_depend_on_how_rows_were_cut(tmp_path: Path, raster: tuple[str, Maker]) -> None:
+    name, maker = raster
+    labels = label_map(2111, 1537)
+    found = [
+        content(publish(tmp_path / str(seed), maker, name, labels, seed, band_px=band_px))
+        for seed, band_px in [(0, 1 << 20), (1, 512)]
+    ]
+    assert found[0] == found[1]
+
+
+def test_a_run_that_fails_leaves_nothing(tmp_path: Path, raster: tuple[str, Maker]) -> None:
+    name, maker = raster
+
+    def fail() -> None:
+        with OutputFolder(tmp_path, "slide") as folder:
+            folder.add(maker(folder.path / name, slide_info(700, 600)))
+            for part in parts(label_map(700, 600), seed=0):
+                folder.write(part)
+            folder.finish()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_older_result_is_replaced(tmp_path: Path, raster: tuple[str, Maker]) -> None:
+    name, maker = raster
+    wanted = content(publish(tmp_path / "new", maker, name, label_map(700, 600)))
+    publish(tmp_path / "old", maker, name, label_map(2111, 1537, seed=1))
+    assert content(publish(tmp_path / "old", maker, name, label_map(700, 600))) == wanted
+
+
+# --------------------------------------------------------------------------- OME-TIFF
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_ome_tiff_has_the_levels_of_labels_tif(tmp_path: Path, width: int, height: int) -> None:
+    labels = label_map(width, height)
+    path = publish(tmp_path / "ome", OmeTiff, "labels.ome.tif", labels, band_px=1024)
+    plain = publish(tmp_path / "plain", LabelTiff, "labels.tif", labels)
+    with tifffile.TiffFile(path) as file, tifffile.TiffFile(plain) as other:
+        assert file.is_bigtiff
+        assert file.is_ome
+        assert len(file.pages) == 1  # the rest are SubIFDs
+        (series,) = file.series
+        assert [level.shape for level in series.levels] == [page.shape for page in other.pages]
+        for level, page in zip(series.levels, other.pages, strict=True):
+            np.testing.assert_array_equal(level.asarray(), page.asarray())
+            one = level.pages[0]
+            assert one is not None
+            assert one.aspage().is_tiled
+            np.testing.assert_array_equal(one.aspage().colormap, other.pages[0].aspage().colormap)
+
+
+def test_ome_xml_says_size_and_classes(tmp_path: Path) -> None:
+    path = publish(tmp_path, OmeTiff, "labels.ome.tif", label_map(1100, 900))
+    with tifffile.TiffFile(path) as file:
+        assert file.ome_metadata is not None
+        root = ET.fromstring(file.ome_metadata)
+    space = {"ome": SCHEMA}
+    image, pixels = root.find("ome:Image", space), root.find(".//ome:Pixels", space)
+    assert image is not None
+    assert image.get("Name") == "slide é.svs"
+    assert pixels is not None
+    assert [pixels.get(n) for n in ("SizeX", "SizeY", "SizeC", "Type")] == [
+        "1100", "900", "1", "uint8"]  # fmt: skip
+    assert [float(pixels.get(n, "")) for n in ("PhysicalSizeX", "PhysicalSizeY")] == [MPP, MPP]
+    found = {
+        entry.get("Namespace"): {m.get("K"): m.text for m in entry.iterfind(".//ome:M", space)}
+        for entry in root.iterfind(".//ome:MapAnnotation", space)
+    }
+    gland = 'gland, "drüse" <\\x07>'  # XML has no control characters
+    assert found[NAMES] == {"0": "background", "1": "nucleus", "2": gland, "255": "not analysed"}
+    assert found[COLORS] == {"0": "#faf0e6", "1": "#c80a1e", "2": "#0a963c"}
+    assert {ref.get("ID") for ref in root.iterfind(".//ome:AnnotationRef", space)} == {
+        entry.get("ID") for entry in root.iterfind(".//ome:MapAnnotation", space)}  # fmt: skip
+
+
+def test_ome_tiff_is_colored_and_scaled_in_other_readers(tmp_path: Path) -> None:
+    labels = label_map(1100, 900)
+    path = publish(tmp_path, OmeTiff, "labels.ome.tif", labels)
+    # The source that large_image.open takes, which leaves the file open in one that it does not.
+    found = large_image_source_openslide.open(str(path)).getMetadata()
+    assert found["mm_x"] == pytest.approx(MPP / 1000, rel=1e-6)
+    colors = np.full((256, 3), 255, np.uint8)
+    colors[:3] = [entry.color for entry in CLASSES]
+    with openslide.OpenSlide(path) as slide:
+        seen = np.asarray(slide.read_region((0, 0), 0, (1100, 900)))[..., :3]
+    np.testing.assert_array_equal(seen, colors[labels])
+
+
+# --------------------------------------------------------------------------- OME-Zarr
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_ome_zarr_has_the_levels_of_labels_tif(tmp_path: Path, width: int, height: int) -> None:
+    labels = label_map(width, height)
+    path = publish(tmp_path, OmeZarr, "labels.ome.zarr", labels, band_px=1024)
+    root: Any = zarr.open_group(path, mode="r", zarr_format=2)
+    said: Any = ome_zarr_models.v04.Image.from_zarr(root).attributes.multiscales[0]
+    assert [axis.name for axis in said.axes] == ["y", "x"]
+    assert {axis.unit for axis in said.axes} == {"micrometer"}
+    assert max(root[said.datasets[-1].path].shape) <= 512
+    for level, dataset in enumerate(said.datasets):
+        np.testing.assert_array_equal(root[dataset.path][:], labels[:: 2**level, :: 2**level])
+        (scale,) = dataset.coordinateTransformations
+        assert scale.scale == [MPP * 2**level] * 2
+
+
+def test_ome_zarr_is_a_label_image_as_the_specification_wants_it(tmp_path: Path) -> None:
+    path = publish(tmp_path, OmeZarr, "labels.ome.zarr", label_map(1100, 900))
+    root: Any = zarr.open_group(path, mode="r", zarr_format=2)
+    assert ome_zarr_models.v04.Labels.from_zarr(root["labels"]).attributes.labels == ["classes"]
+    found: Any = ome_zarr_models.v04.ImageLabel.from_zarr(root["labels/classes"]).attributes
+    assert [dataset.path for dataset in found.multiscales[0].datasets] == ["0", "1", "2"]
+    said = found.image_label
+    assert said.version == "0.4"
+    assert said.source is not None
+    assert (path / "labels" / "classes" / said.source.image).resolve() == path
+    assert {color.label_value: color.rgba for color in said.colors} == {
+        0: (250, 240, 230, 0), 1: (200, 10, 30, 255), 2: (10, 150, 60, 255),
+        255: (255, 255, 255, 0),
+    }  # fmt: skip
+    assert [(entry.label_value, entry.name) for entry in said.properties] == [
+        (0, "background"), (1, "nucleus"), (2, 'gland, "drüse" <\\x07>'), (255, "not analysed"),
+    ]  # fmt: skip
+
+
+def test_glass_takes_no_chunks(tmp_path: Path) -> None:
+    path = publish(tmp_path, OmeZarr, "labels.ome.zarr", label_map(2111, 1537))
+    chunks = {
+        p.relative_to(path).as_posix() for p in (path / "labels" / "classes" / "0").glob("*/*")
+    }
+    assert chunks == {f"labels/classes/0/{y}/{x}" for y in range(4) for x in range(2)}
+
+
+def test_what_a_killed_run_left_of_a_folder_is_not_in_the_next(tmp_path: Path) -> None:
+    for left in (".labels.ome.zarr.part", ".labels.ome.zarr.old"):
+        stray = tmp_path / "slide" / left / "labels" / "classes" / "0" / "9"
+        stray.mkdir(parents=True)
+        (stray / "9").write_bytes(b"stray")
+    labels = label_map(700, 600)
+    found = content(publish(tmp_path, OmeZarr, "labels.ome.zarr", labels))
+    assert found == content(publish(tmp_path / "other", OmeZarr, "labels.ome.zarr", labels))
+
+
+def test_a_folder_that_cannot_take_its_place_leaves_no_marker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = publish(tmp_path, OmeZarr, "labels.ome.zarr", label_map(700, 600))
+    replace = Path.replace
+
+    def refuse(self: Path, target: Path) -> Path:
+        if target == path:
+            raise PermissionError(13, "Permission denied")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(OutputError, match=r"may not write .*labels\.ome\.zarr"):
+        publish(tmp_path, OmeZarr, "labels.ome.zarr", label_map(700, 600, seed=1))
+    assert not (path.parent / "run.json").exists()
+    monkeypatch.undo()
+    wanted = label_map(700, 600, seed=2)
+    found = content(publish(tmp_path, OmeZarr, "labels.ome.zarr", wanted))
+    assert found == content(publish(tmp_path / "new", OmeZarr, "labels.ome.zarr", wanted))
+
+
+def test_a_link_to_a_folder_is_not_followed(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "kept").write_text("mine")
+    (tmp_path / "slide").mkdir()
+    (tmp_path / "slide" / "labels.ome.zarr").symlink_to(mine, target_is_directory=True)
+    with pytest.raises(OutputError, match="move what is in the way"):
+        publish(tmp_path, OmeZarr, "labels.ome.zarr", label_map(70, 60))
+    assert os.listdir(mine) == ["kept"]  # noqa: PTH208
+
+
+def test_a_missing_library_is_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(OutputError, match=r"needs zarr: pip install 'histostream\[zarr\]'"):
+        OmeZarr(tmp_path / "labels.ome.zarr", slide_info(70, 60))
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,172 @@
+"""labels.ome.zarr: the label map as OME-Zarr, a folder of small files.
+
+::
+
+    labels.ome.zarr/                 an image: the levels below, so that any reader opens it
+        labels/classes/              a label image of it: its levels, colours and names
+            0/  1/  ...              the arrays, in chunks of 512 x 512
+
+The specification wants label images in ``labels/`` of an image, and label maps have no other image
+than themselves: both name the same arrays. Version 0.4 (Zarr 2), because QuPath's and Fiji's
+reader (Bio-Formats by jzarr) knows no later one, and napari and large-image read both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from histostream.wsi.errors import printable
+from histostream.wsi.objects.slide_object import need
+from histostream.wsi.pyramid import PyramidLayout, PyramidWriter, deflate_codec, nearest
+from histostream.wsi.sink import OUTSIDE, Segmented, SlideInfo, remove, temporary_name
+from histostream.wsi.sinks.overview import BACKGROUND
+from histostream.wsi.sinks.tiff import OUTSIDE_NAME
+
+VERSION = "0.4"
+GROUP = "labels/classes"
+ZLIB_LEVEL = 5  # jzarr knows zlib and Blosc; of label maps zlib makes less than half
+# zarr and numcodecs themselves, and one tile on its way; measured.
+MEMORY_BYTES = 64 << 20
+
+
+class OmeZarr:
+    """The label map as in labels.tif, in chunks; what was not analysed takes no room.
+
+    Parameters
+    ----------
+    path
+        Final name of the folder.
+    info
+        The slide.
+    tile_px
+        Side of a chunk; band edges must be multiples of it.
+
+    Raises
+    ------
+    OutputError
+        If zarr is not installed, or the file for tiles cannot be made.
+    """
+
+    def __init__(self, path: Path, info: SlideInfo, tile_px: int = 512) -> None:
+        check_installed()
+        self._info = info
+        layout = PyramidLayout(info.width, info.height, 1, info.mpp, nearest, tile_px)
+        remove([temporary_name(path)])  # of a run that was killed: other chunks may be in it
+        self._file = PyramidWriter(path, layout, deflate_codec({}), self._assemble)
+
+    def write(self, part: Segmented) -> None:
+        """Take the next rows."""
+        self._file.write(part.x, part.y, part.labels)
+
+    def finish(self) -> list[tuple[Path, Path]]:
+        """Complete the folder under its temporary name."""
+        return [self._file.finish()]
+
+    def abort(self) -> None:
+        """Remove what was written."""
+        self._file.abort()
+
+    def _assemble(self, pyramid: PyramidWriter, path: Path) -> None:
+        import zarr
+
+        layout = pyramid.layout
+        root = zarr.create_group(path, zarr_format=2)
+        names = [f"{GROUP}/{level}" for level in range(len(layout.level_sizes))]
+        root.attrs.update(image_metadata(self._info, names))
+        root.create_group("labels").attrs.update({"labels": [GROUP.rpartition("/")[2]]})
+        levels = [name.rpartition("/")[2] for name in names]
+        root.create_group(GROUP).attrs.update(label_metadata(self._info, levels))
+        for level, name in enumerate(names):
+            _write_level(root, name, pyramid, level)
+
+
+def check_installed() -> None:
+    """See that zarr is there.
+
+    Raises
+    ------
+    OutputError
+        If it is not; the message says how to get it.
+    """
+    need("zarr", "labels.ome.zarr needs", "zarr")
+
+
+def image_metadata(info: SlideInfo, paths: Sequence[str]) -> dict[str, Any]:
+    """Return the ``multiscales`` of a pyramid; its levels, finest first, are at ``paths``.
+
+    ``omero`` says how to show it where colours are not known; large-image wants it, too.
+    """
+    last = max(len(info.classes) - 1, 1)
+    window = {"min": 0, "max": 255, "start": 0, "end": last}
+    # Each level keeps every second pixel of the one above, so their first centres coincide.
+    return {
+        "omero": {
+            "channels": [{"label": "class", "color": "FFFFFF", "active": True, "window": window}]
+        },
+        "multiscales": [
+            {
+                "version": VERSION,
+                "name": printable(info.name),
+                "type": "nearest",
+                "axes": [{"name": n, "type": "space", "unit": "micrometer"} for n in ("y", "x")],
+                "datasets": [
+                    {
+                        "path": path,
+                        "coordinateTransformations": [
+                            {"type": "scale", "scale": [info.mpp * 2**level] * 2}
+                        ],
+                    }
+                    for level, path in enumerate(paths)
+                ],
+            }
+        ],
+    }
+
+
+def label_metadata(info: SlideInfo, paths: Sequence[str]) -> dict[str, Any]:
+    """Return the same with the classes: colours, and names as properties."""
+    opaque = [0 if entry.name == BACKGROUND else 255 for entry in info.classes]
+    colors = [(*entry.color, a) for entry, a in zip(info.classes, opaque, strict=True)]
+    return {
+        **image_metadata(info, paths),
+        "image-label": {
+            "version": VERSION,
+            "colors": [
+                {"label-value": value, "rgba": list(rgba)}
+                for value, rgba in (*enumerate(colors), (OUTSIDE, (255, 255, 255, 0)))
+            ],
+            "properties": [
+                {"label-value": value, "name": name}
+                for value, name in (
+                    *((k, printable(entry.name)) for k, entry in enumerate(info.classes)),
+                    (OUTSIDE, OUTSIDE_NAME),
+                )
+            ],
+            "source": {"image": "../../"},
+        },
+    }
+
+
+def _write_level(root: Any, name: str, pyramid: PyramidWriter, level: int) -> None:
+    import numcodecs
+
+    layout = pyramid.layout
+    (width, height), px = layout.level_sizes[level], layout.tile_px
+    array = root.create_array(
+        name,
+        shape=(height, width),
+        chunks=(px, px),
+        dtype="uint8",
+        fill_value=OUTSIDE,
+        compressors=numcodecs.Zlib(ZLIB_LEVEL),
+        chunk_key_encoding={"name": "v2", "separator": "/"},  # as the specification wants it
+    )
+    columns = layout.grid(level)[1]
+    for number, data in enumerate(pyramid.tiles(level)):
+        tile = pyramid.codec.decode(data, (px, px))
+        if (tile == OUTSIDE).all():
+            continue  # a chunk that is missing holds the fill value
+        y, x = (px * place for place in divmod(number, columns))
+        array[y : y + px, x : x + px] = tile[: height - y, : width - x]
