@@ -8,19 +8,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import highdicom
+import imagecodecs
 import large_image_source_openslide
 import numpy as np
 import ome_zarr_models.v04
 import openslide
+import pydicom
 import pytest
 import tifffile
 import zarr
 from numpy.typing import NDArray
+from pydicom.encaps import generate_frames
 
-from histostream.wsi.errors import OutputError
+from histostream.wsi.errors import OutputError, SlideError
 from histostream.wsi.sink import OUTSIDE, ClassInfo, OutputFolder, Segmented, Sink, SlideInfo
+from histostream.wsi.sinks import dicom_seg
+from histostream.wsi.sinks.dicom_seg import DicomSeg
 from histostream.wsi.sinks.ome_tiff import COLORS, NAMES, SCHEMA, OmeTiff
 from histostream.wsi.sinks.ome_zarr import OmeZarr
+from histostream.wsi.sinks.rasters import RASTERS, check_installed
 from histostream.wsi.sinks.tiff import LabelTiff
 
 Array = NDArray[np.uint8]
@@ -33,10 +40,6 @@ CLASSES = (
 )
 MPP = 0.2527
 SIZES = [(1, 1), (513, 1), (37, 1030), (2111, 1537)]
-RASTERS: dict[str, tuple[str, Maker]] = {
-    "ome-tiff": ("labels.ome.tif", OmeTiff),
-    "ome-zarr": ("labels.ome.zarr", OmeZarr),
-}
 
 
 def slide_info(width: int, height: int) -> SlideInfo:
@@ -79,9 +82,18 @@ def content(path: Path) -> dict[str, bytes]:
     return {p.relative_to(path).as_posix(): p.read_bytes() for p in files}
 
 
+@pytest.fixture
+def slide_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return what stands for a slide that is not DICOM: nothing but its bytes is looked at."""
+    path = tmp_path_factory.mktemp("slides") / "slide.svs"
+    path.write_bytes(b"a slide")
+    return path
+
+
 @pytest.fixture(params=RASTERS)
-def raster(request: pytest.FixtureRequest) -> tuple[str, Maker]:
-    return RASTERS[request.param]
+def raster(request: pytest.FixtureRequest, slide_file: Path) -> tuple[str, Maker]:
+    name, make = RASTERS[request.param]
+    return name, lambda path, info: make(path, info, slide_file)
 
 
 def test_bits_do_not_depend_on_how_rows_were_cut(tmp_path: Path, raster: tuple[str, Maker]) -> None:
@@ -263,10 +275,148 @@ def test_a_link_to_a_folder_is_not_followed(tmp_path: Path) -> None:
     assert os.listdir(mine) == ["kept"]  # noqa: PTH208
 
 
+@pytest.mark.parametrize(
+    ("name", "needs"), [("ome-zarr", r"zarr: .*\[zarr\]"), ("dicom-seg", r"highdicom: .*\[dicom\]")]
+)
 def test_a_missing_library_is_one_clear_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, slide_file: Path, monkeypatch: pytest.MonkeyPatch, name: str, needs: str
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(OutputError, match=r"needs zarr: pip install 'histostream\[zarr\]'"):
-        OmeZarr(tmp_path / "labels.ome.zarr", slide_info(70, 60))
+    check_installed(["ome-tiff"])
+    with pytest.raises(OutputError, match=needs):
+        check_installed([name])
+    with pytest.raises(OutputError, match=needs):
+        RASTERS[name][1](tmp_path / "labels", slide_info(70, 60), slide_file)
     assert not list(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------- DICOM
+
+
+def segmentation(
+    out: Path, slide: Path, labels: Array, info: SlideInfo | None = None, **cut: int
+) -> Any:
+    info = info or slide_info(labels.shape[1], labels.shape[0])
+    with OutputFolder(out, "slide") as folder:
+        folder.add(DicomSeg(folder.path / "labels.dcm", info, slide))
+        for part in parts(labels, seed=3, **cut):
+            folder.write(part)
+    return highdicom.seg.segread(folder.path / "labels.dcm")
+
+
+def labels_of(found: Any) -> Array:
+    """Return what highdicom's own reader makes of all frames, less the 1 that labels begin at."""
+    matrix: Array = found.get_total_pixel_matrix(combine_segments=True, dtype=np.uint8)
+    return matrix - np.uint8(1)
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_highdicom_reads_the_labels(
+    tmp_path: Path, slide_file: Path, width: int, height: int
+) -> None:
+    labels = label_map(width, height)
+    found = segmentation(tmp_path, slide_file, labels, band_px=1024)
+    np.testing.assert_array_equal(labels_of(found), labels)
+    volume = found.get_volume(combine_segments=True, dtype=np.uint8)
+    np.testing.assert_array_equal(volume.array[0] - np.uint8(1), labels)
+    assert volume.spacing[1:] == pytest.approx([MPP / 1000] * 2)
+    assert list(found.segment_numbers) == [1, 2, 3]
+
+
+def test_pydicom_finds_every_frame_by_either_offset_table(
+    tmp_path: Path, slide_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = label_map(1100, 900)
+    for folder in ("basic", "extended"):
+        segmentation(tmp_path / folder, slide_file, labels)
+        header = pydicom.dcmread(tmp_path / folder / "slide" / "labels.dcm")
+        assert ("ExtendedOffsetTable" in header) == (folder == "extended")
+        frames = list(
+            generate_frames(
+                header.PixelData,
+                number_of_frames=header.NumberOfFrames,
+                extended_offsets=(header.ExtendedOffsetTable, header.ExtendedOffsetTableLengths)
+                if folder == "extended"
+                else None,
+            )
+        )
+        assert len(frames) == 3 * 2
+        middle = imagecodecs.jpegls_decode(frames[1]) - np.uint8(1)
+        np.testing.assert_array_equal(middle, labels[:512, 512:1024])
+        monkeypatch.setattr(dicom_seg, "LONGEST_OFFSET", 0)
+
+
+def test_segments_have_names_codes_and_colors(tmp_path: Path, slide_file: Path) -> None:
+    classes = (
+        *CLASSES[:2], ClassInfo("Tumour bed", (9, 9, 9)), ClassInfo("drüse \\ x", (1, 99, 250)),
+    )  # fmt: skip
+    info = SlideInfo("slide.svs", 40, 30, MPP, classes)
+    found = segmentation(tmp_path, slide_file, np.zeros((30, 40), np.uint8), info)
+    segments = [found.get_segment_description(number) for number in range(5)]
+    assert [segment.segment_label for segment in segments] == [
+        "not analysed", "background", "nucleus", "Tumour bed", "drüse / x"]  # fmt: skip
+    kinds = [segment.segmented_property_type for segment in segments]
+    assert [(kind.scheme_designator, kind.value) for kind in kinds[:4]] == [
+        ("DCM", "125040"), ("DCM", "125040"), ("SCT", "84640000"), ("SCT", "108369006"),
+    ]  # fmt: skip
+    assert (kinds[4].scheme_designator, kinds[4].meaning) == ("99HISTOSTREAM", "drüse / x")
+    for segment, entry in zip(segments[1:], classes, strict=True):
+        color = highdicom.color.CIELabColor(0, 0, 0)
+        color._value = tuple(segment.RecommendedDisplayCIELabValue)
+        np.testing.assert_allclose(color.to_rgb(), entry.color, atol=1)
+
+
+def test_the_same_slide_has_the_same_study_wherever_it_lies(
+    tmp_path: Path, slide_file: Path
+) -> None:
+    def identity(folder: str, slide: Path, labels: Array) -> tuple[list[str], list[str]]:
+        found = segmentation(tmp_path / folder, slide, labels)
+        source = found.SourceImageSequence[0].ReferencedSOPInstanceUID
+        return (
+            [found.StudyInstanceUID, found.FrameOfReferenceUID, source],
+            [found.SeriesInstanceUID, found.SOPInstanceUID],
+        )
+
+    copied, other = tmp_path / "copy.svs", tmp_path / "other.svs"
+    copied.write_bytes(slide_file.read_bytes())
+    os.utime(copied, ns=(slide_file.stat().st_mtime_ns,) * 2)
+    other.write_bytes(b"another slide")
+    labels = label_map(70, 60)
+    slide, result = identity("0", slide_file, labels)
+    assert identity("1", copied, labels) == (slide, result)
+    again, another = identity("2", slide_file, label_map(70, 60, seed=1))
+    assert again == slide
+    assert not set(another) & set(result)
+    assert not set(identity("3", other, labels)[0]) & set(slide)
+
+
+@pytest.mark.filterwarnings("ignore:Invalid value for VR UI")  # in the headers of these slides
+@pytest.mark.parametrize("width", [2220, 1200, 20])
+def test_a_dicom_slide_is_referred_to_at_the_nearest_level(
+    tmp_path: Path, wsi_slides: Path, width: int
+) -> None:
+    folder = wsi_slides / "dicom-cmu-1-small-region-ybr"
+    levels = [pydicom.dcmread(file, stop_before_pixels=True) for file in folder.glob("*.dcm")]
+    columns = min((level.TotalPixelMatrixColumns for level in levels),
+                  key=lambda w: abs(np.log(w / width)))  # fmt: skip
+    (level,) = (level for level in levels if level.TotalPixelMatrixColumns == columns)
+    labels = label_map(width, width)
+    for slide in (folder, next(folder.glob("*.dcm"))):
+        found = segmentation(tmp_path / slide.name, slide, labels)
+        (source,) = found.SourceImageSequence
+        assert source.ReferencedSOPInstanceUID == level.SOPInstanceUID
+        for name in ("StudyInstanceUID", "FrameOfReferenceUID", "ImageOrientationSlide"):
+            assert found[name].value == level[name].value
+        (series,) = found.ReferencedSeriesSequence
+        assert series.SeriesInstanceUID == level.SeriesInstanceUID
+        assert found.get_volume_geometry().spacing[1:] == pytest.approx([MPP / 1000] * 2)
+        np.testing.assert_array_equal(labels_of(found), labels)
+
+
+def test_a_header_that_cannot_be_used_is_one_clear_line(tmp_path: Path, slide_file: Path) -> None:
+    segmentation(tmp_path, slide_file, label_map(70, 60))
+    broken = tmp_path / "broken.dcm"
+    broken.write_bytes(b"\0" * 128 + b"DICM" + b"\x02\0\x10\0UI\xff\xff")
+    for slide in (broken, tmp_path / "slide" / "labels.dcm"):
+        with pytest.raises(SlideError, match="leave dicom-seg out"):
+            DicomSeg(tmp_path / "labels.dcm", slide_info(70, 60), slide)
