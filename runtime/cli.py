@@ -46,6 +46,7 @@ from histostream.runtime.memory import return_buffers_at_once
 from histostream.runtime.options import Options
 from histostream.wsi.console import fail, memory_mib, show_only_our_warnings
 from histostream.wsi.errors import HistoError, printable
+from histostream.wsi.sinks import rasters as raster_files
 from histostream.wsi.sinks.objects import ANNOTATIONS, check_installed
 from histostream.wsi.staging import shown
 
@@ -84,6 +85,10 @@ console = Console(stderr=True)
     help="Bound on memory, plain numbers are MiB; wide slides are run in column bands.",
 )  # fmt: skip
 @click.option("--probabilities", is_flag=True, help="Write probabilities.tif too.")
+@click.option(
+    "--rasters", default="", metavar="ome-tiff,ome-zarr,dicom-seg",
+    help="Write the label map as labels.ome.tif, labels.ome.zarr or labels.dcm too.",
+)  # fmt: skip
 @click.option("--geojson", is_flag=True, help="Write objects.geojson.gz, outlines for QuPath.")
 @click.option(
     "--annotations", type=click.Choice(tuple(ANNOTATIONS)), multiple=True,
@@ -138,6 +143,7 @@ def main(
     geojson: bool,
     annotations: tuple[str, ...],
     objects: str,
+    rasters: str,
     crf: bool,
     crf_params: str | None,
     crf_uncertain: float | None,
@@ -163,10 +169,12 @@ def main(
         settings = Options(
             threads=threads,
             annotations=(("qupath",) if geojson else ()) + annotations,
-            objects=tuple(name.strip() for name in objects.split(",") if name.strip()),
+            objects=_names(objects),
+            rasters=_names(rasters),
             **options,
         )
         check_installed(settings.objects, settings.simplify_um)
+        raster_files.check_installed(settings.rasters)
         if not crf and (crf_params is not None or crf_uncertain is not None):
             raise HistoError("--crf-params and --crf-uncertain are of --crf: add it")
         bundle = bundle or default_bundle()
@@ -211,6 +219,10 @@ def main(
         _fail("stopped; what is finished is kept, and the same command goes on from there")
         sys.exit(128 + stop.signal)
     sys.exit(1 if counts[FAILED] else 3 if damaged else 0)
+
+
+def _names(listed: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in listed.split(",") if name.strip())
 
 
 def _of_slide(settings: Options, slide: SlideInput) -> Options:

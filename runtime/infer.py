@@ -54,6 +54,7 @@ from histostream.wsi.lock import Process
 from histostream.wsi.reader import SlideReader, open_slide
 from histostream.wsi.resolution import SlideView, at_mpp, thumbnail
 from histostream.wsi.sink import OutputFolder, Segmented, SlideInfo
+from histostream.wsi.sinks import rasters
 from histostream.wsi.sinks.objects import Objects, memory_bytes
 from histostream.wsi.sinks.overview import Overview, overview_size
 from histostream.wsi.sinks.summary import Summary
@@ -620,6 +621,14 @@ def _plan_bands(
     if options.annotations or options.objects:
         more = memory_bytes(view.height, options.objects)
         further = replace(further, bytes_at_once=further.bytes_at_once + more)
+    if names := tuple(set(options.rasters)):
+        more = rasters.memory_bytes(view.width, view.height, names)
+        each = rasters.column_bytes(grid.tile_px, names)
+        further = replace(
+            further,
+            bytes_at_once=further.bytes_at_once + more,
+            bytes_per_column=further.bytes_per_column + each,
+        )
     if isinstance(engine, ManyDevices):
         if options.max_memory_mib is not None:
             raise OptionError("--max-memory cannot be kept while several devices share a slide")
@@ -642,6 +651,9 @@ def _add_sinks(
     folder.add(LabelTiff(folder.path / "labels.tif", info))
     if options.probabilities:
         folder.add(ProbabilityTiff(folder.path / "probabilities.tif", info))
+    for name in dict.fromkeys(options.rasters):
+        file, make = rasters.RASTERS[name]
+        folder.add(make(folder.path / file, info, view.slide.path))
     folder.add(Overview(folder.path / "overview.png", info, to_channels(picture, 3)))
     if files := (*options.annotations, *options.objects):
         objects = Objects(

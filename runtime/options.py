@@ -10,6 +10,7 @@ from typing import Any
 from histostream.runtime.crf.options import CrfOptions
 from histostream.wsi.errors import HistoError
 from histostream.wsi.sinks.objects import ANNOTATIONS, TABLES
+from histostream.wsi.sinks.rasters import RASTERS
 from histostream.wsi.staging import sha256_of
 
 FREE = ("batch", "threads", "max_memory_mib")  # options that change nothing in the result
@@ -58,6 +59,9 @@ class Options:
         Objects smaller than this are left out of them.
     simplify_um
         How far outlines may deviate, to have fewer points; 0: they follow the pixels.
+    rasters
+        Further files of the label map: "ome-tiff" (labels.ome.tif), "ome-zarr"
+        (labels.ome.zarr), "dicom-seg" (labels.dcm).
     """
 
     overlap_px: int | None = None
@@ -76,6 +80,7 @@ class Options:
     objects: tuple[str, ...] = ()
     min_area_um2: float = 0.0
     simplify_um: float = 0.0
+    rasters: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("batch", "threads", "max_memory_mib"):
@@ -84,7 +89,7 @@ class Options:
                 raise OptionError(f"{name}={value}: use 1 or more")
         if self.overlap_px is not None and self.overlap_px < 0:
             raise OptionError(f"overlap_px={self.overlap_px}: use 0 or more")
-        self._check_objects()
+        self._check_files()
 
     def deciding(self) -> dict[str, Any]:
         """Return the options that decide the bits of the result, as run.json says them.
@@ -95,12 +100,17 @@ class Options:
         values = {k: v for k, v in asdict(self).items() if k not in FREE}
         if self.roi is not None:
             values["roi"] = _content(self.roi)
-        for name in ("annotations", "objects"):  # as JSON has them, in whatever order asked for
+        for name in (
+            "annotations",
+            "objects",
+            "rasters",
+        ):  # as JSON has them, in whatever order asked for
             values[name] = sorted(set(values[name]))
         return values
 
-    def _check_objects(self) -> None:
-        for name, known in (("annotations", ANNOTATIONS), ("objects", TABLES)):
+    def _check_files(self) -> None:
+        lists = (("annotations", ANNOTATIONS), ("objects", TABLES), ("rasters", RASTERS))
+        for name, known in lists:
             for value in getattr(self, name):
                 if value not in known:
                     raise OptionError(f"{name}={value!r}: use {' or '.join(known)}")

@@ -230,6 +230,20 @@ def test_several_devices_share_slides_or_the_columns_of_one(
     assert wrong.stderr.strip() == "histo-infer: device 0 is named twice"
 
 
+def test_rasters_are_written_where_they_are_asked_for(
+    slide: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    command = (slide, "--model", tiny_bundle, "--out", tmp_path / "out", "--no-tissue")
+    done = infer(*command, "--rasters", "dicom-seg, ome-zarr,ome-tiff")
+    assert done.returncode == 0, done.stderr
+    outputs = json.loads((tmp_path / "out" / "slide" / "run.json").read_text())["outputs"]
+    assert {"labels.dcm", "labels.ome.tif", "labels.ome.zarr"} < set(outputs)
+    again = infer(*command, "--rasters", "ome-tiff,ome-zarr,dicom-seg")
+    assert "done before" in again.stdout
+    wrong = infer(*command, "--rasters", "zarr")
+    assert "use ome-tiff or ome-zarr or dicom-seg" in one_clear_line(wrong)
+
+
 def test_objects_are_written_where_they_are_asked_for(
     slide: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:

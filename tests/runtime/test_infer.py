@@ -260,6 +260,7 @@ def test_grey_and_colour_are_converted_to_what_the_model_takes() -> None:
         {"batch": 0}, {"threads": -1}, {"overlap_px": -4}, {"annotations": ("csv",)},
         {"objects": ("dsa",)}, {"min_area_um2": -1.0, "objects": ("csv",)},
         {"simplify_um": float("nan"), "objects": ("csv",)}, {"simplify_um": 0.5},
+        {"rasters": ("ome-tif",)},
     ],
     ids=str,
 )  # fmt: skip

@@ -118,6 +118,28 @@ def test_objects_of_a_run_broken_off_are_those_of_an_unbroken_run(
     assert not list(result.folder.glob(".*"))
 
 
+def test_rasters_of_a_run_broken_off_are_those_of_an_unbroken_run(
+    slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = replace(ALL, rasters=("ome-tiff", "ome-zarr", "dicom-seg"))
+    unbroken = segment_slide(slide, PlaceDependentEngine(), tmp_path / "unbroken", options)
+    monkeypatch.setattr(infer, "plan_bands", lambda *_, **__: [(0, 512), (512, 1100)])
+    for after in (40, 130):
+        with pytest.raises(Broken):
+            segment_slide(slide, Breaking(after=after), tmp_path / "broken", options)
+    result = segment_slide(slide, PlaceDependentEngine(), tmp_path / "broken", options)
+    assert result.run["resumed"]["runs"] == 3
+    assert not list(result.folder.glob(".*"))
+
+    def files(folder: Path) -> dict[str, bytes]:
+        found = [p for p in folder.rglob("*") if p.is_file() and p.parent != folder]
+        found += [folder / "labels.ome.tif", folder / "labels.dcm"]
+        return {p.relative_to(folder).as_posix(): p.read_bytes() for p in found}
+
+    assert len(files(unbroken.folder)) > 10
+    assert files(unbroken.folder) == files(result.folder)
+
+
 def test_only_the_row_above_is_inferred_again(slide: Path, tmp_path: Path) -> None:
     grid = TileGrid.cover(1100, 500, tile_px=64, overlap_px=16)
     in_a_row, rows = len(grid.xs), len(grid.ys)
