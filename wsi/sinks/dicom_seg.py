@@ -47,7 +47,6 @@ ITEM_TAG, END_TAG = (0xFFFE, 0xE000), (0xFFFE, 0xE0DD)
 PIXELS = struct.pack("<HH2s2xL", 0x7FE0, 0x0010, b"OB", 0xFFFFFFFF)
 LONGEST_OFFSET = 1 << 32  # above, the extended offset table takes the place of the basic one
 UNNAMED = "not known yet"
-MEMORY_BYTES = 64 << 20  # pydicom, highdicom and their dictionaries; measured
 
 
 class DicomSeg:

@@ -27,8 +27,7 @@ from histostream.wsi.sinks.tiff import OUTSIDE_NAME
 VERSION = "0.4"
 GROUP = "labels/classes"
 ZLIB_LEVEL = 5  # jzarr knows zlib and Blosc; of label maps zlib makes less than half
-# zarr and numcodecs themselves, and one tile on its way; measured.
-MEMORY_BYTES = 64 << 20
+MEMORY_BYTES = 48 << 20  # zarr and numcodecs themselves, and one tile on its way; measured
 
 
 class OmeZarr:

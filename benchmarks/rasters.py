@@ -1,0 +1,143 @@
+"""What each raster of the label map costs, beside labels.tif.
+
+::
+
+    python -m histostream.benchmarks.rasters --out benchmarks/results/rasters-cpu.json
+
+Label maps are fed to one sink as a run does, 512 rows at a time, each in a process of its own:
+
+- of a synthetic slide, and of its upper half, which shows whether time and memory follow the area;
+- a gigapixel: 65536 x 65536 px, an eighth of its rows full of discs, the rest glass.
+
+Peak memory is of the whole process. ``raster_mib`` is what is above the peak before the sink was
+opened: the libraries that it takes, its buffers and its index.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+
+from histostream.benchmarks.hardware import hardware
+from histostream.benchmarks.objects import BENCH, ROWS, SLIDE, discs, nuclei_rows
+from histostream.runtime.memory import peak_memory_mib
+from histostream.wsi.sink import OutputFolder, Segmented, Sink, SlideInfo
+from histostream.wsi.sinks.rasters import RASTERS
+from histostream.wsi.sinks.tiff import LabelTiff
+from histostream.wsi.synthetic import CLASSES
+
+FIRST = "labels.tif"  # what the others are compared with
+SIDE_PX, BLOCK_PX = 65536, 8192  # of the gigapixel; its discs repeat
+
+
+def stored_rows(raw: Path, width: int) -> Iterator[NDArray[np.uint8]]:
+    """Yield rows of a label map that lies in a file."""
+    with raw.open("rb") as file:
+        while rows := file.read(width * ROWS):
+            yield np.frombuffer(rows, np.uint8).reshape(-1, width)
+
+
+def gigapixel_rows() -> Iterator[NDArray[np.uint8] | None]:
+    """Yield rows of discs, and None for rows of glass."""
+    tissue = np.tile(next(discs(BLOCK_PX, ROWS)), (1, SIDE_PX // BLOCK_PX))
+    for top in range(0, SIDE_PX, ROWS):
+        yield tissue if SIDE_PX // 4 <= top < SIDE_PX // 4 + SIDE_PX // 8 else None
+
+
+def open_raster(name: str, folder: Path, info: SlideInfo, slide: Path) -> Sink:
+    """Open the sink of one file."""
+    if name == FIRST:
+        return LabelTiff(folder / FIRST, info)
+    file, make = RASTERS[name]
+    return make(folder / file, info, slide)
+
+
+def write(raw: Path | None, size: tuple[int, int], name: str, out: Path) -> dict[str, Any]:
+    """Feed a label map to one sink; None is the gigapixel."""
+    width, height = size
+    info = SlideInfo("synthetic", width, height, SLIDE.mpp, CLASSES)
+    rows = gigapixel_rows() if raw is None else stored_rows(raw, width)
+    first = next(rows)
+    before, seconds, y = peak_memory_mib() or 0.0, 0.0, 0
+    slide = out.with_suffix(".svs")
+    slide.write_bytes(b"slide")
+    with OutputFolder(out, "slide") as folder:
+        start = time.perf_counter()
+        sink = folder.add(open_raster(name, folder.path, info, slide))
+        seconds += time.perf_counter() - start
+        for labels in chain([first], rows):
+            glass = Segmented.outside(0, y, width, min(ROWS, height - y))
+            part = glass if labels is None else Segmented(0, y, labels)
+            start = time.perf_counter()
+            sink.write(part)
+            seconds += time.perf_counter() - start
+            y += len(part.labels)
+        start = time.perf_counter()
+        folder.finish()
+        end_s = time.perf_counter() - start
+    written = [p for p in folder.path.rglob("*") if p.is_file() and p.name != "run.json"]
+    mpx, peak = width * height / 1e6, peak_memory_mib() or 0.0
+    return {
+        "width": width, "height": height, "mpx": round(mpx, 1),
+        "seconds": round(seconds + end_s, 2), "seconds_beside": round(seconds, 2),
+        "seconds_at_end": round(end_s, 2), "mpx_per_s": round(mpx / (seconds + end_s), 1),
+        "megabytes": round(sum(p.stat().st_size for p in written) / 1e6, 4),
+        "files": len(written), "peak_mib": peak, "raster_mib": round(peak - before, 1),
+    }  # fmt: skip
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="JSON to write.")
+def main(out: Path) -> None:
+    """Measure how long each raster takes, and how much memory."""
+    rate = json.loads(BENCH.read_text())["runs"][0]["stages"]["end_to_end"]["mpx_per_s"]
+    runs: dict[str, dict[str, Any]] = {}
+    said: dict[str, Any] = {
+        "hardware": hardware(), "load_before": round(os.getloadavg()[0], 2), "threads": 1,
+        "inference": {"mpx_per_s": rate, "of": BENCH.name}, "runs": runs,
+    }  # fmt: skip
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        raw = place / "labels"
+        with raw.open("wb") as file:
+            for part in nuclei_rows(SLIDE):
+                file.write(part.tobytes())
+        half = place / "half"
+        upper = SLIDE.height // 2 // ROWS * ROWS
+        half.write_bytes(raw.read_bytes()[: SLIDE.width * upper])
+        maps: dict[str, tuple[Path | None, tuple[int, int]]] = {
+            "synthetic": (raw, (SLIDE.width, SLIDE.height)),
+            "half": (half, (SLIDE.width, upper)),
+            "gigapixel": (None, (SIDE_PX, SIDE_PX)),
+        }
+        for kind, (rows, size) in maps.items():
+            found = runs[kind] = {}
+            for title in (FIRST, *RASTERS):
+                with ProcessPoolExecutor(1, context) as pool:
+                    folder = place / f"{kind}-{title}"
+                    one = pool.submit(write, rows, size, title, folder).result()
+                if title != FIRST:
+                    one["seconds_of_labels_tif"] = round(
+                        one["seconds"] / found[FIRST]["seconds"], 2
+                    )
+                found[title] = one
+                click.echo(f"{kind}, {title}: {one}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(said, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
