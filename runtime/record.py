@@ -24,7 +24,7 @@ def versions() -> dict[str, str]:
     """Versions of what made a result."""
     names = (
         "histostream", "numpy", "onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-rtx",
-        "cuda-python", "pycuda", "large-image", "tifffile",
+        "cuda-python", "pycuda", "large-image", "tifffile", "zarr", "highdicom",
     )  # fmt: skip
     found = {"python": platform.python_version()}
     for name in names:
