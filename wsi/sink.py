@@ -200,6 +200,7 @@ class OutputFolder:
         self.run: dict[str, object] = {}
         self._sinks: list[Sink] = []
         self._finished: list[tuple[Path, Path]] | None = None
+        self._texts: list[tuple[Path, Path]] = []
         self._created: list[Path] = []
         self._lock = Lock(self.path / LOCK_FILE, gone)
         self._afterwards: list[Callable[[], None]] = []
@@ -252,6 +253,21 @@ class OutputFolder:
         if self._finished is None:
             self._finished = [pair for sink in self._sinks for pair in sink.finish()]
 
+    @property
+    def unpublished(self) -> dict[str, Path]:
+        """Where the files are that `finish` has completed, by their final names."""
+        return {final.name: temporary for temporary, final in (self._finished or [])}
+
+    def add_text(self, name: str, text: str) -> None:
+        """Publish a text that is made of what the sinks have finished.
+
+        Raises
+        ------
+        OutputError
+            If it cannot be written.
+        """
+        self._texts.append(write_temporary(self.path / name, text))
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -275,7 +291,7 @@ class OutputFolder:
 
     def _publish(self) -> None:
         self._lock.check()
-        pairs = list(self._finished or [])
+        pairs = [*(self._finished or []), *self._texts]
         names = sorted(final.name for _, final in pairs)
         marker = self.path / RUN_FILE
         last = write_temporary(marker, json_text({**self.run, "outputs": names}))
@@ -299,7 +315,7 @@ class OutputFolder:
     def _abort(self) -> None:
         for sink in self._sinks:
             sink.abort()
-        remove([temporary_name(self.path / RUN_FILE)])
+        remove([temporary_name(self.path / RUN_FILE), *(temporary for temporary, _ in self._texts)])
 
     def _remove_new_folders(self) -> None:
         with suppress(OSError):  # not empty, or already gone: then it is not ours to remove

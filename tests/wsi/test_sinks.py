@@ -467,6 +467,33 @@ def test_a_missing_folder_is_one_clear_line(tmp_path: Path) -> None:
         LabelTiff(tmp_path / "none" / "labels.tif", slide_info(10, 10))
 
 
+def test_a_text_made_of_finished_files_is_published_with_them_or_not_at_all(
+    tmp_path: Path,
+) -> None:
+    info, labels = slide_info(37, 30), label_map(37, 30)
+
+    def run(stops: bool) -> None:
+        with OutputFolder(tmp_path / "out", "slide") as folder:
+            folder.add(Summary(folder.path, info))
+            folder.write(Segmented(0, 0, labels))
+            folder.finish()
+            made = folder.unpublished["summary.json"]
+            folder.add_text("page.html", made.read_text())
+            assert not (folder.path / "page.html").exists()
+            if stops:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(stops=True)
+    assert not (tmp_path / "out").exists()
+    run(stops=False)
+    folder = tmp_path / "out" / "slide"
+    assert (folder / "page.html").read_text() == (folder / "summary.json").read_text()
+    said = json.loads((folder / "run.json").read_text())
+    assert said["outputs"] == ["page.html", "summary.csv", "summary.json"]
+    assert {p.name for p in folder.iterdir()} == {*said["outputs"], "run.json"}
+
+
 @pytest.mark.parametrize("stem", ["", "a/b", "..", "."])
 def test_a_stem_with_a_path_is_refused(tmp_path: Path, stem: str) -> None:
     with pytest.raises(OutputError, match="plain name"):

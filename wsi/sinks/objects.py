@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,6 +91,8 @@ class Objects:
         wanted = [k for k, entry in enumerate(info.classes) if entry.name != BACKGROUND]
         min_area_px = min_area_um2 / info.mpp**2
         self._components = Components(info.width, info.height, wanted, min_area_px)
+        self._counts = np.zeros(len(info.classes), np.int64)
+        self._areas_um2 = np.zeros(len(info.classes))
         self._files: list[ObjectFile] = []
         self._store = Store(temporary_name(folder / STORE))
         try:
@@ -104,6 +107,20 @@ class Objects:
         """How many objects are complete."""
         return len(self._store)
 
+    def by_class(self) -> list[dict[str, Any]]:
+        """Return how many objects each class has in the files, and their mean area in um2."""
+        return [
+            {
+                "name": entry.name,
+                "count": int(count),
+                "mean_um2": round(float(area / count), 2) if count else None,
+            }
+            for entry, count, area in zip(
+                self._info.classes, self._counts, self._areas_um2, strict=True
+            )
+            if entry.name != BACKGROUND
+        ]
+
     def write(self, part: Segmented) -> None:
         """Take the next rows."""
         for complete in self._components.add(part.x, part.y, part.labels):
@@ -113,6 +130,8 @@ class Objects:
         """Write the files under their temporary names."""
         self._store.add(self._components.finish())
         for found in self._full_size():
+            self._counts[found.label] += 1
+            self._areas_um2[found.label] += found.area_um2
             for file in self._files:
                 file.write(found)
         self._store.remove()
