@@ -40,7 +40,7 @@ LIBRARIES = (
     "large_image_source_dicom", "large_image_source_openslide", "large_image_source_pil",
     "large_image_source_tiff", "large_image_source_tifffile", "PIL.Image",
 )  # fmt: skip
-RESULTS = ("labels.tif", "overview.png", "summary.json", "summary.csv")
+RESULTS = ("labels.tif", "overview.png", "summary.json", "summary.csv", "report.html")
 OUT = "out"
 # Python's audit events (PEP 578) of what no input may make the program do.
 FORBIDDEN = {

@@ -36,6 +36,7 @@ from histostream.runtime.inputs import stem_of
 from histostream.runtime.memory import Further, peak_memory_mib, plan_bands
 from histostream.runtime.options import OptionError, Options
 from histostream.runtime.record import (
+    card_record,
     crf_record,
     differences,
     inputs_of,
@@ -45,6 +46,8 @@ from histostream.runtime.record import (
     time_record,
     versions,
 )
+from histostream.runtime.report import REPORT
+from histostream.runtime.report.slide import slide_report
 from histostream.runtime.result import SlideResult
 from histostream.wsi.damage import Damage, Undamaged
 from histostream.wsi.errors import SlideError, StoppedError
@@ -255,7 +258,7 @@ class SlideRun:
             if options.crf is not None:
                 check_memory(options.crf, len(card.classes), options.max_memory_mib)
             self._view = view
-            self._summary = _add_sinks(self._folder, view, card, options, picture)
+            self._summary, self._objects = _add_sinks(self._folder, view, card, options, picture)
             self._overview_blocks = self._slide.decoded_blocks
             self._hash = _Hash(job.path)
             self._open.callback(self._hash.stop)
@@ -313,7 +316,8 @@ class SlideRun:
             },
             "damaged": self._damage.record(),
             "model": {"method": engine.card.method, "engine": engine.name,
-                      "sha256": engine.card.files, "mpp": engine.card.mpp},
+                      "sha256": engine.card.files, "mpp": engine.card.mpp,
+                      "card": card_record(engine.card)},
             "options": plain(asdict(options)),
             "grid": {"tile_px": grid.tile_px, "overlap_px": grid.overlap_px,
                      "tiles": len(grid.xs) * len(grid.ys), "tiles_inferred": self._counts.tiles,
@@ -322,6 +326,7 @@ class SlideRun:
             "peak_memory_mib": peak_memory_mib(),
             **({"device": device} if device else {}),
             **({"crf": crf_record(options.crf, self._refined)} if options.crf else {}),
+            **({"objects": self._objects.by_class()} if self._objects else {}),
             **({"resumed": {"runs": self._begun.runs,
                             "mpx_before": round(self._counts.pixels_before / 1e6, 3)}}
                if self._begun.runs > 1 else {}),
@@ -330,9 +335,13 @@ class SlideRun:
             "versions": versions(),
         }  # fmt: skip
         self._folder.run.update(record)
+        summary = self._summary.as_dict()
+        files = self._folder.unpublished
+        said = {**record, "outputs": sorted([*files, REPORT])}
+        self._folder.add_text(REPORT, slide_report(said, summary, files["overview.png"]))
         self._folder.after_publishing(self._journal.remove)
         self._open.close()
-        return SlideResult(self._folder.path, self._summary.as_dict(), record)
+        return SlideResult(self._folder.path, summary, record)
 
     def __exit__(
         self,
@@ -645,7 +654,7 @@ def _add_sinks(
     card: ModelCard,
     options: Options,
     picture: NDArray[np.uint8],
-) -> Summary:
+) -> tuple[Summary, Objects | None]:
     assert view.mpp is not None  # a resolution was asked for, so the view has one
     info = SlideInfo(view.slide.path.name, view.width, view.height, view.mpp, card.classes)
     folder.add(LabelTiff(folder.path / "labels.tif", info))
@@ -655,13 +664,14 @@ def _add_sinks(
         file, make = rasters.RASTERS[name]
         folder.add(make(folder.path / file, info, view.slide.path))
     folder.add(Overview(folder.path / "overview.png", info, to_channels(picture, 3)))
+    objects = None
     if files := (*options.annotations, *options.objects):
         objects = Objects(
             folder.path, info, tuple(dict.fromkeys(files)), downsample=view.downsample,
             min_area_um2=options.min_area_um2, simplify_um=options.simplify_um,
         )  # fmt: skip
         folder.add(objects)
-    return folder.add(Summary(folder.path, info))
+    return folder.add(Summary(folder.path, info)), objects
 
 
 def _write_pixels(grid: TileGrid) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -18,6 +19,14 @@ from histostream.wsi.reader import SlideReader
 from histostream.wsi.resolution import SlideView
 from histostream.wsi.sink import RUN_FILE
 from histostream.wsi.staging import SlideVersion
+
+# Of a model card, beside its classes.
+CARD_FACTS = (
+    "note", "channels", "tile_px", "align_px", "halo_px", "tile_statistics", "score_kind", "opset",
+)  # fmt: skip
+TRAINING_FACTS = ("images", "scores", "data_sha256", "commit", "histostream")
+MOST_CLASSES = 255  # figures in a list are one for each class
+LONGEST_FACT = 300  # characters
 
 
 def versions() -> dict[str, str]:
@@ -102,7 +111,25 @@ def time_record(seconds: StageSeconds, counts: Counts, total: float) -> dict[str
         "seconds": {"total": round(total - waited, 3), **stages, "wait": waited},
         "mpx": round(counts.pixels / 1e6, 3),
         "mpx_per_s": round(pixels / 1e6 / max(total - waited, 1e-9), 3),
-        "bound_by": max(stages, key=lambda name: stages[name]),
+        "bound_by": bound_by(stages),
+    }
+
+
+def bound_by(stages: Mapping[str, float]) -> str:
+    """Return the stage that a run of these seconds waited for most."""
+    return max(stages, key=lambda name: stages[name])
+
+
+def card_record(card: ModelCard) -> dict[str, Any]:
+    """Say what the model is and how it was judged, so that a report needs no bundle.
+
+    Of the training record, which methods write as they like, only figures are taken.
+    """
+    return {
+        "classes": [entry.name for entry in card.classes],
+        **{name: getattr(card, name) for name in CARD_FACTS},
+        "parity": _figures(card.parity),
+        "training": _figures({n: v for n, v in card.training.items() if n in TRAINING_FACTS}),
     }
 
 
@@ -131,3 +158,20 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 40 else f"{text[:12]}..."
+
+
+def _figures(value: Any, depth: int = 3) -> Any:
+    """Return names and figures of a card as run.json can hold them; lists only of figures."""
+    if isinstance(value, dict):
+        found = {str(k): _figures(v, depth - 1) for k, v in value.items()} if depth else {}
+        return {k: v for k, v in found.items() if v is not None}
+    if isinstance(value, list):
+        return value if len(value) <= MOST_CLASSES and all(map(_is_figure, value)) else None
+    if isinstance(value, str):
+        return value[:LONGEST_FACT]
+    return value if _is_figure(value) else None
+
+
+def _is_figure(value: Any) -> bool:
+    # Compared with numbers: an integer of a card may be too long to be made a float.
+    return isinstance(value, int | float) and abs(value) < math.inf

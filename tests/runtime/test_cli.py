@@ -46,7 +46,8 @@ def test_a_real_slide_becomes_a_label_map(
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "out" / "CMU-1-Small-Region"
     assert {p.name for p in folder.iterdir()} == {
-        "labels.tif", "overview.png", "summary.json", "summary.csv", "run.json"}  # fmt: skip
+        "labels.tif", "overview.png", "summary.json", "summary.csv", "run.json", "report.html",
+    }  # fmt: skip
     with openslide.OpenSlide(str(folder / "labels.tif")) as labels:
         assert labels.dimensions == (2220, 2967)
         assert labels.level_count > 2
