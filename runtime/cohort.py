@@ -16,6 +16,7 @@ import gc
 import io
 import json
 import logging
+import math
 import socket
 import time
 import traceback
@@ -34,6 +35,8 @@ from histostream.runtime.infer import DoneError, Job, ManyDevices, SlideRun
 from histostream.runtime.inputs import SlideInput
 from histostream.runtime.options import Options
 from histostream.runtime.record import read_run
+from histostream.runtime.report import REPORT
+from histostream.runtime.report.cohort import CohortReport, cohort_slide
 from histostream.runtime.result import SlideResult
 from histostream.wsi.errors import HistoError, StoppedError
 from histostream.wsi.lock import LockedError, Process
@@ -48,7 +51,8 @@ FAILED = "failed"
 STOPPED = "stopped"
 NOT_BEGUN = "not begun"
 AT_ONCE = 2  # slides in one worker: one on the device, one before or after it
-SAVE_S = 5.0  # between two versions of cohort.csv, at least
+SAVE_S = 5.0  # between two versions of cohort.csv, at least,
+SAVE_TIMES = 20  # and as many times what writing the last one took
 log = logging.getLogger(__name__)
 
 Report = Callable[[int, int], None]  # pixels done, pixels in all
@@ -349,7 +353,7 @@ def run_cohort(
     report, stopping
         As for `Crew.segment_all`.
     record
-        Folder of ``cohort.csv`` and ``cohort.json``; None: none are kept.
+        Folder of ``cohort.csv``, ``cohort.json`` and ``report.html``; None: none are kept.
 
     Yields
     ------
@@ -362,18 +366,20 @@ def run_cohort(
     """
     outcomes = [Outcome(NOT_BEGUN) for _ in tasks]
     started = datetime.now(UTC)
-    saved = -SAVE_S
+    page = None if record is None else CohortReport(record)
+    again = -math.inf  # when the record is written next
     try:
         for i, outcome in crew.segment_all(tasks, report=report, stopping=stopping):
             outcomes[i] = outcome
             yield i, outcome
-            if record is not None and time.monotonic() - saved > SAVE_S:
-                _save(record, tasks, outcomes, started)
+            if record is not None and page is not None and (clock := time.monotonic()) > again:
+                _save(record, page, tasks, outcomes, started)
                 saved = time.monotonic()
+                again = saved + max(SAVE_S, SAVE_TIMES * (saved - clock))
     finally:
-        if record is not None and tasks:
+        if record is not None and page is not None and tasks:
             _see_elsewhere(tasks, outcomes)
-            _save(record, tasks, outcomes, started)
+            _save(record, page, tasks, outcomes, started)
 
 
 def outcome_of(result: SlideResult) -> Outcome:
@@ -416,27 +422,34 @@ def _naming(source: str, text: str) -> str:
 
 
 def _save(
-    folder: Path, tasks: Sequence[Task], outcomes: Sequence[Outcome], started: datetime
+    folder: Path,
+    page: CohortReport,
+    tasks: Sequence[Task],
+    outcomes: Sequence[Outcome],
+    started: datetime,
 ) -> None:
-    """Write cohort.json and cohort.csv, each whole or not at all."""
+    """Write cohort.json, cohort.csv and report.html, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = [_line(task, outcome) for task, outcome in zip(tasks, outcomes, strict=True)]
-    write_json(
-        folder / "cohort.json",
-        {
-            "host": socket.gethostname(),
-            "started": started.isoformat(timespec="seconds"),
-            "updated": datetime.now(UTC).isoformat(timespec="seconds"),
-            "counts": dict(Counter(outcome.status for outcome in outcomes)),
-            "slides": lines,
-        },
-    )
+    when = {
+        "host": socket.gethostname(),
+        "started": started.isoformat(timespec="seconds"),
+        "updated": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    counts = dict(Counter(outcome.status for outcome in outcomes))
+    write_json(folder / "cohort.json", {**when, "counts": counts, "slides": lines})
     names = list(dict.fromkeys(name for line in lines for name in line))
     text = io.StringIO()
     table = csv.DictWriter(text, fieldnames=names, lineterminator="\n")
     table.writeheader()
     table.writerows(lines)
     write_whole(folder / "cohort.csv", text.getvalue())
+    slides = [
+        cohort_slide(task.slide.name, shown(task.slide.source), outcome.status, outcome.reason,
+                     outcome.run, outcome.summary)
+        for task, outcome in zip(tasks, outcomes, strict=True)
+    ]  # fmt: skip
+    write_whole(folder / REPORT, page.text(slides, **when))
 
 
 def _line(task: Task, outcome: Outcome) -> dict[str, Any]:

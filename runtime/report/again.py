@@ -8,9 +8,14 @@ from typing import Any
 
 from histostream.runtime.record import read_run
 from histostream.runtime.report import REPORT
+from histostream.runtime.report.cohort import CohortReport, CohortSlide, cohort_slide
+from histostream.runtime.report.said import Said
 from histostream.runtime.report.slide import slide_report
 from histostream.wsi.errors import HistoError
 from histostream.wsi.sink import write_whole
+from histostream.wsi.staging import is_plain
+
+WITH_RESULT = ("done", "damaged", "unchanged")  # statuses of slides that have results of that run
 
 
 class ReportError(HistoError, ValueError):
@@ -18,15 +23,16 @@ class ReportError(HistoError, ValueError):
 
 
 def write_report(folder: Path) -> Path:
-    """Make ``report.html`` of a slide's results again.
+    """Make ``report.html`` of a slide's results again, or of a cohort's.
 
-    Of what run.json and summary.json say, only what is there and of its kind is told; no file that
-    they name is opened.
+    Of what the files say, only what is there and of its kind is told; no file that they name is
+    opened, but for the folders of a cohort's slides, which are inside of its own.
 
     Parameters
     ----------
     folder
-        Where run.json, summary.json and overview.png are; the latter two may be missing.
+        Where run.json, summary.json and overview.png are, of which the latter two may be missing;
+        or cohort.json, and the slides' folders.
 
     Returns
     -------
@@ -35,22 +41,44 @@ def write_report(folder: Path) -> Path:
     Raises
     ------
     ReportError
-        If there is no run.json, or it is broken.
+        If there is neither a run.json nor a cohort.json, or it is broken.
     OutputError
         If the report cannot be written.
     """
     run = read_run(folder)
-    if run is None:
-        raise ReportError(f"{folder}: no results (no run.json that can be read); run histo-infer")
-    text = slide_report(run, read_summary(folder), folder / "overview.png")
+    if run is not None:
+        text = slide_report(run, _read(folder / "summary.json"), folder / "overview.png")
+    else:
+        text = _cohort_report(folder)
     write_whole(folder / REPORT, text)
     return folder / REPORT
 
 
-def read_summary(folder: Path) -> dict[str, Any]:
-    """Return what the summary.json of an output folder says; nothing if it cannot be read."""
+def _cohort_report(folder: Path) -> str:
+    said = Said(_read(folder / "cohort.json"))
+    if not said.at("slides"):
+        raise ReportError(
+            f"{folder}: no results (no run.json or cohort.json that can be read); run histo-infer"
+        )
+    when = {name: said.text(name) for name in ("host", "started", "updated")}
+    slides = [_cohort_slide(folder, line) for line in said.at("slides")]
+    return CohortReport(folder).text(slides, **when)
+
+
+def _cohort_slide(folder: Path, line: Said) -> CohortSlide:
+    name, status = line.text("name"), line.text("status")
+    # The name is that of a folder: one that leads elsewhere has no results here.
+    at = folder / name if is_plain(name) and status in WITH_RESULT else None
+    return cohort_slide(
+        name, line.text("path"), status, line.text("reason"),
+        None if at is None else read_run(at), None if at is None else _read(at / "summary.json"),
+    )  # fmt: skip
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return what a file of JSON says; nothing if it cannot be read."""
     try:
-        said = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        said = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return said if isinstance(said, dict) else {}

@@ -59,7 +59,7 @@ def read_picture(path: Path, width: int, height: int, longest_px: int) -> Pictur
             # Nothing is decoded yet: a file of another size is not ours, and may be a bomb.
             if page.width != inner[0] + LEGEND_PX or not inner[1] <= page.height <= 8 * OVERVIEW_PX:
                 return None
-            picture = page.convert("RGB").crop((0, 0, *inner))
+            picture = page.crop((0, 0, *inner)).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # what Pillow raises
         return None
     picture.thumbnail((longest_px, longest_px), Image.Resampling.BOX, reducing_gap=None)

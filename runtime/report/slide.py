@@ -247,10 +247,11 @@ def _warnings(run: Said, summary: Said) -> list[Warned]:
     scale, own = run.number("slide", "scale"), run.number("slide", "mpp")
     given, mpp = run.number("options", "mpp"), run.number("slide", "result_mpp")
     if damaged:
-        places = f"{damaged} places" if damaged > 1 else "1 place"
+        places = f"{damaged} blocks" if damaged > 1 else "1 block"
+        background = any(c.name == BACKGROUND for c in shares_of(summary))
         found.append(Warned(
-            f"{places} of the slide could not be decoded and counted as background, or as not "
-            "analysed where the model has none."
+            f"{places} of the slide could not be decoded: "
+            f"{'background in the labels' if background else 'not analysed'}."
         ))  # fmt: skip
     if summary.number("analysed_mm2") == 0:
         found.append(Warned(
@@ -366,7 +367,8 @@ def _run_facts(run: Said) -> list[Fact]:
         if run.at("resumed"):
             text = f"{figure(done)} in the last run, of a grid of {figure(tiles)}"
         else:
-            text = f"{figure(done)} run, {figure(tiles - done)} without tissue skipped"
+            skipped = f", {figure(tiles - done)} skipped" if tiles > done else ""
+            text = f"{figure(done)} run{skipped}"
         found.append(Fact("Tiles", text))
     px, overlap = run.number("grid", "tile_px"), run.number("grid", "overlap_px")
     if px is not None:

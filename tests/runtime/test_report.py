@@ -9,6 +9,8 @@ import json
 import os
 import re
 import sys
+import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,11 +23,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from histostream.runtime import cohort
 from histostream.runtime.card import default_bundle, read_card
+from histostream.runtime.cohort import LocalCrew, Task, run_cohort
 from histostream.runtime.infer import SlideResult, segment_slide
+from histostream.runtime.inputs import SlideInput
 from histostream.runtime.options import Options
 from histostream.runtime.record import card_record
-from histostream.runtime.report.again import ReportError, write_report
+from histostream.runtime.report.again import WITH_RESULT, ReportError, write_report
+from histostream.runtime.report.cohort import (
+    MOST_PICTURES,
+    WELL,
+    WORST_FIRST,
+    CohortReport,
+    CohortSlide,
+    cohort_slide,
+)
+from histostream.runtime.report.distribution import distribution
 from histostream.runtime.report.picture import PICTURE_PX, read_picture
 from histostream.runtime.report.said import Said, duration, figure, percent, size
 from histostream.runtime.report.slide import slide_report
@@ -39,9 +53,9 @@ from .test_damage import damage, write_compressed
 ALL = Options(tissue=False, overlap_px=16)
 MARKUP = "<img src=x onerror=alert(1)>\"'&amp;</style></title><script>alert(2)</script>{{ 7 * 7 }}"
 ATTRIBUTES = {
-    "alt", "aria-label", "charset", "class", "content", "d", "height", "href", "http-equiv", "lang",
-    "name", "preserveAspectRatio", "role", "scope", "src", "style", "viewBox", "width", "x", "y",
-    "colspan", "open", "id", "loading", "x1", "x2", "y1", "y2",
+    "alt", "aria-label", "charset", "class", "colspan", "content", "d", "height", "href",
+    "http-equiv", "lang", "name", "preserveAspectRatio", "role", "rowspan", "scope", "src", "style",
+    "viewBox", "width", "x", "y",
 }  # fmt: skip
 
 
@@ -205,7 +219,7 @@ def test_damaged_places_are_counted_listed_and_outlined(tmp_path: Path) -> None:
     damage(slide, [2 * 7 + 3, 0])
     done = segment_slide(slide, IdentityEngine(), tmp_path / "out", ALL)
     page = parsed((done.folder / "report.html").read_text(encoding="utf-8"))
-    assert "2 places of the slide could not be decoded" in warnings(page)
+    assert "2 blocks of the slide could not be decoded: not analysed" in warnings(page)
     assert ["0", "192", "128", "64", "64"] in rows(page)
     (drawing,) = [e for e in page.iter() if str(e.tag).endswith("svg")]
     assert drawing.get("viewBox") == "0 0 400 300"
@@ -337,3 +351,125 @@ def test_only_what_is_of_its_kind_is_said() -> None:
     assert said.text("a") == ""
     assert [entry.number() for entry in said.at("list")] == [1]
     assert list(said.at("a")) == []
+
+
+def made_up(count: int) -> list[CohortSlide]:
+    """Return slides of which every tenth failed and every seventh is damaged."""
+    rng = np.random.default_rng(1)
+    slides = []
+    for i in range(count):
+        status = "failed" if i % 10 == 9 else "damaged" if i % 7 == 6 else "done"
+        share = float(rng.beta(2, 9))
+        classes = [
+            {"name": name, "color": [k, 9, 9], "area_mm2": 3 * part, "share": part}
+            for k, (name, part) in enumerate((("ground", 1 - share), ("gland", share)))
+        ]
+        summary = {"width_px": 40, "height_px": 30, "analysed_mm2": 3.0, "classes": classes}
+        run = {"mpx": 12.5, "mpx_per_s": float(rng.uniform(0.5, 2)), "seconds": {"total": 9.0},
+               "damaged": [{}] * (status == "damaged")}  # fmt: skip
+        said = (None, None) if status == "failed" else (run, summary)
+        slides.append(cohort_slide(f"slide-{i}", f"/in/{i}.svs", status, f"why {i}", *said))
+    return slides
+
+
+WHEN = {"host": "h", "started": "s", "updated": "u"}
+
+
+def test_a_cohort_leaves_a_report_of_all_its_slides(tmp_path: Path) -> None:
+    slides = [write_slide(tmp_path / f"{n}.tif", random_pixels(300, 200, n)) for n in range(3)]
+    slides[1].write_bytes(b"no slide")
+    odd = MARKUP.replace("/", "|")
+    slides[2] = write_compressed(tmp_path / f"{odd}.tif", random_pixels(130, 90))
+    damage(slides[2], [0])
+    out = tmp_path / "out"
+    wanted = [Task(SlideInput(str(p), p.stem), out, ALL) for p in slides]
+    crew = LocalCrew(IdentityEngine)
+    list(run_cohort(wanted, crew, record=out))
+    crew.close()
+    text = (out / "report.html").read_text(encoding="utf-8")
+    page = parsed(text)
+    assert loads_nothing(page)
+    *_, table = page.iter("table")
+    lines = rows(table)[2:]
+    assert [line[1] for line in lines] == ["failed", "damaged", "done"]  # the worst first
+    summary = json.loads((out / "0" / "summary.json").read_text())
+    for entry in summary["classes"]:
+        assert figure(entry["area_mm2"]) in lines[2]
+        assert figure(100 * entry["share"]) in lines[2]
+    failed, damaged = rows(next(page.iter("table")))[1:]
+    assert failed[:2] == ["1", "failed"]
+    assert "1.tif" in failed[2]
+    assert damaged[0] == odd
+    links = {unquote_to_bytes(a.get("href", ""))[2:].decode() for a in page.iter("a")}
+    assert links - {"cohort.csv", "cohort.json"} == {"0/report.html", f"{odd}/report.html"}
+    assert len(list(page.iter("img"))) == 2
+    assert write_report(out).read_text(encoding="utf-8") == text
+
+
+def test_the_report_of_a_cohort_opens_nothing_outside_of_its_folder(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for folder in (tmp_path / "elsewhere", out / ".hidden"):
+        folder.mkdir()
+        (folder / "run.json").write_text('{"mpx": 1}')
+        (folder / "summary.json").write_text('{"width_px": 4, "height_px": 3, "analysed_mm2": 777}')
+    lines = [{"name": n, "status": "done"} for n in ("../elsewhere", ".hidden", "", 7, "a\0b")]
+    (out / "cohort.json").write_text(json.dumps({"slides": [*lines, "no line", None]}))
+    page = parsed(write_report(out).read_text(encoding="utf-8"))
+    assert "777" not in text_of(page)
+    assert loads_nothing(page)
+    assert len(list(page.iter("a"))) == 2  # the tables
+
+
+def test_thousands_of_slides_are_one_small_page_made_at_once(tmp_path: Path) -> None:
+    slides = made_up(2000)
+    info = SlideInfo("s", 40, 30, 0.5, CARD.classes)
+    ((made, _),) = Overview(tmp_path / "overview.png", info, random_pixels(40, 30)).finish()
+    for slide in slides:
+        (tmp_path / slide.name).mkdir()
+        os.link(made, tmp_path / slide.name / "overview.png")
+    page = CohortReport(tmp_path)
+    page.text(slides, **WHEN)
+    for path in tmp_path.rglob("*.png"):  # each was read once
+        path.unlink()
+    start = time.process_time()
+    text = page.text(slides, **WHEN)
+    assert time.process_time() - start < 5  # 0.5 on a quiet machine
+    assert len(text) < 3_000_000
+    assert text.count("data:image/jpeg") == MOST_PICTURES
+    tree = parsed(text)
+    assert f"{MOST_PICTURES} of 1800 are shown" in text_of(tree)
+    *_, table = tree.iter("table")
+    assert len(rows(table)) == 2 + 2000
+    reasons = Counter(re.findall(r">(why \d+)<", text))
+    wrong = [slide.reason for slide in slides if slide.status != "done"]
+    assert reasons == Counter(wrong)  # each is said once
+
+
+def test_every_status_of_a_cohort_has_its_rank() -> None:
+    words = {getattr(cohort, name) for name in (
+        "DONE", "DAMAGED", "UNCHANGED", "ELSEWHERE", "FAILED", "STOPPED", "NOT_BEGUN")}  # fmt: skip
+    assert set(WORST_FIRST) == words
+    assert {*WELL, "damaged"} == set(WITH_RESULT)
+
+
+@pytest.mark.parametrize("values", [[0.0], [1.0], [0.07, 0.2, 0.2, 0.93], [3e-7, 2e-7], [41.0] * 9])
+def test_a_plot_has_each_value_at_its_place(values: list[float]) -> None:
+    plot = distribution(values)
+    assert plot.most >= max(values)
+    assert max(values) == 0 or plot.most < 2.51 * max(values)
+    ticks = [int(x) for x in re.findall(r"M(\d+) ", plot.ticks)]
+    assert ticks == sorted({round(400 * value / plot.most) for value in values})
+    heights = [float(h) for h in re.findall(r"v-([\d.]+)", plot.bars)]
+    in_bins = Counter(min(int(40 * value / plot.most), 39) for value in values)
+    tallest = max(in_bins.values())
+    assert heights == pytest.approx([34 * in_bins[i] / tallest for i in sorted(in_bins)], abs=0.06)
+    assert plot.middle == pytest.approx(400 * np.median(values) / plot.most)
+
+
+def test_the_bar_of_a_slide_is_as_wide_as_its_shares() -> None:
+    (slide,) = made_up(1)
+    stops = re.findall(r"rgb\((\d+) 9 9\) 0 ([\d.]+)%", slide.bar)
+    assert [k for k, _ in stops] == ["0", "1"]
+    assert float(stops[0][1]) == pytest.approx(100 * (slide.classes[0].share or 0), abs=0.06)
+    assert float(stops[1][1]) == 100
