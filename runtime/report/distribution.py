@@ -11,6 +11,7 @@ WIDTH, HEIGHT = 400, 44  # of the drawing, in its own units
 RUG = 8  # height of the ticks
 FLOOR = HEIGHT - RUG - 2  # on which the bars stand
 BINS = 40
+STEPS = (1, 1.5, 2, 3, 4, 5, 6, 8, 10)  # where axes end
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +62,8 @@ def distribution(values: Sequence[float], most: float = math.inf) -> Distributio
 
 
 def round_up(value: float) -> float:
-    """Return the least of 1, 2 and 5 times a power of ten that is not below a value; 1 for 0."""
+    """Return the least of `STEPS` times a power of ten that is not below a value; 1 for 0."""
     if value <= 0:
         return 1.0
     decade = 10.0 ** math.floor(math.log10(value))
-    return next(step * decade for step in (1, 2, 5, 10, 20) if step * decade >= value)
+    return next(step * decade for step in (*STEPS, 20) if step * decade >= value)

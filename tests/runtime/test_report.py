@@ -457,7 +457,7 @@ def test_every_status_of_a_cohort_has_its_rank() -> None:
 def test_a_plot_has_each_value_at_its_place(values: list[float]) -> None:
     plot = distribution(values)
     assert plot.most >= max(values)
-    assert max(values) == 0 or plot.most < 2.51 * max(values)
+    assert max(values) == 0 or plot.most < 1.51 * max(values)
     ticks = [int(x) for x in re.findall(r"M(\d+) ", plot.ticks)]
     assert ticks == sorted({round(400 * value / plot.most) for value in values})
     heights = [float(h) for h in re.findall(r"v-([\d.]+)", plot.bars)]
