@@ -55,7 +55,7 @@ MARKUP = "<img src=x onerror=alert(1)>\"'&amp;</style></title><script>alert(2)</
 ATTRIBUTES = {
     "alt", "aria-label", "charset", "class", "colspan", "content", "d", "height", "href",
     "http-equiv", "lang", "name", "preserveAspectRatio", "role", "rowspan", "scope", "src", "style",
-    "viewBox", "width", "x", "y",
+    "vector-effect", "viewBox", "width", "x", "y",
 }  # fmt: skip
 
 
