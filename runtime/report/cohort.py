@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from histostream.runtime.report import REPORT
 from histostream.runtime.report.distribution import FLOOR, Distribution, distribution
 from histostream.runtime.report.page import render
 from histostream.runtime.report.picture import THUMBNAIL_PX, Picture, read_picture
@@ -64,7 +65,7 @@ class CohortSlide:
 
     @property
     def has_result(self) -> bool:
-        """Whether there is a report of it."""
+        """Whether there is a label map of it."""
         return self.size != (0, 0)
 
     @property
@@ -124,6 +125,7 @@ class CohortReport:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._pictures: dict[str, Picture] = {}
+        self._with_report: set[str] = set()
 
     def text(self, slides: Sequence[CohortSlide], *, host: str, started: str, updated: str) -> str:
         """Return the page.
@@ -140,6 +142,7 @@ class CohortReport:
         classes = _classes(results)
         shown = results[:MOST_PICTURES]
         self._read_pictures(shown)
+        self._find_reports(results)
         speeds = [1 / s.mpx_per_s for s in results if s.mpx_per_s and s.mpx_per_s > 0]
         troubles = [s for s in ordered if s.status not in WELL or s.damaged]
         return render(
@@ -150,6 +153,7 @@ class CohortReport:
             counts=_counts(ordered),
             listed={slide.name for slide in troubles[:MOST_TROUBLES]},
             well=WELL,
+            with_report=self._with_report,
             damaged=any(slide.damaged for slide in slides),
             floor=FLOOR,
             troubles=troubles[:MOST_TROUBLES],
@@ -165,6 +169,15 @@ class CohortReport:
             started=started,
             updated=updated,
         )
+
+    def _find_reports(self, slides: Sequence[CohortSlide]) -> None:
+        """See which slides have a report of their own: results of older versions have none."""
+        self._with_report |= {
+            slide.name
+            for slide in slides
+            if slide.name not in self._with_report
+            and (self._folder / slide.name / REPORT).is_file()
+        }
 
     def _read_pictures(self, slides: Sequence[CohortSlide]) -> None:
         """Read overviews that were not there before."""
