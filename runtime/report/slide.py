@@ -17,6 +17,7 @@ from histostream.runtime.report.said import Said, duration, figure, percent, siz
 from histostream.wsi.sinks.overview import BACKGROUND, scale_bar
 
 MOST_BOXES = 40  # damaged places that are listed
+MOST_OUTLINED = 4000  # of them, in the picture
 UPSAMPLED = 0.98  # stored pixels for one of the result, along a side: fewer were made up
 STAGES = {
     "prepare": ("Prepare", "open the slide, find its tissue"),
@@ -118,7 +119,9 @@ class Damaged:
     Attributes
     ----------
     boxes
-        (level, x, y, width, height) of those that are shown.
+        (level, x, y, width, height) of those that are listed.
+    outline
+        A path of SVG around all, or as many as a picture can show.
     count
         Of all.
     area_mm2, share
@@ -128,6 +131,7 @@ class Damaged:
     """
 
     boxes: list[tuple[float, ...]]
+    outline: str
     count: int
     area_mm2: float | None
     share: float | None
@@ -312,7 +316,10 @@ def _damaged(run: Said, summary: Said) -> Damaged | None:
     if mpp is not None:
         scale = (summary.number("mpp") or 0) / mpp
         shape = [(summary.number(f"{side}_px") or 0) * scale for side in ("width", "height")]
-    return Damaged(boxes[:MOST_BOXES], len(boxes), area, share, *shape)
+    outline = "".join(
+        f"M{x:.0f} {y:.0f}h{w:.0f}v{h:.0f}h{-w:.0f}z" for _, x, y, w, h in boxes[:MOST_OUTLINED]
+    )
+    return Damaged(boxes[:MOST_BOXES], outline, len(boxes), area, share, *shape)
 
 
 def _seconds(run: Said) -> dict[str, float]:
