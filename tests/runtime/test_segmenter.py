@@ -125,7 +125,15 @@ def test_an_image_in_memory_is_segmented(segmenter: Segmenter) -> None:
     assert (segmenter.segment(PIXELS, blend="crop") == LABELS).all()
 
 
-@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="sends a signal to a thread")
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell starts what runs in the background with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_keeps_what_is_finished(slide: Path, tmp_path: Path) -> None:
     engine = Slow(identity_engine().card)
     seen: list[int] = []
