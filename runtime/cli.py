@@ -86,8 +86,8 @@ console = Console(stderr=True)
 )  # fmt: skip
 @click.option("--probabilities", is_flag=True, help="Write probabilities.tif too.")
 @click.option(
-    "--rasters", default="", metavar="ome-tiff,ome-zarr,dicom-seg",
-    help="Write the label map as labels.ome.tif, labels.ome.zarr or labels.dcm too.",
+    "--rasters", default="", metavar="ome-tiff,ome-tiff-rgb,ome-zarr,dicom-seg",
+    help="Write the label map as OME-TIFF (rgb: its colours, for QuPath), OME-Zarr or DICOM too.",
 )  # fmt: skip
 @click.option("--geojson", is_flag=True, help="Write objects.geojson.gz, outlines for QuPath.")
 @click.option(

@@ -60,8 +60,8 @@ class Options:
     simplify_um
         How far outlines may deviate, to have fewer points; 0: they follow the pixels.
     rasters
-        Further files of the label map: "ome-tiff" (labels.ome.tif), "ome-zarr"
-        (labels.ome.zarr), "dicom-seg" (labels.dcm).
+        Further files of the label map: "ome-tiff" (labels.ome.tif), "ome-tiff-rgb"
+        (labels.rgb.ome.tif, its colours), "ome-zarr" (labels.ome.zarr), "dicom-seg" (labels.dcm).
     """
 
     overlap_px: int | None = None

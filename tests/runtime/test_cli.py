@@ -242,7 +242,7 @@ def test_rasters_are_written_where_they_are_asked_for(
     again = infer(*command, "--rasters", "ome-tiff,ome-zarr,dicom-seg")
     assert "done before" in again.stdout
     wrong = infer(*command, "--rasters", "zarr")
-    assert "use ome-tiff or ome-zarr or dicom-seg" in one_clear_line(wrong)
+    assert "use ome-tiff or ome-tiff-rgb or ome-zarr or dicom-seg" in one_clear_line(wrong)
 
 
 def test_objects_are_written_where_they_are_asked_for(

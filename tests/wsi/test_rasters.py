@@ -25,7 +25,7 @@ from histostream.wsi.errors import OutputError, SlideError
 from histostream.wsi.sink import OUTSIDE, ClassInfo, OutputFolder, Segmented, Sink, SlideInfo
 from histostream.wsi.sinks import dicom_seg
 from histostream.wsi.sinks.dicom_seg import DicomSeg
-from histostream.wsi.sinks.ome_tiff import COLORS, NAMES, SCHEMA, OmeTiff
+from histostream.wsi.sinks.ome_tiff import COLORS, NAMES, SCHEMA, OmeTiff, OmeTiffRgb
 from histostream.wsi.sinks.ome_zarr import OmeZarr
 from histostream.wsi.sinks.rasters import RASTERS, check_installed
 from histostream.wsi.sinks.tiff import LabelTiff
@@ -186,6 +186,21 @@ def test_ome_tiff_is_colored_and_scaled_in_other_readers(tmp_path: Path) -> None
     with openslide.OpenSlide(path) as slide:
         seen = np.asarray(slide.read_region((0, 0), 0, (1100, 900)))[..., :3]
     np.testing.assert_array_equal(seen, colors[labels])
+
+
+def test_the_picture_has_the_colors_of_the_labels_on_all_levels(tmp_path: Path) -> None:
+    labels = label_map(2111, 1537)
+    path = publish(tmp_path, OmeTiffRgb, "labels.rgb.ome.tif", labels, band_px=512)
+    colors = np.full((256, 3), 255, np.uint8)
+    colors[:3] = [entry.color for entry in CLASSES]
+    with tifffile.TiffFile(path) as file:
+        (series,) = file.series
+        assert file.is_ome
+        assert series.axes == "YXS"
+        assert len(series.levels) == 4
+        for level, found in enumerate(series.levels):
+            wanted = colors[labels[:: 2**level, :: 2**level]]
+            np.testing.assert_array_equal(found.asarray(), wanted)
 
 
 # --------------------------------------------------------------------------- OME-Zarr

@@ -1,4 +1,7 @@
-"""labels.ome.tif: the label map as OME-TIFF, its reduced levels as SubIFDs."""
+"""labels.ome.tif: the label map as OME-TIFF, its reduced levels as SubIFDs.
+
+labels.rgb.ome.tif is a picture of it: QuPath opens TIFFs by Bio-Formats, and shows no palettes.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import xml.etree.ElementTree as ET
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from histostream.wsi.errors import printable
 from histostream.wsi.pyramid import (
@@ -15,10 +20,11 @@ from histostream.wsi.pyramid import (
     nearest,
     write_tiff,
 )
-from histostream.wsi.sink import OUTSIDE, Segmented, SlideInfo
+from histostream.wsi.sink import OUTSIDE, Segmented, SlideInfo, is_one_value
 from histostream.wsi.sinks.tiff import OUTSIDE_NAME, color_map
 
 SCHEMA = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
+ROWS = 64  # that are coloured at a time
 NAMES, COLORS = "histostream/class-names", "histostream/class-colors"  # namespaces of annotations
 
 
@@ -55,8 +61,48 @@ class OmeTiff:
         self._file.abort()
 
 
-def ome_xml(info: SlideInfo) -> str:
+class OmeTiffRgb:
+    """The colours of the label map, for people to look at; reduced levels take every second pixel.
+
+    Parameters
+    ----------
+    path, info, tile_px
+        As in `OmeTiff`.
+    """
+
+    def __init__(self, path: Path, info: SlideInfo, tile_px: int = 512) -> None:
+        xml = ome_xml(info, samples=3)
+        layout = PyramidLayout(
+            info.width, info.height, 3, info.mpp, nearest, tile_px, description=xml
+        )
+        codec = deflate_codec({"photometric": "rgb", "planarconfig": "contig"})
+        self._file = PyramidWriter(path, layout, codec, partial(write_tiff, subifds=True))
+        self._colors = np.ascontiguousarray((color_map(info) >> 8).astype(np.uint8).T)  # (256, 3)
+
+    def write(self, part: Segmented) -> None:
+        """Take the next rows."""
+        labels = part.labels
+        if is_one_value(labels):
+            pixels = np.broadcast_to(self._colors[labels[0, 0]], (*labels.shape, 3))
+            self._file.write(part.x, part.y, pixels)
+            return
+        for top in range(0, len(labels), ROWS):  # three times the labels' bytes, so a few at a time
+            pixels = np.take(self._colors, labels[top : top + ROWS], axis=0)
+            self._file.write(part.x, part.y + top, pixels)
+
+    def finish(self) -> list[tuple[Path, Path]]:
+        """Complete the file under its temporary name."""
+        return [self._file.finish()]
+
+    def abort(self) -> None:
+        """Remove what was written."""
+        self._file.abort()
+
+
+def ome_xml(info: SlideInfo, samples: int = 1) -> str:
     """Describe the label map in OME-XML (2016-06): its size, um per pixel, names of classes.
+
+    ``samples`` is 1 for labels, 3 for their colours.
 
     ASCII, since TIFF knows no other text; other characters are XML's numeric ones.
     """
@@ -67,13 +113,16 @@ def ome_xml(info: SlideInfo) -> str:
     }
     root = ET.Element("OME", head, Creator="HistoStream")
     image = ET.SubElement(root, "Image", ID="Image:0", Name=printable(info.name))
-    size = {"SizeX": info.width, "SizeY": info.height, "SizeC": 1, "SizeZ": 1, "SizeT": 1}
+    size = {"SizeX": info.width, "SizeY": info.height, "SizeC": samples, "SizeZ": 1, "SizeT": 1}
     pixels = ET.SubElement(
         image, "Pixels", {n: str(v) for n, v in size.items()}, ID="Pixels:0",
-        DimensionOrder="XYCZT", Type="uint8", BigEndian="false", Interleaved="false",
+        DimensionOrder="XYCZT", Type="uint8", BigEndian="false",
+        Interleaved=str(samples > 1).lower(),
         PhysicalSizeX=repr(info.mpp), PhysicalSizeY=repr(info.mpp),  # um, unless said otherwise
     )  # fmt: skip
-    ET.SubElement(pixels, "Channel", ID="Channel:0:0", Name="class", SamplesPerPixel="1")
+    channel = ET.SubElement(pixels, "Channel", ID="Channel:0:0", SamplesPerPixel=str(samples))
+    if samples == 1:
+        channel.set("Name", "class")
     ET.SubElement(pixels, "TiffData", IFD="0", PlaneCount="1")
     names = {k: printable(entry.name) for k, entry in enumerate(info.classes)}
     colors = {k: "#{:02x}{:02x}{:02x}".format(*entry.color) for k, entry in enumerate(info.classes)}

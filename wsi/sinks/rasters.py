@@ -8,7 +8,7 @@ from pathlib import Path
 from histostream.wsi.sink import Sink, SlideInfo
 from histostream.wsi.sinks import dicom_seg, ome_zarr
 from histostream.wsi.sinks.dicom_seg import DicomSeg
-from histostream.wsi.sinks.ome_tiff import OmeTiff
+from histostream.wsi.sinks.ome_tiff import OmeTiff, OmeTiffRgb
 from histostream.wsi.sinks.ome_zarr import OmeZarr
 
 # Of the file, the label map, and the slide.
@@ -16,6 +16,7 @@ RasterMaker = Callable[[Path, SlideInfo, Path], Sink]
 # The file's name, and what writes it.
 RASTERS: dict[str, tuple[str, RasterMaker]] = {
     "ome-tiff": ("labels.ome.tif", lambda path, info, _: OmeTiff(path, info)),
+    "ome-tiff-rgb": ("labels.rgb.ome.tif", lambda path, info, _: OmeTiffRgb(path, info)),
     "ome-zarr": ("labels.ome.zarr", lambda path, info, _: OmeZarr(path, info)),
     "dicom-seg": ("labels.dcm", DicomSeg),
 }
@@ -48,4 +49,5 @@ def memory_bytes(width: int, height: int, names: Sequence[str]) -> int:
 
 def column_bytes(tile_px: int, names: Sequence[str]) -> int:
     """Bytes that rasters take for each column of a band: rows that wait until they fill tiles."""
-    return len(names) * (tile_px + TILE_PX)
+    pixel_bytes = sum(4 if name == "ome-tiff-rgb" else 1 for name in names)  # its rows, and labels
+    return pixel_bytes * (tile_px + TILE_PX)

@@ -1,4 +1,4 @@
-"""labels.tif and probabilities.tif: pyramids that OpenSlide, QuPath and large-image open."""
+"""labels.tif and probabilities.tif: pyramids that OpenSlide and large-image open."""
 
 from __future__ import annotations
 
