@@ -1,5 +1,6 @@
 # make demo [SLIDE=path]   segment a slide (without SLIDE, a synthetic one) into demo/
 # make test                lint, types and tests
+# make docs                the pages and the reference into docs/_build/html, their examples run
 # make model               train, export and score the shipped nucleus model again (hours)
 
 PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3,$(shell $(p) -c "import sys; sys.version_info >= (3, 11) and print('$(p)')" 2>/dev/null)))
@@ -10,7 +11,7 @@ DATA ?= $(or $(HISTO_DATA),../shared/data)
 SLIDE ?=
 DEMO_SLIDE := $(or $(SLIDE),demo/synthetic.tif)
 
-.PHONY: demo test lint types model clean
+.PHONY: demo test lint types docs docs-links model clean
 
 demo: $(VENV)/.run $(if $(SLIDE),,demo/synthetic.tif)
 	$(BIN)/histo-infer "$(DEMO_SLIDE)" --out demo
@@ -30,6 +31,17 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/mypy tests
+	$(BIN)/mypy docs/conf.py docs/_ext
+
+# Warnings are errors: names in docstrings, links between pages and their anchors, pages that nothing leads to.
+docs: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -n -q -j auto -b html docs docs/_build/html
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/docs
+	@echo "open docs/_build/html/index.html"
+
+# Asks every address outside of the project, which needs a network; `make docs` looks at their form only.
+docs-links: $(VENV)/.dev
+	$(BIN)/python -m sphinx -W --keep-going -b linkcheck docs docs/_build/links
 
 model: $(VENV)/.dev
 	$(BIN)/histo-train --method imems --data "$(DATA)/nuclei-dsb2018/brightfield" --config nuclei --out runs/nuclei
@@ -39,7 +51,7 @@ model: $(VENV)/.dev
 	$(BIN)/python -m histostream.benchmarks.accuracy.nuclei --data "$(DATA)" --out benchmarks/results/accuracy-nuclei.json
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) demo build docs/_build docs/_api *.egg-info .mypy_cache .ruff_cache .pytest_cache
 
 # A virtual environment with what running needs, and one step more with what developing needs.
 $(VENV)/bin/python:

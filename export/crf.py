@@ -32,7 +32,7 @@ def export_crf(
 ) -> onnx.ModelProto:
     """Export the CRF of square tiles; N is dynamic, all else is fixed.
 
-    The graph has no guard: where landmarks of the slide miss a colour (1 - |psi|^2, see
+    The graph has no guard: where landmarks of the slide miss a colour (``1 - |psi|^2``, see
     ``runtime/crf/factorised.py``), that pixel is not linked to others by the appearance kernel.
 
     Parameters

@@ -1,4 +1,4 @@
-"""What each operator of ONNX does to the height and the width of the tile: the rules of `reach`."""
+"""What each operator of ONNX does to the height and the width of the tile: ``reach`` by rules."""
 
 from __future__ import annotations
 

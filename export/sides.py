@@ -1,6 +1,6 @@
 """Where the height and the width of the tile lie in the tensors of a graph.
 
-The vocabulary that `reach` and its rules share.
+The vocabulary that ``reach`` and its rules share.
 """
 
 from __future__ import annotations

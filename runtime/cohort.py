@@ -5,8 +5,8 @@
     Task -> Worker.segment -> Outcome        a slide in, what became of it out; nothing is raised
 
 A `Worker` is one warm engine. It takes two slides at a time, so that while one is on the device the
-next is opened and read, and the last is completed. `Crew`s hand tasks to workers: one in this
-process here, several processes in `fleet`, a Ray cluster in `ray_crew`.
+next is opened and read, and the last is completed. A `Crew` hands tasks to workers: one in
+this process here, several processes in ``fleet``, a Ray cluster in ``ray_crew``.
 """
 
 from __future__ import annotations

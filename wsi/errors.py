@@ -1,10 +1,12 @@
 """Errors that a caller may want to catch; each message says what happened, to what, and what to do.
 
-HistoError
-  SlideError     a slide cannot be opened, lacks something, or breaks while being read
-    DamagedError one place of it cannot be decoded; others may
-  OutputError    an output file or folder cannot be written
-StoppedError     the user asked to stop; no fault of anything, so no HistoError
+::
+
+  HistoError
+    SlideError       a slide cannot be opened, lacks something, or breaks while being read
+      DamagedError   one place of it cannot be decoded; others may
+    OutputError      an output file or folder cannot be written
+  StoppedError       the user asked to stop; no fault of anything, so no HistoError
 """
 
 

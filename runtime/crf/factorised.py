@@ -11,7 +11,7 @@ they are computed between the nodes of a grid of `stride_px` at multiples of it 
 pixels are joined to the nodes around them by hat functions (linear interpolation). Each of the two
 steps widens the Gaussian by the hat's variance, which that between the nodes leaves out.
 
-What the landmarks miss of a pixel's own term, 1 - |psi|^2, is added back: a colour unlike all
+What the landmarks miss of a pixel's own term, ``1 - |psi|^2``, is added back: a colour unlike all
 landmarks is then a colour of its own, linked to no other pixel.
 """
 
@@ -167,7 +167,7 @@ def embed(image: NDArray[np.uint8], landmarks: NDArray[np.floating], theta_beta:
 
 
 def missed(psi: Floats) -> Floats:
-    """1 - |psi|^2: what the landmarks miss of each pixel, 0..1."""
+    """``1 - |psi|^2``: what the landmarks miss of each pixel, 0..1."""
     return np.asarray(np.maximum(1 - np.einsum("...l,...l->...", psi, psi), 0))
 
 

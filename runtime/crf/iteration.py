@@ -166,7 +166,7 @@ def splat_row(
 def softmax(rows: Floats, top: Floats, bits: Ints) -> None:
     """Softmax over the first axis, in place.
 
-    The exponential is 2^n e^r with |r| <= ln(2) / 2: e^r by its series to the sixth power (error
+    The exponential is 2^n e^r with ``|r| <= ln(2) / 2``: e^r by its series to the sixth power (to
     1e-7), 2^n by writing the exponent of a float32.
 
     Parameters

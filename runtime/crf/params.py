@@ -21,7 +21,7 @@ class CrfParams:
     """Weights and widths of the two kernels, equation 13 of paper 001, and the iterations.
 
     The defaults are usual ones; the paper prints none. They belong to the resolution of the image:
-    at half the um per pixel, `theta_alpha` and `theta_gamma` are twice as many pixels.
+    at half the um per pixel, ``theta_alpha`` and ``theta_gamma`` are twice as many pixels.
 
     Attributes
     ----------

@@ -537,7 +537,7 @@ def adversarial_loss(kind: str, judged: Judged, *, real: bool) -> Tensor:
 def feature_loss(real: Judged, fake: Judged) -> Tensor:
     """Distance of D's inner maps of true and painted pairs: equation 4, pix2pixHD's factors.
 
-    The mean over the scales of 4 / layers times the sum over a scale's layers of mean |a - b|.
+    The mean over the scales of 4 / layers times the sum over a scale's layers of mean ``|a - b|``.
     """
     scales = []
     for of_real, of_fake in zip(real, fake, strict=True):

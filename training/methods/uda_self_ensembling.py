@@ -61,18 +61,18 @@ class Config:
     The methods that it is compared with, its ablations, the floor and the ceiling differ in these
     fields only; the weights are those of L_em, L_mse, L_adv, L_rec:
 
-    ====================  =============  ===============================
-    name                  weights        else
-    ====================  =============  ===============================
+    ====================  ================  ===============================
+    name                  weights           else
+    ====================  ================  ===============================
     full                  1, 1, 1e-3, 1e-2
     without EM loss       0, 1, 1e-3, 1e-2
     without SE            1, 0, 1e-3, 1e-2
     CellSegUDA            0, 0, 1e-3, 1e-2
     DA-ADV                0, 0, 1e-3, 0
     source-only           0, 0, 0, 0
-    CBST                  0, 0, 0, 0     ``self_training=True``
-    oracle                0, 0, 0, 0     the target's labels as the data
-    ====================  =============  ===============================
+    CBST                  0, 0, 0, 0        ``self_training=True``
+    oracle                0, 0, 0, 0        the target's labels as the data
+    ====================  ================  ===============================
     """
 
     em_form: str = "printed"  # eq. 2 prints -p log p; or "binary": what its text calls for

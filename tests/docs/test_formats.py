@@ -1,0 +1,80 @@
+"""The page of file formats names every file and every field that is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from histostream.runtime.card import ModelCard
+from histostream.runtime.cli import main
+from histostream.runtime.engine_file import EngineHeader
+from histostream.runtime.inputs import COLUMNS
+from histostream.training.checkpoint import Checkpoint
+from histostream.wsi.journal import Begun
+from histostream.wsi.lock import Holder
+from histostream.wsi.sinks import table
+from histostream.wsi.synthetic import SyntheticSlide
+from tests.conftest import REPOSITORY
+
+PAGE = (REPOSITORY / "docs" / "file-formats.md").read_text(encoding="utf-8")
+NAMED = {name.strip('" ') for code in re.findall(r"`([^`]+)`", PAGE) for name in code.split(",")}
+# What is in these depends on the model or on the options, which have pages of their own.
+OPEN = {"options", "versions", "model.sha256", "inputs.options"}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return what a cohort of two slides leaves, with every file that there is."""
+    folder = tmp_path_factory.mktemp("formats")
+    for name in ("one", "two"):
+        SyntheticSlide(300, 200, 0.5, 1).write(folder / f"{name}.tif")
+    said = CliRunner().invoke(
+        main,
+        [str(folder), "--out", str(folder / "out"), "--probabilities", "--geojson",
+         "--annotations", "dsa", "--objects", "csv,parquet", "--backend", "cpu", "--no-tissue"],
+    )  # fmt: skip
+    assert said.exit_code == 0, said.output
+    return folder / "out"
+
+
+def fields(said: Any, above: str = "") -> Iterator[str]:
+    """Yield the names of all fields of a JSON object."""
+    if isinstance(said, dict):
+        for name, value in said.items():
+            yield name
+            if above + name not in OPEN:
+                yield from fields(value, f"{above}{name}.")
+    elif isinstance(said, list):
+        for value in said:
+            yield from fields(value, above)
+
+
+def test_every_file_is_named(results: Path) -> None:
+    written = {path.name for path in results.rglob("*") if path.is_file()}
+    assert len(written) > 10
+    assert written <= NAMED | {f"OUT/{name}" for name in NAMED} | {
+        name.removeprefix("OUT/") for name in NAMED
+    }
+
+
+@pytest.mark.parametrize("name", ["one/run.json", "one/summary.json", "cohort.json"])
+def test_every_field_is_named(results: Path, name: str) -> None:
+    written = set(fields(json.loads((results / name).read_text(encoding="utf-8"))))
+    classes = {f"{name}_mm2" for name in ("background", "nucleus")}  # CLASS_mm2
+    assert written - classes - {"done"} <= NAMED
+
+
+@pytest.mark.parametrize("kind", [ModelCard, EngineHeader, Checkpoint, Begun, Holder])
+def test_every_attribute_is_named(kind: Any) -> None:
+    assert {field.name for field in dataclasses.fields(kind)} <= NAMED
+
+
+def test_every_column_is_named() -> None:
+    assert {*COLUMNS, *table.COLUMNS} <= NAMED
