@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 ARRAY = re.compile(
     r"~?numpy\.ndarray\[tuple\[~?typing\.Any, \.\.\.\], ~?numpy\.dtype\[([^\]]*)\]\]"
 )
+SHORT = r"~numpy.typing.NDArray[\1]"
 HELP_COLUMNS = 84  # of text in a page's block
 HEADINGS = {"usage": "The command line", "warning": "Warnings", "text": "Said in passing"}
 
@@ -119,19 +120,35 @@ def keep_the_first_sentence(
 
 
 def write_types_as_the_source_does(
-    app: Sphinx, what: str, name: str, obj: object, options: object, args: str, returns: str
-) -> tuple[str | None, str | None]:
+    app: Sphinx,
+    what: str,
+    name: str,
+    obj: object,
+    options: object,
+    args: str | None,
+    returns: str | None,
+) -> tuple[str | None, str | None] | None:
     """Write NDArray[uint8], not what it is short for; and nothing for what a Protocol takes."""
+    if args is None:
+        return None
     if args == "(*args, **kwargs)" and getattr(obj, "_is_protocol", False):
-        args = ""
-    return ARRAY.sub(r"NDArray[\1]", args or ""), ARRAY.sub(r"NDArray[\1]", returns or "") or None
+        return "", None
+    args = args.replace("<factory>", "...")
+    return ARRAY.sub(SHORT, args), returns and ARRAY.sub(SHORT, returns)
+
+
+def tidy(app: Sphinx, doctree: nodes.document) -> None:
+    """Leave out that a class is an object, and write dashes as dashes, which smartquotes did."""
+    for paragraph in list(doctree.findall(nodes.paragraph)):
+        if paragraph.astext() == "Bases: object":
+            paragraph.parent.remove(paragraph)
+    for text in list(doctree.findall(nodes.Text)):
+        if text.startswith(" -- "):
+            text.parent.replace(text, nodes.Text(f" \N{EN DASH} {text.removeprefix(' -- ')}"))
 
 
 def name_as_the_module_does(app: Sphinx, doctree: nodes.document) -> None:
     """Make a name in a docstring mean what it means in the code of its module."""
-    for paragraph in list(doctree.findall(nodes.paragraph)):
-        if paragraph.astext() == "Bases: object":
-            paragraph.parent.remove(paragraph)
     for node in doctree.findall(addnodes.pending_xref):
         module = sys.modules.get(node.get("py:module") or "")
         if node.get("refdomain") == "py" and module is not None:
@@ -163,6 +180,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("autodoc-process-signature", write_types_as_the_source_does)
     after_napoleon = 600
     app.connect("autodoc-process-docstring", keep_the_first_sentence, after_napoleon)
+    app.connect("doctree-read", tidy)
     app.connect("doctree-read", name_as_the_module_does)
     app.connect("missing-reference", find_by_last_part)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
