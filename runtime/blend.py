@@ -87,6 +87,12 @@ def profile(mode: str, tile_px: int, overlap_px: int) -> NDArray[np.uint32]:
     -------
     (tile_px,) uint32 in 1..FULL. For "crop" and "exact" it is flat: `Blender` limits those to the
     write box.
+
+    Examples
+    --------
+    >>> left, right = profile("linear", 8, 4)[-4:], profile("linear", 8, 4)[:4]
+    >>> (left + right).tolist()
+    [1024, 1024, 1024, 1024]
     """
     flat = np.full(tile_px, FULL, np.uint32)
     if mode in ("mean", "crop", "exact") or overlap_px == 0:

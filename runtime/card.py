@@ -141,6 +141,12 @@ def read_card(bundle: Path) -> ModelCard:
     ------
     CardError
         If it is missing, not JSON, of another schema, or has a wrong or missing entry.
+
+    Examples
+    --------
+    >>> card = read_card(default_bundle())
+    >>> [entry.name for entry in card.classes], card.mpp, card.tile_px
+    (['background', 'nucleus'], 0.5, 512)
     """
     path = bundle / "card.json"
     try:

@@ -182,6 +182,14 @@ def segment_slide(
         If a result cannot be written. Nothing is left under a final name then.
     StoppedError
         If it was stopped; what is finished is kept.
+
+    Examples
+    --------
+    >>> from histostream.runtime import default_bundle, open_engine
+    >>> engine = open_engine(default_bundle(), backend="cpu")
+    >>> result = segment_slide(Path("slide.svs"), engine, Path("results"))
+    >>> result.folder.as_posix(), round(result.summary["analysed_mm2"], 2)
+    ('results/slide', 0.1)
     """
     job = Job(path, out, options or Options(), restart=restart)
     with SlideRun(job, engine, report=report, stopping=stopping) as run:
@@ -498,6 +506,13 @@ def segment_pixels(
     ------
     BlendError
         If the blending does not fit the model.
+
+    Examples
+    --------
+    >>> from histostream.runtime import default_bundle, open_engine
+    >>> engine = open_engine(default_bundle(), backend="cpu")
+    >>> segment_pixels(np.full((200, 300, 3), 240, np.uint8), engine).max()  # glass
+    np.uint8(0)
     """
     rows = _pixel_rows(pixels, engine, blend, probabilities=False)
     return np.concatenate([row.labels for row in rows])

@@ -82,6 +82,11 @@ def find_inputs(arguments: Sequence[str]) -> list[SlideInput]:
         inputs would write to the same folder.
     SlideError
         If a bucket cannot be listed.
+
+    Examples
+    --------
+    >>> [slide.name for slide in find_inputs(["slide.svs", "elsewhere/other.ndpi"])]
+    ['slide', 'other']
     """
     found: dict[str, tuple[SlideInput, str]] = {}  # by folder of results
     for slide in (slide for argument in arguments for slide in _inputs_of(argument)):

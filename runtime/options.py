@@ -62,6 +62,14 @@ class Options:
     rasters
         Further files of the label map: "ome-tiff" (labels.ome.tif), "ome-tiff-rgb"
         (labels.rgb.ome.tif, its colours), "ome-zarr" (labels.ome.zarr), "dicom-seg" (labels.dcm).
+
+    Examples
+    --------
+    >>> Options(blend="linear", max_memory_mib=1024).blend
+    'linear'
+    >>> Options(batch=0)
+    Traceback (most recent call last):
+    histostream.runtime.options.OptionError: batch=0: use 1 or more
     """
 
     overlap_px: int | None = None

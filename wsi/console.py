@@ -34,6 +34,11 @@ def memory_mib(text: str) -> int:
     ------
     click.BadParameter
         If it is no size.
+
+    Examples
+    --------
+    >>> memory_mib("1.5GiB"), memory_mib("900")
+    (1536, 900)
     """
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Z]*)", text.strip().upper())
     unit = BYTES.get(found.group(2) or "MIB") if found else None

@@ -113,6 +113,14 @@ class TileGrid:
         ------
         ValueError
             If a size is not positive, or the overlap does not fit the tile.
+
+        Examples
+        --------
+        >>> grid = TileGrid.cover(1000, 600, tile_px=512, overlap_px=64)
+        >>> grid.xs, grid.ys, len(grid)
+        ((0, 448, 488), (0, 88), 6)
+        >>> sum(tile.write.width * tile.write.height for tile in grid) == 1000 * 600
+        True
         """
         if width < 1 or height < 1:
             raise ValueError(f"a slide of {width} x {height} px has no pixels to cover")

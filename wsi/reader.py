@@ -118,6 +118,14 @@ def open_slide(path: str | Path, *, reader: str = "auto") -> SlideReader:
     ------
     SlideError
         If there is no such file, or it is empty, cut off, damaged or of an unknown format.
+
+    Examples
+    --------
+    >>> with open_slide("slide.svs") as slide:
+    ...     print(slide.levels[0].width, slide.levels[0].height, slide.mpp)
+    ...     print(slide.read(0, x=100, y=50, width=4, height=2).shape)
+    700 600 0.5
+    (2, 4, 3)
     """
     path = Path(path)
     _refuse_missing(path)

@@ -147,6 +147,14 @@ def at_mpp(
     ------
     SlideError
         If the slide's resolution is not known or absurd, or the slide is too coarse.
+
+    Examples
+    --------
+    >>> from histostream.wsi import open_slide
+    >>> with open_slide("slide.svs") as slide:  # 0.5 um per pixel
+    ...     view = at_mpp(slide, 2.0)
+    ...     print(view.width, view.height, view.read(0, 0, 10, 10).shape)
+    175 150 (10, 10, 3)
     """
     own = slide_mpp if slide_mpp is not None else slide.mpp
     if mpp is None:
@@ -208,6 +216,13 @@ def thumbnail(slide_or_view: SlideReader | SlideView, max_px: int) -> NDArray[np
     Returns
     -------
     (H, W, C) uint8, max(H, W) <= max_px.
+
+    Examples
+    --------
+    >>> from histostream.wsi import open_slide
+    >>> with open_slide("slide.svs") as slide:
+    ...     print(thumbnail(slide, 100).shape)
+    (86, 100, 3)
     """
     if not isinstance(slide_or_view, SlideView):
         slide_or_view = SlideView(slide_or_view, 0, 1.0, None)

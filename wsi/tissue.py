@@ -131,6 +131,17 @@ def find_tissue(
     picture
         (H, W, C) uint8 of the whole slide, where one was read already; it is used if it is fine
         enough.
+
+    Examples
+    --------
+    >>> from histostream.wsi import TileGrid, at_mpp, open_slide
+    >>> with open_slide("slide.svs") as slide:
+    ...     view = at_mpp(slide, 0.5)
+    ...     tissue = find_tissue(view)
+    >>> grid = TileGrid.cover(view.width, view.height, tile_px=128, overlap_px=0)
+    >>> kept = grid.where(tissue.tiles(grid))
+    >>> len(grid), len(kept)
+    (30, 17)
     """
     mpp = view.mpp or GUESSED_MPP * view.downsample
     longest_um = max(view.width, view.height) * mpp

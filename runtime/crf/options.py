@@ -106,6 +106,11 @@ def read_params(text: str, stored: Mapping[str, Any], *, mpp: float) -> CrfParam
     ------
     CrfError
         If a name is unknown, or a value is no number or cannot be.
+
+    Examples
+    --------
+    >>> read_params("w1=5, theta_alpha=15um", {}, mpp=0.5).theta_alpha  # in pixels
+    30.0
     """
     known = [f.name for f in fields(CrfParams)]
     values = asdict(CrfParams())
