@@ -70,7 +70,9 @@ def run_fast(python: str, folder: Path, out: Path) -> float:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
-        raise click.ClickException(f"FAST failed: {done.stderr[-500:] or done.stdout[-500:]}")
+        raise click.ClickException(
+            f"FAST failed: {done.stderr[-500:] or done.stdout[-500:]}; check its installation"
+        )
     return float(done.stdout.rsplit("seconds ", 1)[1].split()[0])
 
 

@@ -253,7 +253,9 @@ def _numbers(option: str, text: str) -> list[int | None]:
         elif word.strip().isdecimal() and int(word) > 0:
             found.append(int(word))
         else:
-            raise _OptionError(f"{option} {text}: {word.strip()!r} is no number from 1, nor auto")
+            raise _OptionError(
+                f"{option} {text}: {word.strip()!r} is no number from 1, nor auto: give one"
+            )
     return list(dict.fromkeys(found))
 
 

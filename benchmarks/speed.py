@@ -108,7 +108,7 @@ def _open(
             refused.append({"what": str(setup), "reason": str(error)})
             say(f"not usable: {error}")
     if not contenders:
-        raise BenchError(f"nothing to measure: {refused[0]['reason']}")
+        raise BenchError(f"nothing to measure: {refused[0]['reason']}; run histo-bench doctor")
     return contenders, refused
 
 

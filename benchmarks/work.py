@@ -78,7 +78,9 @@ def count_work(model: onnx.ModelProto, batch: int = 1) -> Work:
             tensors = {name for name in (*node.input, *node.output) if name}
             moved_bytes += sum(moved(name) for name in tensors)
     if not moved_bytes:
-        raise GraphError("the graph moves nothing: it has no nodes that compute")
+        raise GraphError(
+            "the graph moves nothing: it has no nodes that compute; give that of a network"
+        )
     return Work(flops / batch, moved_bytes / batch)
 
 
@@ -116,7 +118,9 @@ PRODUCTS: dict[str, Callable[[NodeProto, dict[str, Shape]], int]] = {
 
 def _shape(shapes: dict[str, Shape], name: str) -> Shape:
     if name not in shapes:
-        raise GraphError(f"the shape of {name!r} does not follow from that of the tiles")
+        raise GraphError(
+            f"the shape of {name!r} does not follow from that of the tiles; export the model again"
+        )
     return shapes[name]
 
 

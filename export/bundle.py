@@ -80,7 +80,7 @@ class Options:
             raise OptionError(f"tile_px={self.tile_px}: use 1 or more")
         for path in (self.calibrate, self.freeze):
             if path is not None and not path.exists():
-                raise OptionError(f"{path}: does not exist")
+                raise OptionError(f"{path}: does not exist; check the path")
 
 
 class OptionError(HistoError, ValueError):
@@ -184,7 +184,9 @@ def write_bundle(
         out.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     except OSError as error:
-        raise OutputError(f"{out}: cannot be written ({error.strerror})") from error
+        raise OutputError(
+            f"{out}: cannot be written ({error.strerror}); check its permissions and room"
+        ) from error
     try:
         writer = _Writer(network, part, options, say)
         writer.write_fp32()
@@ -196,7 +198,9 @@ def write_bundle(
             writer.write_engine(library)
         _publish(part, out)
     except OSError as error:
-        raise OutputError(f"{out}: cannot be written ({error.strerror})") from error
+        raise OutputError(
+            f"{out}: cannot be written ({error.strerror}); check its permissions and room"
+        ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     if options.triton is not None:
@@ -250,7 +254,7 @@ class _Writer:
         """Write the graph as it is; it has to agree with the reference."""
         report = self.judge.judge(self.model)
         if not report.meets(LIMITS["fp32"]):
-            raise ParityError(f"fp32: {report}; nothing was written")
+            raise ParityError(f"fp32: {report}; nothing was written: report it, with the model")
         self._add("fp32", self.model, report)
 
     def write_fp16(self) -> None:
@@ -313,7 +317,7 @@ class _Writer:
             return {}
         live = self.judge.judge(self.model)
         if not live.meets(LIMITS["fp32"]):
-            raise ParityError(f"fp32: {live}; nothing was written")
+            raise ParityError(f"fp32: {live}; nothing was written: report it, with the model")
         tiles = self._collect(source, count)
         # Both halves: nothing is judged on what the statistics are estimated over.
         over = np.concatenate([tiles.gate, tiles.calibration])

@@ -30,7 +30,9 @@ def _numbers(_: click.Context, __: click.Parameter, text: str) -> tuple[float, .
     try:
         return tuple(float(word) for word in text.split(","))
     except ValueError as error:
-        raise click.BadParameter(f"{text!r} is not numbers with commas between them") from error
+        raise click.BadParameter(
+            f"{text!r} is not numbers with commas between them: write 0.5,0.5,0.5"
+        ) from error
 
 
 def _how(command: Callable[..., None]) -> Callable[..., None]:

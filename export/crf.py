@@ -54,10 +54,13 @@ def export_crf(
         If there are fewer than two classes, or a kernel has no weight.
     """
     if classes < 2:
-        raise GraphError(f"a CRF of {classes} classes: it chooses among two or more")
+        raise GraphError(
+            f"a CRF of {classes} classes: it chooses among two or more; give two or more"
+        )
     if not (params.w1 and params.w2):
         raise GraphError(
-            f"a CRF with w1={params.w1:g} and w2={params.w2:g}: the graph is made for both kernels"
+            f"a CRF with w1={params.w1:g} and w2={params.w2:g}: "
+            "the graph is made for both kernels; give both more than 0"
         )
     # Two tiles, because the exporter takes a dimension of 1 for a constant.
     inputs = {

@@ -55,7 +55,10 @@ def export_explanation(run: Path, out: Path, *, tile_px: int | None = None) -> o
     said = checkpoints.read(folder)
     method = methods.load(said.method)
     if not hasattr(method, "explained"):
-        raise CheckpointError(f"{folder}: {said.method} has no graph that explains its labels")
+        raise CheckpointError(
+            f"{folder}: {said.method} has no graph that explains its labels; "
+            "use a run of translation"
+        )
     state = method.build(config_of(folder, said), len(said.classes), said.channels)
     # What explains need not be among what is deployed, but it has to be in the checkpoint.
     checkpoints.load(folder, replace(state, needed=method.EXPLAINED_BY))

@@ -115,7 +115,7 @@ class ForeignModel:
             ("order", self.order in ORDERS, f"one of {ORDERS}"),
         ):  # fmt: skip
             if not valid:
-                raise GraphError(f"{name}={getattr(self, name)!r} is not {wanted}")
+                raise GraphError(f"{name}={getattr(self, name)!r} is not {wanted}; give one")
         if self.order == "bgr" and self.channels == 1:
             raise GraphError("order='bgr' needs 3 channels, mean has 1 number")
 
@@ -215,7 +215,7 @@ def foreign_network(path: Path, options: ForeignModel, *, mpp: float, note: str 
         As `wrap_onnx`.
     """
     if not 0 < mpp < math.inf:
-        raise GraphError(f"mpp={mpp!r} is not a positive number")
+        raise GraphError(f"mpp={mpp!r} is not a positive number; pass --mpp in um per pixel")
     wrapped = wrap_onnx(path, options)
     said = {k: v for k, v in asdict(wrapped.options).items() if v is not None}
     return Network(
@@ -272,7 +272,10 @@ def _one_of(kind: str, asked: str | None, names: list[str]) -> str:
     if asked is None and len(names) != 1:
         raise GraphError(f"the network has {len(names)} {kind}s: pass --{kind} {either(names)}")
     if asked is not None and asked not in names:
-        raise GraphError(f"the network has no {kind} {asked!r}; it has {either(names)}")
+        raise GraphError(
+            f"the network has no {kind} {asked!r}; it has {either(names)}: "
+            f"pass --{kind} with one of them"
+        )
     return asked or names[0]
 
 
@@ -295,7 +298,10 @@ class _Network:
                 f"input {said.name!r} is a {said.type}: use one of {either(list(FLOATS))}"
             )
         if len(said.shape) != 4:
-            raise GraphError(f"input {said.name!r} is {said.shape}: four dimensions are needed")
+            raise GraphError(
+                f"input {said.name!r} is {said.shape}: four dimensions are needed: "
+                "export the model for images, (N, C, H, W)"
+            )
         batch, *rest = [d if isinstance(d, int) and d > 0 else None for d in said.shape]
         layout = options.layout
         if layout == "auto":
@@ -309,11 +315,16 @@ class _Network:
         if channels not in (None, options.channels):
             raise GraphError(
                 f"input {said.name!r} has {channels} channels, mean and std have "
-                f"{options.channels}; tiles are RGB (3) or grey (1)"
+                f"{options.channels}; tiles are RGB (3) or grey (1): "
+                "pass as many numbers to --mean and --std"
             )
         if any(s not in (None, options.tile_px) for s in sides):
             fixed = {side for side in sides if side is not None}
-            hint = f"pass --tile-px {fixed.pop()}" if len(fixed) == 1 else "tiles are square"
+            hint = (
+                f"pass --tile-px {fixed.pop()}"
+                if len(fixed) == 1
+                else "tiles are square: export the model for square ones"
+            )
             raise GraphError(
                 f"the network takes {_by(sides)} pixels, not {_by([options.tile_px] * 2)}; {hint}"
             )
@@ -363,10 +374,14 @@ class _Geometry:
         if output.ndim != 4:
             raise GraphError(
                 f"output {name!r} is {output.shape}: (N, K, H, W) or (N, H, W, K) is needed, "
-                "before any arg-max"
+                "before any arg-max: "
+                "export the model so, or pass another --output"
             )
         if not np.issubdtype(output.dtype, np.floating):
-            raise GraphError(f"output {name!r} is {output.dtype}: scores are needed, not labels")
+            raise GraphError(
+                f"output {name!r} is {output.dtype}: scores are needed, not labels: "
+                "export the model without its arg-max"
+            )
         counts = (classes, 1) if classes == 2 else (classes,)
         layouts = {"nchw": output.shape[1:], "nhwc": (output.shape[3], *output.shape[1:3])}
         fitting = [k for k, v in layouts.items() if v[0] in counts]
@@ -377,12 +392,16 @@ class _Geometry:
             channels, *_ = layouts[options.layout]
             raise GraphError(
                 f"output {name!r} is {output.shape}, {channels} channels; "
-                f"{classes} classes were named"
+                f"{classes} classes were named; "
+                "name as many with --classes"
             )
         layout = options.layout if options.layout in fitting else fitting[0]
         channels, height, width = layouts[layout]
         if max(height, width) > side:
-            raise GraphError(f"output {name!r} is {_by((height, width))} pixels: more than a tile")
+            raise GraphError(
+                f"output {name!r} is {_by((height, width))} pixels: more than a tile; "
+                "pass another --output"
+            )
         if (height, width) != (side, side) and not options.resize_output:
             raise GraphError(
                 f"output {name!r} is {_by((height, width))} pixels for a tile of "
@@ -397,7 +416,10 @@ def _activation(
 ) -> str:
     """Settle what makes probabilities of the output, and refuse what cannot."""
     if not np.isfinite(output).all():
-        raise GraphError("the network's output is not finite on the tiles tried")
+        raise GraphError(
+            "the network's output is not finite on the tiles tried; "
+            "check --mean, --std and --scale, or train it again"
+        )
     low, high = float(output.min()), float(output.max())
     within = low >= -SLACK and high <= 1 + SLACK
     total = output.astype(np.float32).sum(axis=1 if geometry.layout == "nchw" else 3)
@@ -596,7 +618,9 @@ def _check(model: onnx.ModelProto) -> None:
     try:
         check_graph(model)
     except INVALID as error:
-        raise GraphError(f"the graph is not valid ONNX ({first_line(error)})") from error
+        raise GraphError(
+            f"the graph is not valid ONNX ({first_line(error)}); export the model again"
+        ) from error
 
 
 def _try_out(model: onnx.ModelProto, tiles: Tiles, wanted: Scores, stuck: list[str]) -> None:

@@ -43,11 +43,15 @@ def read_onnx(path: Path) -> onnx.ModelProto:
         model = onnx.load_model_from_string(content)
         tensors = [part for part in _parts(model) if isinstance(part, TensorProto)]
     except OSError as error:
-        raise GraphError(f"{path}: cannot be read ({error.strerror})") from error
+        raise GraphError(
+            f"{path}: cannot be read ({error.strerror}); check the path and its permissions"
+        ) from error
     except (DecodeError, UnicodeDecodeError) as error:  # which one depends on protobuf's version
         raise GraphError(f"{path}: not an ONNX file, or damaged; export the model again") from error
     if not model.graph.node or not model.graph.output:
-        raise GraphError(f"{path}: not an ONNX file, or one without a network")
+        raise GraphError(
+            f"{path}: not an ONNX file, or one without a network; name the .onnx file of a network"
+        )
     folder, outside = path.resolve().parent, dict[Path, int]()
     for tensor in tensors:
         if tensor.data_location != TensorProto.EXTERNAL:
@@ -61,21 +65,32 @@ def read_onnx(path: Path) -> onnx.ModelProto:
         if not inside:
             raise GraphError(
                 f"{path}: weights {tensor.name!r} lie in {location!r}, outside the model's folder; "
-                "only files beside the model are read"
+                "only files beside the model are read: "
+                "move it there and export the model again"
             )
         if not data.is_file():
-            raise GraphError(f"{data}: is missing; weights of {path.name} lie in it")
+            raise GraphError(
+                f"{data}: is missing; weights of {path.name} lie in it: copy it beside the model"
+            )
         outside[data] = data.stat().st_size
     if len(content) + sum(outside.values()) > MOST_BYTES:
-        raise GraphError(f"{path}: with its weights larger than one ONNX file can be (2 GiB)")
+        raise GraphError(
+            f"{path}: with its weights larger than one ONNX file can be (2 GiB); "
+            "use a smaller network"
+        )
     try:
         onnx.load_external_data_for_model(model, str(folder))
         onnx.checker.check_model(model)
     except (ValueError, OSError, *INVALID) as error:
-        raise GraphError(f"{path}: damaged ({first_line(error)})") from error
+        raise GraphError(
+            f"{path}: damaged ({first_line(error)}); export the model again"
+        ) from error
     for tensor in tensors:
         if tensor.data_location == TensorProto.EXTERNAL:
-            raise GraphError(f"{path}: weights {tensor.name!r} outside the file, in a function")
+            raise GraphError(
+                f"{path}: weights {tensor.name!r} outside the file, in a function; "
+                "export the model without functions"
+            )
     return model
 
 
@@ -95,9 +110,15 @@ def check_operators(model: onnx.ModelProto) -> None:
         for node in nodes:
             key = (node.domain, node.op_type, node.overload)
             if any(a.HasField("g") or a.graphs for a in node.attribute):
-                raise GraphError(f"node {node.name!r} is a {node.op_type}: not in a deployed graph")
+                raise GraphError(
+                    f"node {node.name!r} is a {node.op_type}: not in a deployed graph; "
+                    "export the model for inference, without control flow"
+                )
             if key in within or len(within) > MOST_DEPTH:
-                raise GraphError(f"function {node.op_type!r} calls itself, or is too deep")
+                raise GraphError(
+                    f"function {node.op_type!r} calls itself, or is too deep; "
+                    "export the model without functions"
+                )
             if key not in functions:
                 if node.domain not in STANDARD_DOMAINS:
                     raise GraphError(
@@ -112,7 +133,10 @@ def check_operators(model: onnx.ModelProto) -> None:
         return total
 
     if (nodes := size(model.graph.node, ())) > MOST_NODES:
-        raise GraphError(f"{nodes} nodes once functions are written out: too many to be a network")
+        raise GraphError(
+            f"{nodes} nodes once functions are written out: too many to be a network; "
+            "export the model without functions"
+        )
 
 
 def open_file(path: Path, model: onnx.ModelProto) -> Any:
@@ -126,7 +150,9 @@ def open_file(path: Path, model: onnx.ModelProto) -> Any:
     try:
         return open_session(model)
     except GraphError as error:
-        raise GraphError(f"{path}: ONNX Runtime cannot load it ({error})") from error
+        raise GraphError(
+            f"{path}: ONNX Runtime cannot load it ({error}); export the model again"
+        ) from error
 
 
 def open_session(model: onnx.ModelProto) -> Any:
@@ -163,7 +189,10 @@ def prune(original: onnx.ModelProto, input_name: str, output_name: str) -> onnx.
         try:
             model = onnx.inliner.inline_local_functions(model)
         except (RuntimeError, ValueError, *INVALID) as error:
-            raise GraphError(f"functions cannot be written out ({first_line(error)})") from error
+            raise GraphError(
+                f"functions cannot be written out ({first_line(error)}); "
+                "export the model without functions"
+            ) from error
         check_operators(model)
     graph = model.graph
     makers = {name: node for node in graph.node for name in node.output if name}
@@ -185,7 +214,9 @@ def prune(original: onnx.ModelProto, input_name: str, output_name: str) -> onnx.
             "only networks of one image can be wrapped"
         )
     if input_name not in needed:
-        raise GraphError(f"output {output_name!r} does not depend on the input")
+        raise GraphError(
+            f"output {output_name!r} does not depend on the input; pass another --output"
+        )
     names = {n.name for n in nodes}
     for count, node in enumerate(nodes):
         if not node.name:

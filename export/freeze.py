@@ -65,11 +65,15 @@ def freeze_statistics(model: onnx.ModelProto, tiles: NDArray[np.uint8]) -> onnx.
     frozen = _with_constants(pooled, _run(pooled, _pool(pooled), tiles))
     left = reach(frozen).whole_tile
     if left:
-        raise GraphError(f"node {left[0]!r} sees the whole tile and cannot be frozen")
+        raise GraphError(
+            f"node {left[0]!r} sees the whole tile and cannot be frozen; "
+            "export without --freeze-statistics"
+        )
     output = frozen.graph.output[0].name
     if trace(frozen, batch=2).shapes.get(output, (2,))[0] != 2:
         raise GraphError(
-            f"output {output!r} takes its N from a statistic, which has none if frozen"
+            f"output {output!r} takes its N from a statistic, which has none if frozen; "
+            "export without --freeze-statistics"
         )
     check_graph(frozen)
     return frozen
@@ -289,7 +293,8 @@ def _with_frozen_inputs(
         elif node.op_type not in (*POINTWISE, "MatMul"):
             raise GraphError(
                 f"node {label(node)!r} ({node.op_type}) takes {name!r}, which differs from tile to "
-                "tile, in a way that cannot be frozen"
+                "tile, in a way that cannot be frozen; "
+                "export without --freeze-statistics"
             )
     return frozen
 

@@ -27,12 +27,20 @@ def check_graph(model: onnx.ModelProto) -> None:
     """
     for node in model.graph.node:
         if node.op_type in FORBIDDEN_NODES:
-            raise GraphError(f"node {node.name!r} is a {node.op_type}: not in a deployed graph")
+            raise GraphError(
+                f"node {node.name!r} is a {node.op_type}: not in a deployed graph; "
+                "leave it out of what deployed() returns"
+            )
         if node.op_type == "BatchNormalization" and any(
             a.name == "training_mode" and a.i for a in node.attribute
         ):
-            raise GraphError(f"node {node.name!r}: batch normalisation in training mode")
+            raise GraphError(
+                f"node {node.name!r}: batch normalisation in training mode; "
+                "call eval() in deployed()"
+            )
     for tensor in model.graph.initializer:
         if tensor.external_data:
-            raise GraphError(f"weights {tensor.name!r} lie outside the file")
+            raise GraphError(
+                f"weights {tensor.name!r} lie outside the file; export the model again"
+            )
     onnx.checker.check_model(model, full_check=True)

@@ -97,7 +97,9 @@ def write_model(model: onnx.ModelProto, out: Path) -> None:
         part.replace(out)
     except OSError as error:
         part.unlink(missing_ok=True)
-        raise OutputError(f"{out}: cannot be written ({error.strerror})") from error
+        raise OutputError(
+            f"{out}: cannot be written ({error.strerror}); check its permissions and room"
+        ) from error
 
 
 def _explained(error: Exception) -> str:
@@ -109,7 +111,10 @@ def _explained(error: Exception) -> str:
         node = node or re.search(r"Error when translating node (%\S+)", str(cause))
     reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0].strip()
     where = f"node {node.group(1)} " if node else ""
-    return f"the network cannot be exported to ONNX: {where}({reason})"
+    return (
+        f"the network cannot be exported to ONNX: {where}({reason}); "
+        "change its forward(), or leave that operation out"
+    )
 
 
 def _forget_sources(model: onnx.ModelProto) -> None:

@@ -267,4 +267,7 @@ def check_images(
     (found,) = open_session(model).run(None, feeds)
     off = int(np.abs(found.astype(int) - wanted.astype(int)).max())
     if off > MOST_LEVELS:
-        raise ParityError(f"{what}: {off} grey levels from torch's images; nothing was written")
+        raise ParityError(
+            f"{what}: {off} grey levels from torch's images; nothing was written: "
+            "report it, with the model"
+        )

@@ -128,7 +128,7 @@ class _Halver:
             self._add(copy.deepcopy(node))
         outputs = {value.name for value in self.source.graph.output}
         if self.half & outputs:
-            raise GraphError(f"the output {self.half & outputs} would be FP16")
+            raise GraphError(f"the output {self.half & outputs} would be FP16; make it uint8")
         model = onnx.ModelProto()
         model.CopyFrom(self.source)
         for field in ("node", "initializer", "value_info"):

@@ -51,7 +51,10 @@ def read_checkpoint(method_name: str, run: Path | None) -> tuple[Path, Checkpoin
     folder = shipped_checkpoint(method_name) if run is None else find_checkpoint(run)
     said = checkpoints.read(folder)
     if said.method != method_name:
-        raise CheckpointError(f"{folder}: trained by {said.method!r}, not {method_name!r}")
+        raise CheckpointError(
+            f"{folder}: trained by {said.method!r}, not {method_name!r}; "
+            f"pass --method {said.method}"
+        )
     return folder, said
 
 
@@ -67,7 +70,8 @@ def config_of(folder: Path, said: Checkpoint) -> Any:
         return methods.load(said.method).Config(**said.config)
     except (TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{folder}: its config does not fit {said.method}: {error}"
+            f"{folder}: its config does not fit {said.method}: {error}; "
+            "use the version of HistoStream that trained it, or train it again"
         ) from error
 
 

@@ -86,14 +86,18 @@ def write_triton(
         repository.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=".histostream.", dir=_beside(repository)))
     except OSError as error:
-        raise OutputError(f"{repository}: cannot be written ({error.strerror})") from error
+        raise OutputError(
+            f"{repository}: cannot be written ({error.strerror}); check its permissions and room"
+        ) from error
     try:
         for name, file, content in models:
             _write_model(part / name, card, file, content, max_batch)
         for name, _, _ in models:
             _publish(part / name, repository / name)
     except OSError as error:
-        raise OutputError(f"{repository}: cannot be written ({error.strerror})") from error
+        raise OutputError(
+            f"{repository}: cannot be written ({error.strerror}); check its permissions and room"
+        ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return [repository / name for name, _, _ in models]

@@ -106,7 +106,7 @@ def tune_crf(
         If the card cannot be written.
     """
     if not samples:
-        raise TuneError("no annotated image to learn from")
+        raise TuneError("no annotated image to learn from: name a set with labels, --data")
     card = read_card(bundle)
     engine = open_engine(bundle, backend=backend)
     try:
@@ -209,11 +209,13 @@ def _scored(sample: Sample, engine: Engine, mpp: float | None) -> Scored:
     image, truth = zoom(sample.image, sample.labels, 1.0 if mpp is None else mpp / card.mpp)
     if image.shape[2] != card.channels:
         raise TuneError(
-            f"{sample.name}: {image.shape[2]} channels; the model takes {card.channels}"
+            f"{sample.name}: {image.shape[2]} channels; the model takes {card.channels}: "
+            "convert the images"
         )
     if truth.max() >= len(card.classes):
         raise TuneError(
-            f"{sample.name}: label {truth.max()}; the model has {len(card.classes)} classes"
+            f"{sample.name}: label {truth.max()}; the model has {len(card.classes)} classes: "
+            "use data of the same classes"
         )
     scores = score_pixels(image, engine)
     return image, to_probabilities(scores, np.zeros(truth.shape, bool)), truth
@@ -235,4 +237,6 @@ def keep_params(bundle: Path, params: CrfParams) -> None:
             write_card(card, Path(scratch))
             (Path(scratch) / "card.json").replace(bundle / "card.json")
     except OSError as error:
-        raise OutputError(f"{bundle}: its card cannot be written ({error.strerror})") from error
+        raise OutputError(
+            f"{bundle}: its card cannot be written ({error.strerror}); check its permissions"
+        ) from error

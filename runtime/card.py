@@ -152,7 +152,10 @@ def read_card(bundle: Path) -> ModelCard:
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CardError(f"{bundle}: not a model bundle (no card.json in it)") from error
+        raise CardError(
+            f"{bundle}: not a model bundle (no card.json in it); "
+            "name a folder that histo-export wrote"
+        ) from error
     except (OSError, ValueError, RecursionError, MemoryError) as error:
         raise CardError(
             f"{path}: cannot be read ({reason(error)}); export the model again"
@@ -185,12 +188,18 @@ def read_file(bundle: Path, card: ModelCard, name: str) -> bytes:
         If the card does not name the file, it is missing, or its SHA-256 differs.
     """
     if name not in card.files:
-        raise CardError(f"{bundle}: has no {name}; it has {', '.join(card.files) or 'no files'}")
+        raise CardError(
+            f"{bundle}: has no {name}; it has {', '.join(card.files) or 'no files'}: "
+            "export the model again"
+        )
     path = bundle / name
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise CardError(f"{path}: cannot be read ({error.strerror})") from error
+        raise CardError(
+            f"{path}: cannot be read ({error.strerror}); "
+            "check its permissions, or export the model again"
+        ) from error
     found = hashlib.sha256(content).hexdigest()
     if found != card.files[name]:
         raise CardError(

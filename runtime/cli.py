@@ -269,7 +269,9 @@ def _crew(
     at_once = AT_ONCE if settings.max_memory_mib is None else 1
     if cluster is not None:
         if devices is not None:
-            raise HistoError("--devices and --ray exclude each other: --ray takes all that it has")
+            raise HistoError(
+                "--devices and --ray exclude each other: --ray takes all that it has: leave one out"
+            )
         from histostream.runtime.ray_crew import RayCrew
 
         return RayCrew(bundle, cluster, workers=workers, at_once=at_once, **how)

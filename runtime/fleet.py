@@ -349,15 +349,15 @@ def check_devices(devices: tuple[str, ...]) -> None:
         if device != CPU and not (device.isascii() and device.isdigit()):
             raise EngineError(f"device {device!r}: name GPUs by number, as 0,1; or cpu")
         if device != CPU and devices.count(device) > 1:
-            raise EngineError(f"device {device} is named twice")
+            raise EngineError(f"device {device} is named twice: name each once")
     if not devices:
-        raise EngineError("no device is named; as 0,1")
+        raise EngineError("no device is named; as 0,1: write --devices 0,1")
 
 
 def _ended(process: _Process) -> str:
     return (
         f"device {process.device}: its process ended with exit code {process.process.exitcode} "
-        "(-9: killed, often for want of memory)"
+        "(-9: killed, often for want of memory); repeat the command to go on"
     )
 
 

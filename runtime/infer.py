@@ -655,7 +655,10 @@ def _plan_bands(
         )
     if isinstance(engine, ManyDevices):
         if options.max_memory_mib is not None:
-            raise OptionError("--max-memory cannot be kept while several devices share a slide")
+            raise OptionError(
+                "--max-memory cannot be kept while several devices share a slide: "
+                "leave one of the two out"
+            )
         return engine.plan_bands(grid, further.align_px)
     return plan_bands(
         grid, view, engine, options.max_memory_mib, batch=options.batch or engine.batch,

@@ -127,7 +127,10 @@ class Options:
             if not 0 <= value < math.inf:
                 raise OptionError(f"{name}={value}: use 0 or more")
             if value and not (self.annotations or self.objects):
-                raise OptionError(f"{name}={value} is of objects, and no file of them is asked for")
+                raise OptionError(
+                    f"{name}={value} is of objects, and no file of them is asked for: "
+                    "pass --geojson, --annotations or --objects"
+                )
 
 
 def _content(path: Path) -> str:

@@ -210,7 +210,10 @@ def build_plan(
     network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(onnx):
-        raise EngineError(f"{library} cannot take the graph: {_parser_errors(parser, logger)}")
+        raise EngineError(
+            f"{library} cannot take the graph: {_parser_errors(parser, logger)}; "
+            "use --backend cuda or cpu"
+        )
     _check_input(network, profile, library)
     network.name = name
     config = builder.create_builder_config()
@@ -230,7 +233,9 @@ def build_plan(
             config.set_compute_capability(getattr(trt.ComputeCapability, target.upper()), index)
         plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise EngineError(f"{library} cannot build the engine: {joined(logger.errors)}")
+        raise EngineError(
+            f"{library} cannot build the engine: {joined(logger.errors)}; use --backend cuda or cpu"
+        )
     return bytes(plan)
 
 

@@ -152,7 +152,10 @@ class Batches:
         processes: int = 1,
     ) -> None:
         if schedule.batch % processes:
-            raise DataError(f"batch={schedule.batch} is not a multiple of {processes} processes")
+            raise DataError(
+                f"batch={schedule.batch} is not a multiple of {processes} processes: "
+                "set schedule.batch or --processes"
+            )
         self._parts, self._schedule, self._augmentation = parts, schedule, augmentation
         self._pools = {name: parts.pools[name] for name in pools}
         self._align_px, self._rank, self._processes = align_px, rank, processes

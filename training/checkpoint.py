@@ -109,7 +109,9 @@ def load(folder: Path, state: State) -> Checkpoint:
         try:
             module.load_state_dict(own)
         except RuntimeError as error:
-            raise CheckpointError(f"{folder}: weights of {name!r} do not fit: {error}") from error
+            raise CheckpointError(
+                f"{folder}: weights of {name!r} do not fit: {error}; train it again"
+            ) from error
     for name, optimizer in state.optimizers.items():
         _load_optimizer(optimizer, f"optimizer:{name}:", tensors)
     return checkpoint
@@ -118,7 +120,10 @@ def load(folder: Path, state: State) -> Checkpoint:
 def _file(folder: Path) -> Path:
     path = folder / "checkpoint.safetensors"
     if not path.is_file():
-        raise CheckpointError(f"{folder}: no checkpoint in it (checkpoint.safetensors)")
+        raise CheckpointError(
+            f"{folder}: no checkpoint in it (checkpoint.safetensors); "
+            "name the folder of a run, or its best/"
+        )
     return path
 
 
@@ -127,7 +132,9 @@ def _read_header(path: Path) -> Checkpoint:
         with safe_open(path, framework="pt") as file:
             said = json.loads((file.metadata() or {})["checkpoint"])
     except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged or not a checkpoint ({error})") from error
+        raise CheckpointError(
+            f"{path}: damaged or not a checkpoint ({error}); copy it again, or train it again"
+        ) from error
     if said.pop("schema", None) != SCHEMA:
         raise CheckpointError(f"{path}: made by another version; train or export it again")
     said["classes"] = [(name, tuple(color)) for name, color in said["classes"]]

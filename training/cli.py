@@ -303,7 +303,10 @@ def read_recipe(
         classes=classes,
     )
     if tables:
-        raise RecipeError(f"unknown key {next(iter(tables))!r} in the recipe")
+        raise RecipeError(
+            f"unknown key {next(iter(tables))!r} in the recipe; "
+            "known: method, schedule, augmentation, classes"
+        )
     return recipe
 
 
@@ -376,11 +379,14 @@ def _read_toml(config: str) -> dict[str, Any]:
     try:
         text = path.read_text() if path.is_file() else shipped.read_text()
     except OSError as error:
-        raise RecipeError(f"{config}: neither a file nor a shipped recipe") from error
+        raise RecipeError(
+            f"{config}: neither a file nor a shipped recipe; "
+            "check the name (docs/training.md has them)"
+        ) from error
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{config}: not a TOML file ({error})") from error
+        raise RecipeError(f"{config}: not a TOML file ({error}); mend it") from error
 
 
 def _apply(tables: dict[str, Any], setting: str) -> None:

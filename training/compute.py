@@ -104,7 +104,7 @@ def _cuda(device: torch.device, together: bool) -> torch.device:
         raise ComputeError("device 'cuda': torch sees no GPU here; use --device cpu")
     index = int(os.environ["LOCAL_RANK"]) if together else (device.index or 0)
     if index >= torch.cuda.device_count():
-        raise ComputeError(f"GPU {index}: there are {torch.cuda.device_count()}")
+        raise ComputeError(f"GPU {index}: there are {torch.cuda.device_count()}; use cuda:0 and up")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 

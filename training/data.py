@@ -120,7 +120,10 @@ class StoredSample(StoredPicture):
     def __post_init__(self) -> None:
         for given in (self.labels, self.instances):
             if given is not None and given.shape != self.image.shape[:2]:
-                raise DataError(f"{self.name}: labels are {given.shape}, image {self.image.shape}")
+                raise DataError(
+                    f"{self.name}: labels are {given.shape}, image {self.image.shape}; "
+                    "save them at one size"
+                )
 
     def digest(self) -> bytes:
         """SHA-256 of name, group, pixels, labels and objects."""
@@ -159,7 +162,7 @@ class DataSet:
     def __post_init__(self) -> None:
         labelled = (*self.train, *self.validation, *self.test)
         if not labelled:
-            raise DataError(f"{self.name}: no labelled image in it")
+            raise DataError(f"{self.name}: no labelled image in it; add labels")
         for part in (labelled, *self.pools.values()):
             twice = [name for name, n in Counter(p.name for p in part).items() if n > 1]
             if twice:
@@ -183,7 +186,9 @@ class DataSet:
             If ``mpp`` is not positive.
         """
         if not mpp > 0:
-            raise DataError(f"mpp={mpp}: a resolution is a positive number of um per pixel")
+            raise DataError(
+                f"mpp={mpp}: a resolution is a positive number of um per pixel: pass another --mpp"
+            )
         if self.mpp is None or same_mpp(self.mpp, mpp):
             return self
         scale = mpp / self.mpp
@@ -239,7 +244,10 @@ def split(samples: Sequence[Picture], *, validation: float, test: float, seed: i
     groups, count = _groups(samples), len(samples)
     shuffled = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
     n_test = round(test * count)
-    message = f"{_amount(samples)} are too few for validation={validation}, test={test}"
+    message = (
+        f"{_amount(samples)} are too few for validation={validation}, test={test}: "
+        "set smaller shares"
+    )
     if test > 0 and not n_test:
         raise DataError(message)
     test_part, rest = _taken(shuffled, n_test) if n_test else ([], shuffled)
@@ -277,7 +285,10 @@ def fold(
     if not 2 <= folds <= len(groups):
         raise DataError(f"folds={folds}: {_amount(samples)} can make 2 to {len(groups)} folds")
     if not 0 <= fold < folds:
-        raise DataError(f"fold={fold}: the {folds} folds are numbered 0 to {folds - 1}")
+        raise DataError(
+            f"fold={fold}: the {folds} folds are numbered 0 to {folds - 1}: "
+            "set schedule.fold to one of them"
+        )
     shuffled = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
     sizes, place = [0] * folds, {}
     for i in sorted(range(len(shuffled)), key=lambda i: -len(shuffled[i])):
@@ -385,7 +396,9 @@ def read_labels(path: Path) -> NDArray[np.integer]:
     """
     raw = np.asarray(_loaded(path, open_image(path)))
     if raw.ndim != 2:
-        raise DataError(f"{path}: {raw.shape[2]} channels; a label image has a single one")
+        raise DataError(
+            f"{path}: {raw.shape[2]} channels; a label image has a single one: save it with one"
+        )
     if raw.dtype.kind not in "biu":
         raise DataError(f"{path}: labels are {raw.dtype}; save them as whole numbers (PNG)")
     return raw.astype(np.uint8) if raw.dtype == bool else raw
@@ -412,7 +425,9 @@ def open_image(path: Path) -> ImageFile.ImageFile:
     except (OSError, ValueError, SyntaxError) as error:
         if path.is_file() and path.stat().st_size == 0:
             raise DataError(f"{path}: the file is empty; copy it again") from error
-        raise DataError(f"{path}: cannot be read as an image ({error})") from error
+        raise DataError(
+            f"{path}: cannot be read as an image ({error}); save it again, or remove it"
+        ) from error
     if pages > 1:
         image.close()
         raise DataError(f"{path}: {pages} images in one file; save each as a file of its own")
@@ -436,7 +451,9 @@ def _loaded(path: Path, image: ImageFile.ImageFile) -> ImageFile.ImageFile:
         image.load()
     except (OSError, ValueError, SyntaxError, EOFError) as error:
         image.close()
-        raise DataError(f"{path}: cannot be read as an image ({error})") from error
+        raise DataError(
+            f"{path}: cannot be read as an image ({error}); save it again, or remove it"
+        ) from error
     return image
 
 

@@ -88,7 +88,10 @@ def open_painter(run: Path, device: torch.device | None = None) -> Painter:
     try:
         config = Config(**said.config)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder}: its config does not fit {METHOD}: {error}") from error
+        raise CheckpointError(
+            f"{folder}: its config does not fit {METHOD}: {error}; "
+            "use the version of HistoStream that trained it"
+        ) from error
     if not config.paints:
         raise CheckpointError(
             f'{folder}: trained with g_arch="none", it has no generator; use another run'
@@ -195,7 +198,10 @@ def sample(
     samples = found.at_mpp(painter.said.mpp).train
     samples = samples[:masks] if masks else samples
     if not samples:
-        raise SampleError(f"{found.name}: no labelled image to train on, so nothing to paint")
+        raise SampleError(
+            f"{found.name}: no labelled image to train on, so nothing to paint; "
+            "use a set with labels"
+        )
     _check_labels(painter, found.name, samples)
     exchanged = _classes_of(painter, swap) if swap else None
     try:
@@ -209,7 +215,9 @@ def sample(
         finally:
             shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
-        raise OutputError(f"{out}: cannot be written ({error.strerror})") from error
+        raise OutputError(
+            f"{out}: cannot be written ({error.strerror}); check its permissions and room"
+        ) from error
     return len(samples) * per_mask
 
 
@@ -219,7 +227,8 @@ def _check_labels(painter: Painter, name: str, samples: Sequence[Sample]) -> Non
         if (highest := int(one.labels.max())) >= len(names):
             raise DataError(
                 f"{name}: label {highest} in {one.name}; the model paints {len(names)} classes "
-                f"({', '.join(names)})"
+                f"({', '.join(names)}): "
+                "use data of these classes"
             )
 
 

@@ -67,11 +67,13 @@ class Schedule:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}: use one of {', '.join(known)}")
         if min(self.steps, self.batch, self.validate_every) < 1:
-            raise ValueError("steps, batch and validate_every must be at least 1")
+            raise ValueError("steps, batch and validate_every must be at least 1: set 1 or more")
         if min(self.epochs, self.crop_px, self.warmup) < 0:
-            raise ValueError("epochs, crop_px and warmup must not be negative")
+            raise ValueError("epochs, crop_px and warmup must not be negative: set 0 or more")
         if not (0 <= self.validation < 1 and 0 <= self.test < 1):
-            raise ValueError("validation and test are shares between 0 and 1")
+            raise ValueError(
+                "validation and test are shares between 0 and 1: set 0 or more, less than 1"
+            )
         if not 0 < self.labelled <= 1:
             raise ValueError(f"labelled={self.labelled}: a share, use more than 0, up to 1 (all)")
         if self.folds and not (self.folds > 1 and 0 <= self.fold < self.folds):

@@ -229,7 +229,9 @@ def staged(
     """
     if folder is None:
         if is_remote(source):
-            raise SlideError(f"{shown(source)}: remote slides need a folder to be staged in")
+            raise SlideError(
+                f"{shown(source)}: remote slides need a folder to be staged in: pass one"
+            )
         yield Path(source)
         return
     name = file_name(source)

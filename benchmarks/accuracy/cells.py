@@ -129,7 +129,9 @@ def fill_table(
     if size not in sizes:
         raise click.BadParameter(f"{table} has no size {size!r}: use {', '.join(sizes)}")
     if unknown := [one for one in only if one not in algorithms]:
-        raise click.BadParameter(f"{unknown[0]!r} is none of {', '.join(algorithms)}")
+        raise click.BadParameter(
+            f"{unknown[0]!r} is none of {', '.join(algorithms)}; use one of them"
+        )
     torch.set_num_threads(threads)
     cells = [
         cell(table, size, algorithm, number, data_dir)

@@ -108,7 +108,8 @@ def score_set(
         if "classes" in said and len(said["classes"]) != len(classes):
             raise ScoreError(
                 f"the model has classes {', '.join(said['classes'])}, {found.name} "
-                f"{', '.join(classes)}: they do not go together"
+                f"{', '.join(classes)}: they do not go together; "
+                "use a set of the same classes"
             )
         if not classes:
             count = data.class_count(samples)
@@ -224,12 +225,14 @@ def score(
         found = predict(sample)
         if found.shape != sample.labels.shape:
             raise ScoreError(
-                f"{sample.name}: its label map is {found.shape}, the image {sample.labels.shape}"
+                f"{sample.name}: its label map is {found.shape}, the image {sample.labels.shape}; "
+                "save it at that size"
             )
         found = np.where(found == NOT_ANALYSED, 0, found)
         if found.max() >= len(classes):
             raise ScoreError(
-                f"{sample.name}: label {found.max()}, but there are {len(classes)} classes"
+                f"{sample.name}: label {found.max()}, but there are {len(classes)} classes; "
+                "use a set of the same classes"
             )
         one = Confusion(len(classes))
         one.add(found, sample.labels)
@@ -340,7 +343,8 @@ def _by_engine(engine: Engine, mpp: float | None) -> Predict:
         image, _ = zoom(sample.image, sample.labels, factor)
         if image.shape[2] != engine.card.channels:
             raise ScoreError(
-                f"{sample.name}: {image.shape[2]} channels; the model takes {engine.card.channels}"
+                f"{sample.name}: {image.shape[2]} channels; "
+                f"the model takes {engine.card.channels}: convert the images"
             )
         return _resized(segment_pixels(image, engine), sample.labels.shape)
 
@@ -349,7 +353,7 @@ def _by_engine(engine: Engine, mpp: float | None) -> Predict:
 
 def _from_folder(folder: Path) -> Predict:
     if not folder.is_dir():
-        raise ScoreError(f"{folder}: there is no such folder")
+        raise ScoreError(f"{folder}: there is no such folder; check the path")
 
     def predict(sample: Sample) -> Labels:
         stem = Path(sample.name).stem
@@ -357,9 +361,11 @@ def _from_folder(folder: Path) -> Predict:
             if path.is_file():
                 found = data.read_labels(path)
                 if found.size and found.max() > NOT_ANALYSED:
-                    raise ScoreError(f"{path}: label {found.max()}; classes are 0 to 254")
+                    raise ScoreError(
+                        f"{path}: label {found.max()}; classes are 0 to 254: save it with those"
+                    )
                 return found.astype(np.uint8)
-        raise DataError(f"{folder}: no label map {stem}.png or {stem}.tif in it")
+        raise DataError(f"{folder}: no label map {stem}.png or {stem}.tif in it; add it")
 
     return predict
 

@@ -25,6 +25,7 @@ SAID = {"fail": 1, "_fail": 0, "Outcome": 1}  # calls that show a text: which ar
 WARNINGS = {"log.warning", "_log.warning"}
 # Recipes are checked by their dataclasses; `histo-train` prints what those say.
 RECIPES = re.compile(r"training/(methods/.*|schedule|augment)\.py")
+MOST_CHOICES = 4  # texts that stand for one placeholder
 QUOTED = {"error", "reason", "first_line", "_last_line", "strerror", "said", "joined", "refused"}
 
 
@@ -99,7 +100,7 @@ def read_catalogue(root: Path) -> Catalogue:
             texts = list(_Texts(tree, scope, constants).of(expression))
             if not texts:
                 forwarded[f"{name}: {ast.unparse(expression)}"] = None
-            for text in texts:
+            for text in filter(None, texts):
                 found.setdefault(Message(area, kind, text, f"{name}:{expression.lineno}"))
     return Catalogue(tuple(sorted(found)), tuple(forwarded), classes)
 
@@ -206,10 +207,9 @@ class _Texts:
     def of(self, value: ast.expr, depth: int = 0) -> Iterator[str]:
         """Yield each text that the expression may be; nothing if none is written in the source."""
         if isinstance(value, ast.Constant) and isinstance(value.value, str):
-            if value.value:
-                yield value.value
+            yield value.value
         elif isinstance(value, ast.JoinedStr):
-            yield from self._joined(value.values)
+            yield from self._joined(value.values, depth)
         elif isinstance(value, ast.BinOp) and isinstance(value.op, ast.Add):
             for left in self.of(value.left, depth) or ():
                 for right in self.of(value.right, depth) or ():
@@ -229,11 +229,11 @@ class _Texts:
                         if isinstance(part, ast.Return) and part.value is not None:
                             yield from inner.of(part.value, depth + 1)
 
-    def _joined(self, parts: list[ast.expr]) -> Iterator[str]:
+    def _joined(self, parts: list[ast.expr], depth: int) -> Iterator[str]:
         texts = [""]
         for part in parts:
             if isinstance(part, ast.FormattedValue):
-                choices = self._filled(part.value)
+                choices = self._filled(part.value, depth)
             else:
                 assert isinstance(part, ast.Constant)
                 choices = [str(part.value)]
@@ -241,18 +241,19 @@ class _Texts:
         if any(re.search(r"[a-z]{2}", re.sub(r"\{[^{}]*\}", "", text)) for text in texts):
             yield from texts
 
-    def _filled(self, value: ast.expr) -> list[str]:
+    def _filled(self, value: ast.expr, depth: int) -> list[str]:
         """Return what may stand for a placeholder: constants as they are, else a name."""
         if isinstance(value, ast.Call) and ast.unparse(value.func).endswith(".join"):
             value = value.args[0]
         if isinstance(value, ast.Name) and value.id in self.constants:
             return [self.constants[value.id]]
         if isinstance(value, ast.IfExp):
-            sides = [self._filled(side) for side in (value.body, value.orelse)]
+            sides = [self._filled(side, depth) for side in (value.body, value.orelse)]
             return list(dict.fromkeys([*sides[0], *sides[1]]))
         if isinstance(value, ast.Constant):
             return [str(value.value)]
-        return [f"{{{_named(value)}}}"]
+        texts = self.of(value, depth + 1) if isinstance(value, ast.Name) and depth < 2 else ()
+        return list(dict.fromkeys(texts))[:MOST_CHOICES] or [f"{{{_named(value)}}}"]
 
 
 def _assigned(node: ast.Assign, name: str) -> ast.expr | None:

@@ -138,7 +138,7 @@ class OnnxRuntimeDeviceEngine:
             if NO_MEMORY.search(str(error)):
                 message = f"{text}; a smaller --batch needs less memory"
                 raise DeviceMemoryError(message, n * score_bytes(self.card)) from error
-            raise EngineError(text) from error
+            raise EngineError(f"{text}; use --backend cpu") from error
         if foreign:
             _order(self.device, self.stream, stream)
 
@@ -297,7 +297,9 @@ def _open_session(
             content, options, providers=[(provider, settings)], enable_fallback=0
         )
     except Exception as error:  # ONNX Runtime's own exceptions have no common base
-        raise EngineError(f"{path}: ONNX Runtime cannot load it ({reason(error)})") from error
+        raise EngineError(
+            f"{path}: ONNX Runtime cannot load it ({reason(error)}); export the model again"
+        ) from error
 
 
 def _order(device: Device, first: Stream, then: Stream) -> None:

@@ -30,7 +30,9 @@ class OpenVinoEngine:
         try:
             scores = self._compiled(tiles)[0]
         except RuntimeError as error:
-            raise EngineError(f"{self.name}: inference failed ({reason(error)})") from error
+            raise EngineError(
+                f"{self.name}: inference failed ({reason(error)}); use --backend cpu"
+            ) from error
         check_scores(self.card, self.name, scores, len(tiles))
         return np.array(scores, np.uint8)  # a copy: OpenVINO reuses its output buffer
 
@@ -71,6 +73,8 @@ def open_openvino(
         model = core.read_model(model=io.BytesIO(content))
         compiled = core.compile_model(model, "CPU", settings)
     except RuntimeError as error:
-        raise EngineError(f"{bundle / file}: OpenVINO cannot load it ({reason(error)})") from error
+        raise EngineError(
+            f"{bundle / file}: OpenVINO cannot load it ({reason(error)}); use --backend cpu"
+        ) from error
     name = f"openvino {openvino.__version__.split('-')[0]} cpu {precision}"
     return OpenVinoEngine(compiled, card, name)

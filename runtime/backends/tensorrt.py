@@ -135,7 +135,9 @@ class TensorRtEngine:
             and context.set_tensor_address("scores", scores)
         )
         if not done:
-            raise EngineError(f"{self.name}: it does not take {n} tiles ({self._said()})")
+            raise EngineError(
+                f"{self.name}: it does not take {n} tiles ({self._said()}); use a smaller --batch"
+            )
 
     def _execute(self, context: Any, n: int, stream: Stream) -> None:
         if context.execute_async_v3(stream.handle):
@@ -143,9 +145,12 @@ class TensorRtEngine:
         said = self._said()
         if NO_MEMORY.search(said):
             raise DeviceMemoryError(
-                f"{self.name}: no memory left for {n} tiles ({said})", n * score_bytes(self.card)
+                f"{self.name}: no memory left for {n} tiles ({said}); use a smaller --batch",
+                n * score_bytes(self.card),
             )
-        raise EngineError(f"{self.name}: inference failed on {n} tiles ({said})")
+        raise EngineError(
+            f"{self.name}: inference failed on {n} tiles ({said}); use --backend cuda or cpu"
+        )
 
     def _capture(self, tiles: int, scores: int, stream: Stream) -> None:
         """Capture a full batch; where that is not possible, run without a graph from here on."""

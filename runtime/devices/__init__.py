@@ -334,7 +334,10 @@ def compile_cubin(source: str, sm: str) -> bytes:
     number = int(sm.removeprefix("sm"))
     exact = number in known
     if not exact and number < min(known):
-        raise DeviceError(f"{compiler_version()} does not know {sm}; its oldest is sm{min(known)}")
+        raise DeviceError(
+            f"{compiler_version()} does not know {sm}; its oldest is sm{min(known)}; "
+            "use --backend cpu, or an older NVRTC"
+        )
     target = f"sm_{number}" if exact else f"compute_{max(k for k in known if k < number)}"
     options = [option.encode() for option in (f"--gpu-architecture={target}", *OPTIONS)]
     (program,) = _nvrtc(nvrtc, *nvrtc.nvrtcCreateProgram(source.encode(), b"kernels.cu", 0, [], []))
@@ -345,7 +348,9 @@ def compile_cubin(source: str, sm: str) -> bytes:
             said = bytearray(size)
             _nvrtc(nvrtc, *nvrtc.nvrtcGetProgramLog(program, said))
             lines = said.decode(errors="replace").strip("\0\n ").splitlines()[:4]
-            raise DeviceError(f"kernels.cu does not compile for {sm}: {' | '.join(lines)}")
+            raise DeviceError(
+                f"kernels.cu does not compile for {sm}: {' | '.join(lines)}; use --backend cpu"
+            )
         if exact:
             (size,) = _nvrtc(nvrtc, *nvrtc.nvrtcGetCUBINSize(program))
             code = bytearray(size)
@@ -371,7 +376,7 @@ def _guarded(call: Callable[[], Any]) -> Any:
 
 def _nvrtc(nvrtc: Any, status: Any, *values: Any) -> tuple[Any, ...]:
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        raise DeviceError(f"NVRTC failed ({status.name})")
+        raise DeviceError(f"NVRTC failed ({status.name}); use --backend cpu")
     return values
 
 

@@ -117,7 +117,10 @@ class CudaPythonDevice:
         """Call the driver; what it returns besides the status, or a `DeviceError`."""
         status, *values = getattr(self.driver, name)(*arguments)
         if status != self.driver.CUresult.CUDA_SUCCESS:
-            raise DeviceError(f"GPU {self.index}: {name} failed ({self._reason(status)})")
+            raise DeviceError(
+                f"GPU {self.index}: {name} failed ({self._reason(status)}); "
+                "run it again, or use --backend cpu"
+            )
         return values[0] if len(values) == 1 else tuple(values)
 
     def free_bytes(self) -> int:
@@ -237,7 +240,10 @@ class CudaPythonDevice:
                 nbytes,
             )
         if status != self.driver.CUresult.CUDA_SUCCESS:
-            raise DeviceError(f"GPU {self.index}: {name} failed ({self._reason(status)})")
+            raise DeviceError(
+                f"GPU {self.index}: {name} failed ({self._reason(status)}); "
+                "run it again, or use --backend cpu"
+            )
         return values[0]
 
     def _function(self, kernel: str, arguments: Sequence[int]) -> tuple[Any, tuple[Any, ...]]:
@@ -282,5 +288,7 @@ def open_device(index: int) -> CudaPythonDevice:
         raise DeviceError(f"the NVIDIA driver does not start ({status.name}); use --backend cpu")
     status, count = driver.cuDeviceGetCount()
     if status != driver.CUresult.CUDA_SUCCESS or not 0 <= index < count:
-        raise DeviceError(f"there is no GPU {index}: the driver sees {count or 0}")
+        raise DeviceError(
+            f"there is no GPU {index}: the driver sees {count or 0}; --devices counts from 0"
+        )
     return CudaPythonDevice(driver, index)

@@ -87,7 +87,10 @@ class PyCudaDevice:
             return function(*arguments)
         except self.driver.Error as error:
             name = getattr(function, "__name__", "a call")
-            raise DeviceError(f"GPU {self.index}: {name} failed ({first_line(error)})") from error
+            raise DeviceError(
+                f"GPU {self.index}: {name} failed ({first_line(error)}); "
+                "run it again, or use --backend cpu"
+            ) from error
 
     def free_bytes(self) -> int:
         """Memory that nobody uses now."""
@@ -195,7 +198,8 @@ class PyCudaDevice:
             ) from error
         except self.driver.Error as error:
             raise DeviceError(
-                f"GPU {self.index}: {nbytes} bytes of {kind} cannot be taken ({first_line(error)})"
+                f"GPU {self.index}: {nbytes} bytes of {kind} cannot be taken "
+                f"({first_line(error)}); use a smaller --batch"
             ) from error
 
     def _function(self, kernel: str, arguments: Sequence[int]) -> Any:
@@ -255,5 +259,7 @@ def open_device(index: int) -> PyCudaDevice:
             f"the NVIDIA driver does not start ({first_line(error)}); use --backend cpu"
         ) from error
     if not 0 <= index < count:
-        raise DeviceError(f"there is no GPU {index}: the driver sees {count}")
+        raise DeviceError(
+            f"there is no GPU {index}: the driver sees {count}; --devices counts from 0"
+        )
     return PyCudaDevice(driver, index)

@@ -31,6 +31,35 @@ FORWARDED = {
     "wsi/synthetic.py", "benchmarks/sandbox.py", "benchmarks/size.py",
 }  # fmt: skip
 
+# What a message may ask for; an option or a package to install is one too, and a nearest name.
+REMEDY = re.compile(
+    r"\b(add|allow|begin|bring|build|call|change|check|choose|convert|copy|cut|delete|download|draw|"
+    r"expected|export|fetch|fill|free|give|goes on|install|leave|lower|make|mend|merge|mirror|move|"
+    r"name|needs|order|paint|pass|put|quote|remove|rename|repeat|replace|report|resample|restart|run|save|say|"
+    r"scan|see|set|shorten|take|train|try|tune|uses?|wait|write|written)\b"
+    r"|--[a-z]|pip install|known:|did you mean|\{hint\}|\{advice\}|\{known\}|\{CREDENTIALS\}"
+)
+# These are printed within another message, which says what to do.
+WITHIN = {
+    "DeclinedError",
+    "_RefusedError",
+    "NotUnderstoodError",
+    "NotUsableError",
+    "StoppedError",
+    "warning",
+    "text",
+}
+HEADS = ("card: ", "header: ", "profile: ")
+HANDED_ON = {
+    "backend 'tensorrt': {reason}",
+    "backend {device}: {reason}",
+    "device {device}: {content}",
+    "{text}; and {more} more like these",
+    "no second context ({said})",  # caught: a full batch then runs without a graph of its own
+    "no {takes} bytes to spare for a second context",
+    "stopped",
+}
+
 
 @functools.cache
 def extension(name: str) -> Any:
@@ -79,6 +108,19 @@ def test_every_exception_that_is_raised_is_listed() -> None:
 
 def test_only_known_places_hand_on_what_another_has_said() -> None:
     assert {line.split(": ")[0] for line in catalogue().forwarded} <= FORWARDED
+
+
+def test_every_message_says_what_to_do() -> None:
+    mute = [
+        f"{message.source}: {message.text}"
+        for message in catalogue().messages
+        if message.kind not in WITHIN and not message.text.startswith(HEADS)
+        if not REMEDY.search(
+            re.sub(r"\{(?!hint|advice|known|CREDENTIALS)[^{}]*\}", "X", message.text)
+        )
+        and message.text not in HANDED_ON
+    ]
+    assert not mute, "say what to do, or add the verb to REMEDY"
 
 
 def test_the_page_lists_every_area() -> None:

@@ -757,6 +757,9 @@ def explained(state: State) -> nn.Module:
         If the model does not translate.
     """
     if state.config.objective != "translation":
-        raise DataError(f'objective="{state.config.objective}": the model does not translate')
+        raise DataError(
+            f'objective="{state.config.objective}": the model does not translate; '
+            "use a run of another objective"
+        )
     parts = copy.deepcopy([state.modules[name] for name in EXPLAINED_BY])
     return fold_spectral_norm(Explained(parts[0], parts[1], state.config)).eval()

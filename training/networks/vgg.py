@@ -102,8 +102,8 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise WeightsError(
-            f"{path}: damaged, or not a state dict in .safetensors or .pth"
+            f"{path}: damaged, or not a state dict in .safetensors or .pth; save it again"
         ) from error
     if not (isinstance(found, dict) and all(isinstance(v, Tensor) for v in found.values())):
-        raise WeightsError(f"{path}: not a state dict (names and tensors)")
+        raise WeightsError(f"{path}: not a state dict (names and tensors); save it again")
     return found

@@ -56,7 +56,10 @@ def image_files(folder: Path) -> list[Path]:
         raise DataError(f"{folder.parent}: no folder {folder.name!r} in it; see docs/data.md")
     files = files_of(folder, IMAGE_SUFFIXES)
     if not files:
-        raise DataError(f"{folder}: no image in it ({', '.join(IMAGE_SUFFIXES)})")
+        raise DataError(
+            f"{folder}: no image in it ({', '.join(IMAGE_SUFFIXES)}); "
+            "put images there, or check the path"
+        )
     refuse_same_stems(files)
     return files
 
@@ -88,10 +91,16 @@ def label_files(
     missing = [path for path in images if path.stem not in found]
     if len(missing) == 1:
         (image,) = missing
-        raise DataError(f"{image}: no label file {folder / image.stem}{suffixes[0]}")
+        raise DataError(
+            f"{image}: no label file {folder / image.stem}{suffixes[0]}; "
+            "add it, or remove the image"
+        )
     if missing:
         names = listed([f"{path.stem}{suffixes[0]}" for path in missing])
-        raise DataError(f"{folder}: {len(missing)} label files are missing: {names}")
+        raise DataError(
+            f"{folder}: {len(missing)} label files are missing: {names}; "
+            "add them, or remove their images"
+        )
     return [found[path.stem] for path in images]
 
 
@@ -136,7 +145,9 @@ def read_pixels(path: Path) -> NDArray[np.uint8]:
     image = read_image(path)
     if min(image.shape[:2]) < MIN_PX:
         height, width = image.shape[:2]
-        raise DataError(f"{path}: {width} x {height} px; at least {MIN_PX} x {MIN_PX} are needed")
+        raise DataError(
+            f"{path}: {width} x {height} px; at least {MIN_PX} x {MIN_PX} are needed: leave it out"
+        )
     return image
 
 

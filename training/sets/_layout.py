@@ -71,7 +71,10 @@ class Layout:
             return stem
         found = self.group.search(stem)
         if not found or found[1] is None:
-            raise DataError(f"{self.file}: group={self.group.pattern!r} does not match {stem!r}")
+            raise DataError(
+                f"{self.file}: group={self.group.pattern!r} does not match {stem!r}; "
+                "change it, or rename the file"
+            )
         return str(found[1])
 
 
@@ -89,7 +92,7 @@ def read_layout(folder: Path) -> Layout:
     try:
         found = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: not a TOML file ({error})") from error
+        raise DataError(f"{file}: not a TOML file ({error}); mend it") from error
     _refuse_unknown(file, found, KEYS, "")
     classes, values = _classes(file, found.get("classes", []))
     return Layout(
@@ -110,7 +113,7 @@ def _classes(file: Path, tables: Any) -> tuple[Classes, tuple[int, ...]]:
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise DataError(f"{file}: write each class as [[classes]] with its name")
     if len(tables) == 1:
-        raise DataError(f"{file}: one class only; the background is a class too, the first")
+        raise DataError(f"{file}: one class only; the background is a class too, the first: add it")
     names, colors, values = [], [], []
     for i, table in enumerate(tables):
         _refuse_unknown(file, table, CLASS_KEYS, "classes.")
@@ -121,7 +124,9 @@ def _classes(file: Path, tables: Any) -> tuple[Classes, tuple[int, ...]]:
         values.append(_whole(file, "classes.value", table.get("value", i), least=0))
     for what, given in (("name", names), ("value", values)):
         if len(set(given)) < len(given):
-            raise DataError(f"{file}: two classes have the same {what}: {listed(given)}")
+            raise DataError(
+                f"{file}: two classes have the same {what}: {listed(given)}; change one"
+            )
     return tuple(zip(names, colors, strict=True)), tuple(values)
 
 
@@ -156,7 +161,9 @@ def _pattern(file: Path, value: Any) -> re.Pattern[str] | None:
     try:
         pattern = re.compile(_text(file, "group", value))
     except re.error as error:
-        raise DataError(f"{file}: group={value!r} is no regular expression ({error})") from error
+        raise DataError(
+            f"{file}: group={value!r} is no regular expression ({error}); mend it"
+        ) from error
     if not pattern.groups:
         raise DataError(f"{file}: group={value!r}: put the group's name in parentheses")
     return pattern

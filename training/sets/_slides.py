@@ -90,7 +90,9 @@ def read_annotated(paths: Sequence[Path], folder: Path, layout: Layout) -> list[
         nothing to train on.
     """
     if not layout.classes:
-        raise DataError(f"{layout.file}: slides need the names of the classes, as [[classes]]")
+        raise DataError(
+            f"{layout.file}: slides need the names of the classes, as [[classes]]: add them"
+        )
     drawn = label_files(paths, folder, (".geojson",))
     store = OpenSlides()
     pairs = zip(paths, drawn, strict=True)
@@ -261,7 +263,8 @@ class _Slide:
             if own / layout.mpp > MAX_UPSAMPLING:
                 raise DataError(
                     f"{path}: it has {own:.4g} um per pixel, too coarse for mpp={layout.mpp:g} "
-                    f"in {layout.file}"
+                    f"in {layout.file}; "
+                    "set a coarser mpp"
                 )
         return cls(
             path, layout.group_of(path.stem), layout.mpp, layout.slide_mpp, _identity(path), store

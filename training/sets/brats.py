@@ -76,7 +76,9 @@ def read(
         parts["test"] += order[first : first + second]
         parts["train"] += order[first + second :]
     if not parts["train"]:
-        raise DataError(f"{path}: no patient to train on in {' or '.join(GRADES)} of it")
+        raise DataError(
+            f"{path}: no patient to train on in {' or '.join(GRADES)} of it; fetch the whole set"
+        )
     read_part = {
         name: collect(lambda folder: _half_slices(folder, names), folders)
         for name, folders in parts.items()
@@ -115,10 +117,10 @@ def _half_slices(
     tumour = _volume(folder, "seg") > 0  # labels 1, 2 and 4: the whole tumour
     if len({v.shape for v in (*volumes, tumour)}) > 1:
         shapes = ", ".join(str(v.shape) for v in (*volumes, tumour))
-        raise DataError(f"{folder}: its volumes differ in size ({shapes})")
+        raise DataError(f"{folder}: its volumes differ in size ({shapes}); fetch them again")
     brain = np.any([v != 0 for v in volumes], axis=0)
     if not brain.any():
-        raise DataError(f"{folder}: no brain in it, all voxels are 0")
+        raise DataError(f"{folder}: no brain in it, all voxels are 0; leave this patient out")
     images = np.stack([_uint8(v, brain) for v in volumes], axis=-1)
     present, absent = [], []
     middle = images.shape[0] // 2
@@ -151,12 +153,16 @@ def _volume(folder: Path, name: str) -> NDArray[np.float32]:
 
     files = [p for suffix in SUFFIXES if (p := folder / f"{folder.name}_{name}{suffix}").is_file()]
     if not files:
-        raise DataError(f"{folder}: no {folder.name}_{name}{SUFFIXES[0]} in it")
+        raise DataError(
+            f"{folder}: no {folder.name}_{name}{SUFFIXES[0]} in it; fetch the whole set"
+        )
     try:
         found: Nifti1Image | Any = nibabel.load(files[0])
         volume = np.asarray(found.dataobj, np.float32)
     except (OSError, EOFError, ValueError, zlib.error, nibabel.filebasedimages.ImageFileError) as e:
         raise DataError(f"{files[0]}: cannot be read ({e}); fetch it again") from e
     if volume.ndim != 3 or not np.isfinite(volume).all():
-        raise DataError(f"{files[0]}: {volume.shape}, or values that are no numbers: no volume")
+        raise DataError(
+            f"{files[0]}: {volume.shape}, or values that are no numbers: no volume; fetch it again"
+        )
     return volume

@@ -105,7 +105,10 @@ def read_pictures(path: Path, mpp: float) -> tuple[Picture, ...]:
     elif path.suffix.lower() in PICTURE_SUFFIXES:
         found = _read_files([path], layout)
     else:
-        raise DataError(f"{path}: no image or slide that is known ({', '.join(PICTURE_SUFFIXES)})")
+        raise DataError(
+            f"{path}: no image or slide that is known ({', '.join(PICTURE_SUFFIXES)}); "
+            "check the path"
+        )
     return pictures_at(found, own_mpp, mpp)
 
 
@@ -259,12 +262,14 @@ def _divide(layout: Layout, stems: Sequence[str]) -> dict[str, list[str]]:
     for part, patterns in layout.splits.items():
         for pattern in patterns:
             if not fnmatch.filter(stems, pattern):
-                raise DataError(f"{layout.file}: splits.{part}: {pattern!r} matches no image")
+                raise DataError(
+                    f"{layout.file}: splits.{part}: {pattern!r} matches no image; mend it"
+                )
         chosen[part] = [s for s in stems if any(fnmatch.fnmatchcase(s, p) for p in patterns)]
     times = Counter(stem for part in chosen.values() for stem in part)
     twice = [stem for stem, n in times.items() if n > 1]
     if twice:
-        raise DataError(f"{layout.file}: in two splits: {listed(twice)}")
+        raise DataError(f"{layout.file}: in two splits: {listed(twice)}; name each in one")
     if "train" not in chosen:
         named = {stem for part in chosen.values() for stem in part}
         chosen["train"] = [stem for stem in stems if stem not in named]

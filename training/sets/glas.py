@@ -31,7 +31,9 @@ def read(path: Path) -> DataSet:
     patients = _patients(path / "Grade.csv")
     train, test_a, test_b = (_read_part(path, part, patients) for part in PARTS)
     if not train:
-        raise DataError(f"{path}: no train_1, train_2, ... in it or in {path / 'train'}")
+        raise DataError(
+            f"{path}: no train_1, train_2, ... in it or in {path / 'train'}; check the path"
+        )
     return DataSet("glas", CLASSES, MPP, tuple(train), test=(*test_a, *test_b))
 
 
@@ -44,7 +46,9 @@ def _read_part(path: Path, part: str, patients: dict[str, str]) -> list[StoredSa
     images = sorted((p for p in files if not p.stem.endswith("_anno")), key=by_number)
     missing = [p.name for p in images if p.stem not in truths]
     if missing:
-        raise DataError(f"{folder}: no annotation (NAME_anno) for {listed(missing)}")
+        raise DataError(
+            f"{folder}: no annotation (NAME_anno) for {listed(missing)}; fetch the whole set"
+        )
     return collect(lambda p: annotated(p, truths[p.stem], group=patients.get(p.stem, "")), images)
 
 

@@ -198,7 +198,9 @@ def _read_fold(path: Path, fold: str) -> tuple[Pixels, NDArray[np.uint8]]:
     digits = _read_idx(path, f"{fold}-images-idx3-ubyte", 3)
     names = _read_idx(path, f"{fold}-labels-idx1-ubyte", 1)
     if digits.shape[1:] != (DIGIT_PX, DIGIT_PX) or len(digits) != len(names):
-        raise DataError(f"{path}: {fold} has images {digits.shape} and labels {names.shape}")
+        raise DataError(
+            f"{path}: {fold} has images {digits.shape} and labels {names.shape}; fetch both again"
+        )
     if len(digits) <= HELD_BACK:
         raise DataError(f"{path}: {fold} has {len(digits)} digits only; fetch the whole file")
     return digits, names
@@ -211,12 +213,12 @@ def _read_idx(path: Path, name: str, axes: int) -> NDArray[np.uint8]:
     try:
         data = gzip.decompress(file.read_bytes()) if file == packed else file.read_bytes()
     except FileNotFoundError as error:
-        raise DataError(f"{path}: no {name} or {name}.gz in it") from error
+        raise DataError(f"{path}: no {name} or {name}.gz in it; fetch the whole set") from error
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{file}: cannot be read ({error}); fetch it again") from error
     start = 4 + 4 * axes
     if data[:4] != bytes((0, 0, IDX_UINT8, axes)) or len(data) < start:
-        raise DataError(f"{file}: not an idx file of uint8 with {axes} axes")
+        raise DataError(f"{file}: not an idx file of uint8 with {axes} axes; fetch it again")
     shape = tuple(int(n) for n in np.frombuffer(data[4:start], ">u4"))
     if len(data) - start != np.prod(shape):
         raise DataError(f"{file}: cut off: {len(data) - start} bytes for {shape}; fetch it again")

@@ -36,7 +36,7 @@ def read(path: Path, *, organ: str = "all") -> DataSet:
     train = read_objects(path / "train", lambda stem: stem[:PATIENT])
     wanted = [s for s in train if organ == "all" or (s.group in KIRC) == (organ == "kirc")]
     if not wanted:
-        raise DataError(f"{path / 'train'}: no image of organ={organ!r} in it")
+        raise DataError(f"{path / 'train'}: no image of organ={organ!r} in it; fetch the whole set")
     there = (path / "test").is_dir()
     test = read_objects(path / "test", lambda stem: stem[:PATIENT]) if there else []
     return DataSet("monuseg", NUCLEI, MPP, tuple(wanted), test=tuple(test))

@@ -96,7 +96,9 @@ def _opened(url: str) -> Iterator[http.client.HTTPResponse]:
     except (ssl.SSLCertVerificationError, URLError) as error:
         raise _unreachable(url, getattr(error, "reason", error)) from None
     except (http.client.InvalidURL, UnicodeError, ValueError) as error:
-        raise SlideError(f"{shown(url)}: not a URL that can be opened ({error})") from None
+        raise SlideError(
+            f"{shown(url)}: not a URL that can be opened ({error}); check it"
+        ) from None
     except (OSError, http.client.HTTPException) as error:
         raise _unreachable(url, error) from None
 
