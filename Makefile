@@ -35,6 +35,7 @@ types: $(VENV)/.dev
 
 # Warnings are errors: names in docstrings, links between pages and their anchors, pages that nothing leads to.
 docs: $(VENV)/.dev
+	rm -rf docs/_api
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -n -q -j auto -b html docs docs/_build/html
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/docs
 	@echo "open docs/_build/html/index.html"

@@ -270,7 +270,7 @@ def _crew(
     if cluster is not None:
         if devices is not None:
             raise HistoError(
-                "--devices and --ray exclude each other: --ray takes all that it has: leave one out"
+                "--devices and --ray exclude each other: --ray takes all that it has; leave one out"
             )
         from histostream.runtime.ray_crew import RayCrew
 

@@ -351,7 +351,7 @@ def check_devices(devices: tuple[str, ...]) -> None:
         if device != CPU and devices.count(device) > 1:
             raise EngineError(f"device {device} is named twice: name each once")
     if not devices:
-        raise EngineError("no device is named; as 0,1: write --devices 0,1")
+        raise EngineError("no device is named: write --devices 0,1")
 
 
 def _ended(process: _Process) -> str:

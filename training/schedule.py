@@ -67,9 +67,9 @@ class Schedule:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}: use one of {', '.join(known)}")
         if min(self.steps, self.batch, self.validate_every) < 1:
-            raise ValueError("steps, batch and validate_every must be at least 1: set 1 or more")
+            raise ValueError("steps, batch and validate_every must be at least 1")
         if min(self.epochs, self.crop_px, self.warmup) < 0:
-            raise ValueError("epochs, crop_px and warmup must not be negative: set 0 or more")
+            raise ValueError("epochs, crop_px and warmup must not be negative")
         if not (0 <= self.validation < 1 and 0 <= self.test < 1):
             raise ValueError(
                 "validation and test are shares between 0 and 1: set 0 or more, less than 1"

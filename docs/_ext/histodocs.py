@@ -11,7 +11,7 @@ from typing import Any
 import click
 from docutils import nodes
 from docutils.statemachine import StringList
-from messages import Catalogue, Message, read_catalogue
+from messages import PLACEHOLDER, Catalogue, Message, read_catalogue
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.directives.other import TocTree
@@ -63,8 +63,8 @@ def _heading(kind: str, catalogue: Catalogue) -> nodes.Node:
 
 def _item(message: Message) -> nodes.list_item:
     paragraph = nodes.paragraph()
-    for part in re.split(r"(\{[^{}]*\})", " ".join(message.text.split())):
-        if part.startswith("{"):
+    for part in re.split(f"({PLACEHOLDER.pattern})", " ".join(message.text.split())):
+        if part.startswith("⟨"):
             paragraph += nodes.emphasis("", part[1:-1])
         elif part:
             paragraph += nodes.Text(part)

@@ -25,6 +25,7 @@ SAID = {"fail": 1, "_fail": 0, "Outcome": 1}  # calls that show a text: which ar
 WARNINGS = {"log.warning", "_log.warning"}
 # Recipes are checked by their dataclasses; `histo-train` prints what those say.
 RECIPES = re.compile(r"training/(methods/.*|schedule|augment)\.py")
+PLACEHOLDER = re.compile(r"⟨[^⟩]*⟩")
 MOST_CHOICES = 4  # texts that stand for one placeholder
 QUOTED = {"error", "reason", "first_line", "_last_line", "strerror", "said", "joined", "refused"}
 
@@ -40,7 +41,7 @@ class Message:
     kind
         Name of the exception, "usage" for click's, "warning", or "text" for what is only printed.
     text
-        Placeholders are ``{name}``.
+        Placeholders are ``⟨name⟩``: braces may be a part of what is printed.
     source
         File and line, as ``wsi/reader.py:138``.
     """
@@ -52,7 +53,7 @@ class Message:
 
     def matches(self, printed: str) -> bool:
         """Whether it may have been printed as ``printed``; parts before and after do not matter."""
-        parts = re.split(r"\{[^{}]*\}", self.text)
+        parts = PLACEHOLDER.split(self.text)
         return re.search(".*?".join(map(re.escape, parts)), printed, re.DOTALL) is not None
 
 
@@ -218,9 +219,8 @@ class _Texts:
             yield from self.of(value.body, depth)
             yield from self.of(value.orelse, depth)
         elif isinstance(value, ast.Name) and depth < 2:
-            for node in ast.walk(self.scope):
-                if isinstance(node, ast.Assign) and _assigned(node, value.id) is not None:
-                    yield from self.of(_assigned(node, value.id) or node.value, depth + 1)
+            for given in self._given(value.id):
+                yield from self.of(given, depth + 1)
         elif isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and depth < 2:
             for node in self.tree.body:
                 if isinstance(node, ast.FunctionDef) and node.name == value.func.id:
@@ -238,8 +238,20 @@ class _Texts:
                 assert isinstance(part, ast.Constant)
                 choices = [str(part.value)]
             texts = [text + choice for text in texts for choice in choices]
-        if any(re.search(r"[a-z]{2}", re.sub(r"\{[^{}]*\}", "", text)) for text in texts):
+        if any(re.search(r"[a-z]{2}", PLACEHOLDER.sub("", text)) for text in texts):
             yield from texts
+
+    def _given(self, name: str) -> list[ast.expr]:
+        """Return all that the function assigns to a name."""
+        nodes = (node for node in ast.walk(self.scope) if isinstance(node, ast.Assign))
+        return [given for node in nodes if (given := _assigned(node, name)) is not None]
+
+    def _parameters(self) -> set[str]:
+        """Return the names that the function gets from its caller."""
+        if not isinstance(self.scope, ast.FunctionDef):
+            return set()
+        given = self.scope.args
+        return {one.arg for one in (*given.posonlyargs, *given.args, *given.kwonlyargs)}
 
     def _filled(self, value: ast.expr, depth: int) -> list[str]:
         """Return what may stand for a placeholder: constants as they are, else a name."""
@@ -252,8 +264,32 @@ class _Texts:
             return list(dict.fromkeys([*sides[0], *sides[1]]))
         if isinstance(value, ast.Constant):
             return [str(value.value)]
-        texts = self.of(value, depth + 1) if isinstance(value, ast.Name) and depth < 2 else ()
-        return list(dict.fromkeys(texts))[:MOST_CHOICES] or [f"{{{_named(value)}}}"]
+        if isinstance(value, ast.Subscript) and (texts := _entries(self.tree, value)):
+            return texts
+        texts = []
+        if isinstance(value, ast.Name) and depth < 2 and value.id not in self._parameters():
+            said = [list(self.of(given, depth + 1)) for given in self._given(value.id)]
+            texts = [text for each in said for text in each] if all(said) else []
+        return list(dict.fromkeys(texts))[:MOST_CHOICES] or [f"⟨{_named(value)}⟩"]
+
+
+def _entries(tree: ast.Module, entry: ast.Subscript) -> list[str]:
+    """Return the texts that an entry of one of the module's dictionaries may be."""
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(entry.value, ast.Name):
+            table = _assigned(node, entry.value.id)
+            if isinstance(table, ast.Dict):
+                found = {_plain(key): _plain(text) for key, text in _pairs(table)}
+                wanted = found.get(_plain(entry.slice))
+                texts = [wanted] if wanted else list(dict.fromkeys(found.values()))
+                return texts if all(texts) else []
+    return []
+
+
+def _pairs(table: ast.Dict) -> Iterator[tuple[ast.expr, ast.expr]]:
+    for key, value in zip(table.keys, table.values, strict=True):
+        if key is not None:
+            yield key, value
 
 
 def _assigned(node: ast.Assign, name: str) -> ast.expr | None:

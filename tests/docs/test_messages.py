@@ -33,11 +33,12 @@ FORWARDED = {
 
 # What a message may ask for; an option or a package to install is one too, and a nearest name.
 REMEDY = re.compile(
-    r"\b(add|allow|begin|bring|build|call|change|check|choose|convert|copy|cut|delete|download|draw|"
-    r"expected|export|fetch|fill|free|give|goes on|install|leave|lower|make|mend|merge|mirror|move|"
-    r"name|needs|order|paint|pass|put|quote|remove|rename|repeat|replace|report|resample|restart|run|save|say|"
-    r"scan|see|set|shorten|take|train|try|tune|uses?|wait|write|written)\b"
-    r"|--[a-z]|pip install|known:|did you mean|\{hint\}|\{advice\}|\{known\}|\{CREDENTIALS\}"
+    r"\b(add|allow|begin|bring|build|call|change|check|choose|convert|copy|cut|delete|download|"
+    r"draw|expected|export|fetch|fill|free|give|goes on|install|leave|lower|make|mend|merge|"
+    r"mirror|move|must|name|needs|order|paint|pass|put|quote|remove|rename|repeat|replace|report|"
+    r"resample|restart|run|save|say|scan|see|set|shorten|take|train|try|tune|uses?|wait|write|"
+    r"written)\b"
+    r"|--[a-z]|pip install|known:|did you mean|⟨(hint|advice|known)⟩"
 )
 # These are printed within another message, which says what to do.
 WITHIN = {
@@ -51,12 +52,12 @@ WITHIN = {
 }
 HEADS = ("card: ", "header: ", "profile: ")
 HANDED_ON = {
-    "backend 'tensorrt': {reason}",
-    "backend {device}: {reason}",
-    "device {device}: {content}",
-    "{text}; and {more} more like these",
-    "no second context ({said})",  # caught: a full batch then runs without a graph of its own
-    "no {takes} bytes to spare for a second context",
+    "backend 'tensorrt': ⟨reason⟩",
+    "backend ⟨device⟩: ⟨reason⟩",
+    "device ⟨device⟩: ⟨content⟩",
+    "⟨text⟩; and ⟨more⟩ more like these",
+    "no second context (⟨said⟩)",  # caught: a full batch then runs without a graph of its own
+    "no ⟨takes⟩ bytes to spare for a second context",
     "stopped",
 }
 
@@ -115,9 +116,7 @@ def test_every_message_says_what_to_do() -> None:
         f"{message.source}: {message.text}"
         for message in catalogue().messages
         if message.kind not in WITHIN and not message.text.startswith(HEADS)
-        if not REMEDY.search(
-            re.sub(r"\{(?!hint|advice|known|CREDENTIALS)[^{}]*\}", "X", message.text)
-        )
+        if not REMEDY.search(re.sub("⟨(?!hint|advice|known)[^⟩]*⟩", "X", message.text))
         and message.text not in HANDED_ON
     ]
     assert not mute, "say what to do, or add the verb to REMEDY"

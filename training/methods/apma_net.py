@@ -124,13 +124,11 @@ class Config:
             if value not in known:
                 raise ValueError(f"{name}={value!r}: use {' or '.join(map(repr, known))}")
         if min(self.base_width, self.discriminator_width) < 1:
-            raise ValueError("base_width and discriminator_width must be at least 1: set them so")
+            raise ValueError("base_width and discriminator_width must be at least 1")
         if not 0 <= self.source_only_steps <= 1:
             raise ValueError(f"source_only_steps={self.source_only_steps}: a share, use 0 to 1")
         if min(self.lambda_rec, self.lambda_feat, self.lambda_pred) < 0:
-            raise ValueError(
-                "lambda_rec, lambda_feat and lambda_pred must not be negative: set 0 or more"
-            )
+            raise ValueError("lambda_rec, lambda_feat and lambda_pred must not be negative")
         if self.feat_disc != "fcn" and (self.feat_crop < 1 or self.feat_crop % self.least_crop_px):
             raise ValueError(f"feat_crop={self.feat_crop}: use a multiple of {self.least_crop_px}")
 

@@ -85,15 +85,13 @@ class Config:
             if value not in known:
                 raise ValueError(f"{name}={value!r}: use {' or '.join(map(repr, known))}")
         if self.base_width < 1 or self.depth < 1 or self.discriminator_width < 1:
-            raise ValueError(
-                "base_width, depth and discriminator_width must be at least 1: set them so"
-            )
+            raise ValueError("base_width, depth and discriminator_width must be at least 1")
         if not 0 < self.segmentation_weight < 1:
             raise ValueError(f"segmentation_weight={self.segmentation_weight}: use 0 to 1")
         if self.second_task != "none" and (self.adversarial or self.target == "embedding"):
             raise ValueError(
-                "a second_task goes with target='labels', adversarial=false only: "
-                "set them, or second_task='none'"
+                "a second_task goes with target='labels', adversarial=false only: set them, or "
+                "second_task='none'"
             )
 
 
