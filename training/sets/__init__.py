@@ -107,7 +107,11 @@ def _options(name: str, read: Callable[..., DataSet], query: str) -> dict[str, A
         if not equals:
             raise DataError(f"{name}: option {setting!r}: write option=value")
         if key not in known:
-            said = f"use {', '.join(known)}" if known else "it has none: leave it out"
+            said = (
+                f"it has {', '.join(known)}: use one of them"
+                if known
+                else "it has none: leave it out"
+            )
             raise DataError(f"{name}: unknown option {key!r}; {said}")
         try:
             options[key] = types[key](value)
