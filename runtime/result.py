@@ -151,7 +151,9 @@ class SlideResult:
             if (now.bytes, now.modified) == (slide.get("bytes"), slide.get("modified")):
                 return open_slide(path)
             raise SlideError(f"{path}: has changed since it was segmented; run it again")
-        raise SlideError(f"{slide.get('source', 'the slide')}: is not there any more")
+        raise SlideError(
+            f"{slide.get('source', 'the slide')}: is not there any more; bring it back"
+        )
 
     def region(
         self,

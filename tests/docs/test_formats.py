@@ -25,7 +25,7 @@ from tests.conftest import REPOSITORY
 
 PAGE = (REPOSITORY / "docs" / "file-formats.md").read_text(encoding="utf-8")
 # What is in these depends on the model or on the options, which have pages of their own.
-OPEN = {"options", "versions", "model.sha256", "inputs.options"}
+OPEN = {"options", "versions", "model.sha256", "model.card", "inputs.options"}
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     said = CliRunner().invoke(
         main,
         [str(folder), "--out", str(folder / "out"), "--probabilities", "--geojson",
-         "--annotations", "dsa", "--objects", "csv,parquet", "--backend", "cpu", "--no-tissue"],
+         "--annotations", "dsa", "--objects", "csv,parquet",
+         "--rasters", "ome-tiff,ome-tiff-rgb,ome-zarr,dicom-seg", "--backend", "cpu", "--no-tissue"],
     )  # fmt: skip
     assert said.exit_code == 0, said.output
     return folder / "out"

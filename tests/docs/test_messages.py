@@ -28,7 +28,8 @@ FORWARDED = {
     "runtime/cli.py", "runtime/cohort.py", "runtime/devices/__init__.py", "runtime/fleet.py",
     "runtime/inputs.py", "runtime/ray_crew.py", "runtime/tensorrt.py", "training/cli.py",
     "wsi/lock.py", "wsi/mosaic.py", "wsi/readers/large_image.py", "wsi/readers/tiff.py",
-    "wsi/synthetic.py", "benchmarks/sandbox.py", "benchmarks/size.py",
+    "wsi/synthetic.py", "benchmarks/outputs.py", "benchmarks/sandbox.py", "benchmarks/size.py",
+    "runtime/segmenter.py",
 }  # fmt: skip
 
 # What a message may ask for; an option or a package to install is one too, and a nearest name.

@@ -26,7 +26,7 @@ from PIL import Image
 from histostream.runtime import cohort
 from histostream.runtime.card import default_bundle, read_card
 from histostream.runtime.cohort import LocalCrew, Task, run_cohort
-from histostream.runtime.infer import SlideResult, segment_slide
+from histostream.runtime.infer import segment_slide
 from histostream.runtime.inputs import SlideInput
 from histostream.runtime.options import Options
 from histostream.runtime.record import card_record
@@ -43,6 +43,7 @@ from histostream.runtime.report.distribution import distribution
 from histostream.runtime.report.picture import PICTURE_PX, read_picture
 from histostream.runtime.report.said import Said, duration, figure, percent, size
 from histostream.runtime.report.slide import slide_report
+from histostream.runtime.result import SlideResult
 from histostream.wsi.errors import printable
 from histostream.wsi.sink import ClassInfo, SlideInfo
 from histostream.wsi.sinks.overview import Overview
