@@ -42,6 +42,7 @@ from histostream.runtime.record import (
     inputs_of,
     plain,
     read_run,
+    seen_record,
     slide_record,
     time_record,
     versions,
@@ -62,7 +63,7 @@ from histostream.wsi.sinks.objects import Objects, memory_bytes
 from histostream.wsi.sinks.overview import Overview, overview_size
 from histostream.wsi.sinks.summary import Summary
 from histostream.wsi.sinks.tiff import LabelTiff, ProbabilityTiff
-from histostream.wsi.staging import sha256_of, shown, version_of
+from histostream.wsi.staging import is_remote, sha256_of, shown, version_of
 from histostream.wsi.tissue import RegionOfInterest, find_tissue, read_roi
 
 DEFAULT_OVERLAP_PX = 64
@@ -113,6 +114,12 @@ class Job:
     def folder(self) -> Path:
         """Where the results of the slide will be."""
         return self.out / (self.name or stem_of(str(self.path)))
+
+    @property
+    def place(self) -> str:
+        """Where the slide is, for records: an absolute path, or a URL without its signature."""
+        source = self.source or str(self.path)
+        return shown(source) if is_remote(source) else str(Path(source).absolute())
 
     def inputs(self, card: ModelCard) -> dict[str, Any]:
         """Return what decides the result, as run.json says it; see `record.inputs_of`.
@@ -316,7 +323,7 @@ class SlideRun:
         assert self._begun is not None
         record = {
             "slide": {**slide_record(self._slide, self._view, self._version), "sha256": sha256,
-                      "source": shown(self._job.source or str(self._job.path))},
+                      "source": self._job.place},
             "source_blocks_decoded": {
                 "overview": self._overview_blocks,
                 "stream": self._slide.decoded_blocks - self._overview_blocks
@@ -406,7 +413,8 @@ class SlideRun:
             elif memory is not None and memory < (begun.max_memory_mib or memory + 1):
                 self._check_width(begun)
             self._bands = begun.bands
-            self._begun = replace(begun, runs=begun.runs + 1)
+            seen = seen_record(self._job.place, self._view, self._engine.card.classes)
+            self._begun = replace(begun, runs=begun.runs + 1, seen=seen)
             self._journal.begin(self._begun)
 
     def _check_width(self, begun: Begun) -> None:

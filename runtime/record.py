@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +17,7 @@ from histostream.runtime.crf.options import CrfOptions
 from histostream.runtime.options import Options
 from histostream.wsi.reader import SlideReader
 from histostream.wsi.resolution import SlideView
-from histostream.wsi.sink import RUN_FILE
+from histostream.wsi.sink import RUN_FILE, ClassInfo
 from histostream.wsi.staging import SlideVersion
 
 # Of a model card, beside its classes.
@@ -96,9 +96,22 @@ def slide_record(slide: SlideReader, view: SlideView, version: SlideVersion) -> 
         "mpp": slide.mpp,
         "level": view.level,
         "scale": view.scale,
+        "downsample": view.downsample,
         "width": view.width,
         "height": view.height,
         "result_mpp": view.mpp,
+    }
+
+
+def seen_record(source: str, view: SlideView, classes: Sequence[ClassInfo]) -> dict[str, Any]:
+    """Say what the viewer needs to show a run that is not finished; ``width`` is the result's."""
+    return {
+        "source": source,
+        "width": view.width,
+        "height": view.height,
+        "result_mpp": view.mpp,
+        "downsample": view.downsample,
+        "classes": [{"name": c.name, "color": list(c.color)} for c in classes],
     }
 
 

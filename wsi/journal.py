@@ -22,7 +22,7 @@ import struct
 import threading
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -61,12 +61,15 @@ class Begun:
         Bound on memory that the bands were laid for; None: there was none.
     runs
         How often the run was begun, gone on with included.
+    seen
+        Where the slide is and how it is seen, for those who watch the run; decides nothing.
     """
 
     what: Mapping[str, Any]
     bands: list[tuple[int, int]]
     max_memory_mib: int | None = None
     runs: int = 1
+    seen: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,8 @@ class Journal:
             bands = [(int(x0), int(x1)) for x0, x1 in said["bands"]]
             memory = said["max_memory_mib"]
             limit = None if memory is None else int(memory)
-            return Begun(dict(said["what"]), bands, limit, int(said["runs"]))
+            seen = dict(said.get("seen", {}))  # journals of before had none
+            return Begun(dict(said["what"]), bands, limit, int(said["runs"]), seen)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, KeyError) as error:
@@ -219,9 +223,7 @@ class BandJournal:
                     self._file.close()
 
     def _continues(self, part: Segmented) -> bool:
-        height, width = part.labels.shape
-        right = (part.x, part.y, width) == (self._x0, self.y, self._x1 - self._x0)
-        return right and 0 < height <= self._height - self.y
+        return _continues(part, self._x0, self._x1, self.y, self._height)
 
     def _raise(self) -> None:
         if self._failed is not None:
@@ -248,6 +250,48 @@ class BandJournal:
                 os.fsync(self._file.fileno())
             except Exception as error:  # whatever it is, the other side must not wait for ever
                 self._failed = error
+
+
+def watched_strips(
+    path: Path, x0: int, x1: int, height: int, *, offset: int = 0, y: int = 0
+) -> Iterator[tuple[Record, int]]:
+    """Read the whole strips of a band while another process may append to it; changes nothing.
+
+    Parameters
+    ----------
+    path
+        The file; if there is none, there are no strips.
+    x0, x1, height
+        The band's columns and the slide's height, in pixels.
+    offset, y
+        Where to begin: bytes, and rows, before a strip; what was yielded last gives the next.
+
+    Yields
+    ------
+    Each strip, and the offset of the byte after it. They end at a strip that is not whole (yet).
+
+    Raises
+    ------
+    JournalError
+        If the file cannot be read, or is no journal.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            while (record := _read_record(file)) is not None:
+                if not _continues(record.part, x0, x1, y, height):
+                    return
+                y += len(record.part.labels)
+                yield record, file.tell()
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise JournalError(f"{path}: cannot be read ({error}); --restart starts over") from error
+
+
+def _continues(part: Segmented, x0: int, x1: int, y: int, height: int) -> bool:
+    rows, columns = part.labels.shape
+    return (part.x, part.y, columns) == (x0, y, x1 - x0) and 0 < rows <= height - y
 
 
 def _copy(part: Segmented) -> Segmented:

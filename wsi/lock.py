@@ -191,6 +191,18 @@ class Lock:
                 os.utime(self.path)
 
 
+def holder_of(path: Path) -> Holder | None:
+    """Return who is at work under a lock file, as far as can be told without touching it.
+
+    A process of another host counts as at work as long as its lock is there.
+    """
+    try:
+        holder = _read(path)
+    except OSError:
+        return None
+    return None if holder is None or holder.is_gone() else holder
+
+
 def _create(path: Path, me: Holder) -> bool:
     """Make the lock file with its content, in one step; False if there is one."""
     text = json.dumps(asdict(me)) + "\n"

@@ -88,7 +88,7 @@ class LargeImageReader:
         with self._mending:
             _refuse_unreadable(self.path)
             try:
-                return self._tile(_open(self.path), level, row, column)
+                return self._tile(open_source(self.path), level, row, column)
             except MemoryError:
                 raise
             except Exception as again:
@@ -126,7 +126,7 @@ def open_reader(path: Path) -> LargeImageReader:
     import large_image
 
     try:
-        source = _open(path)
+        source = open_source(path)
         _refuse_other_than_image(path, source.getMetadata())
         return LargeImageReader(path, source)
     except (HistoError, MemoryError):
@@ -138,7 +138,14 @@ def open_reader(path: Path) -> LargeImageReader:
         raise DeclinedError(said) from error
 
 
-def _open(path: Path) -> Any:
+def open_source(path: Path, cached_tiles: int = 1) -> Any:
+    """Open large-image's own tile source of a file, which keeps few decoded tiles.
+
+    Raises
+    ------
+    SlideError
+        If it is a folder without DICOM, or a plain image that is too large to decode.
+    """
     import large_image
     from cachetools import LRUCache
 
@@ -148,7 +155,7 @@ def _open(path: Path) -> Any:
     check_plain_image(file)
     source = large_image.open(str(file), noCache=True)
     # Nothing is read twice, and the default keeps up to 512 tiles alive for the whole process.
-    source.cache, source.cache_lock = LRUCache(maxsize=1), threading.Lock()
+    source.cache, source.cache_lock = LRUCache(maxsize=cached_tiles), threading.Lock()
     return source
 
 
