@@ -53,7 +53,18 @@ from histostream.wsi.staging import shown
 console = Console(stderr=True)
 
 
-@click.command(context_settings={"show_default": True})
+class _OrView(click.Command):
+    """``histo-infer``; ``histo-infer view`` is another command, a slide of that name ``./view``."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args[:1] == ["view"]:
+            from histostream.runtime.viewer.command import view
+
+            view.main(args[1:], prog_name="histo-infer view")
+        return super().parse_args(ctx, args)
+
+
+@click.command(cls=_OrView, context_settings={"show_default": True})
 @click.version_option(package_name="histostream")
 @click.argument("slides", nargs=-1, required=True)
 @click.option(
@@ -161,6 +172,9 @@ def main(
     The same command again goes on where it was stopped, and leaves out what is done. A slide that
     fails does not stop the others; OUT/cohort.csv says how each went. Exit status: 0 all done, 1
     some failed, 3 some have damaged places, 130 stopped.
+
+    histo-infer view OUT shows results in a browser, also while they are being written; see
+    histo-infer view --help.
     """
     show_only_our_warnings("histo-infer")
     return_buffers_at_once()

@@ -75,7 +75,7 @@ class LargeImageReader:
         # Without style: large-image would apply ICC profiles, we promise raw pixels.
         z = self._zs[level]
         block = source.getTile(column, row, z, numpyAllowed="always", applyStyle=False)
-        pixels = _without_alpha(np.asarray(block))
+        pixels = without_alpha(np.asarray(block))
         check_block(pixels, self.levels[level], self.block_px[level], self.channels, row, column)
         return pixels
 
@@ -208,7 +208,7 @@ def _levels(source: Any) -> tuple[tuple[int, ...], tuple[Level, ...]]:
     return tuple(z for z, _ in found), tuple(level for _, level in found)
 
 
-def _without_alpha(block: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def without_alpha(block: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Lay a block on white if its last band is alpha; (H, W, C) uint8."""
     if block.ndim == 2:
         block = block[..., None]

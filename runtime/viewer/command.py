@@ -1,0 +1,70 @@
+"""``histo-infer view``: results in a browser."""
+
+from __future__ import annotations
+
+import sys
+import webbrowser
+from pathlib import Path
+
+import click
+
+from histostream.runtime.viewer.results import Results
+from histostream.runtime.viewer.server import DEFAULT_PORT, PortError, Viewer, ViewServer
+from histostream.wsi.console import fail, show_only_our_warnings
+from histostream.wsi.errors import HistoError
+
+COMMAND = "histo-infer view"
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument(
+    "folders", metavar="OUT...", nargs=-1, required=True, type=click.Path(path_type=Path)
+)
+@click.option(
+    "--port", type=click.IntRange(1, 65535),
+    help=f"Port on 127.0.0.1; default: {DEFAULT_PORT}, or a free one.",
+)  # fmt: skip
+@click.option("--browser/--no-browser", default=True, help="Open the page, or only say where.")
+@click.option(
+    "--slides", type=click.Path(path_type=Path), metavar="DIR",
+    help="Where slides are that are no longer where they were.",
+)  # fmt: skip
+def view(folders: tuple[Path, ...], port: int | None, browser: bool, slides: Path | None) -> None:
+    """Look at results in a browser, also while they are being written.
+
+    OUT is what histo-infer was given as --out, or one slide's folder in it. Runs of one slide, also
+    of several folders, can be put side by side. Only this machine can see the page; ? on it shows
+    the keys. Ctrl-C ends it.
+    """
+    show_only_our_warnings(COMMAND)
+    try:
+        if slides is not None and not slides.is_dir():
+            raise HistoError(f"{slides}: there is no such folder; check --slides")
+        server = _listening(Viewer(Results(folders), slides), port)
+    except HistoError as error:
+        fail(COMMAND, str(error))
+        sys.exit(1)
+    with server:
+        click.echo(f"look at {server.url} (Ctrl-C ends it)")
+        if browser:
+            webbrowser.open(server.url)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            click.echo("", err=True)  # after ^C
+
+
+def _listening(viewer: Viewer, port: int | None) -> ViewServer:
+    """Listen on the port that was asked for; else on the usual one, or a free one.
+
+    Raises
+    ------
+    PortError
+        If the port is in use.
+    """
+    if port is not None:
+        return ViewServer(viewer, port)
+    try:
+        return ViewServer(viewer, DEFAULT_PORT)
+    except PortError:
+        return ViewServer(viewer)

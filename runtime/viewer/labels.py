@@ -1,0 +1,373 @@
+"""Tiles of a label map: of the finished file, or of the strips that a run has finished so far.
+
+Level k holds every 2^k-th pixel of both axes, as in ``labels.tif``.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import tifffile
+from numpy.typing import NDArray
+
+from histostream.runtime.viewer.results import ResultError
+from histostream.wsi.journal import JOURNAL, Record, watched_strips
+from histostream.wsi.sink import OUTSIDE, Segmented
+
+TILE_PX = 512
+SMALLEST_PX = 512  # the coarsest level has no longer side
+KEPT_PX = 32 << 20  # pixels of the finest level of a journal that is kept in memory
+STRIP_BYTES = 96 << 20  # of decoded strips that are kept
+MOST_TILE_PX = 4096  # side of a tile in a TIFF that is read
+MOST_TILE_BYTES = 64 << 20
+
+Labels = NDArray[np.uint8]
+
+
+class LabelMap(Protocol):
+    """Where labels come from.
+
+    Attributes
+    ----------
+    sizes
+        (width, height) of each level, finest first.
+    """
+
+    sizes: list[tuple[int, int]]
+
+    def tile(self, level: int, column: int, row: int) -> Labels:
+        """Return a tile, (H, W) uint8; `TILE_PX` a side, less at the right and bottom border.
+
+        Raises
+        ------
+        ResultError
+            If there is no such tile, or it cannot be read.
+        """
+
+    def scores(self, x: int, y: int) -> list[int] | None:
+        """Return ``round(255 p)`` of each class at a pixel; None where none were written."""
+
+
+def level_sizes(width: int, height: int) -> list[tuple[int, int]]:
+    """(width, height) of each level, finest first; halves are rounded up."""
+    sizes = [(width, height)]
+    while max(sizes[-1]) > SMALLEST_PX:
+        width, height = sizes[-1]
+        sizes.append((-(-width // 2), -(-height // 2)))
+    return sizes
+
+
+def tile_box(
+    sizes: Sequence[tuple[int, int]], level: int, column: int, row: int
+) -> tuple[int, int, int, int]:
+    """Return x0, y0, x1, y1 of a tile in pixels of its level.
+
+    Raises
+    ------
+    ResultError
+        If there is no such tile.
+    """
+    if 0 <= level < len(sizes):
+        width, height = sizes[level]
+        x0, y0 = column * TILE_PX, row * TILE_PX
+        if 0 <= x0 < width and 0 <= y0 < height:
+            return x0, y0, min(x0 + TILE_PX, width), min(y0 + TILE_PX, height)
+    raise ResultError(f"there is no tile {column}, {row} of level {level}")
+
+
+class TiffTiles:
+    """The tiles of a pyramid TIFF of ours, decoded one by one.
+
+    Parameters
+    ----------
+    path
+        The file.
+    width, height
+        What level 0 must have, in pixels.
+    samples
+        Values a pixel.
+
+    Raises
+    ------
+    ResultError
+        If it is not such a file.
+    """
+
+    def __init__(self, path: Path, width: int, height: int, samples: int) -> None:
+        self.path, self.sizes = path, level_sizes(width, height)
+        self._samples, self._lock = samples, threading.Lock()
+        try:
+            self._file = tifffile.TiffFile(path)
+        except (OSError, ValueError) as error:  # TiffFileError is a ValueError
+            raise self._damaged() from error
+        try:
+            self._pages = [self._checked(page) for page in range(len(self.sizes))]
+        except (IndexError, ValueError, TypeError, AttributeError) as error:
+            self._file.close()
+            raise self._damaged() from error
+        # Other threads may still read from it when it is no longer kept open here.
+        weakref.finalize(self, self._file.close)
+
+    def tile(self, level: int, column: int, row: int) -> NDArray[np.uint8]:
+        """Return a tile of `TILE_PX`, (H, W, samples) uint8.
+
+        Raises
+        ------
+        ResultError
+            If there is no such tile, or it is damaged.
+        """
+        x0, y0, x1, y1 = tile_box(self.sizes, level, column, row)
+        page = self._pages[level]
+        side = page.tilelength
+        out = np.empty((y1 - y0, x1 - x0, self._samples), np.uint8)
+        for top in range(y0 // side * side, y1, side):
+            for left in range(x0 // side * side, x1, side):
+                block = self._block(page, left // side, top // side)
+                ya, yb = max(y0, top), min(y1, top + side)
+                xa, xb = max(x0, left), min(x1, left + side)
+                out[ya - y0 : yb - y0, xa - x0 : xb - x0] = block[
+                    ya - top : yb - top, xa - left : xb - left
+                ]
+        return out
+
+    def at(self, x: int, y: int) -> list[int]:
+        """Return the values of one pixel of level 0."""
+        page = self._pages[0]
+        side = page.tilelength
+        block = self._block(page, x // side, y // side)
+        return [int(value) for value in block[y % side, x % side]]
+
+    def _checked(self, number: int) -> tifffile.TiffPage:
+        page = self._file.pages[number]
+        width, height = self.sizes[number]
+        if not isinstance(page, tifffile.TiffPage):
+            raise ValueError("kind")
+        if (page.imagewidth, page.imagelength) != (width, height) or not page.is_tiled:
+            raise ValueError("size")
+        if page.samplesperpixel != self._samples or page.dtype != np.uint8:
+            raise ValueError("pixels")
+        side = page.tilelength
+        if side != page.tilewidth or not 16 <= side <= MOST_TILE_PX or page.planarconfig != 1:
+            raise ValueError("tiles")
+        if len(page.dataoffsets) != -(-width // side) * -(-height // side):
+            raise ValueError("tiles")
+        if len(page.databytecounts) != len(page.dataoffsets):
+            raise ValueError("tiles")
+        return page
+
+    def _block(self, page: tifffile.TiffPage, column: int, row: int) -> NDArray[np.uint8]:
+        """Decode one of the file's own tiles, (side, side, samples)."""
+        side = page.tilelength
+        index = row * -(-page.imagewidth // side) + column
+        count = page.databytecounts[index]
+        if count > MOST_TILE_BYTES:
+            raise self._damaged()
+        with self._lock:
+            self._file.filehandle.seek(page.dataoffsets[index])
+            data = self._file.filehandle.read(count)
+        try:
+            found = page.decode(data, index)[0]
+            block: NDArray[np.uint8] = np.asarray(found).reshape(side, side, self._samples)
+        except Exception as error:  # codecs have no common base for what damage leads to
+            raise self._damaged() from error
+        return block
+
+    def _damaged(self) -> ResultError:
+        return ResultError(
+            f"{self.path.parent.name}: {self.path.name} is damaged, or of another run; "
+            "run the slide again"
+        )
+
+
+class FinishedLabels:
+    """The label map of a finished run; see `LabelMap`.
+
+    Parameters
+    ----------
+    labels, scores
+        ``labels.tif``, and ``probabilities.tif`` where there is one.
+    width, height
+        Of the label map, in pixels.
+    classes
+        Number of classes.
+
+    Raises
+    ------
+    ResultError
+        If a file is not what it should be.
+    """
+
+    def __init__(
+        self, labels: Path, scores: Path | None, width: int, height: int, classes: int
+    ) -> None:
+        self._labels = TiffTiles(labels, width, height, 1)
+        self._scores = None if scores is None else TiffTiles(scores, width, height, classes)
+        self.sizes = self._labels.sizes
+
+    def tile(self, level: int, column: int, row: int) -> Labels:
+        """Return a tile; see `LabelMap.tile`."""
+        return self._labels.tile(level, column, row)[..., 0]
+
+    def scores(self, x: int, y: int) -> list[int] | None:
+        """Return the scores of a pixel; see `LabelMap.scores`."""
+        return None if self._scores is None else self._scores.at(x, y)
+
+
+@dataclass(frozen=True, slots=True)
+class _Strip:
+    """Where a strip lies: in its file, and in the label map."""
+
+    path: Path
+    offset: int
+    x0: int
+    x1: int
+    y0: int
+    y1: int
+
+
+class UnfinishedLabels:
+    """The strips that a run has finished, as a label map; what is missing is `OUTSIDE`.
+
+    Coarse levels are kept in memory, `KEPT_PX` pixels at most; finer ones are read from the
+    journal, of which the last used strips are kept decoded.
+
+    Parameters
+    ----------
+    folder
+        The slide's output folder.
+    bands
+        (x0, x1) of each column band, in pixels.
+    width, height
+        Of the label map, in pixels.
+
+    Attributes
+    ----------
+    rows
+        Finished rows of each band.
+    counts
+        (256,) how often each label is in them.
+    """
+
+    def __init__(
+        self, folder: Path, bands: Sequence[tuple[int, int]], width: int, height: int
+    ) -> None:
+        self.sizes = level_sizes(width, height)
+        self.rows = [0] * len(bands)
+        self.counts = np.zeros(256, np.int64)
+        self._bands = list(bands)
+        self._paths = [folder / JOURNAL / f"{x0}.strips" for x0, _ in bands]
+        self._ends = [0] * len(bands)
+        self._strips: list[list[_Strip]] = [[] for _ in bands]
+        self._kept_from = next(k for k, (w, h) in enumerate(self.sizes) if w * h <= KEPT_PX)
+        self._kept = [np.full((h, w), OUTSIDE, np.uint8) for w, h in self.sizes[self._kept_from :]]
+        self._decoded: OrderedDict[_Strip, Segmented] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def refresh(self) -> None:
+        """Take in the strips that were finished since the last time.
+
+        Raises
+        ------
+        JournalError
+            If the journal cannot be read.
+        """
+        with self._lock:
+            for number, (x0, x1) in enumerate(self._bands):
+                path, height = self._paths[number], self.sizes[0][1]
+                found = watched_strips(
+                    path, x0, x1, height, offset=self._ends[number], y=self.rows[number]
+                )
+                for record, end in found:
+                    self._take(number, record, end)
+
+    def tile(self, level: int, column: int, row: int) -> Labels:
+        """Return a tile; see `LabelMap.tile`."""
+        x0, y0, x1, y1 = tile_box(self.sizes, level, column, row)
+        with self._lock:
+            if level >= self._kept_from:
+                return self._kept[level - self._kept_from][y0:y1, x0:x1].copy()
+            out = np.full((y1 - y0, x1 - x0), OUTSIDE, np.uint8)
+            for strips in self._strips:
+                for strip in strips:
+                    if strip.x0 < x1 << level and strip.x1 > x0 << level:
+                        self._lay(strip, level, x0, y0, out)
+            return out
+
+    def scores(self, x: int, y: int) -> list[int] | None:
+        """Return the scores of a pixel; see `LabelMap.scores`."""
+        with self._lock:
+            for strips in self._strips:
+                for strip in strips:
+                    if strip.x0 <= x < strip.x1 and strip.y0 <= y < strip.y1:
+                        found = self._segmented(strip).probabilities
+                        if found is None:
+                            return None
+                        return [int(value) for value in found[y - strip.y0, x - strip.x0]]
+        return None
+
+    def _take(self, number: int, record: Record, end: int) -> None:
+        part = record.part
+        height, width = part.labels.shape
+        strip = _Strip(
+            self._paths[number], self._ends[number],
+            part.x, part.x + width, part.y, part.y + height,
+        )  # fmt: skip
+        self._strips[number].append(strip)
+        self._ends[number], self.rows[number] = end, strip.y1
+        if part.all_outside:
+            self.counts[OUTSIDE] += part.labels.size
+        else:
+            for labels in part.labels:
+                self.counts += np.bincount(labels, minlength=256)
+        for k, kept in enumerate(self._kept, self._kept_from):
+            _paste(part, k, 0, 0, kept)
+
+    def _lay(self, strip: _Strip, level: int, x0: int, y0: int, out: Labels) -> None:
+        """Copy what a tile shows of a strip; ``x0``, ``y0`` are the tile's, of its level."""
+        if strip.y0 < (y0 + len(out)) << level and strip.y1 > y0 << level:
+            _paste(self._segmented(strip), level, x0, y0, out)
+
+    def _segmented(self, strip: _Strip) -> Segmented:
+        """Return a strip's pixels, decoded once while it is in use."""
+        if strip not in self._decoded:
+            found = watched_strips(
+                strip.path, strip.x0, strip.x1, self.sizes[0][1], offset=strip.offset, y=strip.y0
+            )
+            record = next(found, None)
+            if record is None:  # the run was finished, or begun anew
+                return Segmented.outside(
+                    strip.x0, strip.y0, strip.x1 - strip.x0, strip.y1 - strip.y0
+                )
+            self._decoded[strip] = record[0].part
+            while len(self._decoded) > 1 and _bytes(self._decoded.values()) > STRIP_BYTES:
+                self._decoded.popitem(last=False)
+        self._decoded.move_to_end(strip)
+        return self._decoded[strip]
+
+
+def _bytes(parts: Iterable[Segmented]) -> int:
+    arrays = (a for p in parts if not p.all_outside for a in (p.labels, p.probabilities))
+    return sum(array.nbytes for array in arrays if array is not None)
+
+
+def _paste(part: Segmented, level: int, x0: int, y0: int, out: Labels) -> None:
+    """Copy every 2^level-th pixel of a strip to where it belongs in ``out``.
+
+    ``out`` begins at ``x0``, ``y0`` of the level, and shows its own height and width.
+    """
+    step, height, width = 1 << level, *part.labels.shape
+    # The level's pixels whose first pixel of level 0 lies in the strip, and in `out`.
+    left, right = max(x0, -(-part.x // step)), min(x0 + out.shape[1], -(-(part.x + width) // step))
+    top, bottom = max(y0, -(-part.y // step)), min(y0 + len(out), -(-(part.y + height) // step))
+    if left < right and top < bottom:
+        out[top - y0 : bottom - y0, left - x0 : right - x0] = part.labels[
+            top * step - part.y : (bottom - 1) * step - part.y + 1 : step,
+            left * step - part.x : (right - 1) * step - part.x + 1 : step,
+        ]

@@ -1,0 +1,436 @@
+// The page: which slide is shown, where, and in which colours. The address holds slide and place.
+
+import { address } from "./labels.js";
+import { Pane } from "./pane.js";
+
+const POLL_MS = 2000; // while a run is writing
+const OPACITIES = [60, 100, 0, 30];
+const BACKGROUND = "background"; // the class that is not painted until it is asked for
+const at = (id) => document.getElementById(id);
+
+const classes = new Map(); // by name: {color, shown}; the same for all runs
+let runs = [];
+let panes = [];
+let leader = null; // the pane that was touched last; the other follows
+let opening = 0; // counts what was opened, so that a late answer to an earlier one is left out
+let clicked = null;
+
+// ---- addresses
+
+function readHash() {
+  const said = new URLSearchParams(location.hash.slice(1));
+  const number = (name) => (said.has(name) ? Number(said.get(name)) : NaN);
+  const place = { x: number("x"), y: number("y"), zoom: number("zoom") };
+  const whole = Object.values(place).every(Number.isFinite) && place.zoom > 0;
+  return { slide: said.get("slide"), compare: said.get("compare"), place: whole ? place : null };
+}
+
+function writeHash() {
+  if (!leader) return;
+  const { x, y, zoom } = leader.place;
+  const said = new URLSearchParams({ slide: panes[0].run.key });
+  said.set("x", x.toFixed(1));
+  said.set("y", y.toFixed(1));
+  said.set("zoom", String(Number(zoom.toPrecision(6))));
+  if (panes[1]) said.set("compare", panes[1].run.key);
+  history.replaceState(null, "", `#${String(said).replaceAll("%2F", "/")}`);
+}
+
+let writing = 0;
+function writeHashSoon() {
+  clearTimeout(writing); // browsers limit how often an address may change
+  writing = setTimeout(writeHash, 200);
+}
+
+// ---- the server
+
+async function ask(path) {
+  const answer = await fetch(`api/${path}`);
+  const said = await answer.json();
+  if (!answer.ok) throw new Error(said.error);
+  return said;
+}
+
+function notice(text) {
+  at("notice").textContent = text;
+  at("notice").hidden = !text;
+}
+
+// ---- opening
+
+async function open() {
+  const mine = ++opening;
+  clearTimeout(writing);
+  clearTimeout(polling);
+  const { slide, compare, place } = readHash();
+  try {
+    ({ runs } = await ask("runs"));
+    if (mine !== opening) return;
+    const alone = runs.length === 1 ? runs[0].key : null;
+    at("all").hidden = Boolean(alone);
+    if (slide ?? alone) await openSlide(slide ?? alone, compare, place, mine);
+    else showList();
+  } catch (error) {
+    if (mine === opening) {
+      closePanes();
+      show("list");
+      at("list").replaceChildren();
+      notice(`${error.message}.`);
+    }
+  }
+  if (mine === opening) pollLater();
+}
+
+function show(part) {
+  at("list").hidden = part !== "list";
+  at("view").hidden = at("tools").hidden = part !== "view";
+  if (part !== "view") at("compare-label").hidden = true;
+}
+
+function closePanes() {
+  for (const pane of panes) pane.close();
+  panes = [];
+  leader = null;
+  clicked = null;
+}
+
+async function openSlide(key, compare, place, mine) {
+  const keys = compare && compare !== key ? [key, compare] : [key];
+  const found = await Promise.all(keys.map((each) => ask(`run/${address(each)}`)));
+  if (mine !== opening) return;
+  closePanes();
+  show("view");
+  panes = found.map((run) => new Pane(at("panes"), run, { moved, clicked: readPlace, touched }));
+  leader = panes[0];
+  at("differences").checked = false;
+  at("place").replaceChildren(element("p", "Click the slide, or press Enter for its middle.", "hint"));
+  document.title = `${found[0].name} - HistoStream`;
+  at("title").textContent = found[0].name;
+  fillCompare();
+  applyOpacity();
+  showRuns();
+  await Promise.all(panes.map((pane) => pane.opened));
+  if (mine !== opening) return;
+  if (place) for (const pane of panes) pane.goTo(place);
+  writeHash();
+}
+
+// ---- while a run is writing
+
+let polling = 0;
+function pollLater() {
+  clearTimeout(polling);
+  const open = panes.length ? panes.map((pane) => pane.run) : runs;
+  if (open.some((run) => run.status !== "done")) polling = setTimeout(poll, POLL_MS);
+}
+
+async function poll() {
+  const mine = opening;
+  try {
+    if (panes.length) {
+      for (const pane of [...panes]) {
+        if (pane.run.status === "done") continue;
+        const run = await ask(`run/${address(pane.run.key)}`);
+        if (mine !== opening) return;
+        pane.update(run);
+      }
+      notice("");
+      showRuns();
+    } else {
+      ({ runs } = await ask("runs"));
+      if (mine !== opening) return;
+      showList();
+    }
+  } catch (error) {
+    // Between the last strip and the finished files there is a moment of neither.
+    if (mine === opening && !(error.message ?? "").includes("nothing of it")) notice(error.message);
+  }
+  if (mine === opening) pollLater();
+}
+
+// ---- the list
+
+function showList() {
+  closePanes();
+  show("list");
+  notice("");
+  document.title = "HistoStream";
+  at("title").textContent = `${runs.length} slides`;
+  at("list").replaceChildren(...runs.map(card));
+}
+
+function card(run) {
+  const link = element("a", "", "card");
+  link.href = `#slide=${address(run.key)}`;
+  if (run.overview) {
+    const image = element("img");
+    image.src = `overview/${address(run.key)}`;
+    image.alt = "";
+    image.loading = "lazy";
+    link.append(image);
+  } else link.append(element("div", "", "blank"));
+  link.append(element("h2", run.name));
+  const several = new Set(runs.map((other) => other.in)).size > 1;
+  const said = [several ? run.in : "", run.status === "done" ? "" : run.status, run.error ?? ""];
+  link.append(element("p", said.filter(Boolean).join(", "), "status"));
+  for (const { name, color, area_mm2, share } of run.classes ?? []) {
+    if (name.toLowerCase() === BACKGROUND) continue;
+    const line = element("p", ` ${name} ${area(area_mm2)} mm² (${percent(share)})`);
+    const dot = element("i");
+    dot.style.background = color;
+    line.prepend(dot);
+    link.append(line);
+  }
+  return link;
+}
+
+// ---- the panel
+
+function fillCompare() {
+  const [{ run }] = panes;
+  const same = (other) =>
+    other.key !== run.key &&
+    (run.slide && other.slide ? String(run.slide) === String(other.slide) : run.name === other.name);
+  const found = runs.filter(same);
+  const options = [new Option("nothing", ""), ...found.map((r) => new Option(`${r.in} / ${r.name}`, r.key))];
+  at("compare").replaceChildren(...options);
+  at("compare").value = panes[1]?.run.key ?? "";
+  at("compare-label").hidden = !found.length;
+}
+
+function showRuns() {
+  const unfinished = panes.map((pane) => pane.run).find((run) => run.status !== "done");
+  at("state").hidden = !unfinished;
+  if (unfinished) {
+    at("progress").value = unfinished.progress;
+    at("status").textContent = `${unfinished.status}, ${percent(unfinished.progress)}`;
+  }
+  const [{ run }] = panes;
+  if (!run.image) notice(`The slide is not shown: ${run.why}.`);
+  for (const { run } of panes) {
+    for (const { name, color } of run.classes) {
+      if (!classes.has(name)) classes.set(name, { color, shown: name.toLowerCase() !== BACKGROUND });
+    }
+  }
+  showClasses();
+  applyClasses();
+  at("differences-label").hidden = panes.length < 2;
+}
+
+function shownNames() {
+  return [...new Set(panes.flatMap((pane) => pane.run.classes.map(({ name }) => name)))];
+}
+
+function showClasses() {
+  const names = shownNames();
+  const focused = document.activeElement?.id; // a poll must not take the focus away
+  if (at("classes").dataset.names !== JSON.stringify(names)) {
+    at("classes").dataset.names = JSON.stringify(names);
+    at("classes").replaceChildren(...names.map(classRow));
+  }
+  const heads = panes.length > 1 ? panes.map((pane) => pane.run.in) : ["mm²"];
+  const head = element("tr");
+  head.append(element("th", "class"), ...heads.map((text) => element("th", text)));
+  if (panes.length === 1) head.append(element("th", "%"));
+  at("classes-head").replaceChildren(head);
+  names.forEach((name, i) => {
+    const row = at("classes").rows[i];
+    while (row.cells.length > 1) row.deleteCell(1);
+    for (const { run } of panes) {
+      const found = run.classes.find((entry) => entry.name === name);
+      row.append(element("td", found ? area(found.area_mm2) : ""));
+      if (panes.length === 1) row.append(element("td", found ? percent(found.share, "") : ""));
+    }
+    const { color, shown } = classes.get(name);
+    row.querySelector("[type=checkbox]").checked = shown;
+    row.querySelector("[type=color]").value = color;
+  });
+  if (focused) at(focused)?.focus();
+}
+
+function classRow(name, i) {
+  const row = element("tr");
+  const head = element("th");
+  head.scope = "row";
+  const box = element("input");
+  box.type = "checkbox";
+  box.id = `class-${i}`;
+  box.addEventListener("change", () => setClass(name, { shown: box.checked }));
+  const color = element("input");
+  color.type = "color";
+  color.id = `color-${i}`;
+  color.ariaLabel = `Colour of ${name}`;
+  color.addEventListener("input", () => setClass(name, { color: color.value }));
+  const label = element("label", name);
+  label.htmlFor = box.id;
+  if (i < 9) label.append(" ", element("kbd", String(i + 1)));
+  head.append(box, color, label);
+  row.append(head);
+  return row;
+}
+
+function setClass(name, change) {
+  Object.assign(classes.get(name), change);
+  showClasses();
+  applyClasses();
+}
+
+function applyClasses() {
+  for (const pane of panes) pane.colour(pane.run.classes.map(({ name }) => classes.get(name)));
+}
+
+function applyOpacity() {
+  const percent = at("opacity").value;
+  at("opacity").ariaValueText = `${percent} %`;
+  for (const pane of panes) pane.fade(percent / 100);
+}
+
+// ---- two panes
+
+function touched(pane) {
+  leader = pane;
+}
+
+function moved(pane) {
+  if (pane !== leader) return;
+  for (const other of panes) {
+    if (other === pane || !other.viewer.isOpen()) continue;
+    const [here, there] = [pane.place, other.place];
+    const apart = Math.max(Math.abs(here.x - there.x), Math.abs(here.y - there.y)) * here.zoom;
+    if (apart > 0.01 || Math.abs(here.zoom / there.zoom - 1) > 1e-6) other.goTo(here);
+  }
+  writeHashSoon();
+}
+
+function compareWith(key) {
+  if (!panes.length) return;
+  writeHash();
+  const said = location.hash.replace(/&compare=[^&]*/, "");
+  location.hash = key ? `${said}&compare=${key}` : said;
+}
+
+async function showDifferences() {
+  const wanted = at("differences").checked && panes.length === 2;
+  panes[0].compareWith(wanted ? panes[1] : null);
+  panes[1]?.compareWith(wanted ? panes[0] : null);
+  at("share").textContent = "";
+  if (!wanted) return;
+  const mine = opening;
+  try {
+    const found = await ask(`difference/${panes.map((pane) => address(pane.run.key)).join("/")}`);
+    const sampled = found.every > 1 ? `, counted at every ${found.every}th pixel` : "";
+    if (mine === opening) at("share").textContent = `${percent(found.share)} of what both analysed${sampled}`;
+  } catch (error) {
+    if (mine === opening) at("share").textContent = error.message;
+  }
+}
+
+// ---- a place
+
+async function readPlace(pane, x, y) {
+  if (x < 0 || y < 0 || x >= pane.width || y >= pane.height) return;
+  const mine = (clicked = {});
+  const um = pane.run.mpp / pane.run.downsample;
+  for (const each of panes) each.mark(x, y);
+  const found = await Promise.all(
+    panes.map(async ({ run }) => {
+      const [i, j] = [Math.floor(x / run.downsample), Math.floor(y / run.downsample)];
+      const [right, bottom] = [run.width - 1, run.height - 1];
+      try {
+        const place = `x=${Math.min(i, right)}&y=${Math.min(j, bottom)}`;
+        return { run, ...(await ask(`place/${address(run.key)}?${place}`)) };
+      } catch (error) {
+        return { run, error: error.message };
+      }
+    }),
+  );
+  if (mine !== clicked) return;
+  const where = `${Math.floor(x)}, ${Math.floor(y)} px; ${(x * um).toFixed(1)}, ${(y * um).toFixed(1)} µm`;
+  at("place").replaceChildren(element("p", where, "where"), ...found.flatMap(placeLines));
+}
+
+function placeLines({ run, error, label, name, scores }) {
+  const lines = panes.length > 1 ? [element("h3", run.in)] : [];
+  if (error) return [...lines, element("p", error)];
+  const unfinished = run.status === "done" ? "" : " or not finished";
+  const text = name === null ? `not analysed${unfinished}` : `${name} (label ${label})`;
+  lines.push(element("p", text, "label"));
+  scores?.forEach((score, i) => {
+    const line = element("label", run.classes[i].name, "score");
+    const meter = element("meter");
+    meter.value = score;
+    line.append(meter, element("span", percent(score)));
+    lines.push(line);
+  });
+  return lines;
+}
+
+// ---- small things
+
+function element(tag, text = "", className = "") {
+  return Object.assign(document.createElement(tag), { textContent: text, className });
+}
+
+function percent(share, unit = " %") {
+  return share === null ? "-" : `${(100 * share).toFixed(1)}${unit}`;
+}
+
+function area(mm2) {
+  return mm2 === 0 ? "0" : mm2.toPrecision(3).includes("e") ? mm2.toExponential(1) : mm2.toPrecision(3);
+}
+
+// ---- keys and buttons
+
+const KEYS = {
+  ArrowLeft: ({ shiftKey }) => leader?.move(shiftKey ? -0.8 : -0.15, 0),
+  ArrowRight: ({ shiftKey }) => leader?.move(shiftKey ? 0.8 : 0.15, 0),
+  ArrowUp: ({ shiftKey }) => leader?.move(0, shiftKey ? -0.8 : -0.15),
+  ArrowDown: ({ shiftKey }) => leader?.move(0, shiftKey ? 0.8 : 0.15),
+  "+": () => leader?.zoomBy(1.5),
+  "=": () => leader?.zoomBy(1.5),
+  "-": () => leader?.zoomBy(1 / 1.5),
+  0: () => leader?.home(),
+  Enter: () => leader && readPlace(leader, leader.place.x, leader.place.y),
+  o: nextOpacity,
+  c: () => compareWith(panes[1] ? "" : (at("compare").options[1]?.value ?? "")),
+  d: () => panes.length === 2 && at("differences").click(),
+  "?": () => (at("keys").open ? at("keys").close() : at("keys").showModal()),
+};
+
+function nextOpacity() {
+  const i = OPACITIES.indexOf(Number(at("opacity").value));
+  at("opacity").value = OPACITIES[(i + 1) % OPACITIES.length];
+  applyOpacity();
+}
+
+function toggleClass(number) {
+  const name = shownNames()[number - 1];
+  if (panes.length && name !== undefined) setClass(name, { shown: !classes.get(name).shown });
+}
+
+// OpenSeadragon gives its canvas the focus when it is clicked; only keys make that visible.
+document.addEventListener("pointerdown", () => document.body.classList.add("by-pointer"), true);
+document.addEventListener("keydown", () => document.body.classList.remove("by-pointer"), true);
+
+document.addEventListener("keydown", (event) => {
+  const { key, target } = event;
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (at("keys").open && key !== "?") return;
+  const takesKeys = target.matches("select, input:not([type=checkbox])");
+  if (takesKeys && (key.startsWith("Arrow") || target.matches("select"))) return;
+  if (key === "Enter" && target.matches("a, button, input, select")) return;
+  const act = KEYS[key] ?? (/^[1-9]$/.test(key) ? () => toggleClass(Number(key)) : null);
+  if (!act || (!panes.length && key !== "?")) return;
+  event.preventDefault();
+  act(event);
+});
+
+at("in").addEventListener("click", () => leader?.zoomBy(1.5));
+at("out").addEventListener("click", () => leader?.zoomBy(1 / 1.5));
+at("home").addEventListener("click", () => leader?.home());
+at("help").addEventListener("click", () => at("keys").showModal());
+at("opacity").addEventListener("input", applyOpacity);
+at("compare").addEventListener("change", () => compareWith(at("compare").value));
+at("differences").addEventListener("change", showDifferences);
+window.addEventListener("hashchange", open);
+open();
