@@ -82,7 +82,7 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     """Return what the run.json of an output folder says; None if there is none, or it is broken."""
     try:
         said = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return said if isinstance(said, dict) else None
 

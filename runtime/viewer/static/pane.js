@@ -9,23 +9,21 @@ const BAR_PX = 140; // the scale bar is not longer
 
 export class Pane {
   /**
-   * @param {HTMLElement} parent where it goes
+   * @param {HTMLElement} element where it is, at its final size
    * @param {object} run what the server says of it
    * @param {object} on called with the pane: moved(), clicked(x, y) in pixels of level 0, touched()
    */
-  constructor(parent, run, on) {
+  constructor(element, run, on) {
     this.on = on;
     this.run = run;
     this.palette = new Uint32Array(256);
     this.opacity = 1;
     this.other = null; // with which differences are shown
-    this.element = document.createElement("section");
-    this.element.className = "pane";
+    this.element = element;
     this.element.ariaLabel = `${run.name} of ${run.in}`;
     this.element.innerHTML =
       '<div class="slide"></div><canvas class="labels" aria-hidden="true"></canvas>' +
       '<p class="caption"></p><div class="scale" role="img"><i></i><span></span></div>';
-    parent.append(this.element);
     [this.slide, this.canvas, this.caption, this.scale] = this.element.children;
     this.context = this.canvas.getContext("2d");
     this.labels = new LabelTiles(run, () => this.repaint());

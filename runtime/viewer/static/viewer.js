@@ -67,7 +67,6 @@ async function open() {
     ({ runs } = await ask("runs"));
     if (mine !== opening) return;
     const alone = runs.length === 1 ? runs[0].key : null;
-    at("all").hidden = Boolean(alone);
     if (slide ?? alone) await openSlide(slide ?? alone, compare, place, mine);
     else showList();
   } catch (error) {
@@ -84,6 +83,7 @@ async function open() {
 function show(part) {
   at("list").hidden = part !== "list";
   at("view").hidden = at("tools").hidden = part !== "view";
+  at("all").hidden = part === "list" || runs.length === 1;
   if (part !== "view") at("compare-label").hidden = true;
 }
 
@@ -100,7 +100,9 @@ async function openSlide(key, compare, place, mine) {
   if (mine !== opening) return;
   closePanes();
   show("view");
-  panes = found.map((run) => new Pane(at("panes"), run, { moved, clicked: readPlace, touched }));
+  const sections = found.map(() => element("section", "", "pane"));
+  at("panes").append(...sections);
+  panes = found.map((run, i) => new Pane(sections[i], run, { moved, clicked: readPlace, touched }));
   leader = panes[0];
   at("differences").checked = false;
   at("place").replaceChildren(element("p", "Click the slide, or press Enter for its middle.", "hint"));
@@ -228,7 +230,7 @@ function showClasses() {
     at("classes").dataset.names = JSON.stringify(names);
     at("classes").replaceChildren(...names.map(classRow));
   }
-  const heads = panes.length > 1 ? panes.map((pane) => pane.run.in) : ["mm²"];
+  const heads = panes.length > 1 ? ["left mm²", "right mm²"] : ["mm²"];
   const head = element("tr");
   head.append(element("th", "class"), ...heads.map((text) => element("th", text)));
   if (panes.length === 1) head.append(element("th", "%"));
@@ -350,7 +352,7 @@ async function readPlace(pane, x, y) {
 }
 
 function placeLines({ run, error, label, name, scores }) {
-  const lines = panes.length > 1 ? [element("h3", run.in)] : [];
+  const lines = panes.length > 1 ? [element("h3", `${run.in} / ${run.name}`)] : [];
   if (error) return [...lines, element("p", error)];
   const unfinished = run.status === "done" ? "" : " or not finished";
   const text = name === null ? `not analysed${unfinished}` : `${name} (label ${label})`;
