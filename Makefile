@@ -1,6 +1,7 @@
 # make demo [SLIDE=path]   segment a slide (without SLIDE, a synthetic one) into demo/
 # make test                lint, types and tests
 # make docs                the pages and the reference into docs/_build/html, their examples run
+# make browser             a Chromium for the tests of the viewer's page, where apt-get may install one
 # make model               train, export and score the shipped nucleus model again (hours)
 
 PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3,$(shell $(p) -c "import sys; sys.version_info >= (3, 11) and print('$(p)')" 2>/dev/null)))
@@ -9,9 +10,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DATA ?= $(or $(HISTO_DATA),../shared/data)
 SLIDE ?=
+FIND_CHROMIUM := command -v chromium || command -v chromium-browser || command -v google-chrome
 DEMO_SLIDE := $(or $(SLIDE),demo/synthetic.tif)
 
-.PHONY: demo test lint types docs docs-links model clean
+.PHONY: demo test lint types docs docs-links browser model clean
 
 demo: $(VENV)/.run $(if $(SLIDE),,demo/synthetic.tif)
 	$(BIN)/histo-infer "$(DEMO_SLIDE)" --out demo
@@ -43,6 +45,11 @@ docs: $(VENV)/.dev
 # Asks every address outside of the project, which needs a network; `make docs` looks at their form only.
 docs-links: $(VENV)/.dev
 	$(BIN)/python -m sphinx -W --keep-going -b linkcheck docs docs/_build/links
+
+browser:
+	@$(FIND_CHROMIUM) || { [ "$$(id -u)" = 0 ] && apt-get update -q && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends chromium; } || \
+	  echo "there is no Chromium: the tests of the viewer's page will be skipped" >&2
 
 model: $(VENV)/.dev
 	$(BIN)/histo-train --method imems --data "$(DATA)/nuclei-dsb2018/brightfield" --config nuclei --out runs/nuclei

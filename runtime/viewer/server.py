@@ -34,6 +34,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import imagecodecs
 import numpy as np
 
+from histostream.runtime.viewer import slide as slide_tiles
 from histostream.runtime.viewer.labels import TILE_PX, FinishedLabels, UnfinishedLabels
 from histostream.runtime.viewer.results import (
     DONE,
@@ -239,7 +240,7 @@ class Viewer:
             slide = self._slide(run, seen)
             said["image"] = {
                 "width": slide.width, "height": slide.height, "levels": slide.levels,
-                "tile_width": slide.tile_width, "tile_height": slide.tile_height,
+                "tile_px": slide_tiles.TILE_PX, "overlap_px": slide_tiles.OVERLAP_PX,
             }  # fmt: skip
         except HistoError as error:
             said["image"], said["why"] = None, str(error)
@@ -342,6 +343,9 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "HistoStream", ""
     timeout = IDLE_S
+    # Header and tile leave together; apart, each tile would wait 40 ms for the other side's "yes".
+    wbufsize = -1
+    disable_nagle_algorithm = True
     server: ViewServer
 
     def do_GET(self) -> None:

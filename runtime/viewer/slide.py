@@ -10,15 +10,22 @@ from numpy.typing import NDArray
 
 from histostream.runtime.viewer.results import ResultError
 from histostream.wsi.errors import SlideError, reason
-from histostream.wsi.reader import open_slide
+from histostream.wsi.grid import Box
+from histostream.wsi.reader import open_slide, read_from_blocks
 from histostream.wsi.readers.large_image import open_source, without_alpha
 
-CACHED_TILES = 64  # decoded tiles that large-image keeps of each slide; levels in between need them
+TILE_PX = 510
+# Without it OpenSeadragon stretches each tile by a pixel of the screen, so that no seams are seen.
+OVERLAP_PX = 1
+CACHED_BLOCKS = 128  # decoded blocks that large-image keeps of each slide
 JPEG_QUALITY = 90
 
 
 class SlideTiles:
-    """The pyramid of a slide, as large-image cuts it: level 0 is the coarsest, one tile.
+    """A slide as a pyramid of tiles, of which neighbours overlap by two pixels.
+
+    Level 0 is the coarsest, as OpenSeadragon and large-image count; each has twice the side of the
+    one before, rounded up.
 
     Parameters
     ----------
@@ -34,20 +41,18 @@ class SlideTiles:
     ----------
     width, height
         Of the slide's full size, in pixels.
-    tile_width, tile_height
-        Of a tile, in pixels.
     levels
-        Number of levels; each has twice the side of the one before.
+        Number of levels.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         with open_slide(path) as slide:  # refuses what is damaged or made to do harm
-            first = slide.levels[0]
-            self.width, self.height = first.width, first.height
+            first, self._channels = slide.levels[0], slide.channels
+        self.width, self.height = first.width, first.height
         try:
-            source = open_source(path, CACHED_TILES)
-            self.tile_width, self.tile_height = int(source.tileWidth), int(source.tileHeight)
+            source = open_source(path, CACHED_BLOCKS)
+            self._block_px = int(source.tileWidth), int(source.tileHeight)
             self.levels, size = int(source.levels), (int(source.sizeX), int(source.sizeY))
         except Exception as error:  # its sources have no common base for what may go wrong
             raise SlideError(f"{path}: large-image cannot open it ({reason(error)})") from error
@@ -56,7 +61,7 @@ class SlideTiles:
         self._source = source
 
     def tile(self, level: int, column: int, row: int) -> NDArray[np.uint8]:
-        """Return a tile's pixels, (H, W, C) uint8; those at the right and bottom are cut off.
+        """Return a tile's pixels, (H, W, C) uint8, with those that it shares with its neighbours.
 
         Raises
         ------
@@ -65,23 +70,26 @@ class SlideTiles:
         SlideError
             If it cannot be decoded.
         """
-        down = self.levels - 1 - level
         if 0 <= level < self.levels:
+            down = self.levels - 1 - level
             width, height = -(-self.width >> down), -(-self.height >> down)
-            x, y = column * self.tile_width, row * self.tile_height
-            if 0 <= x < width and 0 <= y < height:
-                pixels = self._decoded(level, column, row)
-                return pixels[: height - y, : width - x]
+            if 0 <= column * TILE_PX < width and 0 <= row * TILE_PX < height:
+                x, y = (max(0, i * TILE_PX - OVERLAP_PX) for i in (column, row))
+                right = min(width, (column + 1) * TILE_PX + OVERLAP_PX)
+                bottom = min(height, (row + 1) * TILE_PX + OVERLAP_PX)
+                return read_from_blocks(
+                    Box(x, y, right - x, bottom - y), self._block_px, self._channels,
+                    lambda r, c: self._block(level, c, r),
+                )  # fmt: skip
         raise ResultError(f"there is no tile {column}, {row} of level {level}")
 
     def jpeg(self, level: int, column: int, row: int) -> bytes:
         """Return a tile as a JPEG; see `tile`."""
         pixels = self.tile(level, column, row)
         pixels = pixels[..., 0] if pixels.shape[2] == 1 else pixels
-        data = imagecodecs.jpeg8_encode(np.ascontiguousarray(pixels), level=JPEG_QUALITY)
-        return bytes(data)
+        return bytes(imagecodecs.jpeg8_encode(pixels, level=JPEG_QUALITY, subsampling="444"))
 
-    def _decoded(self, level: int, column: int, row: int) -> NDArray[np.uint8]:
+    def _block(self, level: int, column: int, row: int) -> NDArray[np.uint8]:
         try:
             # Raw pixels, as the model saw them: without the ICC profile that styles apply.
             found = self._source.getTile(
@@ -90,6 +98,6 @@ class SlideTiles:
             return without_alpha(np.asarray(found))
         except Exception as error:  # its sources have no common base for what may go wrong
             raise SlideError(
-                f"{self.path}: tile {column}, {row} of level {level} cannot be decoded "
+                f"{self.path}: block {column}, {row} of level {level} cannot be decoded "
                 f"({reason(error)})"
             ) from error

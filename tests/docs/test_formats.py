@@ -38,7 +38,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         main,
         [str(folder), "--out", str(folder / "out"), "--probabilities", "--geojson",
          "--annotations", "dsa", "--objects", "csv,parquet",
-         "--rasters", "ome-tiff,ome-tiff-rgb,ome-zarr,dicom-seg", "--backend", "cpu", "--no-tissue"],
+         "--rasters", "ome-tiff,ome-tiff-rgb,ome-zarr,dicom-seg", "--backend", "cpu",
+         "--no-tissue"],
     )  # fmt: skip
     assert said.exit_code == 0, said.output
     return folder / "out"

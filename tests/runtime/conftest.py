@@ -64,11 +64,13 @@ def identity_engine(tile_px: int = 64, align_px: int = 1) -> IdentityEngine:
     return IdentityEngine(replace(CARD, tile_px=tile_px, align_px=align_px))
 
 
-def write_slide(path: Path, pixels: NDArray[np.uint8], mpp: float | None = 0.5) -> Path:
+def write_slide(
+    path: Path, pixels: NDArray[np.uint8], mpp: float | None = 0.5, tile_px: int = 64
+) -> Path:
     """Write a tiled, uncompressed TIFF: what comes back is what went in."""
     resolution: dict[str, Any] = {} if mpp is None else {
         "resolution": (1e4 / mpp, 1e4 / mpp), "resolutionunit": "CENTIMETER"}  # fmt: skip
-    tifffile.imwrite(path, pixels, tile=(64, 64), photometric="rgb", **resolution)
+    tifffile.imwrite(path, pixels, tile=(tile_px, tile_px), photometric="rgb", **resolution)
     return path
 
 

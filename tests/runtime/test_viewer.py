@@ -10,9 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ from histostream.runtime.viewer.server import LOCAL, PortError, Viewer, ViewServ
 from histostream.wsi.errors import StoppedError
 
 from .conftest import IdentityEngine, PlaceDependentEngine, random_pixels, write_slide
+from .viewing import serving, stop_after
 
 ALL = Options(tissue=False, overlap_px=16, probabilities=True)
 Array = NDArray[np.uint8]
@@ -54,18 +53,6 @@ class Answered:
             return np.asarray(image)
 
 
-@contextmanager
-def serving(*folders: Path, slides: Path | None = None) -> Iterator[ViewServer]:
-    with ViewServer(Viewer(Results(folders), slides)) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
-
-
 def ask(
     server: ViewServer, path: str, method: str = "GET", headers: dict[str, str] | None = None
 ) -> Answered:
@@ -81,12 +68,6 @@ def ask(
         return Answered(answer.status, dict(answer.headers), answer.read())
     finally:
         connection.close()
-
-
-def stop_after(rows: int) -> Callable[[], bool]:
-    """Ask to stop after a number of rows of tiles."""
-    left = iter(range(rows))
-    return lambda: next(left, None) is None
 
 
 @pytest.fixture(scope="module")
@@ -140,10 +121,10 @@ def test_slide_tiles_are_the_slide(server: ViewServer, out: Path) -> None:
     image = ask(server, f"/api/run/{FINE}").json["image"]
     assert (image["width"], image["height"]) == (2301, 1700)
     slide = tifffile.imread(out.parent / "a fine & odd slide.tif")
-    finest, side = image["levels"] - 1, image["tile_width"]
+    finest, side, overlap = image["levels"] - 1, image["tile_px"], image["overlap_px"]
     last = 2300 // side
     tile = ask(server, f"/tiles/slide/{FINE}/{finest}/{last}/1").image
-    pixels = slide[side : 2 * side, last * side :]
+    pixels = slide[side - overlap : 2 * side + overlap, last * side - overlap :]
     assert tile.shape == pixels.shape  # not padded
     assert np.abs(tile.astype(int) - pixels).mean() < 12  # JPEG, of noise
     coarsest = ask(server, f"/tiles/slide/{FINE}/0/0/0").image

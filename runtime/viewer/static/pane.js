@@ -148,9 +148,8 @@ export class Pane {
     return {
       width: image.width,
       height: image.height,
-      tileWidth: image.tile_width,
-      tileHeight: image.tile_height,
-      tileOverlap: 0,
+      tileSize: image.tile_px,
+      tileOverlap: image.overlap_px,
       minLevel: 0,
       maxLevel: image.levels - 1,
       getTileUrl: (level, x, y) => `tiles/slide/${address(key)}/${level}/${x}/${y}?v=${version}`,

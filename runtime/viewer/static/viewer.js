@@ -4,6 +4,7 @@ import { address } from "./labels.js";
 import { Pane } from "./pane.js";
 
 const POLL_MS = 2000; // while a run is writing
+const HASH_MS = 350; // Safari lets an address change 100 times in 30 s
 const OPACITIES = [60, 100, 0, 30];
 const BACKGROUND = "background"; // the class that is not painted until it is asked for
 const at = (id) => document.getElementById(id);
@@ -29,17 +30,20 @@ function writeHash() {
   if (!leader) return;
   const { x, y, zoom } = leader.place;
   const said = new URLSearchParams({ slide: panes[0].run.key });
-  said.set("x", x.toFixed(1));
-  said.set("y", y.toFixed(1));
+  said.set("x", x.toFixed(2));
+  said.set("y", y.toFixed(2));
   said.set("zoom", String(Number(zoom.toPrecision(6))));
   if (panes[1]) said.set("compare", panes[1].run.key);
-  history.replaceState(null, "", `#${String(said).replaceAll("%2F", "/")}`);
+  const hash = `#${String(said).replaceAll("%2F", "/")}`;
+  if (hash !== location.hash) history.replaceState(null, "", hash);
 }
 
 let writing = 0;
 function writeHashSoon() {
-  clearTimeout(writing); // browsers limit how often an address may change
-  writing = setTimeout(writeHash, 200);
+  writing ||= setTimeout(() => {
+    writing = 0;
+    writeHash();
+  }, HASH_MS);
 }
 
 // ---- the server
@@ -60,7 +64,7 @@ function notice(text) {
 
 async function open() {
   const mine = ++opening;
-  clearTimeout(writing);
+  writing = clearTimeout(writing);
   clearTimeout(polling);
   const { slide, compare, place } = readHash();
   try {
@@ -283,7 +287,7 @@ function applyClasses() {
 
 function applyOpacity() {
   const percent = at("opacity").value;
-  at("opacity").ariaValueText = `${percent} %`;
+  at("percent").value = `${percent} %`;
   for (const pane of panes) pane.fade(percent / 100);
 }
 
