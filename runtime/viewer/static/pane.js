@@ -40,6 +40,7 @@ export class Pane {
       minZoomImageRatio: 0.5,
       visibilityRatio: 0.2,
       preserveImageSizeOnResize: true,
+      smoothTileEdgesMinZoom: Infinity, // tiles overlap; it would leave the last pixels blank
       gestureSettingsMouse: { clickToZoom: false, dblClickToZoom: true },
       gestureSettingsTouch: { clickToZoom: false },
       gestureSettingsPen: { clickToZoom: false },
