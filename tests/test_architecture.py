@@ -148,5 +148,8 @@ def test_the_wheel_holds_the_model_and_the_recipes(tmp_path: Path) -> None:
         "histostream/training/weights/imems/checkpoint.safetensors",
         "histostream/training/recipes/nuclei.toml",
         "histostream/wsi/py.typed",
+        "histostream/runtime/viewer/static/index.html",
+        "histostream/runtime/viewer/static/openseadragon/LICENSE.txt",
+        "histostream/runtime/viewer/static/openseadragon/openseadragon.min.js",
     } <= names
     assert all(name.startswith("histostream") for name in names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import webbrowser
 from pathlib import Path
@@ -46,12 +47,19 @@ def view(folders: tuple[Path, ...], port: int | None, browser: bool, slides: Pat
         sys.exit(1)
     with server:
         click.echo(f"look at {server.url} (Ctrl-C ends it)")
-        if browser:
+        if browser and _has_screen():
             webbrowser.open(server.url)
         try:
             server.serve_forever()
         except KeyboardInterrupt:
             click.echo("", err=True)  # after ^C
+
+
+def _has_screen() -> bool:
+    """Whether a browser may open a window; one in the terminal would not run the page."""
+    return not sys.platform.startswith("linux") or bool(
+        os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    )
 
 
 def _listening(viewer: Viewer, port: int | None) -> ViewServer:

@@ -18,8 +18,10 @@ import tifffile
 from numpy.typing import NDArray
 
 from histostream.runtime.viewer.results import ResultError
+from histostream.wsi.directories import check_tiff
 from histostream.wsi.journal import JOURNAL, Record, watched_strips
-from histostream.wsi.sink import OUTSIDE, Segmented
+from histostream.wsi.sink import OUTSIDE, Segmented, SlideInfo
+from histostream.wsi.sinks.summary import Summary
 
 TILE_PX = 512
 SMALLEST_PX = 512  # the coarsest level has no longer side
@@ -98,11 +100,14 @@ class TiffTiles:
     ------
     ResultError
         If it is not such a file.
+    SlideError
+        If it was cut off, or says what cannot be true.
     """
 
     def __init__(self, path: Path, width: int, height: int, samples: int) -> None:
         self.path, self.sizes = path, level_sizes(width, height)
         self._samples, self._lock = samples, threading.Lock()
+        check_tiff(path)
         try:
             self._file = tifffile.TiffFile(path)
         except (OSError, ValueError) as error:  # TiffFileError is a ValueError
@@ -244,23 +249,21 @@ class UnfinishedLabels:
         The slide's output folder.
     bands
         (x0, x1) of each column band, in pixels.
-    width, height
-        Of the label map, in pixels.
+    info
+        The label map.
 
     Attributes
     ----------
     rows
         Finished rows of each band.
-    counts
-        (256,) how often each label is in them.
+    summary
+        Pixels of each class in them.
     """
 
-    def __init__(
-        self, folder: Path, bands: Sequence[tuple[int, int]], width: int, height: int
-    ) -> None:
-        self.sizes = level_sizes(width, height)
+    def __init__(self, folder: Path, bands: Sequence[tuple[int, int]], info: SlideInfo) -> None:
+        self.sizes = level_sizes(info.width, info.height)
         self.rows = [0] * len(bands)
-        self.counts = np.zeros(256, np.int64)
+        self.summary = Summary(folder, info)  # counts; writes nothing unless it is finished
         self._bands = list(bands)
         self._paths = [folder / JOURNAL / f"{x0}.strips" for x0, _ in bands]
         self._ends = [0] * len(bands)
@@ -277,6 +280,8 @@ class UnfinishedLabels:
         ------
         JournalError
             If the journal cannot be read.
+        ResultError
+            If it holds labels that are no class.
         """
         with self._lock:
             for number, (x0, x1) in enumerate(self._bands):
@@ -315,17 +320,16 @@ class UnfinishedLabels:
     def _take(self, number: int, record: Record, end: int) -> None:
         part = record.part
         height, width = part.labels.shape
+        try:
+            self.summary.write(part)
+        except ValueError as error:
+            raise ResultError(f"the journal does not fit the run: {error}") from error
         strip = _Strip(
             self._paths[number], self._ends[number],
             part.x, part.x + width, part.y, part.y + height,
         )  # fmt: skip
         self._strips[number].append(strip)
         self._ends[number], self.rows[number] = end, strip.y1
-        if part.all_outside:
-            self.counts[OUTSIDE] += part.labels.size
-        else:
-            for labels in part.labels:
-                self.counts += np.bincount(labels, minlength=256)
         for k, kept in enumerate(self._kept, self._kept_from):
             _paste(part, k, 0, 0, kept)
 

@@ -22,7 +22,7 @@ import logging
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -35,7 +35,12 @@ import imagecodecs
 import numpy as np
 
 from histostream.runtime.viewer import slide as slide_tiles
-from histostream.runtime.viewer.labels import TILE_PX, FinishedLabels, UnfinishedLabels
+from histostream.runtime.viewer.labels import (
+    TILE_PX,
+    FinishedLabels,
+    LabelMap,
+    UnfinishedLabels,
+)
 from histostream.runtime.viewer.results import (
     DONE,
     ResultError,
@@ -49,7 +54,7 @@ from histostream.runtime.viewer.results import (
 )
 from histostream.runtime.viewer.slide import SlideTiles
 from histostream.wsi.errors import HistoError, SlideError
-from histostream.wsi.sink import OUTSIDE
+from histostream.wsi.sink import OUTSIDE, SlideInfo
 
 LOCAL = "127.0.0.1"
 DEFAULT_PORT = 8737
@@ -138,7 +143,7 @@ class Viewer:
 
     def __init__(self, results: Results, slides: Path | None = None) -> None:
         self._results, self._slides = results, slides
-        self._open_labels: _LastUsed[FinishedLabels | UnfinishedLabels] = _LastUsed(OPEN_LABELS)
+        self._open_labels: _LastUsed[LabelMap] = _LastUsed(OPEN_LABELS)
         self._open_slides: _LastUsed[SlideTiles] = _LastUsed(OPEN_SLIDES)
         self._compared: _LastUsed[dict[str, Any]] = _LastUsed(OPEN_LABELS)
 
@@ -230,7 +235,7 @@ class Viewer:
                 {"x0": x0, "x1": x1, "rows": rows}
                 for (x0, x1), rows in zip(begun.bands, labels.rows, strict=False)
             ]
-            said["classes"] = _counted(labels, seen)
+            said["classes"] = _areas(labels.summary.as_dict(), seen)
             done = sum((b["x1"] - b["x0"]) * b["rows"] for b in said["bands"])
             said["progress"] = done / (seen.width * seen.height)
         else:
@@ -287,15 +292,16 @@ class Viewer:
 
         return self._compared.get((labels, others), count)
 
-    def _labels(self, run: Run) -> tuple[FinishedLabels | UnfinishedLabels, Seen]:
+    def _labels(self, run: Run) -> tuple[LabelMap, Seen]:
         """Return the label map of a run as it is now, and how it lies on the slide."""
         if run.status != DONE:
             begun = begun_in(run)
             seen = seen_in_journal(run, begun)
             # Begun anew, a run counts from 1 again; going on, it keeps what is finished.
             key = (run.key, json.dumps(dict(begun.what), sort_keys=True), begun.runs)
+            info = SlideInfo(run.name, seen.width, seen.height, seen.mpp, seen.classes)
             found = self._open_labels.get(
-                key, lambda: UnfinishedLabels(run.folder, begun.bands, seen.width, seen.height)
+                key, lambda: UnfinishedLabels(run.folder, begun.bands, info)
             )
             if isinstance(found, UnfinishedLabels):
                 found.refresh()
@@ -474,19 +480,11 @@ def _number(query: dict[str, list[str]], name: str) -> int:
 
 
 def _areas(summary: dict[str, Any], seen: Seen) -> list[dict[str, Any]]:
-    """Return names, colours, and areas in mm2 as summary.json says them."""
+    """Return names, colours, areas in mm2 and shares; pixels are as the summary says."""
     try:
         pixels = [int(entry["pixels"]) for entry in summary["classes"]]
     except (TypeError, KeyError, ValueError) as error:
         raise ResultError("summary.json says what cannot be; run the slide again") from error
-    return _classes(pixels, seen)
-
-
-def _counted(labels: UnfinishedLabels, seen: Seen) -> list[dict[str, Any]]:
-    return _classes([int(labels.counts[i]) for i in range(len(seen.classes))], seen)
-
-
-def _classes(pixels: Sequence[int], seen: Seen) -> list[dict[str, Any]]:
     total, pixel_mm2 = sum(pixels), (seen.mpp / 1000) ** 2
     return [
         {

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, quote, urlsplit
 
 import numpy as np
 import pytest
@@ -80,7 +80,7 @@ def squares(seed: int) -> Array:
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three slides: as fine as the model, 2 x and 5/3 x as fine."""
     folder = tmp_path_factory.mktemp("viewed")
-    for seed, (name, mpp) in enumerate({"same": 0.5, "double": 0.25, "odd": 0.3}.items()):
+    for seed, (name, mpp) in enumerate({"same": 0.5, "double": 0.25, "odd & 5+3 µ": 0.3}.items()):
         slide = write_slide(folder / f"{name}.tif", squares(seed), mpp=mpp, tile_px=256)
         segment_slide(slide, IdentityEngine(), folder / "out", ALL)
     return folder / "out"
@@ -93,7 +93,7 @@ def server(out: Path) -> Iterator[ViewServer]:
 
 
 def open_at(page: Page, server: ViewServer, name: str, x: float, y: float, zoom: float) -> None:
-    page.goto(f"{server.url}#slide=0/{name}&x={x}&y={y}&zoom={zoom}")
+    page.goto(f"{server.url}#slide=0/{quote(name)}&x={x}&y={y}&zoom={zoom}")
     page.wait_for_selector(".pane .labels")
 
 
@@ -150,7 +150,7 @@ class Shifted(IdentityEngine):
         return np.roll(super().infer(tiles), 5, axis=3)
 
 
-@pytest.mark.parametrize(("name", "zoom"), [("same", 0.75), ("double", 1.0), ("odd", 7.3)])
+@pytest.mark.parametrize(("name", "zoom"), [("same", 0.75), ("double", 1.0), ("odd & 5+3 µ", 7.3)])
 def test_labels_lie_on_the_slide_to_the_pixel(
     page: Page, server: ViewServer, name: str, zoom: float
 ) -> None:
@@ -245,7 +245,7 @@ def test_everything_can_be_done_by_keys(page: Page, server: ViewServer) -> None:
 
 def test_the_scale_bar_is_as_long_as_it_says(page: Page, server: ViewServer) -> None:
     for zoom in (0.5, 3.7):
-        open_at(page, server, "odd", 900, 700, zoom)
+        open_at(page, server, "odd & 5+3 µ", 900, 700, zoom)
         seen(page)
         said = page.locator(".scale").inner_text().split()
         um = float(said[0]) * {"µm": 1, "mm": 1000}[said[1]]

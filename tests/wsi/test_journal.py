@@ -14,7 +14,14 @@ from hypothesis import strategies as st
 
 from histostream.wsi.errors import OutputError
 from histostream.wsi.grid import Box
-from histostream.wsi.journal import BandJournal, Begun, Journal, JournalError, Record
+from histostream.wsi.journal import (
+    BandJournal,
+    Begun,
+    Journal,
+    JournalError,
+    Record,
+    watched_strips,
+)
 from histostream.wsi.sink import Segmented
 
 X0, X1, HEIGHT = 512, 812, 90
@@ -150,7 +157,8 @@ def test_a_full_disk_is_said_at_the_latest_at_the_end(tmp_path: Path) -> None:
 def test_a_journal_says_what_was_begun(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     assert journal.read() is None
-    begun = Begun({"options": {"blend": "hann"}}, [(0, 512), (512, 700)], 900, 3)
+    seen = {"source": "slide.svs", "width": 700}
+    begun = Begun({"options": {"blend": "hann"}}, [(0, 512), (512, 700)], 900, 3, seen)
     journal.begin(begun)
     assert journal.read() == begun
     assert not journal.has_strips()
@@ -178,3 +186,25 @@ def test_a_journal_without_a_place_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / ".journal").write_text("in the way")
     with pytest.raises(OutputError, match=r"\.journal"):
         Journal(tmp_path).begin(Begun({}, []))
+
+
+def test_a_watcher_sees_whole_strips_only_and_leaves_the_file_alone(tmp_path: Path) -> None:
+    path, watched = tmp_path / "512.strips", tmp_path / "watched"
+    parts = written(path)
+    whole = path.read_bytes()
+    ends = [end for _, end in watched_strips(path, X0, X1, HEIGHT)]
+    assert ends[-1] == len(whole)
+    offset = y = 0
+    seen: list[Record] = []
+    for size in range(0, len(whole) + 1, 997):  # as it grows, strips mostly torn
+        watched.write_bytes(whole[:size])
+        for record, end in watched_strips(watched, X0, X1, HEIGHT, offset=offset, y=y):
+            seen.append(record)
+            offset, y = end, y + len(record.part.labels)
+        assert len(seen) == sum(end <= size for end in ends)
+        assert watched.stat().st_size == size
+    watched.write_bytes(whole)
+    seen += [r for r, _ in watched_strips(watched, X0, X1, HEIGHT, offset=offset, y=y)]
+    assert_same(seen, parts)
+    assert list(watched_strips(tmp_path / "none", X0, X1, HEIGHT)) == []
+    assert list(watched_strips(path, X0, X1 - 1, HEIGHT)) == []  # of another band

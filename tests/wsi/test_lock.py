@@ -15,7 +15,7 @@ import pytest
 
 from histostream.wsi import lock as module
 from histostream.wsi.errors import OutputError
-from histostream.wsi.lock import STALE_S, Holder, Lock, LockedError
+from histostream.wsi.lock import STALE_S, Holder, Lock, LockedError, holder_of
 
 
 @pytest.fixture
@@ -156,3 +156,15 @@ def test_of_many_processes_at_most_one_holds_it_at_any_time(tmp_path: Path, deat
     assert min(counts) > 0
     assert sum(counts) > 20
     assert [p for p in tmp_path.iterdir() if p != path] == []
+
+
+def test_who_is_at_work_is_told_without_a_trace(path: Path) -> None:
+    assert holder_of(path) is None
+    with Lock(path):
+        found = holder_of(path)
+        assert found is not None
+        assert found.process == Holder.here().process
+        assert [file.name for file in path.parent.iterdir()] == [path.name]
+    write(path, ended())
+    assert holder_of(path) is None
+    assert path.exists()

@@ -49,7 +49,9 @@ function writeHashSoon() {
 // ---- the server
 
 async function ask(path) {
-  const answer = await fetch(`api/${path}`);
+  const answer = await fetch(`api/${path}`).catch(() => {
+    throw new Error("The viewer does not answer; is histo-infer view still running?");
+  });
   const said = await answer.json();
   if (!answer.ok) throw new Error(said.error);
   return said;
@@ -78,7 +80,7 @@ async function open() {
       closePanes();
       show("list");
       at("list").replaceChildren();
-      notice(`${error.message}.`);
+      notice(error.message);
     }
   }
   if (mine === opening) pollLater();
@@ -149,7 +151,7 @@ async function poll() {
     }
   } catch (error) {
     // Between the last strip and the finished files there is a moment of neither.
-    if (mine === opening && !(error.message ?? "").includes("nothing of it")) notice(error.message);
+    if (mine === opening && !error.message.includes("nothing of it")) notice(error.message);
   }
   if (mine === opening) pollLater();
 }
