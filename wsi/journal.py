@@ -253,7 +253,14 @@ class BandJournal:
 
 
 def watched_strips(
-    path: Path, x0: int, x1: int, height: int, *, offset: int = 0, y: int = 0
+    path: Path,
+    x0: int,
+    x1: int,
+    height: int,
+    *,
+    offset: int = 0,
+    y: int = 0,
+    scores: bool = True,
 ) -> Iterator[tuple[Record, int]]:
     """Read the whole strips of a band while another process may append to it; changes nothing.
 
@@ -265,6 +272,8 @@ def watched_strips(
         The band's columns and the slide's height, in pixels.
     offset, y
         Where to begin: bytes, and rows, before a strip; what was yielded last gives the next.
+    scores
+        Whether scores are decoded too, where there are any.
 
     Yields
     ------
@@ -278,7 +287,7 @@ def watched_strips(
     try:
         with path.open("rb") as file:
             file.seek(offset)
-            while (record := _read_record(file)) is not None:
+            while (record := _read_record(file, scores)) is not None:
                 if not _continues(record.part, x0, x1, y, height):
                     return
                 y += len(record.part.labels)
@@ -326,7 +335,7 @@ def _pressed(array: NDArray[np.uint8]) -> bytes:
     return bytes(imagecodecs.zstd_encode(array.tobytes(), level=ZSTD_LEVEL))
 
 
-def _read_record(file: IO[bytes]) -> Record | None:
+def _read_record(file: IO[bytes], with_scores: bool = True) -> Record | None:
     """Read the next record; None at the end, and where a record is not whole."""
     head = file.read(HEADER.size)
     if len(head) < HEADER.size or head[:4] != MAGIC:
@@ -342,7 +351,7 @@ def _read_record(file: IO[bytes]) -> Record | None:
     known = json.loads(said)
     damaged = tuple(Box(*box) for box in known["damaged"])
     x, y, height, width = (known[name] for name in ("x", "y", "height", "width"))
-    classes = known["classes"]
+    classes = known["classes"] if with_scores else None
     if known["outside"]:
         return Record(Segmented.outside(x, y, width, height, classes=classes), damaged)
     shared = _unpressed(scores, (height, width, classes)) if classes else None

@@ -287,8 +287,9 @@ class UnfinishedLabels:
             for number, (x0, x1) in enumerate(self._bands):
                 path, height = self._paths[number], self.sizes[0][1]
                 found = watched_strips(
-                    path, x0, x1, height, offset=self._ends[number], y=self.rows[number]
-                )
+                    path, x0, x1, height, offset=self._ends[number], y=self.rows[number],
+                    scores=False,
+                )  # fmt: skip
                 for record, end in found:
                     self._take(number, record, end)
 
@@ -308,13 +309,12 @@ class UnfinishedLabels:
     def scores(self, x: int, y: int) -> list[int] | None:
         """Return the scores of a pixel; see `LabelMap.scores`."""
         with self._lock:
-            for strips in self._strips:
-                for strip in strips:
-                    if strip.x0 <= x < strip.x1 and strip.y0 <= y < strip.y1:
-                        found = self._segmented(strip).probabilities
-                        if found is None:
-                            return None
-                        return [int(value) for value in found[y - strip.y0, x - strip.x0]]
+            strips = [strip for strips in self._strips for strip in strips]
+        for strip in strips:
+            if strip.x0 <= x < strip.x1 and strip.y0 <= y < strip.y1:
+                part = self._read(strip, scores=True)
+                if part.probabilities is not None:
+                    return [int(p) for p in part.probabilities[y - strip.y0, x - strip.x0]]
         return None
 
     def _take(self, number: int, record: Record, end: int) -> None:
@@ -339,26 +339,27 @@ class UnfinishedLabels:
             _paste(self._segmented(strip), level, x0, y0, out)
 
     def _segmented(self, strip: _Strip) -> Segmented:
-        """Return a strip's pixels, decoded once while it is in use."""
+        """Return a strip's labels, decoded once while it is in use."""
         if strip not in self._decoded:
-            found = watched_strips(
-                strip.path, strip.x0, strip.x1, self.sizes[0][1], offset=strip.offset, y=strip.y0
-            )
-            record = next(found, None)
-            if record is None:  # the run was finished, or begun anew
-                return Segmented.outside(
-                    strip.x0, strip.y0, strip.x1 - strip.x0, strip.y1 - strip.y0
-                )
-            self._decoded[strip] = record[0].part
+            self._decoded[strip] = self._read(strip, scores=False)
             while len(self._decoded) > 1 and _bytes(self._decoded.values()) > STRIP_BYTES:
                 self._decoded.popitem(last=False)
         self._decoded.move_to_end(strip)
         return self._decoded[strip]
 
+    def _read(self, strip: _Strip, *, scores: bool) -> Segmented:
+        found = watched_strips(
+            strip.path, strip.x0, strip.x1, self.sizes[0][1], offset=strip.offset, y=strip.y0,
+            scores=scores,
+        )  # fmt: skip
+        for record, _ in found:
+            return record.part
+        # The run was finished, or begun anew; the page will hear of it.
+        return Segmented.outside(strip.x0, strip.y0, strip.x1 - strip.x0, strip.y1 - strip.y0)
+
 
 def _bytes(parts: Iterable[Segmented]) -> int:
-    arrays = (a for p in parts if not p.all_outside for a in (p.labels, p.probabilities))
-    return sum(array.nbytes for array in arrays if array is not None)
+    return sum(part.labels.nbytes for part in parts if not part.all_outside)
 
 
 def _paste(part: Segmented, level: int, x0: int, y0: int, out: Labels) -> None:

@@ -59,7 +59,7 @@ from histostream.wsi.sink import OUTSIDE, SlideInfo
 LOCAL = "127.0.0.1"
 DEFAULT_PORT = 8737
 OPEN_SLIDES = 4
-OPEN_LABELS = 8
+OPEN_LABELS = 4
 IDLE_S = 60.0  # a connection without a request is closed
 COMPARED_PX = 1 << 27  # above that, two label maps are compared at a coarser level
 LONGEST_URL = 2000

@@ -77,10 +77,7 @@ class SlideTiles:
                 x, y = (max(0, i * TILE_PX - OVERLAP_PX) for i in (column, row))
                 right = min(width, (column + 1) * TILE_PX + OVERLAP_PX)
                 bottom = min(height, (row + 1) * TILE_PX + OVERLAP_PX)
-                return read_from_blocks(
-                    Box(x, y, right - x, bottom - y), self._block_px, self._channels,
-                    lambda r, c: self._block(level, c, r),
-                )  # fmt: skip
+                return self._read(level, x, y, right, bottom)
         raise ResultError(f"there is no tile {column}, {row} of level {level}")
 
     def jpeg(self, level: int, column: int, row: int) -> bytes:
@@ -88,6 +85,17 @@ class SlideTiles:
         pixels = self.tile(level, column, row)
         pixels = pixels[..., 0] if pixels.shape[2] == 1 else pixels
         return bytes(imagecodecs.jpeg8_encode(pixels, level=JPEG_QUALITY, subsampling="444"))
+
+    def _read(self, level: int, x: int, y: int, right: int, bottom: int) -> NDArray[np.uint8]:
+        down = self.levels - 1 - level
+        # Where a side is rounded up, its last pixel is partly made up, or black.
+        width = min(right, max(1, self.width >> down)) - x
+        height = min(bottom, max(1, self.height >> down)) - y
+        pixels = read_from_blocks(
+            Box(x, y, width, height), self._block_px, self._channels,
+            lambda row, column: self._block(level, column, row),
+        )  # fmt: skip
+        return np.pad(pixels, ((0, bottom - y - height), (0, right - x - width), (0, 0)), "edge")
 
     def _block(self, level: int, column: int, row: int) -> NDArray[np.uint8]:
         try:

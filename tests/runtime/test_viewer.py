@@ -382,6 +382,34 @@ def test_strips_are_shown_as_they_are_finished(
         np.testing.assert_array_equal(shown, levels[2])
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seen": {}}, {"seen": {"width": 10**9}}, {"seen": {"downsample": -1}}, {"bands": []},
+        {"seen": {"classes": []}}, {"bands": [[0, 100]]}, {"bands": [[0, 200], [100, 300]]},
+        {"bands": [[0, 300], [300, 300]]}, {"what": {}}, {"bands": "?"}, {"seen": {"width": 299}},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_journal_that_says_what_cannot_be_is_refused(
+    tmp_path: Path, change: dict[str, Any]
+) -> None:
+    slide = write_slide(tmp_path / "slide.tif", random_pixels(300, 200))
+    with pytest.raises(StoppedError):
+        segment_slide(slide, IdentityEngine(), tmp_path / "out", ALL, stopping=stop_after(2))
+    file = tmp_path / "out" / "slide" / ".journal" / "begun.json"
+    said = json.loads(file.read_text())
+    ((name, value),) = change.items()
+    said[name] = {**said[name], **value} if name == "seen" and value else value
+    file.write_text(json.dumps(said))
+    with serving(tmp_path / "out") as server:
+        assert len(ask(server, "/api/runs").json["runs"]) == 1
+        for path in ("/api/run/0/slide", "/tiles/labels/0/slide/0/0/0"):
+            answer = ask(server, path)
+            assert answer.status == 404
+            assert "begun.json says what cannot be" in answer.json["error"]
+
+
 def test_a_run_at_work_is_told_from_one_that_was_broken_off(tmp_path: Path) -> None:
     slide = write_slide(tmp_path / "slide.tif", random_pixels(300, 200))
     seen = []

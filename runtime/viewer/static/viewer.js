@@ -236,10 +236,9 @@ function showClasses() {
     at("classes").dataset.names = JSON.stringify(names);
     at("classes").replaceChildren(...names.map(classRow));
   }
-  const heads = panes.length > 1 ? ["left mm²", "right mm²"] : ["mm²"];
+  const heads = panes.length > 1 ? ["mm²", "left", "right"] : ["class", "mm²", "%"];
   const head = element("tr");
-  head.append(element("th", "class"), ...heads.map((text) => element("th", text)));
-  if (panes.length === 1) head.append(element("th", "%"));
+  head.append(...heads.map((text) => element("th", text)));
   at("classes-head").replaceChildren(head);
   names.forEach((name, i) => {
     const row = at("classes").rows[i];
