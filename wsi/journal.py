@@ -109,7 +109,7 @@ class Journal:
             return Begun(dict(said["what"]), bands, limit, int(said["runs"]), seen)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, OverflowError) as error:
             raise JournalError(
                 f"{self.path / BEGUN}: cannot be read ({error}); --restart starts the slide over"
             ) from error
@@ -294,7 +294,7 @@ def watched_strips(
                 yield record, file.tell()
     except FileNotFoundError:
         return
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RuntimeError) as error:
         raise JournalError(f"{path}: cannot be read ({error}); --restart starts over") from error
 
 

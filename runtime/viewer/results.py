@@ -263,7 +263,7 @@ def seen_in_result(run: Run) -> Seen:
             own = said["options"].get("mpp") or slide["mpp"]
             slide = {**slide, "downsample": slide["result_mpp"] / own}
         return _seen({**slide, "classes": summary["classes"]}, slide)
-    except (TypeError, KeyError, ValueError, AttributeError, ZeroDivisionError) as error:
+    except (TypeError, KeyError, ValueError, AttributeError, ArithmeticError) as error:
         raise _strange(run, RUN_FILE) from error
 
 
@@ -303,7 +303,7 @@ def seen_in_journal(run: Run, begun: Begun) -> Seen:
         if ends[-1] != seen.width:
             raise ValueError(f"bands to {ends[-1]}")
         return seen
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
         raise _strange(run, BEGUN) from error
 
 
@@ -313,7 +313,7 @@ def version_in(run: Run) -> list[Any] | None:
         said = read_run(run.folder)
         what = begun_in(run).what if said is None else said["inputs"]
         return [int(what["slide"]["bytes"]), str(what["slide"]["modified"])]
-    except (HistoError, TypeError, KeyError, ValueError):
+    except (HistoError, TypeError, KeyError, ValueError, OverflowError):
         return None
 
 

@@ -240,6 +240,7 @@ class Viewer:
             said["progress"] = done / (seen.width * seen.height)
         else:
             said["version"] = str(run.file("labels.tif").stat().st_mtime_ns)
+            said["classes"] = _areas(run.json("summary.json"), seen)
             said["progress"] = 1.0
         try:
             slide = self._slide(run, seen)
@@ -347,7 +348,6 @@ class _Handler(BaseHTTPRequestHandler):
     """Speaks HTTP for a `Viewer`."""
 
     protocol_version = "HTTP/1.1"
-    server_version, sys_version = "HistoStream", ""
     timeout = IDLE_S
     # Header and tile leave together; apart, each tile would wait 40 ms for the other side's "yes".
     wbufsize = -1
@@ -366,6 +366,10 @@ class _Handler(BaseHTTPRequestHandler):
         # Python says 501 of a method that is not there.
         status = HTTPStatus.METHOD_NOT_ALLOWED if code == 501 else HTTPStatus(code)
         self._send(_error(status, message if code != 501 else "only GET and HEAD"))
+
+    def version_string(self) -> str:
+        """Say no more of what is at work than this."""
+        return "HistoStream"
 
     def log_message(self, format: str, *arguments: Any) -> None:
         """Say nothing of each request."""
@@ -392,8 +396,8 @@ class _Handler(BaseHTTPRequestHandler):
             return _error(HTTPStatus.NOT_FOUND, str(error))
         except HistoError as error:
             return _error(HTTPStatus.UNPROCESSABLE_ENTITY, str(error))
-        except (MemoryError, OSError, ValueError) as error:
-            log.warning("%s: %s", self.path, error)
+        except Exception as error:  # a fault of ours, or memory: the page may go on
+            log.warning("%s: %s: %s", self.path, type(error).__name__, error)
             return _error(HTTPStatus.INTERNAL_SERVER_ERROR, "it cannot be read just now")
 
     def _send(self, answer: Answer, *, head: bool = False) -> None:
@@ -483,7 +487,7 @@ def _areas(summary: dict[str, Any], seen: Seen) -> list[dict[str, Any]]:
     """Return names, colours, areas in mm2 and shares; pixels are as the summary says."""
     try:
         pixels = [int(entry["pixels"]) for entry in summary["classes"]]
-    except (TypeError, KeyError, ValueError) as error:
+    except (TypeError, KeyError, ValueError, OverflowError) as error:
         raise ResultError("summary.json says what cannot be; run the slide again") from error
     total, pixel_mm2 = sum(pixels), (seen.mpp / 1000) ** 2
     return [

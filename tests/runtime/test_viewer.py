@@ -289,6 +289,8 @@ def test_only_the_slide_that_was_run_is_opened(copied: Path, tmp_path: Path) -> 
         ("run.json", lambda data: data.replace(b'"width": 300', b'"width": 3000000000')),
         ("run.json", lambda data: data.replace(b'"downsample": 1.0', b'"downsample": NaN')),
         ("run.json", lambda data: data.replace(b'"result_mpp": 0.5', b'"result_mpp": -1')),
+        ("run.json", lambda data: data.replace(b'"bytes": ', b'"bytes": 1e999')),
+        ("summary.json", lambda data: data.replace(b'"pixels": ', b'"pixels": 1e999')),
         ("summary.json", lambda data: data.replace(b"255", b"256")),
         ("summary.json", lambda data: b"{}"),
         ("labels.tif", lambda data: data[:2000]),
@@ -388,6 +390,7 @@ def test_strips_are_shown_as_they_are_finished(
         {"seen": {}}, {"seen": {"width": 10**9}}, {"seen": {"downsample": -1}}, {"bands": []},
         {"seen": {"classes": []}}, {"bands": [[0, 100]]}, {"bands": [[0, 200], [100, 300]]},
         {"bands": [[0, 300], [300, 300]]}, {"what": {}}, {"bands": "?"}, {"seen": {"width": 299}},
+        {"runs": 1e999}, {"seen": {"height": 1e999}},
     ],
     ids=str,
 )  # fmt: skip
