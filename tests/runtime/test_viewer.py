@@ -203,6 +203,14 @@ def test_every_answer_is_fenced_in(server: ViewServer) -> None:
     assert head.headers["Content-Length"] == str(len(page.body))
 
 
+def test_openseadragon_is_shipped_with_its_licence(server: ViewServer) -> None:
+    page = ask(server, "/").body.decode()
+    script = ask(server, "/static/openseadragon/openseadragon.min.js").body.decode()
+    version = script.split()[2]
+    assert f"OpenSeadragon {version} shows the slide" in page.replace("</a>", "")
+    assert b"Redistribution" in ask(server, "/static/openseadragon/LICENSE.txt").body
+
+
 def test_links_out_of_the_folder_are_not_followed(out: Path, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.mkdir()
