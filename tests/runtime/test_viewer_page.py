@@ -151,7 +151,7 @@ class Shifted(IdentityEngine):
         return np.roll(super().infer(tiles), 5, axis=3)
 
 
-@pytest.mark.parametrize(("name", "zoom"), [("same", 0.75), ("double", 1.0), ("odd & 5+3 µ", 7.3)])
+@pytest.mark.parametrize(("name", "zoom"), [("same", 0.42), ("double", 1.0), ("odd & 5+3 µ", 7.3)])
 def test_labels_lie_on_the_slide_to_the_pixel(
     page: Page, server: ViewServer, name: str, zoom: float
 ) -> None:
