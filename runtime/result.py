@@ -19,13 +19,14 @@ from PIL import Image
 from histostream.runtime.engine import to_channels
 from histostream.runtime.record import read_run
 from histostream.wsi.errors import HistoError, SlideError
-from histostream.wsi.objects.slide_object import need
+from histostream.wsi.optional import need
+from histostream.wsi.place import SlidePlace
 from histostream.wsi.raster import Raster
 from histostream.wsi.reader import SlideReader, open_slide
 from histostream.wsi.resolution import SlideView
 from histostream.wsi.sink import ClassInfo
 from histostream.wsi.sinks.overview import BACKGROUND
-from histostream.wsi.staging import version_of
+from histostream.wsi.staging import SlideVersion
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 class ResultError(HistoError, ValueError):
-    """A folder holds no finished result."""
+    """A folder of results does not hold what it should, or there is no such result."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -135,25 +136,23 @@ class SlideResult:
         names = (Path(str(name)).name for name in self.run.get("outputs", ()))
         return {name: self.folder / name for name in names}
 
-    def open_slide(self) -> SlideReader:
+    def open_slide(self, slides: str | Path | None = None) -> SlideReader:
         """Open the slide that this is the result of.
+
+        Parameters
+        ----------
+        slides
+            Folder that it is in by now, where it was moved.
 
         Raises
         ------
         SlideError
-            If it is not where it was, is another one by now, or is on object storage.
+            If it is in neither place as it was then.
         """
-        slide = self.run.get("slide", {})
-        for path in (str(slide.get("source", "")), str(slide.get("path", ""))):
-            if not path or not Path(path).exists():
-                continue
-            now = version_of(path)
-            if (now.bytes, now.modified) == (slide.get("bytes"), slide.get("modified")):
-                return open_slide(path)
-            raise SlideError(f"{path}: has changed since it was segmented; run it again")
-        raise SlideError(
-            f"{slide.get('source', 'the slide')}: is not there any more; bring it back"
-        )
+        said = self.run.get("slide", {})
+        version = SlideVersion(said.get("bytes", 0), said.get("modified", ""))
+        place = SlidePlace(said.get("source", ""), version, said.get("sha256", ""))
+        return open_slide(place.find(None if slides is None else Path(slides)))
 
     def region(
         self,

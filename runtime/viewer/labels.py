@@ -6,7 +6,6 @@ Level k holds every 2^k-th pixel of both axes, as in ``labels.tif``.
 from __future__ import annotations
 
 import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,12 +13,11 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import tifffile
 from numpy.typing import NDArray
 
-from histostream.runtime.viewer.results import ResultError
-from histostream.wsi.directories import check_tiff
+from histostream.runtime.result import ResultError
 from histostream.wsi.journal import JOURNAL, Record, watched_strips
+from histostream.wsi.raster import Raster
 from histostream.wsi.sink import OUTSIDE, Segmented, SlideInfo
 from histostream.wsi.sinks.summary import Summary
 
@@ -27,8 +25,6 @@ TILE_PX = 512
 SMALLEST_PX = 512  # the coarsest level has no longer side
 KEPT_PX = 32 << 20  # pixels of the finest level of a journal that is kept in memory
 STRIP_BYTES = 96 << 20  # of decoded strips that are kept
-MOST_TILE_PX = 4096  # side of a tile in a TIFF that is read
-MOST_TILE_BYTES = 64 << 20
 
 Labels = NDArray[np.uint8]
 
@@ -81,114 +77,7 @@ def tile_box(
         x0, y0 = column * TILE_PX, row * TILE_PX
         if 0 <= x0 < width and 0 <= y0 < height:
             return x0, y0, min(x0 + TILE_PX, width), min(y0 + TILE_PX, height)
-    raise ResultError(f"there is no tile {column}, {row} of level {level}")
-
-
-class TiffTiles:
-    """The tiles of a pyramid TIFF of ours, decoded one by one.
-
-    Parameters
-    ----------
-    path
-        The file.
-    width, height
-        What level 0 must have, in pixels.
-    samples
-        Values a pixel.
-
-    Raises
-    ------
-    ResultError
-        If it is not such a file.
-    SlideError
-        If it was cut off, or says what cannot be true.
-    """
-
-    def __init__(self, path: Path, width: int, height: int, samples: int) -> None:
-        self.path, self.sizes = path, level_sizes(width, height)
-        self._samples, self._lock = samples, threading.Lock()
-        check_tiff(path)
-        try:
-            self._file = tifffile.TiffFile(path)
-        except (OSError, ValueError) as error:  # TiffFileError is a ValueError
-            raise self._damaged() from error
-        try:
-            self._pages = [self._checked(page) for page in range(len(self.sizes))]
-        except (IndexError, ValueError, TypeError, AttributeError) as error:
-            self._file.close()
-            raise self._damaged() from error
-        # Other threads may still read from it when it is no longer kept open here.
-        weakref.finalize(self, self._file.close)
-
-    def tile(self, level: int, column: int, row: int) -> NDArray[np.uint8]:
-        """Return a tile of `TILE_PX`, (H, W, samples) uint8.
-
-        Raises
-        ------
-        ResultError
-            If there is no such tile, or it is damaged.
-        """
-        x0, y0, x1, y1 = tile_box(self.sizes, level, column, row)
-        page = self._pages[level]
-        side = page.tilelength
-        out = np.empty((y1 - y0, x1 - x0, self._samples), np.uint8)
-        for top in range(y0 // side * side, y1, side):
-            for left in range(x0 // side * side, x1, side):
-                block = self._block(page, left // side, top // side)
-                ya, yb = max(y0, top), min(y1, top + side)
-                xa, xb = max(x0, left), min(x1, left + side)
-                out[ya - y0 : yb - y0, xa - x0 : xb - x0] = block[
-                    ya - top : yb - top, xa - left : xb - left
-                ]
-        return out
-
-    def at(self, x: int, y: int) -> list[int]:
-        """Return the values of one pixel of level 0."""
-        page = self._pages[0]
-        side = page.tilelength
-        block = self._block(page, x // side, y // side)
-        return [int(value) for value in block[y % side, x % side]]
-
-    def _checked(self, number: int) -> tifffile.TiffPage:
-        page = self._file.pages[number]
-        width, height = self.sizes[number]
-        if not isinstance(page, tifffile.TiffPage):
-            raise ValueError("kind")
-        if (page.imagewidth, page.imagelength) != (width, height) or not page.is_tiled:
-            raise ValueError("size")
-        if page.samplesperpixel != self._samples or page.dtype != np.uint8:
-            raise ValueError("pixels")
-        side = page.tilelength
-        if side != page.tilewidth or not 16 <= side <= MOST_TILE_PX or page.planarconfig != 1:
-            raise ValueError("tiles")
-        if len(page.dataoffsets) != -(-width // side) * -(-height // side):
-            raise ValueError("tiles")
-        if len(page.databytecounts) != len(page.dataoffsets):
-            raise ValueError("tiles")
-        return page
-
-    def _block(self, page: tifffile.TiffPage, column: int, row: int) -> NDArray[np.uint8]:
-        """Decode one of the file's own tiles, (side, side, samples)."""
-        side = page.tilelength
-        index = row * -(-page.imagewidth // side) + column
-        count = page.databytecounts[index]
-        if count > MOST_TILE_BYTES:
-            raise self._damaged()
-        with self._lock:
-            self._file.filehandle.seek(page.dataoffsets[index])
-            data = self._file.filehandle.read(count)
-        try:
-            found = page.decode(data, index)[0]
-            block: NDArray[np.uint8] = np.asarray(found).reshape(side, side, self._samples)
-        except Exception as error:  # codecs have no common base for what damage leads to
-            raise self._damaged() from error
-        return block
-
-    def _damaged(self) -> ResultError:
-        return ResultError(
-            f"{self.path.parent.name}: {self.path.name} is damaged, or of another run; "
-            "run the slide again"
-        )
+    raise ResultError(f"there is no tile {column}, {row} of level {level}; load the page again")
 
 
 class FinishedLabels:
@@ -205,24 +94,35 @@ class FinishedLabels:
 
     Raises
     ------
-    ResultError
+    ResultError, SlideError
         If a file is not what it should be.
     """
 
     def __init__(
         self, labels: Path, scores: Path | None, width: int, height: int, classes: int
     ) -> None:
-        self._labels = TiffTiles(labels, width, height, 1)
-        self._scores = None if scores is None else TiffTiles(scores, width, height, classes)
-        self.sizes = self._labels.sizes
+        self.sizes = level_sizes(width, height)
+        self._labels = self._checked(labels, ())
+        self._scores = None if scores is None else self._checked(scores, (classes,))
 
     def tile(self, level: int, column: int, row: int) -> Labels:
         """Return a tile; see `LabelMap.tile`."""
-        return self._labels.tile(level, column, row)[..., 0]
+        x0, y0, x1, y1 = tile_box(self.sizes, level, column, row)
+        return self._labels.read(level, x0, y0, x1 - x0, y1 - y0)
 
     def scores(self, x: int, y: int) -> list[int] | None:
         """Return the scores of a pixel; see `LabelMap.scores`."""
-        return None if self._scores is None else self._scores.at(x, y)
+        return None if self._scores is None else [int(score) for score in self._scores[y, x]]
+
+    def _checked(self, path: Path, samples: tuple[int, ...]) -> Raster:
+        found = Raster(path)
+        wanted = tuple((height, width) for width, height in self.sizes)
+        if found.levels != wanted or found.shape[2:] != samples:
+            raise ResultError(
+                f"{path.parent.name}: {path.name} is damaged, or of another run; "
+                "run the slide again"
+            )
+        return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,25 +8,23 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from histostream.runtime.record import read_run
-from histostream.wsi.errors import HistoError, SlideError
+from histostream.runtime.result import ResultError
+from histostream.wsi.errors import HistoError
 from histostream.wsi.journal import BEGUN, JOURNAL, Begun, Journal
 from histostream.wsi.lock import holder_of
+from histostream.wsi.place import SlidePlace
 from histostream.wsi.resolution import MAX_MPP, MIN_MPP
 from histostream.wsi.sink import LOCK_FILE, OUTSIDE, RUN_FILE, ClassInfo
-from histostream.wsi.staging import SlideVersion, is_plain, is_remote, sha256_of, version_of
+from histostream.wsi.staging import SlideVersion, is_plain
 
 DONE = "done"
 RUNNING = "running"
 BROKEN_OFF = "broken off"
 MOST_PX = 1 << 24  # side of a slide; four times that of the largest scanners
-
-
-class ResultError(HistoError, ValueError):
-    """A folder of results does not hold what it should, or there is no such result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +64,9 @@ class Run:
         """
         path = self.folder / name
         if not path.is_file():
-            raise ResultError(f"{self.name}: there is no {name}")
+            raise ResultError(f"{self.name}: there is no {name}; run the slide again")
         if path.resolve().parent != self.folder:
-            raise ResultError(f"{self.name}: {name} is a link to another folder")
+            raise ResultError(f"{self.name}: {name} is a link to another folder; put it there")
         return path
 
     def json(self, name: str) -> dict[str, Any]:
@@ -142,7 +140,7 @@ class Results:
                 folder /= name
             if folder.name == name and _is_ours(folder):
                 return Run(f"{root}/{name}", folder)
-        raise ResultError("there are no such results")
+        raise ResultError("there are no such results (any more); see all slides, at /")
 
     def _in(self, number: int) -> Iterator[Run]:
         root = self._roots[number]
@@ -154,72 +152,6 @@ class Results:
         for name in names:
             if _is_ours(root / name):
                 yield Run(f"{number}/{name}", root / name)
-
-
-@dataclass(frozen=True, slots=True)
-class SlidePlace:
-    """Where a run says that its slide is.
-
-    Attributes
-    ----------
-    source
-        Path or URL; empty if it does not say.
-    version
-        Size and time that it had.
-    sha256
-        Of its content; empty while the run is not finished.
-    """
-
-    source: str
-    version: SlideVersion
-    sha256: str
-
-    @property
-    def name(self) -> str:
-        """The file's name; empty if it is not a plain one."""
-        # The run may have been made on another system.
-        name = PureWindowsPath(PurePosixPath(self.source).name).name
-        return name if is_plain(name) else ""
-
-    def find(self, folder: Path | None) -> Path:
-        """Return the slide: where it was, or in ``folder``.
-
-        Raises
-        ------
-        SlideError
-            If it is in neither place as it was then; the message is for people.
-        """
-        said = []
-        if self.source and not is_remote(self.source):
-            path = Path(self.source)
-            said.append(self._differs(path))
-            if not said[-1]:
-                return path
-        if folder is not None and self.name:
-            path = folder / self.name
-            said.append(self._differs(path, by_content=True))
-            if not said[-1]:
-                return path
-        if not said:
-            where = f"is at {self.source}" if self.source else "is not recorded"
-            said.append(f"the slide {where}")
-        raise SlideError(f"{'; '.join(said)}; pass --slides DIR, the folder that it is in")
-
-    def _differs(self, path: Path, *, by_content: bool = False) -> str:
-        """Say in what a file is not the slide; nothing if it is."""
-        try:
-            if not (path.is_file() or path.is_dir()):
-                return f"{path} is not there"
-            version = version_of(str(path))
-            if version.bytes != self.version.bytes:
-                return f"{path} has another size than the slide had"
-            if version == self.version:
-                return ""
-            if by_content and self.sha256 and sha256_of(path) == self.sha256:  # copied, or remote
-                return ""
-        except OSError:
-            return f"{path} cannot be read"
-        return f"{path} was changed since"
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,13 +209,13 @@ def begun_in(run: Run) -> Begun:
     """
     folder = run.folder / JOURNAL
     if folder.resolve().parent != run.folder or (folder / BEGUN).is_symlink():
-        raise ResultError(f"{run.name}: {JOURNAL} is a link to another folder")
+        raise ResultError(f"{run.name}: {JOURNAL} is a link to another folder; put it there")
     try:
         begun = Journal(run.folder).read()
     except (HistoError, RecursionError) as error:
         raise _strange(run, BEGUN) from error
     if begun is None:
-        raise ResultError(f"{run.name}: nothing of it is finished yet")
+        raise ResultError(f"{run.name}: nothing of it is finished yet; wait")
     return begun
 
 

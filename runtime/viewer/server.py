@@ -34,6 +34,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import imagecodecs
 import numpy as np
 
+from histostream.runtime.result import ResultError
 from histostream.runtime.viewer import slide as slide_tiles
 from histostream.runtime.viewer.labels import (
     TILE_PX,
@@ -43,7 +44,6 @@ from histostream.runtime.viewer.labels import (
 )
 from histostream.runtime.viewer.results import (
     DONE,
-    ResultError,
     Results,
     Run,
     Seen,
@@ -167,7 +167,7 @@ class Viewer:
             names = [unquote(part, errors="strict") for part in parts.path.split("/")[1:]]
             path, query = parts.path, parse_qs(parts.query)
         except ValueError as error:
-            raise ResultError("that is no address") from error
+            raise ResultError("that is no address; see all slides, at /") from error
         if path == "/":
             return _static("index.html", "text/html; charset=utf-8")
         if path.startswith("/static/"):
@@ -190,7 +190,7 @@ class Viewer:
                 return Answer(file.read_bytes(), "image/png")
             case ["tiles", kind, root, name, *numbers] if len(numbers) == 3:
                 if not all(re.fullmatch("[0-9]{1,7}", number, re.ASCII) for number in numbers):
-                    raise ResultError("tiles have numbers: /tiles/KIND/ROOT/NAME/LEVEL/COLUMN/ROW")
+                    raise ResultError("use numbers: /tiles/KIND/ROOT/NAME/LEVEL/COLUMN/ROW")
                 level, column, row = map(int, numbers)
                 run, lasting = self._results.find(root, name), "v" in query
                 if kind == "labels":
@@ -200,7 +200,7 @@ class Viewer:
                 if kind == "slide":
                     jpeg = self._slide(run).jpeg(level, column, row)
                     return Answer(jpeg, "image/jpeg", lasting=lasting)
-        raise ResultError("there is nothing at this address")
+        raise ResultError("there is nothing at this address; see all slides, at /")
 
     def _entry(self, run: Run) -> dict[str, Any]:
         """Say what the list of results shows of one."""
@@ -255,7 +255,7 @@ class Viewer:
     def _place(self, run: Run, x: int, y: int) -> dict[str, Any]:
         labels, seen = self._labels(run)
         if not (0 <= x < seen.width and 0 <= y < seen.height):
-            raise ResultError(f"{run.name}: the label map has no pixel {x}, {y}")
+            raise ResultError(f"{run.name}: the label map has no pixel {x}, {y}; choose one of it")
         label = int(labels.tile(0, x // TILE_PX, y // TILE_PX)[y % TILE_PX, x % TILE_PX])
         scores = labels.scores(x, y)
         named = label < len(seen.classes)
@@ -268,11 +268,13 @@ class Viewer:
         labels, seen = self._labels(one)
         others, its = self._labels(other)
         if isinstance(labels, UnfinishedLabels) or isinstance(others, UnfinishedLabels):
-            raise ResultError("differences are counted when both runs are finished")
+            raise ResultError("differences are counted when both runs are finished; wait for it")
         if labels.sizes != others.sizes or seen.downsample != its.downsample:
-            raise ResultError("the label maps have different pixels")
+            raise ResultError(
+                "the label maps have different pixels; compare runs at one resolution"
+            )
         if [c.name for c in seen.classes] != [c.name for c in its.classes]:
-            raise ResultError("the runs have different classes")
+            raise ResultError("the runs have different classes; compare runs of the same ones")
 
         def count() -> dict[str, Any]:
             level = next(
@@ -338,7 +340,9 @@ class Viewer:
             for side, labels in ((slide.width, seen.width), (slide.height, seen.height)):
                 # The last pixel of the label map may be covered in part.
                 if abs(side / seen.downsample - labels) > 1:
-                    raise SlideError(f"{slide.path}: the label map is not of this slide")
+                    raise SlideError(
+                        f"{slide.path}: the label map is not of this slide; run it again"
+                    )
             return slide
 
         return self._open_slides.get((place, seen.downsample), opened)

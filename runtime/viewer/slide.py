@@ -8,7 +8,7 @@ import imagecodecs
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.runtime.viewer.results import ResultError
+from histostream.runtime.result import ResultError
 from histostream.wsi.errors import SlideError, reason
 from histostream.wsi.grid import Box
 from histostream.wsi.reader import open_slide, read_from_blocks
@@ -55,9 +55,13 @@ class SlideTiles:
             self._block_px = int(source.tileWidth), int(source.tileHeight)
             self.levels, size = int(source.levels), (int(source.sizeX), int(source.sizeY))
         except Exception as error:  # its sources have no common base for what may go wrong
-            raise SlideError(f"{path}: large-image cannot open it ({reason(error)})") from error
+            raise SlideError(
+                f"{path}: large-image cannot open it ({reason(error)}); try it there"
+            ) from error
         if size != (self.width, self.height):
-            raise SlideError(f"{path}: large-image sees {size} px, not {self.width, self.height}")
+            raise SlideError(
+                f"{path}: large-image sees {size} px, not {self.width, self.height}; report it"
+            )
         self._source = source
 
     def tile(self, level: int, column: int, row: int) -> NDArray[np.uint8]:
@@ -78,7 +82,7 @@ class SlideTiles:
                 right = min(width, (column + 1) * TILE_PX + OVERLAP_PX)
                 bottom = min(height, (row + 1) * TILE_PX + OVERLAP_PX)
                 return self._read(level, x, y, right, bottom)
-        raise ResultError(f"there is no tile {column}, {row} of level {level}")
+        raise ResultError(f"there is no tile {column}, {row} of level {level}; load the page again")
 
     def jpeg(self, level: int, column: int, row: int) -> bytes:
         """Return a tile as a JPEG; see `tile`."""
@@ -107,5 +111,5 @@ class SlideTiles:
         except Exception as error:  # its sources have no common base for what may go wrong
             raise SlideError(
                 f"{self.path}: block {column}, {row} of level {level} cannot be decoded "
-                f"({reason(error)})"
+                f"({reason(error)}); the file is damaged there: copy it again"
             ) from error

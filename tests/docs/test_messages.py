@@ -29,13 +29,13 @@ FORWARDED = {
     "runtime/inputs.py", "runtime/ray_crew.py", "runtime/tensorrt.py", "training/cli.py",
     "wsi/lock.py", "wsi/mosaic.py", "wsi/readers/large_image.py", "wsi/readers/tiff.py",
     "wsi/synthetic.py", "benchmarks/outputs.py", "benchmarks/sandbox.py", "benchmarks/size.py",
-    "runtime/segmenter.py",
+    "runtime/segmenter.py", "runtime/viewer/command.py", "runtime/viewer/server.py",
 }  # fmt: skip
 
 # What a message may ask for; an option or a package to install is one too, and a nearest name.
 REMEDY = re.compile(
-    r"\b(add|allow|begin|bring|build|call|change|check|choose|convert|copy|cut|delete|download|"
-    r"draw|expected|export|fetch|fill|free|give|goes on|install|leave|lower|make|mend|merge|"
+    r"\b(add|allow|begin|bring|build|call|change|compare|check|choose|convert|copy|cut|delete|download|"
+    r"draw|expected|export|fetch|fill|free|give|goes on|install|leave|load|lower|make|mend|merge|"
     r"mirror|move|must|name|needs|order|paint|pass|put|quote|remove|rename|repeat|replace|report|"
     r"resample|restart|run|save|say|scan|see|set|shorten|take|train|try|tune|uses?|wait|write|"
     r"written)\b"

@@ -25,8 +25,9 @@ from PIL import Image
 from histostream.runtime import infer
 from histostream.runtime.infer import segment_slide
 from histostream.runtime.options import Options
+from histostream.runtime.result import ResultError
 from histostream.runtime.viewer import labels as labels_module
-from histostream.runtime.viewer.results import ResultError, Results
+from histostream.runtime.viewer.results import Results
 from histostream.runtime.viewer.server import LOCAL, PortError, Viewer, ViewServer
 from histostream.wsi.errors import StoppedError
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,6 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-
-from histostream.wsi.errors import OutputError
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +53,3 @@ class ObjectFile(Protocol):
 
     def abort(self) -> None:
         """Remove the temporary file. Allowed at any time, also twice, also after `finish`."""
-
-
-def need(module: str, what: str, extra: str) -> None:
-    """See that an optional library is there.
-
-    Raises
-    ------
-    OutputError
-        If it is not; the message says how to get it.
-    """
-    if importlib.util.find_spec(module) is None:
-        raise OutputError(f"{what} {module}: pip install 'histostream[{extra}]'")

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from histostream.wsi.dicom import made_up_uid, slide_header, text
 from histostream.wsi.errors import HistoError, SlideError, reason
-from histostream.wsi.objects.slide_object import need
+from histostream.wsi.optional import need
 from histostream.wsi.pyramid import PyramidLayout, PyramidWriter, TileCodec, nearest
 from histostream.wsi.sink import ClassInfo, Segmented, SlideInfo
 from histostream.wsi.sinks.overview import BACKGROUND

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from histostream.wsi.objects.components import Components
 from histostream.wsi.objects.simplify import simplify
-from histostream.wsi.objects.slide_object import ObjectFile, SlideObject, need
+from histostream.wsi.objects.slide_object import ObjectFile, SlideObject
 from histostream.wsi.objects.store import Shape, Store
+from histostream.wsi.optional import need
 from histostream.wsi.sink import Segmented, SlideInfo, temporary_name
 from histostream.wsi.sinks.dsa import Dsa
 from histostream.wsi.sinks.geojson import GeoJson

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from histostream.wsi.errors import printable
-from histostream.wsi.objects.slide_object import need
+from histostream.wsi.optional import need
 from histostream.wsi.pyramid import (
     DEFLATE_LEVEL,
     PyramidLayout,
