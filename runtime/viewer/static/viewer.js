@@ -366,7 +366,7 @@ function placeLines({ run, error, label, name, scores }) {
     const line = element("label", run.classes[i].name, "score");
     const meter = element("meter");
     meter.value = score;
-    line.append(meter, element("span", percent(score)));
+    line.append(meter, element("span", score.toFixed(3)));
     lines.push(line);
   });
   return lines;
