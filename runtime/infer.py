@@ -356,7 +356,7 @@ class SlideRun:
         self._folder.add_text(REPORT, slide_report(said, summary, files["overview.png"]))
         self._folder.after_publishing(self._journal.remove)
         self._open.close()
-        return SlideResult(self._folder.path, summary, record)
+        return SlideResult(self._folder.path, summary, said)
 
     def __exit__(
         self,

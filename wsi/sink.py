@@ -294,6 +294,7 @@ class OutputFolder:
         pairs = [*(self._finished or []), *self._texts]
         names = sorted(final.name for _, final in pairs)
         marker = self.path / RUN_FILE
+        before = [self.path / name for name in sorted(_outputs_of(marker) - set(names))]
         last = write_temporary(marker, json_text({**self.run, "outputs": names}))
         for temporary, final in (*pairs, last):
             with writing(final):
@@ -302,6 +303,7 @@ class OutputFolder:
             # From here to the end the folder is a mixture of two runs, and has no marker.
             marker.unlink(missing_ok=True)
             _sync(self.path)
+        remove(before)  # of other options; beside the new ones they would pass for theirs
         for temporary, final in (*pairs, last):
             with writing(final):
                 if final == marker:
@@ -421,6 +423,16 @@ def _replace(temporary: Path, final: Path) -> None:
         final.replace(aside)
     temporary.replace(final)
     remove([aside])
+
+
+def _outputs_of(marker: Path) -> set[str]:
+    """Return the names in its folder that a run.json lists; none if it cannot be read."""
+    try:
+        names = json.loads(marker.read_text(encoding="utf-8"))["outputs"]
+        texts = [name for name in names if isinstance(name, str)]
+        return {name for name in texts if Path(name).name == name and not name.startswith(".")}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return set()
 
 
 def _is_folder(path: Path) -> bool:

@@ -19,7 +19,7 @@ import pytest
 from click.testing import CliRunner
 from numpy.typing import NDArray
 
-from histostream.runtime import Options, ResultError, Segmenter, SlideResult
+from histostream.runtime import Options, ResultError, Segmenter, SlideResult, segment_slide
 from histostream.runtime.cli import main
 from histostream.runtime.engine import Engine
 from histostream.wsi.errors import HistoError, SlideError
@@ -73,7 +73,7 @@ def result(segmenter: Segmenter, slide: Path, tmp_path: Path) -> SlideResult:
     return segmenter.run(slide, tmp_path / "out", ALL)
 
 
-def test_labels_scores_and_areas_are_those_of_the_slide(result: SlideResult) -> None:
+def test_labels_scores_and_areas_are_those_of_the_slide(result: SlideResult, slide: Path) -> None:
     assert (result.labels[:] == LABELS).all()
     assert result.probabilities is not None
     assert (result.probabilities[100:140, 600:] == PIXELS[100:140, 600:]).all()
@@ -84,6 +84,9 @@ def test_labels_scores_and_areas_are_those_of_the_slide(result: SlideResult) -> 
     assert result.classes == CARD.classes
     assert set(result.files) >= {"labels.tif", "probabilities.tif", "summary.json"}
     assert all(path.is_file() for path in result.files.values())
+    again = segment_slide(slide, identity_engine(), result.folder.parent / "again", ALL)
+    assert again.files.keys() == result.files.keys()
+    assert again.probabilities is not None
 
 
 def test_it_is_read_again_as_it_was(result: SlideResult) -> None:

@@ -431,6 +431,22 @@ def test_run_json_is_removed_first_and_comes_back_last(
     assert len(order) == 5
 
 
+def test_files_of_other_options_do_not_stay(tmp_path: Path) -> None:
+    (tmp_path / "theirs.txt").write_text("not ours")
+    with OutputFolder(tmp_path, "slide") as folder:
+        folder.add_text("page.html", "once")
+        folder.add_text("objects.csv", "once")
+    (folder.path / "notes.txt").write_text("of the user")
+    said = json.loads((folder.path / "run.json").read_text())
+    said["outputs"] += ["../theirs.txt", ".lock", 7, str(tmp_path / "theirs.txt")]
+    for run in (said, {**said, "outputs": None}, []):
+        (folder.path / "run.json").write_text(json.dumps(run))
+        with OutputFolder(tmp_path, "slide") as again:
+            again.add_text("page.html", "again")
+    assert {p.name for p in folder.path.iterdir()} == {"page.html", "notes.txt", "run.json"}
+    assert (tmp_path / "theirs.txt").exists()
+
+
 def test_a_rename_that_fails_leaves_no_marker(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
