@@ -439,7 +439,8 @@ def test_files_of_other_options_do_not_stay(tmp_path: Path) -> None:
     (folder.path / "notes.txt").write_text("of the user")
     said = json.loads((folder.path / "run.json").read_text())
     said["outputs"] += ["../theirs.txt", ".lock", 7, str(tmp_path / "theirs.txt")]
-    for run in (said, {**said, "outputs": None}, []):
+    runs: list[object] = [said, {**said, "outputs": None}, []]
+    for run in runs:
         (folder.path / "run.json").write_text(json.dumps(run))
         with OutputFolder(tmp_path, "slide") as again:
             again.add_text("page.html", "again")
