@@ -41,7 +41,7 @@ Box = tuple[int, int, int, int]  # x, y, width, height
 BOX_PX, BOXES = 1024, 24
 EVERYTHING = (
     "--geojson", "--annotations", "dsa", "--objects", "csv,parquet", "--min-area", "8",
-    "--rasters", "ome-tiff,ome-zarr,dicom-seg", "--probabilities",
+    "--rasters", "ome-tiff,ome-tiff-rgb,ome-zarr,dicom-seg", "--probabilities",
 )  # fmt: skip
 
 
@@ -294,7 +294,8 @@ def by_html(_: Truth, path: Path) -> dict[str, Any]:
 
 READERS: dict[str, dict[str, Callable[[Truth, Path], dict[str, Any]]]] = {
     "labels.tif": {"OpenSlide": by_openslide, "large-image": by_large_image},
-    "labels.ome.tif": {"large-image": by_large_image, "tifffile": by_tifffile},
+    "labels.ome.tif": {"tifffile": by_tifffile},
+    "labels.rgb.ome.tif": {"large-image": by_large_image},
     "labels.ome.zarr": {"ome-zarr-models, zarr": by_ngff},
     "labels.dcm": {"highdicom": by_highdicom},
     "probabilities.tif": {"tifffile": by_argmax},
