@@ -17,7 +17,7 @@ DEMO_SLIDE := $(or $(SLIDE),demo/synthetic.tif)
 
 demo: $(VENV)/.run $(if $(SLIDE),,demo/synthetic.tif)
 	$(BIN)/histo-infer "$(DEMO_SLIDE)" --out demo
-	@echo "look at demo/$(basename $(notdir $(DEMO_SLIDE)))/report.html; open labels.tif in QuPath"
+	@echo "look at demo/$(basename $(notdir $(DEMO_SLIDE)))/report.html, or: $(BIN)/histo-infer view demo"
 
 demo/synthetic.tif: | $(VENV)/.run
 	mkdir -p demo
