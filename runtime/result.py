@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 import logging
 from dataclasses import dataclass
@@ -14,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from histostream.runtime.engine import to_channels
 from histostream.runtime.record import read_run
+from histostream.runtime.report.picture import read_picture
 from histostream.wsi.errors import HistoError, SlideError
 from histostream.wsi.optional import need
 from histostream.wsi.place import SlidePlace
@@ -271,15 +269,12 @@ class SlideResult:
             f"<td>{self.areas[c.name]:.4g} mm²</td><td>{100 * self.shares[c.name]:.1f} %</td></tr>"
             for c in self.classes
         )
-        with Image.open(self.folder / "overview.png") as overview:
-            overview.thumbnail((SHOWN_PX, SHOWN_PX))
-            jpeg = io.BytesIO()
-            overview.convert("RGB").save(jpeg, "JPEG", quality=85)
-        picture = base64.b64encode(jpeg.getvalue()).decode()
+        size = self.summary["width_px"], self.summary["height_px"]
+        picture = read_picture(self.folder / "overview.png", *size, SHOWN_PX)
+        shown = "" if picture is None else f"<img style='max-width:100%' src='{picture.uri}'>"
         return (
             f"<p><b>{html.escape(str(self.summary['slide']))}</b>: "
-            f"{html.escape(str(self.folder))}</p><table>{lines}</table>"
-            f"<img style='max-width:100%' src='data:image/jpeg;base64,{picture}'>"
+            f"{html.escape(str(self.folder))}</p><table>{lines}</table>{shown}"
         )
 
     def _pixels(self, x: int, y: int, step: int, width: int, height: int) -> NDArray[np.uint8]:
