@@ -228,7 +228,7 @@ def test_several_devices_share_slides_or_the_columns_of_one(
     assert found[0] == found[1] == found[2]
     wrong = infer(slides[0], "--model", tiny_bundle, "--devices", "0,0", "--out", tmp_path / "x")
     assert wrong.returncode == 1
-    assert wrong.stderr.strip() == "histo-infer: device 0 is named twice"
+    assert wrong.stderr.strip() == "histo-infer: device 0 is named twice: name each once"
 
 
 def test_rasters_are_written_where_they_are_asked_for(
