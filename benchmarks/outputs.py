@@ -5,7 +5,7 @@
     python -m histostream.benchmarks.outputs slide.svs --out benchmarks/results/outputs-cpu.json
     python -m histostream.benchmarks.outputs --synthetic 20000x20000 --out ...   # adds F1 scores
 
-The command `histo-infer` runs with every output on. Then each file is opened with a library that
+The command ``histo-infer`` runs with every output on. Then each file is opened with a library that
 is not ours, and what it shows is compared with the label map as tifffile reads it: pixel by pixel
 in rows of boxes over the whole slide, and all objects.
 """

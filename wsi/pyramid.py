@@ -1,7 +1,7 @@
 """A tiled pyramid, written tile by tile in any order and in little memory.
 
 Tiles are compressed as they come, into a scratch file; the lower levels are made from those at the
-end, four tiles at a time, and an `Assembler` puts the compressed bytes in order: tifffile those of
+end, four tiles at a time, and an ``Assembler`` puts the compressed bytes in order: tifffile those of
 a BigTIFF. Memory does not grow with the slide: an index of 24 bytes a tile is all that is kept.
 """
 
@@ -230,7 +230,7 @@ class PyramidWriter:
         return self._temporary, self.path
 
     def tiles(self, level: int) -> Iterator[bytes]:
-        """Yield the encoded tiles of a level, row by row; for an `Assembler`."""
+        """Yield the encoded tiles of a level, row by row; for an ``Assembler``."""
         index = self._levels[level]
         for row, column in product(*map(range, index.offsets.shape)):
             yield self._read(index, row, column)
