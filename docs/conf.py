@@ -74,7 +74,7 @@ toc_object_entries_show_parents = "hide"
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!histostream\b).*\..*"),
     (r"py:obj", r"[A-Z][A-Z0-9_]+"),  # constants: a comment beside them says what they are
-    (r"py:class", r"Tensor|Axes|.*\[.*|.*\.(AnySink|Label|Result|Score)"),  # aliases, type variables
+    (r"py:class", r"Tensor|Axes|.*\[.*|.*\.(AnySink|Label|Result|Score)"),  # aliases
 ]
 
 # -t pages: without the reference, which takes a minute; a test builds the rest.

@@ -1,8 +1,8 @@
 """A tiled pyramid, written tile by tile in any order and in little memory.
 
 Tiles are compressed as they come, into a scratch file; the lower levels are made from those at the
-end, four tiles at a time, and an ``Assembler`` puts the compressed bytes in order: tifffile those of
-a BigTIFF. Memory does not grow with the slide: an index of 24 bytes a tile is all that is kept.
+end, four tiles at a time, and an ``Assembler`` puts the compressed bytes in order: tifffile those
+of a BigTIFF. Memory does not grow with the slide: an index of 24 bytes a tile is all that is kept.
 """
 
 from __future__ import annotations
