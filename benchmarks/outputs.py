@@ -39,6 +39,7 @@ Labels = NDArray[np.uint8]
 Box = tuple[int, int, int, int]  # x, y, width, height
 
 BOX_PX, BOXES = 1024, 24
+LABELS = np.arange(256, dtype=np.uint8)  # shown as they are
 EVERYTHING = (
     "--geojson", "--annotations", "dsa", "--objects", "csv,parquet", "--min-area", "8",
     "--rasters", "ome-tiff,ome-tiff-rgb,ome-zarr,dicom-seg", "--probabilities",
@@ -76,15 +77,15 @@ class Truth:
             yield x, round((height - high) * i / (BOXES - 1)), wide, high
 
     def agreement(
-        self, read: Callable[[int, int, int, int], NDArray[Any]], *, colors: bool
+        self, read: Callable[[int, int, int, int], NDArray[Any]], shown: NDArray[np.uint8]
     ) -> dict[str, int]:
-        """Compare what a reader shows in boxes."""
+        """Compare what a reader shows in boxes with what it should for each label, (256[, 3])."""
         compared = differing = 0
         for x, y, width, height in self.boxes():
-            wanted = self.labels[y : y + height, x : x + width]
+            wanted = shown[self.labels[y : y + height, x : x + width]]
             found = np.asarray(read(x, y, width, height))
-            if colors:
-                differ = (found[..., :3] != self.palette[wanted]).any(axis=2)
+            if wanted.ndim == 3:
+                differ = (found[..., :3] != wanted).any(axis=2)
             else:
                 differ = found.reshape(wanted.shape) != wanted
             compared, differing = compared + differ.size, differing + int(differ.sum())
@@ -104,7 +105,7 @@ def by_openslide(truth: Truth, path: Path) -> dict[str, Any]:
         return {
             "levels": slide.level_count, "mpp": float(slide.properties["openslide.mpp-x"]),
             **truth.agreement(
-                lambda x, y, w, h: np.asarray(slide.read_region((x, y), 0, (w, h))), colors=True
+                lambda x, y, w, h: np.asarray(slide.read_region((x, y), 0, (w, h))), truth.palette
             ),
         }  # fmt: skip
 
@@ -125,7 +126,7 @@ def by_large_image(truth: Truth, path: Path) -> dict[str, Any]:
     return {
         "source": source.name, "levels": said["levels"],
         "mpp": None if said["mm_x"] is None else round(1000 * said["mm_x"], 6),
-        **truth.agreement(read, colors=not labels),
+        **truth.agreement(read, LABELS if labels else truth.palette),
     }  # fmt: skip
 
 
@@ -139,7 +140,7 @@ def by_tifffile(truth: Truth, path: Path) -> dict[str, Any]:
         store = zarr.open_array(series.aszarr(level=0), mode="r")
         return {
             "ome": bool(file.is_ome), "levels": len(series.levels),
-            **truth.agreement(reading(store), colors=False),
+            **truth.agreement(reading(store), LABELS),
         }  # fmt: skip
 
 
@@ -157,7 +158,7 @@ def by_ngff(truth: Truth, path: Path) -> dict[str, Any]:
     return {
         "labels": names,
         "levels": len(labels.attributes.multiscales[0].datasets),
-        **truth.agreement(reading(array), colors=False),
+        **truth.agreement(reading(array), LABELS),
     }
 
 
@@ -180,15 +181,11 @@ def by_highdicom(truth: Truth, path: Path) -> dict[str, Any]:
     known = np.zeros(256, np.uint8)
     for label, number in number_of.items():
         known[label] = number
-    compared = differing = 0
-    for x, y, width, height in truth.boxes():
-        differ = read(x, y, width, height) != known[truth.labels[y : y + height, x : x + width]]
-        compared, differing = compared + differ.size, differing + int(differ.sum())
     return {
         "type": str(found.SegmentationType), "organization": str(found.DimensionOrganizationType),
         "frames": int(found.NumberOfFrames), "mpp": round(1000 * float(spacing[0]), 6),
         "segments": [str(s.SegmentLabel) for s in found.SegmentSequence],
-        "pixels_compared": compared, "pixels_differing": differing,
+        **truth.agreement(read, known),
     }  # fmt: skip
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import csv
 import gc
 import io
-import json
 import logging
 import math
 import socket
@@ -34,7 +33,7 @@ from histostream.runtime.engine import Engine
 from histostream.runtime.infer import DoneError, Job, ManyDevices, SlideRun
 from histostream.runtime.inputs import SlideInput
 from histostream.runtime.options import Options
-from histostream.runtime.record import read_run
+from histostream.runtime.record import read_json, read_run
 from histostream.runtime.report import REPORT
 from histostream.runtime.report.cohort import CohortReport, cohort_slide
 from histostream.runtime.result import SlideResult
@@ -394,10 +393,7 @@ def outcome_of(result: SlideResult) -> Outcome:
 def former_outcome(folder: Path) -> Outcome:
     """Return what became of a slide that was done by another run."""
     run = read_run(folder)
-    try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        summary = None
+    summary = read_json(folder / "summary.json")
     damaged = _damaged_blocks(run)
     had = f", with {damaged}, left as background" if damaged else ""
     return Outcome(UNCHANGED, f"done before{had}; --restart does it again", run, summary)

@@ -651,15 +651,11 @@ def _plan_bands(
     if options.crf is not None:
         further = options.crf.needs(len(engine.card.classes), view.channels, grid.tile_px)
     if options.annotations or options.objects:
-        more = memory_bytes(view.height, options.objects)
-        further = replace(further, bytes_at_once=further.bytes_at_once + more)
+        further += Further(bytes_at_once=memory_bytes(view.height, options.objects))
     if names := tuple(set(options.rasters)):
-        more = rasters.memory_bytes(view.width, view.height, names)
-        each = rasters.column_bytes(grid.tile_px, names)
-        further = replace(
-            further,
-            bytes_at_once=further.bytes_at_once + more,
-            bytes_per_column=further.bytes_per_column + each,
+        further += Further(
+            bytes_per_column=rasters.column_bytes(grid.tile_px, names),
+            bytes_at_once=rasters.memory_bytes(view.width, view.height, names),
         )
     if isinstance(engine, ManyDevices):
         if options.max_memory_mib is not None:

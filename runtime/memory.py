@@ -49,6 +49,14 @@ class Further:
     bytes_per_column: int = 0
     bytes_at_once: int = 0
 
+    def __add__(self, other: Further) -> Further:
+        return Further(
+            max(self.align_px, other.align_px),
+            max(self.margin_px, other.margin_px),
+            self.bytes_per_column + other.bytes_per_column,
+            self.bytes_at_once + other.bytes_at_once,
+        )
+
 
 def plan_bands(
     grid: TileGrid,

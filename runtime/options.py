@@ -108,11 +108,7 @@ class Options:
         values = {k: v for k, v in asdict(self).items() if k not in FREE}
         if self.roi is not None:
             values["roi"] = _content(self.roi)
-        for name in (
-            "annotations",
-            "objects",
-            "rasters",
-        ):  # as JSON has them, in whatever order asked for
+        for name in ("annotations", "objects", "rasters"):  # in whatever order they are asked for
             values[name] = sorted(set(values[name]))
         return values
 

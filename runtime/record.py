@@ -80,8 +80,13 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def read_run(folder: Path) -> dict[str, Any] | None:
     """Return what the run.json of an output folder says; None if there is none, or it is broken."""
+    return read_json(folder / RUN_FILE)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return what a file of JSON says; None if it is not there, broken, or no object."""
     try:
-        said = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        said = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
     return said if isinstance(said, dict) else None

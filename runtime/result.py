@@ -248,7 +248,7 @@ class SlideResult:
         if legend:
             ax.legend(
                 handles=[
-                    Patch(color=_hex(c), label=f"{c.name}  {self.areas[c.name]:.3g} mm²")
+                    Patch(color=c.hex, label=f"{c.name}  {self.areas[c.name]:.3g} mm²")
                     for c in self.classes
                     if c.name != BACKGROUND
                 ],
@@ -265,7 +265,7 @@ class SlideResult:
     def _repr_html_(self) -> str:
         """Overview and areas, where a notebook shows it."""
         lines = "".join(
-            f"<tr><td style='border-left:1em solid {_hex(c)}'>{html.escape(c.name)}</td>"
+            f"<tr><td style='border-left:1em solid {c.hex}'>{html.escape(c.name)}</td>"
             f"<td>{self.areas[c.name]:.4g} mm²</td><td>{100 * self.shares[c.name]:.1f} %</td></tr>"
             for c in self.classes
         )
@@ -309,7 +309,3 @@ class SlideResult:
         share = strength[labels][..., None]
         mixed = pixels * (1 - share) + colors[labels] * share
         return np.rint(mixed).astype(np.uint8)
-
-
-def _hex(entry: ClassInfo) -> str:
-    return f"#{bytes(entry.color).hex()}"

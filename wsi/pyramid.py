@@ -25,6 +25,7 @@ from histostream.wsi.sink import is_one_value, remove, temporary_name, writing
 
 Pixels = NDArray[np.uint8]
 _ABSENT = -1
+SMALLEST_PX = 512  # the coarsest level has no longer side
 # libdeflate, label maps: 200 Mpx/s, and within 4 % of level 6, which does 140.
 DEFLATE_LEVEL = 5
 
@@ -72,7 +73,7 @@ class PyramidLayout:
     mpp: float
     halve: Callable[[Pixels], Pixels]
     tile_px: int = 512
-    smallest_px: int = 512
+    smallest_px: int = SMALLEST_PX
     description: str = ""
 
     def __post_init__(self) -> None:
@@ -82,16 +83,24 @@ class PyramidLayout:
     @property
     def level_sizes(self) -> list[tuple[int, int]]:
         """(width, height) of each level; halves are rounded up."""
-        sizes = [(self.width, self.height)]
-        while max(sizes[-1]) > self.smallest_px:
-            width, height = sizes[-1]
-            sizes.append((-(-width // 2), -(-height // 2)))
-        return sizes
+        return level_sizes(self.width, self.height, self.smallest_px)
 
     def grid(self, level: int) -> tuple[int, int]:
         """(rows, columns) of tiles of a level."""
         width, height = self.level_sizes[level]
         return -(-height // self.tile_px), -(-width // self.tile_px)
+
+
+def level_sizes(width: int, height: int, smallest_px: int = SMALLEST_PX) -> list[tuple[int, int]]:
+    """(width, height) of each level, finest first, until neither side is longer than the smallest.
+
+    Halves are rounded up.
+    """
+    sizes = [(width, height)]
+    while max(sizes[-1]) > smallest_px:
+        width, height = sizes[-1]
+        sizes.append((-(-width // 2), -(-height // 2)))
+    return sizes
 
 
 def nearest(pixels: Pixels) -> Pixels:

@@ -48,6 +48,11 @@ class ClassInfo:
         if len(self.color) != 3 or not all(0 <= value <= 255 for value in self.color):
             raise ValueError(f"color {self.color!r} of class {self.name!r}: use 3 x 0 to 255")
 
+    @property
+    def hex(self) -> str:
+        """The colour as "#rrggbb"."""
+        return f"#{bytes(self.color).hex()}"
+
 
 @dataclass(frozen=True, slots=True)
 class SlideInfo:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
-from histostream.runtime.record import read_run
+from histostream.runtime.record import read_json, read_run
 from histostream.runtime.report import REPORT
 from histostream.runtime.report.cohort import CohortReport, CohortSlide, cohort_slide
 from histostream.runtime.report.said import Said
@@ -47,7 +45,7 @@ def write_report(folder: Path) -> Path:
     """
     run = read_run(folder)
     if run is not None:
-        text = slide_report(run, _read(folder / "summary.json"), folder / "overview.png")
+        text = slide_report(run, read_json(folder / "summary.json") or {}, folder / "overview.png")
     else:
         text = _cohort_report(folder)
     write_whole(folder / REPORT, text)
@@ -55,7 +53,7 @@ def write_report(folder: Path) -> Path:
 
 
 def _cohort_report(folder: Path) -> str:
-    said = Said(_read(folder / "cohort.json"))
+    said = Said(read_json(folder / "cohort.json"))
     if not said.at("slides"):
         raise ReportError(
             f"{folder}: no results (no run.json or cohort.json that can be read); run histo-infer"
@@ -71,14 +69,6 @@ def _cohort_slide(folder: Path, line: Said) -> CohortSlide:
     at = folder / name if is_plain(name) and status in WITH_RESULT else None
     return cohort_slide(
         name, line.text("path"), status, line.text("reason"),
-        None if at is None else read_run(at), None if at is None else _read(at / "summary.json"),
+        None if at is None else read_run(at),
+        None if at is None else read_json(at / "summary.json"),
     )  # fmt: skip
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Return what a file of JSON says; nothing if it cannot be read."""
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return said if isinstance(said, dict) else {}

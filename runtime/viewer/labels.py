@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 from histostream.runtime.result import ResultError
 from histostream.wsi.journal import JOURNAL, Record, watched_strips
+from histostream.wsi.pyramid import level_sizes
 from histostream.wsi.raster import Raster
 from histostream.wsi.sink import OUTSIDE, Segmented, SlideInfo
 from histostream.wsi.sinks.summary import Summary
 
 TILE_PX = 512
-SMALLEST_PX = 512  # the coarsest level has no longer side
 KEPT_PX = 32 << 20  # pixels of the finest level of a journal that is kept in memory
 STRIP_BYTES = 96 << 20  # of decoded strips that are kept
 
@@ -51,15 +51,6 @@ class LabelMap(Protocol):
 
     def scores(self, x: int, y: int) -> list[int] | None:
         """Return ``round(255 p)`` of each class at a pixel; None where none were written."""
-
-
-def level_sizes(width: int, height: int) -> list[tuple[int, int]]:
-    """(width, height) of each level, finest first; halves are rounded up."""
-    sizes = [(width, height)]
-    while max(sizes[-1]) > SMALLEST_PX:
-        width, height = sizes[-1]
-        sizes.append((-(-width // 2), -(-height // 2)))
-    return sizes
 
 
 def tile_box(

@@ -496,7 +496,7 @@ def _areas(summary: dict[str, Any], seen: Seen) -> list[dict[str, Any]]:
     total, pixel_mm2 = sum(pixels), (seen.mpp / 1000) ** 2
     return [
         {
-            "name": entry.name, "color": "#" + bytes(entry.color).hex(),
+            "name": entry.name, "color": entry.hex,
             "area_mm2": count * pixel_mm2, "share": count / total if total else None,
         }
         for entry, count in zip(seen.classes, pixels, strict=True)

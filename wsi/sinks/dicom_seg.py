@@ -26,8 +26,9 @@ from histostream.wsi.dicom import made_up_uid, slide_header, text
 from histostream.wsi.errors import HistoError, SlideError, reason
 from histostream.wsi.optional import need
 from histostream.wsi.pyramid import PyramidLayout, PyramidWriter, TileCodec, nearest
-from histostream.wsi.sink import ClassInfo, Segmented, SlideInfo
+from histostream.wsi.sink import ClassInfo, SlideInfo
 from histostream.wsi.sinks.overview import BACKGROUND
+from histostream.wsi.sinks.pyramid import PyramidSink
 from histostream.wsi.sinks.tiff import OUTSIDE_COLOR, OUTSIDE_NAME
 
 JPEG_LS = "1.2.840.10008.1.2.4.80"  # lossless
@@ -49,7 +50,7 @@ LONGEST_OFFSET = 1 << 32  # above, the extended offset table takes the place of 
 UNNAMED = "not known yet"
 
 
-class DicomSeg:
+class DicomSeg(PyramidSink):
     """The label map as one DICOM Segmentation.
 
     A pixel is its class's label + 1; 0 is what was not analysed. Of a DICOM slide it belongs to
@@ -90,19 +91,9 @@ class DicomSeg:
             info.width, info.height, 1, info.mpp, nearest, tile_px,
             smallest_px=max(info.width, info.height),  # no lower levels
         )  # fmt: skip
-        self._file = PyramidWriter(path, layout, TileCodec(_encode, _decode, {}), self._assemble)
-
-    def write(self, part: Segmented) -> None:
-        """Take the next rows."""
-        self._file.write(part.x, part.y, part.labels)
-
-    def finish(self) -> list[tuple[Path, Path]]:
-        """Complete the file under its temporary name."""
-        return [self._file.finish()]
-
-    def abort(self) -> None:
-        """Remove what was written."""
-        self._file.abort()
+        super().__init__(
+            PyramidWriter(path, layout, TileCodec(_encode, _decode, {}), self._assemble)
+        )
 
     def _assemble(self, pyramid: PyramidWriter, path: Path) -> None:
         from pydicom import dcmwrite

@@ -21,6 +21,7 @@ from histostream.wsi.pyramid import (
     write_tiff,
 )
 from histostream.wsi.sink import OUTSIDE, Segmented, SlideInfo, is_one_value
+from histostream.wsi.sinks.pyramid import PyramidSink
 from histostream.wsi.sinks.tiff import OUTSIDE_NAME, color_map
 
 SCHEMA = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
@@ -28,7 +29,7 @@ ROWS = 64  # that are coloured at a time
 NAMES, COLORS = "histostream/class-names", "histostream/class-colors"  # namespaces of annotations
 
 
-class OmeTiff:
+class OmeTiff(PyramidSink):
     """The label map as in labels.tif, for readers of OME-TIFF (Bio-Formats, OMERO).
 
     Parameters
@@ -46,22 +47,10 @@ class OmeTiff:
             info.width, info.height, 1, info.mpp, nearest, tile_px, description=ome_xml(info)
         )
         codec = deflate_codec({"photometric": "palette", "colormap": color_map(info)})
-        self._file = PyramidWriter(path, layout, codec, partial(write_tiff, subifds=True))
-
-    def write(self, part: Segmented) -> None:
-        """Take the next rows."""
-        self._file.write(part.x, part.y, part.labels)
-
-    def finish(self) -> list[tuple[Path, Path]]:
-        """Complete the file under its temporary name."""
-        return [self._file.finish()]
-
-    def abort(self) -> None:
-        """Remove what was written."""
-        self._file.abort()
+        super().__init__(PyramidWriter(path, layout, codec, partial(write_tiff, subifds=True)))
 
 
-class OmeTiffRgb:
+class OmeTiffRgb(PyramidSink):
     """The colours of the label map, for people to look at; reduced levels take every second pixel.
 
     Parameters
@@ -76,7 +65,7 @@ class OmeTiffRgb:
             info.width, info.height, 3, info.mpp, nearest, tile_px, description=xml
         )
         codec = deflate_codec({"photometric": "rgb", "planarconfig": "contig"})
-        self._file = PyramidWriter(path, layout, codec, partial(write_tiff, subifds=True))
+        super().__init__(PyramidWriter(path, layout, codec, partial(write_tiff, subifds=True)))
         self._colors = np.ascontiguousarray((color_map(info) >> 8).astype(np.uint8).T)  # (256, 3)
 
     def write(self, part: Segmented) -> None:
@@ -89,14 +78,6 @@ class OmeTiffRgb:
         for top in range(0, len(labels), ROWS):  # three times the labels' bytes, so a few at a time
             pixels = np.take(self._colors, labels[top : top + ROWS], axis=0)
             self._file.write(part.x, part.y + top, pixels)
-
-    def finish(self) -> list[tuple[Path, Path]]:
-        """Complete the file under its temporary name."""
-        return [self._file.finish()]
-
-    def abort(self) -> None:
-        """Remove what was written."""
-        self._file.abort()
 
 
 def ome_xml(info: SlideInfo, samples: int = 1) -> str:
@@ -125,7 +106,7 @@ def ome_xml(info: SlideInfo, samples: int = 1) -> str:
         channel.set("Name", "class")
     ET.SubElement(pixels, "TiffData", IFD="0", PlaneCount="1")
     names = {k: printable(entry.name) for k, entry in enumerate(info.classes)}
-    colors = {k: "#{:02x}{:02x}{:02x}".format(*entry.color) for k, entry in enumerate(info.classes)}
+    colors = {k: entry.hex for k, entry in enumerate(info.classes)}
     annotations = ET.SubElement(root, "StructuredAnnotations")
     for namespace, values in ((NAMES, {**names, OUTSIDE: OUTSIDE_NAME}), (COLORS, colors)):
         _annotate(image, annotations, namespace, values)

@@ -29,8 +29,9 @@ from histostream.wsi.pyramid import (
     deflate_codec,
     nearest,
 )
-from histostream.wsi.sink import OUTSIDE, Segmented, SlideInfo, remove, temporary_name
+from histostream.wsi.sink import OUTSIDE, SlideInfo, remove, temporary_name
 from histostream.wsi.sinks.overview import BACKGROUND
+from histostream.wsi.sinks.pyramid import PyramidSink
 from histostream.wsi.sinks.tiff import OUTSIDE_NAME
 
 VERSION = "0.4"
@@ -38,7 +39,7 @@ GROUP = "labels/classes"
 MEMORY_BYTES = 48 << 20  # zarr and numcodecs themselves; measured
 
 
-class OmeZarr:
+class OmeZarr(PyramidSink):
     """The label map as in labels.tif, in chunks; what was not analysed takes no room.
 
     Parameters
@@ -61,19 +62,7 @@ class OmeZarr:
         self._info = info
         layout = PyramidLayout(info.width, info.height, 1, info.mpp, nearest, tile_px)
         remove([temporary_name(path)])  # of a run that was killed: other chunks may be in it
-        self._file = PyramidWriter(path, layout, deflate_codec({}), self._assemble)
-
-    def write(self, part: Segmented) -> None:
-        """Take the next rows."""
-        self._file.write(part.x, part.y, part.labels)
-
-    def finish(self) -> list[tuple[Path, Path]]:
-        """Complete the folder under its temporary name."""
-        return [self._file.finish()]
-
-    def abort(self) -> None:
-        """Remove what was written."""
-        self._file.abort()
+        super().__init__(PyramidWriter(path, layout, deflate_codec({}), self._assemble))
 
     def _assemble(self, pyramid: PyramidWriter, path: Path) -> None:
         import zarr

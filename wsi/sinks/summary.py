@@ -97,7 +97,8 @@ class Summary:
         classes = summary.pop("classes")
         assert isinstance(classes, list)
         lines = [
-            summary | entry | {"color": "#" + bytes(entry["color"]).hex()} for entry in classes
+            summary | entry | {"color": info.hex}
+            for entry, info in zip(classes, self._info.classes, strict=True)
         ]
         table = csv.DictWriter(text, fieldnames=list(lines[0]), lineterminator="\n")
         table.writeheader()

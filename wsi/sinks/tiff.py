@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 
 from histostream.wsi.pyramid import PyramidLayout, PyramidWriter, deflate_codec, mean, nearest
 from histostream.wsi.sink import OUTSIDE, Segmented, SlideInfo
+from histostream.wsi.sinks.pyramid import PyramidSink
 
 OUTSIDE_NAME = "not analysed"  # where names are given to all labels
 OUTSIDE_COLOR = (255, 255, 255)
 UNUSED_COLOR = (128, 128, 128)
 
 
-class LabelTiff:
+class LabelTiff(PyramidSink):
     """The label map, lossless, one byte a pixel, coloured by its classes.
 
     Reduced levels take every second pixel, so that they hold labels too.
@@ -32,22 +33,10 @@ class LabelTiff:
     """
 
     def __init__(self, path: Path, info: SlideInfo, tile_px: int = 512) -> None:
-        self._file = label_pyramid(path, info, tile_px)
-
-    def write(self, part: Segmented) -> None:
-        """Take the next rows."""
-        self._file.write(part.x, part.y, part.labels)
-
-    def finish(self) -> list[tuple[Path, Path]]:
-        """Complete the file under its temporary name."""
-        return [self._file.finish()]
-
-    def abort(self) -> None:
-        """Remove what was written."""
-        self._file.abort()
+        super().__init__(label_pyramid(path, info, tile_px))
 
 
-class ProbabilityTiff:
+class ProbabilityTiff(PyramidSink):
     """The probability of each class, ``round(255 p)``, as K values a pixel.
 
     Reduced levels are averages of 2 x 2.
@@ -72,7 +61,7 @@ class ProbabilityTiff:
             tile_px,
             description=_description("probabilities", info),
         )
-        self._file = PyramidWriter(path, layout, deflate_codec(tags))
+        super().__init__(PyramidWriter(path, layout, deflate_codec(tags)))
 
     def write(self, part: Segmented) -> None:
         """Take the next rows.
@@ -89,14 +78,6 @@ class ProbabilityTiff:
                 f"{self._file.path.name} needs probabilities (H, W, {self._classes}), got {found}"
             )
         self._file.write(part.x, part.y, pixels[..., 0] if self._classes == 1 else pixels)
-
-    def finish(self) -> list[tuple[Path, Path]]:
-        """Complete the file under its temporary name."""
-        return [self._file.finish()]
-
-    def abort(self) -> None:
-        """Remove what was written."""
-        self._file.abort()
 
 
 def label_pyramid(path: Path, info: SlideInfo, tile_px: int = 512) -> PyramidWriter:
