@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import sys
@@ -46,6 +45,7 @@ from histostream.runtime.memory import return_buffers_at_once
 from histostream.runtime.options import Options
 from histostream.wsi.console import fail, memory_mib, show_only_our_warnings
 from histostream.wsi.errors import HistoError, printable
+from histostream.wsi.optional import require
 from histostream.wsi.sinks import rasters as raster_files
 from histostream.wsi.sinks.objects import ANNOTATIONS, check_installed
 from histostream.wsi.staging import shown
@@ -254,8 +254,7 @@ def _crf(bundle: Path, params: str, uncertain: float | None) -> CrfOptions:
     CardError, CrfError
         If there is no card, a parameter cannot be, or numba is not installed.
     """
-    if importlib.util.find_spec("numba") is None:
-        raise CrfError("--crf needs numba: pip install 'histostream[crf]'")
+    require("numba", "--crf needs", "crf", CrfError)
     card = read_card(bundle)
     return CrfOptions(read_params(params, card.crf, mpp=card.mpp), uncertain)
 

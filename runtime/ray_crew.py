@@ -47,6 +47,7 @@ from histostream.runtime.engine import EngineError, open_engine
 from histostream.runtime.memory import return_buffers_at_once
 from histostream.wsi.errors import HistoError
 from histostream.wsi.lock import Holder, Process
+from histostream.wsi.optional import install_command
 from histostream.wsi.staging import is_remote, shown
 
 LOCAL = "local"  # in place of an address: a Ray of this machine alone
@@ -572,7 +573,7 @@ def _connect(cluster: str, closing: ExitStack) -> Any:
     try:
         ray: Any = importlib.import_module("ray")
     except ImportError as error:
-        raise EngineError("--ray needs Ray: pip install 'histostream[ray]'") from error
+        raise EngineError(f"--ray needs Ray: {install_command('ray')}") from error
     if ray.is_initialized():
         return ray
     how: dict[str, Any] = {"address": cluster}

@@ -17,7 +17,7 @@ from histostream.runtime.engine import to_channels
 from histostream.runtime.record import read_run
 from histostream.runtime.report.picture import read_picture
 from histostream.wsi.errors import HistoError, SlideError
-from histostream.wsi.optional import need
+from histostream.wsi.optional import require
 from histostream.wsi.place import SlidePlace
 from histostream.wsi.raster import Raster
 from histostream.wsi.reader import SlideReader, open_slide
@@ -229,7 +229,7 @@ class SlideResult:
         OutputError
             If matplotlib is not installed.
         """
-        need("matplotlib", "plots need", "notebook")
+        require("matplotlib", "plots need", "notebook")
         import matplotlib.pyplot as plt
         from matplotlib.patches import Patch
 

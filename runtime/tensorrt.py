@@ -31,13 +31,14 @@ from histostream.runtime.engine_file import (
     write_engine,
 )
 from histostream.runtime.graph import read_graph
+from histostream.wsi.optional import install_command
 from histostream.wsi.sink import writing
 
 OPT_BATCH = 8  # not measured yet, as ONNX Runtime's GPU_BATCH
 MAX_BATCH = 16  # not measured yet; the device memory that an engine takes grows with it
 AMPERE = 80  # compute capability 8.0
 TURING = "sm75"
-EXTRAS = {"tensorrt": "histostream[tensorrt]", "tensorrt-rtx": "histostream[rtx]"}
+EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "rtx"}  # extras of HistoStream
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 SHORT = {"tensorrt": "trt", "tensorrt-rtx": "rtx"}  # in file names
 CAPABILITY_MAJOR, CAPABILITY_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_* of cuda.h
@@ -99,8 +100,8 @@ def find_library(wanted: str = "auto") -> Library:
         except EngineError as error:
             reasons.append(str(error))
     raise EngineError(
-        f"no TensorRT is usable here ({'; '.join(reasons)}): pip install '{EXTRAS['tensorrt-rtx']}'"
-        f" (GeForce and RTX cards) or '{EXTRAS['tensorrt']}' (any NVIDIA GPU, on its own machine)"
+        f"no TensorRT is usable here ({'; '.join(reasons)}): {install_command('rtx')} for GeForce "
+        f"and RTX cards, {install_command('tensorrt')} for any NVIDIA GPU, on its own machine"
     )
 
 
@@ -165,7 +166,7 @@ def choose_targets(library: Library, targets: Sequence[str] | None) -> tuple[tup
         raise EngineError(
             f"{library} cannot build for {', '.join(unknown)}: it has {', '.join(library.targets)}."
             " Data-centre cards of Hopper and Ampere need tensorrt, on a machine with such a card: "
-            f"pip install '{EXTRAS['tensorrt']}'"
+            f"{install_command('tensorrt')}"
         )
     if TURING in chosen and len(chosen) > 1:
         log.warning("an engine for %s and others is slower on the others: build it alone", TURING)
@@ -447,7 +448,7 @@ def _load(name: str) -> Library:
         module = importlib.import_module(MODULES[name])
     except (ImportError, OSError) as error:  # OSError: the package is here, its libraries are not
         raise EngineError(
-            f"{name} cannot be loaded ({error}): pip install '{EXTRAS[name]}'"
+            f"{name} cannot be loaded ({error}): {install_command(EXTRAS[name])}"
         ) from error
     return Library(name, str(module.__version__), module)
 
@@ -457,7 +458,7 @@ def _native_targets(library: Library, targets: Sequence[str] | None) -> tuple[tu
     if here is None:
         raise EngineError(
             f"{library} builds on the GPU that it builds for, and none is usable here; "
-            f"pip install '{EXTRAS['tensorrt-rtx']}' builds without one"
+            f"{install_command('rtx')} brings one that builds without"
         )
     chosen = (here,) if targets is None else _ordered(targets)
     if here not in chosen:

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from histostream.wsi.errors import HistoError, printable
+from histostream.wsi.optional import install_command
 
 MIB = 1024 * 1024
 BYTES = {"MIB": MIB, "GIB": 1024 * MIB, "TIB": MIB * MIB, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -93,7 +94,7 @@ def one_line_errors(
                     raise
                 package = error.name.split(".")[0]
                 extra = extras.get(package, "export")
-                message = f"{package} is not installed: pip install 'histostream[{extra}]'"
+                message = f"{package} is not installed: {install_command(extra)}"
                 status = 1
             except MemoryError:
                 message, status = f"out of memory; {out_of_memory}", 1

@@ -1,4 +1,4 @@
-"""OpenVINO, for CPUs; the package is optional (``pip install 'histostream[openvino]'``)."""
+"""OpenVINO, for CPUs; the package is optional (extra ``openvino``)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from histostream.runtime.card import PRECISIONS, ModelCard
 from histostream.runtime.engine import BF16, EngineError, check_scores, check_tiles
 from histostream.runtime.graph import read_graph
 from histostream.wsi.errors import reason
+from histostream.wsi.optional import install_command
 
 
 class OpenVinoEngine:
@@ -55,7 +56,7 @@ def open_openvino(
         import openvino
     except ImportError as error:
         raise EngineError(
-            "backend 'openvino' needs a package: pip install 'histostream[openvino]'"
+            f"backend 'openvino' needs a package: {install_command('openvino')}"
         ) from error
     file = PRECISIONS["fp32" if precision == BF16 else precision]
     content = read_graph(bundle, card, file)

@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from histostream.runtime.crf.gaussian import Smoothness
 from histostream.runtime.crf.params import CrfError, CrfParams
 from histostream.runtime.crf.softmax import softmax
+from histostream.wsi.optional import install_command
 
 __all__ = ["BACKENDS", "CrfError", "CrfParams", "dense_crf"]
 
@@ -131,7 +132,7 @@ def _on_the_lattice(
             raise
         raise ImportError(
             f"the CRF's lattice needs {error.name}, which is not installed: "
-            "pip install 'histostream[crf]', or use the backend 'factorised'",
+            f"{install_command('crf')}, or use the backend 'factorised'",
             name=error.name,
         ) from error
     except RuntimeError as error:

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from histostream.runtime.engine import EngineError
 from histostream.runtime.engine_file import write_atomically
 from histostream.runtime.tensorrt import cache_folder
+from histostream.wsi.optional import install_command
 
 BINDINGS = ("cuda_python", "pycuda")
 POINTER, NUMBER = "P", "i"  # as in the module struct: a void pointer, an int32
@@ -218,7 +219,7 @@ def open_device(index: int = 0, *, binding: str = "auto") -> Device:
             missing.append(f"{name.replace('_', '-')}: {error}")
     raise DeviceError(
         f"no binding of the CUDA driver can be loaded ({'; '.join(missing)}): "
-        "pip install 'histostream[cuda]'"
+        f"{install_command('cuda')}"
     )
 
 
@@ -370,7 +371,7 @@ def _guarded(call: Callable[[], Any]) -> Any:
         return call()
     except Exception as error:  # cuda-python's own exceptions have no common base
         raise DeviceError(
-            f"NVRTC cannot be loaded ({first_line(error)}): pip install 'histostream[cuda]'"
+            f"NVRTC cannot be loaded ({first_line(error)}): {install_command('cuda')}"
         ) from error
 
 

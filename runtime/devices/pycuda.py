@@ -18,6 +18,7 @@ from histostream.runtime.devices import (
     kernel_signature,
     load_kernels,
 )
+from histostream.wsi.optional import install_command
 
 
 class PyCudaEvent:
@@ -159,7 +160,7 @@ class PyCudaDevice:
 
     def capture(self, stream: PyCudaStream, work: Callable[[], None]) -> NoReturn:
         """Refuse: PyCUDA has no CUDA graphs."""
-        raise DeviceError("PyCUDA has no CUDA graphs; pip install 'histostream[cuda]' for them")
+        raise DeviceError(f"PyCUDA has no CUDA graphs; {install_command('cuda')} for them")
 
     def activate(self) -> None:
         """Make the device the one that this thread's calls go to."""
@@ -228,7 +229,7 @@ class PyCudaDevice:
         except (OSError, self.driver.CompileError) as error:
             raise DeviceError(
                 f"kernels.cu does not compile for {self.sm} ({first_line(error)}): "
-                "pip install 'histostream[cuda]', which brings NVRTC"
+                f"{install_command('cuda')}, which brings NVRTC"
             ) from error
 
 

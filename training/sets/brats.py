@@ -4,7 +4,7 @@
 ``NAME_t1ce.nii.gz``, ``NAME_t1.nii.gz``, ``NAME_t2.nii.gz`` and ``NAME_seg.nii.gz``, as published.
 Cut up as for the paper of image-to-image translation (003, section 4.2, and its authors' code):
 axial slices, split into hemispheres of 240 x 120 pixels; those with a quarter of brain or more.
-Needs nibabel (``pip install 'histostream[nifti]'``).
+Needs nibabel (extra ``nifti``).
 
 Not as there: images have 1 or 3 of the 4 sequences, because they are grey or RGB all the way to a
 bundle; and the bias field is not corrected (N4), which has to be done to the files.

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from histostream.wsi.dicom import made_up_uid, slide_header, text
 from histostream.wsi.errors import HistoError, SlideError, reason
-from histostream.wsi.optional import need
+from histostream.wsi.optional import require
 from histostream.wsi.pyramid import PyramidLayout, PyramidWriter, TileCodec, nearest
 from histostream.wsi.sink import ClassInfo, SlideInfo
 from histostream.wsi.sinks.overview import BACKGROUND
@@ -121,7 +121,7 @@ def check_installed() -> None:
     OutputError
         If it is not; the message says how to get it.
     """
-    need("highdicom", "labels.dcm needs", "dicom")
+    require("highdicom", "labels.dcm needs", "dicom")
 
 
 def _encode(tile: NDArray[np.uint8]) -> bytes:

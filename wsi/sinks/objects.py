@@ -21,7 +21,7 @@ from histostream.wsi.objects.components import Components
 from histostream.wsi.objects.simplify import simplify
 from histostream.wsi.objects.slide_object import ObjectFile, SlideObject
 from histostream.wsi.objects.store import Shape, Store
-from histostream.wsi.optional import need
+from histostream.wsi.optional import require
 from histostream.wsi.sink import Segmented, SlideInfo, temporary_name
 from histostream.wsi.sinks.dsa import Dsa
 from histostream.wsi.sinks.geojson import GeoJson
@@ -182,9 +182,9 @@ def check_installed(files: Sequence[str], simplify_um: float) -> None:
         If one is not; the message says how to get it.
     """
     if "parquet" in files:
-        need("pyarrow", "objects.parquet needs", "tables")
+        require("pyarrow", "objects.parquet needs", "tables")
     if simplify_um:
-        need("shapely", "simplified outlines need", "simplify")
+        require("shapely", "simplified outlines need", "simplify")
 
 
 def memory_bytes(height: int, files: Sequence[str]) -> int:

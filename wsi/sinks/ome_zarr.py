@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from histostream.wsi.errors import printable
-from histostream.wsi.optional import need
+from histostream.wsi.optional import require
 from histostream.wsi.pyramid import (
     DEFLATE_LEVEL,
     PyramidLayout,
@@ -86,7 +86,7 @@ def check_installed() -> None:
     OutputError
         If it is not; the message says how to get it.
     """
-    need("zarr", "labels.ome.zarr needs", "zarr")
+    require("zarr", "labels.ome.zarr needs", "zarr")
 
 
 def image_metadata(info: SlideInfo, paths: Sequence[str]) -> dict[str, Any]:

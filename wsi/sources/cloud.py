@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from histostream.wsi.errors import SlideError
+from histostream.wsi.optional import install_command
 from histostream.wsi.sources.disk import INDEX_BYTES, named_files
 from histostream.wsi.staging import SlidePart, file_name, is_plain
 
@@ -134,7 +135,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
         return fsspec.filesystem(scheme, use_listings_cache=False), path.rstrip("/")
     except ImportError:
         raise SlideError(
-            f"{scheme}:// needs {PACKAGES[scheme]}: pip install 'histostream[cloud]'"
+            f"{scheme}:// needs {PACKAGES[scheme]}: {install_command('cloud')}"
         ) from None
 
 
