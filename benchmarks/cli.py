@@ -12,8 +12,7 @@ from typing import Any
 
 import click
 
-from histostream.runtime.card import PRECISIONS, default_bundle
-from histostream.runtime.engine import BACKENDS
+from histostream.runtime.choices import BACKENDS, PRECISIONS
 from histostream.wsi.console import one_line_errors
 from histostream.wsi.errors import HistoError
 
@@ -91,6 +90,7 @@ def run(
     from histostream.benchmarks.report import write_together
     from histostream.benchmarks.speed import markdown, measure_speed
     from histostream.benchmarks.stages import Setup
+    from histostream.runtime.card import default_bundle
     from histostream.runtime.memory import return_buffers_at_once
     from histostream.runtime.options import Options
     from histostream.wsi.sink import json_text
@@ -148,6 +148,7 @@ def compare(bundle: Path | None, out: Path | None, **how: Any) -> None:
     from histostream.benchmarks.compare import compare as compared
     from histostream.benchmarks.compare import markdown
     from histostream.benchmarks.report import write_together
+    from histostream.runtime.card import default_bundle
     from histostream.wsi.sink import json_text
 
     said = compared(bundle or default_bundle(), **how, say=_say)
@@ -194,6 +195,7 @@ def accuracy(
     from histostream.benchmarks.accuracy.score import markdown, score_set
     from histostream.benchmarks.plots import confusion_png
     from histostream.benchmarks.report import write_together
+    from histostream.runtime.card import default_bundle
     from histostream.wsi.sink import json_text
 
     if sum(x is not None for x in (bundle, run, labels)) > 1:

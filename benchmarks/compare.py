@@ -25,7 +25,8 @@ from histostream.benchmarks.sessions import first_line, quiet
 from histostream.benchmarks.stages import BenchError
 from histostream.export.tiles import collect_tiles
 from histostream.export.trained import load_deployed, read_checkpoint
-from histostream.runtime.card import PRECISIONS, ModelCard, read_card
+from histostream.runtime.card import ModelCard, read_card
+from histostream.runtime.choices import PRECISIONS
 from histostream.runtime.engine import open_engine
 from histostream.runtime.record import versions
 from histostream.training.checkpoint import CheckpointError

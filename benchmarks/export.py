@@ -30,7 +30,8 @@ from histostream.benchmarks.hardware import hardware
 from histostream.export.bundle import Options
 from histostream.export.tiles import collect_tiles
 from histostream.export.trained import export_checkpoint
-from histostream.runtime.card import PRECISIONS, ModelCard
+from histostream.runtime.card import ModelCard
+from histostream.runtime.choices import PRECISIONS
 from histostream.runtime.engine import Engine, EngineError, open_engine
 from histostream.runtime.memory import peak_memory_mib, return_buffers_at_once
 from histostream.training import checkpoint

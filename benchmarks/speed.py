@@ -16,7 +16,8 @@ from histostream.benchmarks.hardware import hardware
 from histostream.benchmarks.stages import ALONE, STAGES, BenchError, Contender, Setup
 from histostream.benchmarks.work import count_work
 from histostream.export.graph import GraphError
-from histostream.runtime.card import PRECISIONS, read_file
+from histostream.runtime.card import read_file
+from histostream.runtime.choices import PRECISIONS
 from histostream.runtime.options import Options
 from histostream.runtime.record import versions
 from histostream.wsi.errors import HistoError

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from histostream.benchmarks.sessions import quiet
 from histostream.runtime.blend import Blender
-from histostream.runtime.card import PRECISIONS, ModelCard, read_card, read_file, write_card
+from histostream.runtime.card import ModelCard, read_card, read_file, write_card
+from histostream.runtime.choices import PRECISIONS
 from histostream.runtime.device_stream import DeviceEngine, DeviceStream
 from histostream.runtime.devices import Stream
 from histostream.runtime.engine import Engine, open_engine, to_channels

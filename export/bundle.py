@@ -23,7 +23,8 @@ from histostream.export.reach import reach
 from histostream.export.tiles import PLAIN_SUFFIXES, Tiles, collect_tiles
 from histostream.export.triton import write_triton
 from histostream.runtime import tensorrt
-from histostream.runtime.card import ENGINES, PRECISIONS, ModelCard, write_card
+from histostream.runtime.card import ENGINES, ModelCard, write_card
+from histostream.runtime.choices import PRECISIONS
 from histostream.runtime.engine import EngineError, open_engine
 from histostream.runtime.engine_file import read_engine
 from histostream.wsi.errors import HistoError, OutputError

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from histostream.runtime.memory import return_buffers_at_once
 from histostream.wsi.console import fail, one_line_errors, show_only_our_warnings
 
 if TYPE_CHECKING:
@@ -106,6 +105,8 @@ def main(
     before it is written, and as a TensorRT engine. Exit status 0 only if all of it was written.
     """
     show_only_our_warnings(COMMAND)
+    from histostream.runtime.memory import return_buffers_at_once
+
     return_buffers_at_once()
     if context.invoked_subcommand is not None:
         return

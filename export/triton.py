@@ -19,7 +19,8 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from histostream.runtime.card import PRECISIONS, CardError, ModelCard, read_file
+from histostream.runtime.card import CardError, ModelCard, read_file
+from histostream.runtime.choices import PRECISIONS
 from histostream.wsi.errors import OutputError
 
 MAX_BATCH = 32  # tiles; the profile of a TensorRT plan must reach it

@@ -1,11 +1,16 @@
 """A model bundle and a slide in, a label map out. Needs no torch."""
 
-from histostream.runtime.card import CardError, ModelCard, default_bundle, read_card
-from histostream.runtime.engine import Engine, EngineError, open_engine
-from histostream.runtime.infer import segment_pixels, segment_slide
-from histostream.runtime.options import Options
-from histostream.runtime.result import ResultError, SlideResult
-from histostream.runtime.segmenter import Segmenter
+import os
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from histostream.runtime.card import CardError, ModelCard, default_bundle, read_card
+    from histostream.runtime.engine import Engine, EngineError, open_engine
+    from histostream.runtime.infer import segment_pixels, segment_slide
+    from histostream.runtime.options import Options
+    from histostream.runtime.result import ResultError, SlideResult
+    from histostream.runtime.segmenter import Segmenter
 
 __all__ = [
     "CardError",
@@ -22,3 +27,24 @@ __all__ = [
     "segment_pixels",
     "segment_slide",
 ]
+
+# ONNX Runtime 1.29 and later write a device id and a database of events below HOME, and send them,
+# unless this is set before the library is loaded. Children of this process inherit it.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+
+_MODULES = {
+    "card": ("CardError", "ModelCard", "default_bundle", "read_card"),
+    "engine": ("Engine", "EngineError", "open_engine"),
+    "infer": ("segment_pixels", "segment_slide"),
+    "options": ("Options",),
+    "result": ("ResultError", "SlideResult"),
+    "segmenter": ("Segmenter",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used (PEP 562): the commands start without numpy."""
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

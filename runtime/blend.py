@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histostream.runtime.card import ModelCard
+from histostream.runtime.choices import WINDOWS
 from histostream.wsi.errors import HistoError
 from histostream.wsi.grid import Tile, TileGrid
 from histostream.wsi.sink import OUTSIDE, Segmented
 
 Pixels = NDArray[np.uint8]
 
-WINDOWS = ("hann", "gaussian", "linear", "mean", "crop", "exact")
 # Largest weight of a profile. Nine tiles can meet in a pixel (a last tile is shifted in), so
 # 9 * 255 * FULL^2 has to fit uint32: FULL < 1368.
 FULL = 1024

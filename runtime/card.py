@@ -14,11 +14,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from histostream.runtime.choices import PRECISIONS
 from histostream.wsi.errors import HistoError, reason
 from histostream.wsi.sink import ClassInfo
 
 SCHEMA = 1
-PRECISIONS = {"fp32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
 ENGINES = "engines"  # the one folder that a bundle may have: TensorRT engines
 SCORE_KINDS = ("probability", "embedding")
 LARGEST_TILE_PX = 8192  # 0.2 GB of RGB pixels; networks in use take 128 to 2048

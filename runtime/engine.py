@@ -14,11 +14,10 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.runtime.card import PRECISIONS, CardError, ModelCard, read_card
+from histostream.runtime.card import CardError, ModelCard, read_card
+from histostream.runtime.choices import BACKENDS, BF16, PRECISIONS
 from histostream.wsi.errors import HistoError
 
-BF16 = "bf16"  # the FP32 graph, computed in bfloat16 by a CPU that can
-BACKENDS = ("auto", "cpu", "cuda", "tensorrt", "openvino")
 log = logging.getLogger(__name__)
 
 

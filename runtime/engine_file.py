@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from histostream.runtime.card import PRECISIONS
+from histostream.runtime.choices import PRECISIONS
 from histostream.wsi.errors import HistoError
 from histostream.wsi.sink import writing
 

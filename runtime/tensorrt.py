@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from histostream.runtime.card import ENGINES, PRECISIONS, ModelCard, read_card
+from histostream.runtime.card import ENGINES, ModelCard, read_card
+from histostream.runtime.choices import PRECISIONS
 from histostream.runtime.engine import EngineError
 from histostream.runtime.engine_file import (
     EngineFileError,

@@ -19,10 +19,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from histostream.training.choices import PRECISIONS
 from histostream.training.methods import State
 from histostream.wsi.errors import HistoError
 
-PRECISIONS = ("fp32", "bf16")
 PATIENCE = timedelta(hours=2)
 
 

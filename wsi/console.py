@@ -1,4 +1,4 @@
-"""What the ``histo-*`` commands share: one line for a user's mistake, and our own warnings only."""
+"""What the ``histo-*`` commands share: grouped options, settings files, errors in one line."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import functools
 import logging
 import re
 import sys
+import tomllib
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import click
@@ -48,6 +50,119 @@ def memory_mib(text: str) -> int:
             f"{text!r} is no size of memory: write 1GiB, 900MiB, 2GB, or a number of MiB"
         )
     return int(float(found.group(1)) * unit / MIB)
+
+
+class GroupedOption(click.Option):
+    """An option that ``--help`` lists under the title ``group``."""
+
+    def __init__(self, *args: Any, group: str, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.group = group
+
+
+class GroupedCommand(click.Command):
+    """A command whose ``--help`` lists `GroupedOption` under their titles, in order."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write one section for each group, and one for what belongs to none."""
+        sections: dict[str, list[tuple[str, str]]] = {}
+        others = []
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is None or isinstance(parameter, click.Argument):
+                continue
+            if isinstance(parameter, GroupedOption):
+                sections.setdefault(parameter.group, []).append(record)
+            else:
+                others.append(record)
+        for title, records in (*sections.items(), ("Other options", others)):
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+def option_group(title: str) -> Callable[..., Callable[[Callable[..., Any]], Callable[..., Any]]]:
+    """Return ``click.option`` for options that ``--help`` lists under a title."""
+    return functools.partial(click.option, cls=GroupedOption, group=title)
+
+
+class SettingsError(click.ClickException):
+    """A settings file cannot be used; shown in one line."""
+
+    exit_code = 2  # as for other wrong options
+
+    def show(self, file: Any = None) -> None:
+        """Write the message to stderr."""
+        context = click.get_current_context(silent=True)
+        fail(context.command_path if context else "histostream", self.message)
+
+
+def read_settings(context: click.Context, _: click.Parameter, path: Path | None) -> Path | None:
+    """Take a TOML file's values as defaults of a command; the callback of an eager option.
+
+    A key is an option's long name without the dashes (``max-memory = "2GiB"``), or the name of an
+    argument in lower case (``slides = ["a.svs"]``). What is typed on the command line counts more.
+
+    Raises
+    ------
+    SettingsError
+        If the file cannot be read or is not TOML, or a key or the type of a value does not fit.
+    """
+    if path is None:
+        return None
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: is not a TOML file ({error}); mend it") from error
+    known = _settings(context.command)
+    defaults = {}
+    for key, value in values.items():
+        if key not in known:
+            raise SettingsError(f"{path}: unknown key {key!r}; known: {', '.join(known)}")
+        defaults[str(known[key].name)] = _setting(f"{path}: {key}", known[key], value)
+    context.default_map = {**(context.default_map or {}), **defaults}
+    return path
+
+
+def _settings(command: click.Command) -> dict[str, click.Parameter]:
+    """Return the parameters that a settings file may give, by their key."""
+    found: dict[str, click.Parameter] = {}
+    for parameter in command.params:
+        if isinstance(parameter, click.Argument):
+            found[str(parameter.name)] = parameter
+        elif not parameter.is_eager:
+            found[max(parameter.opts, key=len).lstrip("-")] = parameter
+    return found
+
+
+def _setting(place: str, parameter: click.Parameter, value: Any) -> Any:
+    """Return a value of a settings file as the command line would give it.
+
+    Raises
+    ------
+    SettingsError
+        If its type does not fit the option.
+    """
+    several = isinstance(parameter, click.Argument) or parameter.multiple
+    listed = "," in (parameter.metavar or "")  # written with commas on the command line
+    words = value if isinstance(value, list) else [value]
+    if isinstance(parameter, click.Option) and parameter.is_flag:
+        expected, fits = "true or false", isinstance(value, bool)
+    elif parameter.type is click.INT:
+        expected, fits = "a whole number", type(value) is int
+    elif parameter.type is click.FLOAT:
+        expected, fits = "a number", type(value) in (int, float)
+    elif several or listed:
+        expected = "a text, or a list of texts"
+        fits = all(type(word) in (str, int) for word in words)
+    else:
+        expected, fits = "a text", isinstance(value, str) or type(value) is int
+    if not fits:
+        raise SettingsError(f"{place} = {value!r}: expected {expected}")
+    if several:
+        return [str(word) for word in words]
+    return ",".join(map(str, words)) if listed else value
 
 
 def show_only_our_warnings(command: str) -> None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 from urllib.request import url2pathname
 
@@ -85,7 +86,7 @@ def _requirement(wanted: str) -> str:
     return f"{'--editable ' if editable else ''}'{folder}{wanted}'"
 
 
-def _origin() -> dict[str, dict[str, str]] | dict[str, str]:
+def _origin() -> dict[str, Any]:
     """Return what pip recorded of where HistoStream came from; {} without a record."""
     try:
         text = metadata.distribution(DISTRIBUTION).read_text("direct_url.json")

@@ -32,7 +32,7 @@ from typing import Any
 import click
 
 from histostream.benchmarks.accuracy.cells import Cell, fill_table, options, settings_of
-from histostream.training import cli, data, methods, sets, synthetic
+from histostream.training import command, data, methods, sets, synthetic
 from histostream.training.data import DataSet, Sample, StoredSample
 from histostream.training.schedule import Schedule
 
@@ -200,7 +200,7 @@ def cell(pair: str, size: str, algorithm: str, number: int, root: Path = Path())
         "schedule": {**asdict(schedule), "seed": number},
         "augmentation": {"flips": True},
     }
-    recipe = cli.read_recipe(
+    recipe = command.read_recipe(
         of.method, methods.load(of.method), of.algorithms[algorithm], settings_of(tables), mpp=mpp
     )
     name = f"{pair}-{size}-{algorithm}-{number}".lower().replace(" ", "-").replace(",", "")

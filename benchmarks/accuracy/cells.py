@@ -21,8 +21,9 @@ import torch
 
 from histostream.benchmarks.accuracy.score import choose, predicting, score
 from histostream.benchmarks.hardware import hardware
-from histostream.training import checkpoint, cli, loop, methods
-from histostream.training.compute import PRECISIONS, Compute
+from histostream.training import checkpoint, command, loop, methods
+from histostream.training.choices import PRECISIONS
+from histostream.training.compute import Compute
 from histostream.training.data import DataSet, Sample
 from histostream.training.loop import Progress, Recipe
 from histostream.wsi.errors import HistoError
@@ -58,7 +59,7 @@ class Cell:
 
 
 def settings_of(*tables: dict[str, dict[str, Any]]) -> tuple[str, ...]:
-    """Write the tables of a recipe as the settings of `cli.read_recipe`; later ones win."""
+    """Write the tables of a recipe as the settings of `command.read_recipe`; later ones win."""
     return tuple(
         f"{name}.{key}={json.dumps(value)}"
         for table in tables
@@ -174,7 +175,7 @@ def _run(cell: Cell, folder: Path, how: Compute) -> Plain:
 
     best = loop.train(
         recipe, methods.load(recipe.method), found, folder, how=how, report=report,
-        record={"commit": cli.commit()},
+        record={"commit": command.commit()},
     )  # fmt: skip
     samples = choose(found, "test", recipe.schedule)
     with predicting(samples, found.mpp, run=folder, backend="cpu") as (predict, _):

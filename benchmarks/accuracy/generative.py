@@ -29,7 +29,7 @@ from torch import Tensor
 
 from histostream.benchmarks.accuracy.cells import Cell, Plain, fill_table, options, settings_of
 from histostream.export.trained import config_of, find_checkpoint
-from histostream.training import checkpoint, cli, methods, sample, sets, synthetic
+from histostream.training import checkpoint, command, methods, sample, sets, synthetic
 from histostream.training.data import DataSet, Sample, StoredPicture
 from histostream.training.image_metrics import (
     MS_SSIM_MIN_PX,
@@ -167,7 +167,7 @@ def _digits(variant: str, *further: str) -> Table:
 
 def _reduced(paper: Size) -> Size:
     """Return the run of 40,000 steps (methods.md 4.11.3), of all algorithms alike."""
-    recipe = cli.read_recipe(
+    recipe = command.read_recipe(
         TRANSLATION, methods.load(TRANSLATION), (*paper.recipes, "translation-reduced")
     )
     steps = {"steps": recipe.schedule.steps, "validate_every": recipe.schedule.validate_every}
@@ -214,7 +214,7 @@ def cell(table: str, size: str, algorithm: str, number: int, data: Path = Path()
     tables = [how.settings, how.own.get(algorithm, {}), {"schedule": {"seed": number}}]
     if of.labelled < 1:
         tables.append({"schedule": {"labelled": of.labelled}})
-    recipe = cli.read_recipe(of.method, method, configs, settings_of(*tables), mpp=how.mpp)
+    recipe = command.read_recipe(of.method, method, configs, settings_of(*tables), mpp=how.mpp)
     if how.level_steps:
         steps = how.level_steps * recipe.config.levels
         schedule = dataclasses.replace(recipe.schedule, steps=steps)

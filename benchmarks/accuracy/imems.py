@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 from histostream.benchmarks.accuracy.cells import Cell, fill_table, options, settings_of
-from histostream.training import cli, sets
+from histostream.training import command, sets
 from histostream.training.methods import imems
 from histostream.training.schedule import Schedule
 
@@ -87,7 +87,9 @@ def cell(table: str, size: str, algorithm: str, number: int, data: Path = Path()
         f"{table}-{size}-{algorithm}-{number}".lower(),
         algorithm,
         number,
-        cli.read_recipe("imems", imems, ALGORITHMS[algorithm], settings_of(tables), mpp=how.mpp),
+        command.read_recipe(
+            "imems", imems, ALGORITHMS[algorithm], settings_of(tables), mpp=how.mpp
+        ),
         functools.partial(sets.open_set, TABLES[table].source.format(data=data)),
     )
 

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.runtime.card import PRECISIONS, ModelCard
+from histostream.runtime.card import ModelCard
+from histostream.runtime.choices import PRECISIONS
 from histostream.runtime.device_stream import BatchBuffers, infer_arrays, score_bytes
 from histostream.runtime.devices import (
     Device,
@@ -30,6 +31,7 @@ from histostream.runtime.devices import (
 from histostream.runtime.engine import EngineError, check_scores, check_tiles
 from histostream.runtime.graph import read_graph
 from histostream.wsi.errors import LONGEST_REASON, printable, reason
+from histostream.wsi.optional import install_command
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 ERRORS_ONLY = 3  # ONNX Runtime's severity for messages on stderr; failures are raised by us
@@ -212,15 +214,21 @@ def open_onnxruntime(
     EngineError
         If the device is not usable or the model cannot be loaded.
     """
-    import onnxruntime
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EngineError(
+            f"ONNX Runtime is not installed, or cannot be loaded ({reason(error)}): "
+            f"{install_command('cpu')}, or {install_command('cuda')} for an NVIDIA GPU"
+        ) from error
 
     file = PRECISIONS[precision]
     content = read_graph(bundle, card, file)
     provider = PROVIDERS[device]
     if provider not in onnxruntime.get_available_providers():
         raise EngineError(
-            f"backend {device!r}: this onnxruntime has no {provider}; "
-            "pip uninstall onnxruntime, then pip install 'histostream[cuda]'"
+            f"backend {device!r}: this ONNX Runtime has no {provider}; "
+            f"pip uninstall --yes onnxruntime onnxruntime-gpu, then {install_command('cuda')}"
         )
     name = f"onnxruntime {onnxruntime.__version__} {device} {precision}"
     if device == "cpu":
@@ -271,8 +279,7 @@ def _open_cuda(
         if session.get_providers()[0] != provider:
             raise EngineError(
                 "backend 'cuda' was asked for, but ONNX Runtime cannot use a GPU here (no driver, "
-                "or no CUDA and cuDNN libraries); pip install 'histostream[cuda]', or use "
-                "--backend cpu"
+                f"or no CUDA and cuDNN libraries): {install_command('cuda')}, or use --backend cpu"
             )
         return session, wish
     raise AssertionError("the last wish is none")

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.runtime.card import PRECISIONS, ModelCard
-from histostream.runtime.engine import BF16, EngineError, check_scores, check_tiles
+from histostream.runtime.card import ModelCard
+from histostream.runtime.choices import BF16, PRECISIONS
+from histostream.runtime.engine import EngineError, check_scores, check_tiles
 from histostream.runtime.graph import read_graph
 from histostream.wsi.errors import reason
 from histostream.wsi.optional import install_command

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from histostream.runtime.card import PRECISIONS
+from histostream.runtime.choices import PRECISIONS
 from histostream.runtime.options import Options
 from histostream.runtime.record import bound_by, plain
 from histostream.runtime.report.page import render

@@ -16,7 +16,7 @@ from histostream.benchmarks.accuracy.cells import Cell, fill
 from histostream.benchmarks.accuracy.score import ScoreError, choose, score
 from histostream.benchmarks.cli import main
 from histostream.benchmarks.tables import accuracy_imems
-from histostream.training import checkpoint, cli, loop, sets
+from histostream.training import checkpoint, command, loop, sets
 from histostream.training.compute import Compute
 from histostream.training.data import DataSet, StoredSample
 from histostream.training.methods import imems
@@ -63,7 +63,7 @@ def run(blobs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = ("method.base_width=6", "method.depth=2", "method.learning_rate=5e-3",
                 "schedule.steps=60", "schedule.batch=4", "schedule.crop_px=64",
                 "schedule.validate_every=30", "method.dropout=0")  # fmt: skip
-    recipe = cli.read_recipe("imems", imems, ("unet-c-single",), settings, mpp=0.5)
+    recipe = command.read_recipe("imems", imems, ("unet-c-single",), settings, mpp=0.5)
     folder = tmp_path_factory.mktemp("runs") / "blobs"
     loop.train(recipe, imems, sets.open_set(str(blobs)), folder)
     return folder
@@ -201,7 +201,7 @@ def test_cells_fill_a_result_file_once(blobs: Path, run: Path, tmp_path: Path) -
     said = checkpoint.read(run / "best").record["recipe"]["schedule"]
     settings = [f"schedule.{k}={json.dumps(v)}" for k, v in said.items()]
     settings += ["schedule.steps=4", "schedule.validate_every=2", "method.base_width=4"]
-    recipe = cli.read_recipe(
+    recipe = command.read_recipe(
         "imems", imems, ("unet-c-single",), (*settings, "method.depth=2"), mpp=0.5
     )
     opened: list[int] = []

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from histostream.runtime.blend import (
     FULL,
-    WINDOWS,
     Blender,
     BlendError,
     axis_profile,
@@ -17,6 +16,7 @@ from histostream.runtime.blend import (
     exact_overlap_px,
     profile,
 )
+from histostream.runtime.choices import WINDOWS
 from histostream.wsi.grid import TileGrid
 from histostream.wsi.sink import OUTSIDE
 

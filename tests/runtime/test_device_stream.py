@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from histostream.runtime import band, device_stream, infer
 from histostream.runtime.band import HostStream, StageSeconds, open_stream
-from histostream.runtime.blend import WINDOWS
+from histostream.runtime.choices import WINDOWS
 from histostream.runtime.device_stream import DeviceEngine, DeviceStream, plan_band
 from histostream.runtime.devices import DeviceMemoryError
 from histostream.runtime.engine import Engine, open_engine

@@ -17,7 +17,7 @@ import tifffile
 from numpy.typing import NDArray
 
 from histostream.runtime import infer, memory
-from histostream.runtime.blend import WINDOWS
+from histostream.runtime.choices import WINDOWS
 from histostream.runtime.engine import to_channels
 from histostream.runtime.infer import segment_slide
 from histostream.runtime.memory import MemoryLimitError, bytes_per_column

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from histostream.runtime.blend import WINDOWS, Blender
+from histostream.runtime.blend import Blender
+from histostream.runtime.choices import WINDOWS
 from histostream.runtime.device_stream import DeviceStream
 from histostream.runtime.devices import (
     DeviceError,

@@ -18,7 +18,7 @@ from PIL import Image
 from histostream.export.bundle import Options
 from histostream.export.trained import export_checkpoint
 from histostream.runtime import open_engine, segment_pixels
-from histostream.training import checkpoint, cli, loop, synthetic
+from histostream.training import checkpoint, command, loop, synthetic
 from histostream.training.augment import Augmentation
 from histostream.training.batches import Batches, divide
 from histostream.training.compute import Compute, prepare
@@ -480,7 +480,7 @@ def test_validation_has_the_scale_that_the_config_names(batch: Batch) -> None:
 
 def read(name: str, *settings: str, mpp: float = 0.005) -> Recipe:
     names = ("apma-paper",) if name == "apma-paper" else ("apma-paper", name)
-    return cli.read_recipe("apma_net", apma_net, names, settings, mpp=mpp)
+    return command.read_recipe("apma_net", apma_net, names, settings, mpp=mpp)
 
 
 @pytest.mark.parametrize("name", TERMS)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from histostream.export.bundle import Options
 from histostream.export.trained import export_checkpoint
 from histostream.runtime import open_engine, segment_pixels
-from histostream.training import checkpoint, cli, loop, sets, synthetic
+from histostream.training import checkpoint, command, loop, sets, synthetic
 from histostream.training.augment import Augmentation
 from histostream.training.batches import Batches, divide
 from histostream.training.compute import Compute, prepare
@@ -150,7 +150,9 @@ def test_an_unknown_discriminator_is_named() -> None:
 
 
 def algorithm(name: str) -> imems.Config:
-    config: imems.Config = cli.read_recipe("imems", imems, ALGORITHMS[name], TINY, mpp=0.5).config
+    config: imems.Config = command.read_recipe(
+        "imems", imems, ALGORITHMS[name], TINY, mpp=0.5
+    ).config
     return config
 
 
@@ -195,7 +197,7 @@ def test_every_algorithm_trains_exports_and_runs(
     settings = (*TINY, "method.dropout=0", "schedule.steps=30", "schedule.batch=2",
                 "schedule.crop_px=32", "schedule.validate_every=15", "schedule.test=0.25",
                 "method.learning_rate=2e-3")  # fmt: skip
-    recipe = cli.read_recipe("imems", imems, ALGORITHMS[name], settings, mpp=0.5)
+    recipe = command.read_recipe("imems", imems, ALGORITHMS[name], settings, mpp=0.5)
     found = sets.open_set(str(nuclei_folder))
     logged: list[dict[str, float]] = []
     loop.train(recipe, imems, found, tmp_path / "run", report=lambda p: logged.append(p.losses))

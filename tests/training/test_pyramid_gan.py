@@ -25,7 +25,7 @@ from histostream.export.graph import FORBIDDEN_NODES, GraphError
 from histostream.export.parity import open_session
 from histostream.export.trained import export_checkpoint
 from histostream.runtime import open_engine, segment_pixels
-from histostream.training import checkpoint, cli, loop, pictures, sample, sets, synthetic
+from histostream.training import checkpoint, cli, command, loop, pictures, sample, sets, synthetic
 from histostream.training.augment import Augmentation
 from histostream.training.batches import Batches, Parts, check_pools, divide
 from histostream.training.checkpoint import Checkpoint, CheckpointError
@@ -813,7 +813,7 @@ def test_a_checkpoint_of_an_early_level_deploys_what_is_trained(batch: Batch) ->
 
 def read(*names: str, settings: tuple[str, ...] = ()) -> Recipe:
     configs = ("pyramid-paper", *names)
-    return cli.read_recipe("pyramid_gan", pyramid_gan, configs, settings, mpp=0.5)
+    return command.read_recipe("pyramid_gan", pyramid_gan, configs, settings, mpp=0.5)
 
 
 RECIPES = {

@@ -19,7 +19,7 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
-from histostream.training import cli, data, sets
+from histostream.training import command, data, sets
 from histostream.training.data import DataError, StoredSample
 from histostream.training.sets import _layout, _slides, folder, open_pool, open_set
 from histostream.training.sets._slides import SlideSample, filled
@@ -1039,7 +1039,7 @@ def test_what_is_no_pool_is_named(tmp_path: Path, name: str, said: str) -> None:
 def test_grey_and_coloured_sets_are_not_mixed(root: Path, tmp_path: Path) -> None:
     save(tmp_path / "grey" / "t.png", noise(9, 30, 30, 3)[..., 0])
     with pytest.raises(DataError, match=r"its images are grey, those of .* RGB"):
-        cli.with_pools(open_set(str(root)), (f"target={tmp_path / 'grey'}",), 0.5)
+        command.with_pools(open_set(str(root)), (f"target={tmp_path / 'grey'}",), 0.5)
 
 
 def test_sets_that_know_no_resolution_are_met_at_that_of_the_run(
@@ -1048,5 +1048,5 @@ def test_sets_that_know_no_resolution_are_met_at_that_of_the_run(
     save(tmp_path / "t.png", noise(9, 40, 60, 3))
     (tmp_path / "dataset.toml").write_text("mpp = 0.25\n")
     assert open_set(str(root)).mpp is None
-    found = cli.with_pools(open_set(str(root)), (f"target={tmp_path}",), 0.5)
+    found = command.with_pools(open_set(str(root)), (f"target={tmp_path}",), 0.5)
     assert found.pools["target"][0].shape == (20, 30)

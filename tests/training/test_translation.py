@@ -22,7 +22,7 @@ from histostream.export.explanation import export_explanation
 from histostream.export.graph import GraphError
 from histostream.export.trained import export_checkpoint
 from histostream.runtime import open_engine, segment_pixels
-from histostream.training import checkpoint, cli, loop, sets
+from histostream.training import checkpoint, command, loop, sets
 from histostream.training.augment import Augmentation
 from histostream.training.batches import Batches, Parts, divide
 from histostream.training.checkpoint import CheckpointError
@@ -982,7 +982,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def read(*names: str, settings: tuple[str, ...] = (), mpp: float | None = None) -> Recipe:
-    return cli.read_recipe("translation", translation, names, settings, mpp=mpp)
+    return command.read_recipe("translation", translation, names, settings, mpp=mpp)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from histostream.export.bundle import Options
 from histostream.export.trained import export_checkpoint, load_deployed
 from histostream.runtime import open_engine, segment_pixels
-from histostream.training import checkpoint, cli, loop, synthetic
+from histostream.training import checkpoint, command, loop, synthetic
 from histostream.training.augment import Augmentation
 from histostream.training.batches import Batches, Parts, divide
 from histostream.training.compute import Compute, prepare
@@ -62,7 +62,7 @@ def tiny(channels: int = 3, **more: Any) -> State:
 
 def algorithm(name: str, *settings: str) -> loop.Recipe:
     configs = ("uda-paper", *ALGORITHMS[name][0])
-    return cli.read_recipe("uda_self_ensembling", uda, configs, (*TINY, *settings), mpp=0.5)
+    return command.read_recipe("uda_self_ensembling", uda, configs, (*TINY, *settings), mpp=0.5)
 
 
 @pytest.fixture
