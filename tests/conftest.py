@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # tests also open the library without HistoStream
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 

@@ -89,11 +89,11 @@ class SettingsError(click.ClickException):
     """A settings file cannot be used; shown in one line."""
 
     exit_code = 2  # as for other wrong options
+    command = "histostream"
 
     def show(self, file: Any = None) -> None:
         """Write the message to stderr."""
-        context = click.get_current_context(silent=True)
-        fail(context.command_path if context else "histostream", self.message)
+        fail(self.command, self.message)
 
 
 def read_settings(context: click.Context, _: click.Parameter, path: Path | None) -> Path | None:
@@ -107,22 +107,30 @@ def read_settings(context: click.Context, _: click.Parameter, path: Path | None)
     SettingsError
         If the file cannot be read or is not TOML, or a key or the type of a value does not fit.
     """
-    if path is None:
-        return None
+    if path is not None:
+        try:
+            defaults = _read_defaults(context.command, path)
+        except SettingsError as error:
+            error.command = context.command_path
+            raise
+        context.default_map = {**(context.default_map or {}), **defaults}
+    return path
+
+
+def _read_defaults(command: click.Command, path: Path) -> dict[str, Any]:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: is not a TOML file ({error}); mend it") from error
-    known = _settings(context.command)
+    known = _settings(command)
     defaults = {}
     for key, value in values.items():
         if key not in known:
             raise SettingsError(f"{path}: unknown key {key!r}; known: {', '.join(known)}")
         defaults[str(known[key].name)] = _setting(f"{path}: {key}", known[key], value)
-    context.default_map = {**(context.default_map or {}), **defaults}
-    return path
+    return defaults
 
 
 def _settings(command: click.Command) -> dict[str, click.Parameter]:

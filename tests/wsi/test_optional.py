@@ -1,0 +1,100 @@
+"""The command that a message advises is one that works for this installation."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from histostream.runtime.engine import EngineError
+from histostream.wsi import optional
+from histostream.wsi.errors import OutputError
+
+
+class Distribution:
+    """What pip recorded of an installation; PEP 610 has the forms."""
+
+    def __init__(self, origin: dict[str, Any] | None) -> None:
+        self._origin = origin
+
+    def read_text(self, name: str) -> str | None:
+        assert name == "direct_url.json"
+        return None if self._origin is None else json.dumps(self._origin)
+
+
+@pytest.fixture
+def pip_on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stand in a project folder, with the environment's own pip first on PATH."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    pip = tmp_path / "bin" / "pip"
+    pip.parent.mkdir()
+    pip.touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(pip.with_name("python")))
+    monkeypatch.setenv("PATH", str(pip.parent))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("origin", "requirement"),
+    [
+        (None, "'histostream[crf]'"),  # from the package index
+        ({"url": "file://{here}", "dir_info": {}}, "'.[crf]'"),
+        ({"url": "file://{here}", "dir_info": {"editable": True}}, "--editable '.[crf]'"),
+        ({"url": "file:///some%20where", "dir_info": {}}, "'/some where[crf]'"),
+        (
+            {"url": "file:///d/histostream-1-py3-none-any.whl", "archive_info": {}},
+            "'histostream[crf] @ file:///d/histostream-1-py3-none-any.whl'",
+        ),
+        (
+            {"url": "https://host/h.git", "vcs_info": {"vcs": "git", "commit_id": "0a"}},
+            "'histostream[crf] @ git+https://host/h.git'",
+        ),
+    ],
+)
+def test_the_command_names_where_histostream_came_from(
+    origin: dict[str, Any] | None,
+    requirement: str,
+    pip_on_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if origin is not None:
+        origin = {**origin, "url": origin["url"].format(here=pip_on_path)}
+    monkeypatch.setattr(optional.metadata, "distribution", lambda _: Distribution(origin))
+    assert optional.install_command("crf") == f"pip install {requirement}"
+
+
+def test_another_pip_on_the_path_is_not_advised(
+    pip_on_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert optional.install_command("crf").startswith(f"{sys.executable} -m pip install ")
+
+
+def test_a_missing_package_is_named_with_its_extra() -> None:
+    optional.require("json", "this needs", "tables")
+    with pytest.raises(OutputError, match=r"^this needs no_such_module: .*pip install .*tables"):
+        optional.require("no_such_module", "this needs", "tables")
+    with pytest.raises(EngineError, match="no_such_module"):
+        optional.require("no_such_module", "that needs", "ray", EngineError)
+
+
+def test_here_the_command_resolves_to_this_project() -> None:
+    """pip itself takes the requirement apart, as it would when the command is typed."""
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    command = optional.install_command("crf", "tables")
+    requirement = command.split("'")[1]
+    try:
+        found = Requirement(requirement)
+    except InvalidRequirement:  # a folder
+        folder, _, extras = requirement.partition("[")
+        assert (Path(folder) / "pyproject.toml").is_file()
+        assert extras == "crf,tables]"
+    else:
+        assert found.name == "histostream"
+        assert found.extras == {"crf", "tables"}
