@@ -1,4 +1,7 @@
-"""What ``histo-bench doctor`` does: what this machine can run, and what to install for the rest."""
+"""What ``histo-bench doctor`` does: what this machine can run, and what to install for the rest.
+
+What only a GPU could use is looked for where there is a GPU. The last line is the verdict.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from importlib import metadata
@@ -24,26 +27,27 @@ from histostream.benchmarks.sessions import first_line, open_session
 from histostream.runtime.tensorrt import cache_folder
 from histostream.wsi.errors import HistoError
 from histostream.wsi.grid import TileGrid
+from histostream.wsi.optional import install_command
 from histostream.wsi.reader import open_slide
 from histostream.wsi.resolution import at_mpp
 from histostream.wsi.strips import read_strips
 from histostream.wsi.synthetic import SyntheticSlide
 
-OK, MISSING, BROKEN = "ok", "missing", "broken"
+OK, ABSENT, MISSING, BROKEN = "ok", "none", "missing", "broken"
 # A convolution of one channel by 2, as ONNX: this command runs where the package onnx is not.
 TINY_MODEL = bytes.fromhex(
     "080812003a630a0f0a01780a01771201792204436f6e761201742a130801080108010801100142017"
     "74a04000000405a1b0a017812160a14080112100a0208010a0208010a0208040a020804621b0a0179"
     "12160a14080112100a0208010a0208010a0208040a02080442040a001011"
 )
-PROVIDERS = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "tensorrt"}
+GPU_PROVIDER = "CUDAExecutionProvider"
 LOWEST_FREE_GB = 5.0
 DECODE_PX = 1024  # side of the slide that is decoded
-# Libraries that ONNX Runtime's CUDA provider loads; pip install 'histostream[cuda]' brings them.
-CUDA_LIBRARIES = ("cudart", "cublas", "cublasLt", "cufft", "curand", "nvrtc")
+# Libraries that ONNX Runtime's CUDA provider loads; the extra cuda brings them.
+CUDA_LIBRARIES = ("cudart", "cublas", "cublasLt", "cufft", "curand", "nvrtc", "cudnn")
 VERSIONS = {"cudnn": (9, 8), "cufft": (12, 11), "curand": (10,)}
 CUDA_VERSIONS = (13, 12)
-WANTED_SOURCES = {"tiff", "openslide", "tifffile", "pil", "dicom"}
+WANTED_SOURCES = {"tiff", "openslide", "pil", "dicom"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,8 @@ class Finding:
     name
         What was looked for.
     status
-        "ok"; "missing", for what can be done without; "broken", for what cannot.
+        "ok"; "none", for what this machine does not have; "missing", for what can be installed
+        and done without; "broken", for what cannot be done without.
     said
         What was found, or why not.
     advice
@@ -72,13 +77,41 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Look at everything that a run may need; nothing is installed or changed."""
-    return [
-        finding
-        for look in (_machine, _gpus, _cuda_libraries, _tensorrt, _onnxruntime, _openvino,
-                     _extras, _slides, _disk, _decoding, _cache)
-        for finding in _guarded(look)
-    ]  # fmt: skip
+    """Look at everything that a run may need; nothing is installed or changed.
+
+    Returns
+    -------
+    The findings in their order; the last one is the verdict.
+    """
+    looks: list[Callable[[], Iterator[Finding]]] = [_machine, _gpus]
+    if find_gpus().cuda is not None:
+        looks += [_cuda_libraries, _cuda_provider, _tensorrt, _bindings]
+    looks += [_onnxruntime, _openvino, _extras, _slides, _disk, _decoding, _cache]
+    found = [finding for look in looks for finding in _guarded(look)]
+    return [*found, verdict(found)]
+
+
+def verdict(findings: Sequence[Finding]) -> Finding:
+    """Sum up what this machine is ready for, and what to install for more."""
+    by_name = {finding.name: finding for finding in findings}
+    broken = [finding.name for finding in findings if finding.status == BROKEN]
+    if broken:
+        return Finding("verdict", BROKEN, f"not ready: {', '.join(broken)}", "see the lines above")
+    ready = ["CPU"]
+    advice = "for an NVIDIA GPU, where there is one, " + _replace_by("cuda")
+    if by_name["NVIDIA driver"].status == OK:
+        provider = by_name.get(GPU_PROVIDER)
+        usable = provider is not None and provider.status == OK
+        ready = ["CPU", "GPU"] if usable else ready
+        advice = "" if usable else f"for the GPU: {_replace_by('cuda')}"
+    return Finding("verdict", OK, f"ready: {' and '.join(ready)}", advice)
+
+
+def _replace_by(extra: str) -> str:
+    """Return the commands that exchange one ONNX Runtime for the other: both share their files."""
+    other = [name for name in ("onnxruntime", "onnxruntime-gpu") if _version(name)]
+    remove = f"pip uninstall --yes {' '.join(other)}, then " if other else ""
+    return f"{remove}{install_command(extra)}"
 
 
 def _guarded(look: Callable[[], Iterator[Finding]]) -> list[Finding]:
@@ -110,8 +143,8 @@ def _gpus() -> Iterator[Finding]:
     gpus = find_gpus()
     if gpus.cuda is None:
         yield Finding(
-            "NVIDIA driver", MISSING, gpus.why_none,
-            "install NVIDIA's driver if there is a GPU; in a container pass it in (--gpus all)",
+            "NVIDIA driver", ABSENT, gpus.why_none,
+            "if there is a GPU, install its driver; in a container pass it in (--gpus all)",
         )  # fmt: skip
         return
     yield Finding("NVIDIA driver", OK, f"{gpus.driver or 'version unknown'}, CUDA {gpus.cuda}")
@@ -128,21 +161,27 @@ def _gpus() -> Iterator[Finding]:
 
 
 def _cuda_libraries() -> Iterator[Finding]:
-    missing: list[str] = []
-    found: list[str] = []
-    for name in CUDA_LIBRARIES:
-        version = find_cuda_library(name)
-        (found if version else missing).append(version or name)
-    advice = "pip install 'histostream[cuda]'"
-    if found:
-        yield Finding("CUDA libraries", OK, ", ".join(found))
+    versions = {name: find_cuda_library(name) for name in CUDA_LIBRARIES}
+    found = [version for version in versions.values() if version]
+    missing = [name for name, version in versions.items() if not version]
     if missing:
-        yield Finding("CUDA libraries", MISSING, f"no {', '.join(missing)}", f"for a GPU: {advice}")
-    cudnn = find_cuda_library("cudnn")
-    if cudnn:
-        yield Finding("cuDNN", OK, cudnn)
+        said = f"no {', '.join(missing)}" + (f"; found {', '.join(found)}" if found else "")
+        yield Finding("CUDA libraries", MISSING, said, install_command("cuda"))
     else:
-        yield Finding("cuDNN", MISSING, "not found", f"for a GPU: {advice}")
+        yield Finding("CUDA libraries", OK, ", ".join(found))
+
+
+def _cuda_provider() -> Iterator[Finding]:
+    runtime: Any = importlib.import_module("onnxruntime")
+    if GPU_PROVIDER in runtime.get_available_providers():
+        yield _provider(GPU_PROVIDER, MISSING, install_command("cuda"))
+    else:
+        said = "not in the installed ONNX Runtime"
+        yield Finding(GPU_PROVIDER, MISSING, said, _replace_by("cuda"))
+
+
+def _bindings() -> Iterator[Finding]:
+    yield _module("cuda-python", "cuda.bindings", install_command("cuda"))
 
 
 def find_cuda_library(name: str) -> str | None:
@@ -169,8 +208,8 @@ def find_cuda_library(name: str) -> str | None:
 
 def _tensorrt() -> Iterator[Finding]:
     for title, module, extra in (
-        ("TensorRT", "tensorrt", "for data-centre GPUs: pip install 'histostream[tensorrt]'"),
-        ("TensorRT-RTX", "tensorrt_rtx", "for RTX cards: pip install 'histostream[rtx]'"),
+        ("TensorRT", "tensorrt", f"for data-centre GPUs: {install_command('tensorrt')}"),
+        ("TensorRT-RTX", "tensorrt_rtx", f"for RTX cards: {install_command('rtx')}"),
     ):
         yield _module(title, module, extra)
 
@@ -189,10 +228,14 @@ def _module(title: str, module: str, advice: str) -> Finding:
 def _onnxruntime() -> Iterator[Finding]:
     packages = {name: _version(name) for name in ("onnxruntime", "onnxruntime-gpu")}
     installed = [f"{name} {version}" for name, version in packages.items() if version]
-    again = "pip uninstall onnxruntime onnxruntime-gpu, then pip install histostream"
+    again = _replace_by("cpu")
     try:
         runtime: Any = importlib.import_module("onnxruntime")
-        available = runtime.get_available_providers()
+        version = runtime.__version__
+    except ModuleNotFoundError:
+        advice = f"{install_command('cpu')}, or {install_command('cuda')} for an NVIDIA GPU"
+        yield Finding("ONNX Runtime", BROKEN, "not installed", advice)
+        return
     except (ImportError, OSError, AttributeError) as error:
         yield Finding("ONNX Runtime", BROKEN, f"cannot be loaded ({first_line(error)})", again)
         return
@@ -202,13 +245,8 @@ def _onnxruntime() -> Iterator[Finding]:
             f"{' and '.join(installed)} are both installed and overwrite each other's files", again,
         )  # fmt: skip
     else:
-        yield Finding("ONNX Runtime", OK, installed[0] if installed else runtime.__version__)
+        yield Finding("ONNX Runtime", OK, installed[0] if installed else version)
     yield _provider("CPUExecutionProvider", BROKEN, again)
-    for provider, extra in PROVIDERS.items():
-        if provider in available:
-            yield _provider(provider, MISSING, f"for a GPU: pip install 'histostream[{extra}]'")
-        else:
-            yield Finding(provider, MISSING, "not in this build", "pip install onnxruntime-gpu")
 
 
 def _provider(provider: str, otherwise: str, advice: str) -> Finding:
@@ -225,7 +263,7 @@ def _provider(provider: str, otherwise: str, advice: str) -> Finding:
 
 
 def _openvino() -> Iterator[Finding]:
-    advice = "for INT8 on CPUs: pip install 'histostream[openvino]'"
+    advice = f"for INT8 on CPUs: {install_command('openvino')}"
     found = _module("OpenVINO", "openvino", advice)
     if found.status != OK:
         yield found
@@ -236,14 +274,13 @@ def _openvino() -> Iterator[Finding]:
 
 
 def _extras() -> Iterator[Finding]:
-    yield _module("torch", "torch", "to train and export: pip install 'histostream[export]'")
-    yield _module("onnx", "onnx", "to export and measure: pip install 'histostream[export]'")
-    yield _module("matplotlib", "matplotlib", "to measure: pip install 'histostream[bench]'")
-    yield _module("cuda-python", "cuda.bindings", "for a GPU: pip install 'histostream[cuda]'")
+    yield _module("torch", "torch", f"to train and export: {install_command('export')}")
+    yield _module("onnx", "onnx", f"to export and measure: {install_command('export')}")
+    yield _module("matplotlib", "matplotlib", f"to measure: {install_command('bench')}")
 
 
 def _slides() -> Iterator[Finding]:
-    advice = "pip install histostream"
+    advice = install_command()
     try:
         tilesource: Any = importlib.import_module("large_image.tilesource")
     except (ImportError, OSError) as error:
@@ -280,7 +317,7 @@ def _decoding() -> Iterator[Finding]:
         try:
             rate, reader = decode_rate(path)
         except HistoError as error:
-            yield Finding("decoding", BROKEN, str(error), "pip install histostream")
+            yield Finding("decoding", BROKEN, str(error), install_command())
             return
     yield Finding("decoding", OK, f"{rate:.0f} Mpx/s of JPEG with the {reader} reader, 2 threads")
 

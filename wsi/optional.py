@@ -88,12 +88,12 @@ def _requirement(wanted: str) -> str:
 
 def _origin() -> dict[str, Any]:
     """Return what pip recorded of where HistoStream came from; {} without a record."""
-    try:
-        text = metadata.distribution(DISTRIBUTION).read_text("direct_url.json")
-    except metadata.PackageNotFoundError:
-        return {}
-    found = json.loads(text) if text else {}
-    return found if isinstance(found, dict) else {}
+    # In a checkout, setuptools' egg-info comes first on the path, and has no such record.
+    for distribution in metadata.distributions(name=DISTRIBUTION):
+        if text := distribution.read_text("direct_url.json"):
+            found = json.loads(text)
+            return found if isinstance(found, dict) else {}
+    return {}
 
 
 def _shortest(path: Path) -> str:

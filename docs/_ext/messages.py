@@ -312,6 +312,8 @@ def _named(value: ast.expr) -> str:
             return "reason"
         if called == "len":
             return "number"
+        if called == "install_command":
+            return "pip install ..."
         if called == "getattr":
             return "value"
         return _named(value.args[0]) if value.args else called.strip("_")

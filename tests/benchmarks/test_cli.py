@@ -20,8 +20,8 @@ from PIL import Image
 
 from histostream.benchmarks import ceilings, doctor, speed
 from histostream.benchmarks.cli import main
-from histostream.benchmarks.doctor import BROKEN, MISSING, OK, Finding, examine
-from histostream.benchmarks.hardware import hardware
+from histostream.benchmarks.doctor import ABSENT, BROKEN, MISSING, OK, Finding, examine
+from histostream.benchmarks.hardware import Gpus, hardware
 from histostream.benchmarks.plots import roofline_png, spread, stages_png
 from histostream.benchmarks.report import write_together
 from histostream.benchmarks.stages import ALONE, Contender, Setup
@@ -31,11 +31,14 @@ from histostream.runtime.card import default_bundle
 from histostream.runtime.engine import open_engine
 from histostream.runtime.options import Options
 from histostream.wsi.errors import OutputError
+from histostream.wsi.optional import install_command
 from histostream.wsi.synthetic import SyntheticSlide
 from tests.runtime.host_device import HostDevice, HostDeviceEngine
 
 FILES = {"bench.json", "bench.md", "stages.png", "roofline.png"}
 SLIDE_PX = (320, 224)  # of a network with tiles of 128 px that share 32
+
+NO_DRIVER = Gpus((), None, None, "no NVIDIA driver (libcuda.so.1 is not here)")
 
 
 def bench(*arguments: object) -> Result:
@@ -276,18 +279,19 @@ def test_a_tile_that_the_network_cannot_take_is_one_clear_line(
     [("run", "matplotlib", "bench"), ("run", "onnx", "bench"), ("compare", "torch", "export")],
 )
 def test_a_missing_package_is_one_line_with_what_to_install(
-    command: str, missing: str, extra: str, tmp_path: Path
+    command: str, missing: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = (
         f"import sys; sys.modules[{missing!r}] = None; "
         f"from histostream.benchmarks.cli import main; main([{command!r}, '--out', 'out'])"
     )
+    monkeypatch.chdir(tmp_path)  # where the advice is given
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
-        f"histo-bench: {missing} is not installed: pip install 'histostream[{extra}]'"
+        f"histo-bench: {missing} is not installed: {install_command(extra)}"
     ]
     assert not list(tmp_path.iterdir())
 
@@ -471,14 +475,43 @@ def test_doctor_finds_this_machine_whole() -> None:
     done = bench("doctor")
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
-    assert {line.split()[0] for line in lines} <= {OK, MISSING}
-    for name in ("Python", "processor", "NVIDIA driver", "cuDNN", "TensorRT", "TensorRT-RTX",
-                 "ONNX Runtime", "CUDAExecutionProvider", "OpenVINO", "large-image", "decoding",
-                 "cache folder"):  # fmt: skip
-        assert any(line[8:].startswith(name) for line in lines), name
+    assert {line.split()[0] for line in lines} <= {OK, ABSENT, MISSING}
+    names = [line[8:].split(":")[0] for line in lines]
+    assert len(names) == len(set(names)), "one thing, one line"
+    assert {"Python", "processor", "NVIDIA driver", "ONNX Runtime", "OpenVINO", "large-image",
+            "decoding", "cache folder"} <= set(names)  # fmt: skip
     for line in lines:
         if line.startswith(MISSING):
             assert "; " in line, f"no advice: {line}"
+    assert names[-1] == "verdict"
+    assert "ready: CPU" in lines[-1]
+
+
+@pytest.mark.parametrize("driver", [False, True])
+def test_doctor_looks_for_what_a_gpu_needs_only_where_a_gpu_could_be(
+    driver: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus = Gpus((), "600.1", "13.0", "the driver sees no GPU") if driver else NO_DRIVER
+    monkeypatch.setattr(doctor, "find_gpus", lambda: gpus)
+    monkeypatch.setattr(doctor, "find_cuda_library", lambda name: name == "cudart" and "cudart.so")
+    found = by_name(examine())
+    for name in ("CUDA libraries", "CUDAExecutionProvider", "TensorRT", "cuda-python"):
+        assert (name in found) is driver, name
+    if driver:
+        libraries = found["CUDA libraries"]
+        assert (libraries.status, libraries.said) == (
+            MISSING, "no cublas, cublasLt, cufft, curand, nvrtc, cudnn; found cudart.so",
+        )  # fmt: skip
+    assert found["verdict"].said == "ready: CPU"
+    assert "pip" in found["verdict"].advice
+    assert "[cuda]" in found["verdict"].advice
+
+
+def test_the_verdict_knows_a_gpu_that_works() -> None:
+    findings = [Finding("NVIDIA driver", OK, ""), Finding("CUDAExecutionProvider", OK, "ran")]
+    assert str(doctor.verdict(findings)) == "ok      verdict: ready: CPU and GPU"
+    broken = [*findings, Finding("large-image", BROKEN, "cannot be loaded")]
+    assert doctor.verdict(broken).status == BROKEN
 
 
 def test_doctor_says_in_json_what_it_says_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -490,14 +523,13 @@ def test_doctor_says_in_json_what_it_says_in_words(monkeypatch: pytest.MonkeyPat
 
 
 def test_doctor_goes_without_everything_that_is_optional(without: Any) -> None:
-    optional = ("tensorrt", "tensorrt_rtx", "openvino", "torch", "onnx", "matplotlib", "cuda")
-    without(*optional)
+    without("tensorrt", "tensorrt_rtx", "openvino", "torch", "onnx", "matplotlib", "cuda")
     found = by_name(examine())
-    assert {f.status for f in found.values()} <= {OK, MISSING}
-    for name in ("TensorRT", "TensorRT-RTX", "OpenVINO", "torch", "onnx", "matplotlib",
-                 "cuda-python"):  # fmt: skip
+    assert {f.status for f in found.values()} <= {OK, ABSENT, MISSING}
+    extras = {"OpenVINO": "openvino", "torch": "export", "onnx": "export", "matplotlib": "bench"}
+    for name, extra in extras.items():
         assert found[name].status == MISSING
-        assert "pip install 'histostream[" in found[name].advice
+        assert install_command(extra) in found[name].advice
     assert found["CPUExecutionProvider"].status == OK
 
 

@@ -23,7 +23,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the pages as HTML, without the reference: `make docs` builds that too, in minutes."""
-    pytest.importorskip("sphinx", reason="pip install 'histostream[docs]'")
+    pytest.importorskip("sphinx", reason="Sphinx is of the extra docs")
     out = tmp_path_factory.mktemp("docs")
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q", "-b", "html",
                "-t", "pages", "-d", str(out / "trees"), str(DOCS), str(out / "html")]  # fmt: skip

@@ -15,6 +15,7 @@ import torch
 from histostream.runtime.card import read_card
 from histostream.runtime.engine import open_engine
 from histostream.runtime.infer import segment_pixels
+from histostream.wsi.optional import install_command
 from histostream.wsi.reader import open_slide
 
 MEAN, STD = "0.5,0.4,0.5", "0.2,0.25,0.2"
@@ -198,7 +199,10 @@ def test_without_a_method_usage_is_shown() -> None:
     assert "--method is missing" in done.stderr
 
 
-def test_a_missing_package_is_named_with_what_to_install(tmp_path: Path) -> None:
+def test_a_missing_package_is_named_with_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where the advice is given
     (tmp_path / "onnx.py").write_text("raise ImportError('no', name='onnx')")
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
@@ -210,7 +214,7 @@ def test_a_missing_package_is_named_with_what_to_install(tmp_path: Path) -> None
     )
     assert done.returncode == 1
     assert done.stderr.strip() == (
-        "histo-export: onnx is not installed: pip install 'histostream[export]'"
+        f"histo-export: onnx is not installed: {install_command('export')}"
     )
 
 

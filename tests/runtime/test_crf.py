@@ -20,6 +20,7 @@ from histostream.runtime.crf import CrfError, CrfParams, dense_crf, exact, facto
 from histostream.runtime.crf.gaussian import Smoothness
 from histostream.runtime.crf.softmax import softmax
 from histostream.wsi.errors import HistoError
+from histostream.wsi.optional import install_command
 from histostream.wsi.synthetic import SyntheticSlide
 
 SLIDE = SyntheticSlide(4096, 4096, seed=1)
@@ -36,7 +37,7 @@ Floats = NDArray[np.float32]
 @pytest.fixture(autouse=True)
 def lattice_or_skip(request: pytest.FixtureRequest) -> None:
     if "lattice" in request.node.name:
-        pytest.importorskip("numba", reason="the lattice needs numba: pip install histostream[crf]")
+        pytest.importorskip("numba", reason="the lattice needs numba, of the extra crf")
 
 
 def tissue(
@@ -502,5 +503,5 @@ except ImportError as error:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     name, message = done.stdout.strip().split(" | ")
     assert name == "numba"
-    assert "pip install 'histostream[crf]'" in message
+    assert install_command("crf") in message
     assert "\n" not in message

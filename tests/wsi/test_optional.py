@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import pytest
 from histostream.runtime.engine import EngineError
 from histostream.wsi import optional
 from histostream.wsi.errors import OutputError
+from tests.conftest import REPOSITORY
 
 
 class Distribution:
@@ -64,7 +68,8 @@ def test_the_command_names_where_histostream_came_from(
 ) -> None:
     if origin is not None:
         origin = {**origin, "url": origin["url"].format(here=pip_on_path)}
-    monkeypatch.setattr(optional.metadata, "distribution", lambda _: Distribution(origin))
+    recorded = [Distribution(None), Distribution(origin)]  # a checkout's egg-info comes first
+    monkeypatch.setattr(metadata, "distributions", lambda name: recorded)
     assert optional.install_command("crf") == f"pip install {requirement}"
 
 
@@ -98,3 +103,21 @@ def test_here_the_command_resolves_to_this_project() -> None:
     else:
         assert found.name == "histostream"
         assert found.extras == {"crf", "tables"}
+
+
+def test_every_extra_that_a_message_advises_exists() -> None:
+    """Read the literal arguments of `install_command` and `require` from the source."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    advised = set()
+    for folder in ("wsi", "runtime", "training", "export", "benchmarks"):
+        for source in (REPOSITORY / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(source.read_text())):
+                if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+                    continue
+                if node.func.id == "install_command":
+                    advised |= {a.value for a in node.args if isinstance(a, ast.Constant)}
+                elif node.func.id == "require":
+                    assert isinstance(node.args[2], ast.Constant)
+                    advised.add(node.args[2].value)
+    assert len(advised) > 8
+    assert advised <= set(project["optional-dependencies"])

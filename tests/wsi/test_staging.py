@@ -19,6 +19,7 @@ import pytest
 
 from histostream.wsi import staging
 from histostream.wsi.errors import OutputError, SlideError, StoppedError
+from histostream.wsi.optional import install_command
 from histostream.wsi.staging import list_files, sha256_of, shown, staged, version_of
 
 pytestmark = pytest.mark.xdist_group("staging")  # a server of each kind is enough
@@ -645,4 +646,4 @@ def test_a_missing_package_is_named(hidden: str) -> None:
     """
     with python(program, hidden) as asked:
         out, errors = asked.communicate()
-    assert (out, errors) == ("s3:// needs s3fs: pip install 'histostream[cloud]'\n", "")
+    assert (out, errors) == (f"s3:// needs s3fs: {install_command('cloud')}\n", "")
