@@ -7,6 +7,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,22 @@ import pytest
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # tests also open the library without HistoStream
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+# Modules that import packages of the extra dev, which the fast tier goes without.
+PACKAGES = {
+    "export/test_triton.py": "tritonclient",
+    "runtime/test_notebook.py": "nbclient",
+    "wsi/test_object_files.py": "pyarrow",
+    "wsi/test_rasters.py": "highdicom",
+}
+collect_ignore = [file for file, package in PACKAGES.items() if find_spec(package) is None]
+SERVERS = {"s3_server", "gs_server", "bucket"}  # fixtures that start one
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put tests that need a storage server into the full tier."""
+    for item in items:
+        if SERVERS & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.full)
 
 
 @pytest.fixture(scope="session")

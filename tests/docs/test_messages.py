@@ -26,7 +26,8 @@ from tests.conftest import REPOSITORY
 FORWARDED = {
     "benchmarks/accuracy/cells.py", "export/cli.py", "export/foreign_file.py",
     "runtime/command.py", "runtime/messages.py", "runtime/cohort.py",
-    "runtime/devices/__init__.py", "runtime/fleet.py", "runtime/inputs.py", "runtime/ray_crew.py", "runtime/tensorrt.py", "training/command.py",
+    "runtime/devices/__init__.py", "runtime/fleet.py", "runtime/inputs.py", "runtime/ray_crew.py",
+    "runtime/tensorrt.py", "training/command.py",
     "wsi/console.py", "wsi/lock.py", "wsi/mosaic.py", "wsi/readers/large_image.py",
     "wsi/readers/tiff.py",
     "wsi/synthetic.py", "benchmarks/outputs.py", "benchmarks/sandbox.py", "benchmarks/size.py",

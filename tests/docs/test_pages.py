@@ -14,6 +14,8 @@ import pytest
 from tests.conftest import REPOSITORY
 from tests.docs.test_messages import catalogue
 
+pytestmark = pytest.mark.full
+
 DOCS = REPOSITORY / "docs"
 CODE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 COMING = {"rasters", "viewer", "reports", "notebook"}  # guides that a checkout may not have yet

@@ -19,6 +19,8 @@ from histostream.runtime.card import CardError, ModelCard, read_card
 from histostream.wsi.errors import OutputError
 from histostream.wsi.sink import ClassInfo
 
+pytestmark = pytest.mark.full
+
 NAMES = (
     'quo"ted \\ back',
     "Drüse 腺 🔬",

@@ -35,7 +35,7 @@ from .conftest import PlaceDependentEngine, random_pixels, write_slide
 
 ray_crew._keep_to_this_machine()  # Ray reads how when it is imported
 ray = pytest.importorskip("ray")
-pytestmark = pytest.mark.xdist_group("ray")
+pytestmark = [pytest.mark.full, pytest.mark.xdist_group("ray")]
 
 OPTIONS = Options(tissue=False, batch=1)
 SAME = ("labels.tif", "summary.csv", "overview.png")

@@ -50,6 +50,8 @@ from histostream.runtime.tensorrt import (
 )
 from histostream.wsi.errors import OutputError
 
+pytestmark = pytest.mark.full
+
 trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx builds the engines; not installed")
 STATIC = Profile(2, 2, 2, 128, 128, 3)
 

@@ -26,6 +26,8 @@ from histostream.wsi.errors import StoppedError
 from .conftest import IdentityEngine, write_slide
 from .viewing import serving, stop_after
 
+pytestmark = pytest.mark.full
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 

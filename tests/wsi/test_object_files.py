@@ -24,6 +24,8 @@ from histostream.wsi.sinks import objects
 from histostream.wsi.sinks.geojson import ANNOTATION_UM2
 from histostream.wsi.sinks.objects import ANNOTATIONS, TABLES, Objects
 
+pytestmark = pytest.mark.full
+
 Labels = NDArray[np.uint8]
 
 CLASSES = (

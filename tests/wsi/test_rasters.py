@@ -30,6 +30,8 @@ from histostream.wsi.sinks.ome_zarr import OmeZarr
 from histostream.wsi.sinks.rasters import RASTERS, check_installed
 from histostream.wsi.sinks.tiff import LabelTiff
 
+pytestmark = pytest.mark.full
+
 Array = NDArray[np.uint8]
 Maker = Callable[[Path, SlideInfo], Sink]
 
