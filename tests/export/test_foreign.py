@@ -98,18 +98,20 @@ def assert_the_laws_hold(wrapped: WrappedModel) -> NDArray[np.uint8]:
 def monai_unet() -> nn.Module:
     from monai.networks.nets.unet import UNet
 
-    return UNet(
+    network: nn.Module = UNet(
         spatial_dims=2, in_channels=3, out_channels=3, channels=(8, 16, 32), strides=(2, 2),
         num_res_units=1,
     )  # fmt: skip
+    return network
 
 
 def monai_basic_unet() -> nn.Module:
     from monai.networks.nets.basic_unet import BasicUNet
 
-    return BasicUNet(
+    network: nn.Module = BasicUNet(
         spatial_dims=2, in_channels=3, out_channels=3, features=(8, 8, 16, 16, 32, 8), dropout=0.1
     )
+    return network
 
 
 def by_monai(net: nn.Module, path: Path, **options: Any) -> None:
