@@ -37,6 +37,7 @@ _one_line_errors = one_line_errors(
     "histo-bench",
     out_of_memory="try a smaller --batch or a smaller slide",
     stopped="nothing was written",
+    extra="export",
     extras={"matplotlib": "bench", "onnx": "bench"},
 )
 

@@ -78,6 +78,7 @@ _one_line_errors = one_line_errors(
     COMMAND,
     out_of_memory="try a smaller --tile, or --precision fp32",
     stopped="nothing half-written is left",
+    extra="export",
     extras={},
 )
 

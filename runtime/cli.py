@@ -30,7 +30,8 @@ _one_line_errors = one_line_errors(
     "histo-infer",
     out_of_memory="set --max-memory, or --batch 1",
     stopped="the same command goes on where it was",
-    extras={"onnxruntime": "cpu"},
+    extra="cpu",
+    extras={},
 )
 
 

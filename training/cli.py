@@ -18,6 +18,7 @@ _one_line_errors = one_line_errors(
     COMMAND,
     out_of_memory="set schedule.batch or schedule.crop_px lower",
     stopped="the same command goes on where it was",
+    extra="train",
     extras={"nibabel": "nifti"},
 )
 
@@ -112,7 +113,7 @@ def main(
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:0.")
 @one_line_errors(
     COMMAND, out_of_memory="paint smaller images, or --device cpu", stopped="nothing was written",
-    extras={},
+    extra="train", extras={},
 )  # fmt: skip
 def paint_samples(
     run: Path,

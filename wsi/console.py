@@ -189,7 +189,7 @@ def fail(command: str, message: str) -> None:
 
 
 def one_line_errors(
-    command: str, *, out_of_memory: str, stopped: str, extras: Mapping[str, str]
+    command: str, *, out_of_memory: str, stopped: str, extra: str, extras: Mapping[str, str]
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a command say what went wrong in one line, and leave with status 1, or 130 if stopped.
 
@@ -201,8 +201,10 @@ def one_line_errors(
         What to try when memory does not last.
     stopped
         What a user who stops it finds.
+    extra
+        The extra of HistoStream that brings what the command needs.
     extras
-        The extra of HistoStream that brings a package; "export" for those not named.
+        Other extras, by the package that they bring.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
@@ -216,8 +218,8 @@ def one_line_errors(
                 if error.name is None or error.name.startswith("histostream"):
                     raise
                 package = error.name.split(".")[0]
-                extra = extras.get(package, "export")
-                message = f"{package} is not installed: {install_command(extra)}"
+                needed = {"onnxruntime": "cpu", **extras}.get(package, extra)
+                message = f"{package} is not installed: {install_command(needed)}"
                 status = 1
             except MemoryError:
                 message, status = f"out of memory; {out_of_memory}", 1
