@@ -119,8 +119,9 @@ def test_every_extra_that_a_page_names_exists(page: str) -> None:
     assert extras <= set(PROJECT["optional-dependencies"])
 
 
-def test_the_guide_names_what_is_there() -> None:
-    guide = text("CONTRIBUTING.md")
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/extending.md"])
+def test_a_guide_for_developers_names_what_is_there(page: str) -> None:
+    guide = FENCE.sub("", text(page))
     top = PACKAGES | {"tests", "docs", "docker"}
     for name in re.findall(r"`([\w/.-]+/[\w.-]*)`", guide):
         if name.split("/")[0] in top:
