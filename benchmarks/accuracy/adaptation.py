@@ -249,7 +249,7 @@ def uda_sizes(mpp: float, schedule: Schedule, *, paper: bool, **net: Any) -> dic
 
 
 APMA_SOURCE = Schedule(
-    steps=2000, batch=4, crop_px=128, validate_every=200, validation=0.1, select="loss",
+    steps=3000, batch=4, crop_px=128, validate_every=200, validation=0.1, select="loss",
     decay="poly",
 )  # fmt: skip
 APMA_JOINT = replace(APMA_SOURCE, steps=1000, validate_every=50, select="jaccard")
