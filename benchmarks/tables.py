@@ -10,10 +10,11 @@ A table stands between ``<!-- table: benchmarks/results/NAME.json -->`` and
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,32 @@ def accuracy_adaptation(found: dict[str, Any]) -> Iterator[list[str]]:
         yield [algorithm, *figures, str(len(scores))]
 
 
+def accuracy_variants(reduce: str, found: dict[str, Any]) -> Iterator[list[str]]:
+    """Dice and Jaccard of the last class by each checkpoint, without and with a CRF.
+
+    Parameters
+    ----------
+    reduce
+        "pooled" or "per_image_mean", the measure of the paper.
+    found
+        Result file of `benchmarks.accuracy.adaptation`.
+    """
+    cells = list(found["cells"].values())
+    variants = [cells[0]["judged"], *cells[0]["variants"]]
+    yield ["", *(f"{v}: {measure}" for v in variants for measure in ("Dice", "Jaccard")), "runs"]
+    rows = dict.fromkeys(cell["algorithm"] for cell in cells)
+    for algorithm in sorted(rows, key=lambda row: row == "oracle"):  # the ceiling is last
+        runs = [cell for cell in cells if cell["algorithm"] == algorithm]
+        name = runs[0]["scores"]["classes"][-1]
+        scored = [{run["judged"]: run["scores"], **run["variants"]} for run in runs]
+        figures = [
+            _spread([100 * scores[v][reduce][measure][name] for scores in scored], 1)
+            for v in variants
+            for measure in ("f", "jaccard")
+        ]
+        yield [algorithm, *figures, str(len(runs))]
+
+
 def accuracy_objects(found: dict[str, Any]) -> Iterator[list[str]]:
     """Object scores, mean IoU and accuracy of the pixels, of each algorithm of a table."""
     yield ["", "object Dice", "object F1", "object Hausdorff, px", "mean IoU", "pixel accuracy",
@@ -245,9 +272,13 @@ def _spread(values: list[float], digits: int) -> str:
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-TABLES = {
+TABLES: dict[str, Callable[[dict[str, Any]], Iterator[list[str]]]] = {
     "accuracy-imems-glas-small": accuracy_imems,
     "accuracy-imems-nuclei-small": accuracy_imems,
+    "accuracy-imems-glas-short": accuracy_imems,
+    "accuracy-imems-nuclei-short": accuracy_imems,
+    "accuracy-tnbc-other-short": functools.partial(accuracy_variants, "per_image_mean"),
+    "accuracy-epfl-vnc-short": functools.partial(accuracy_variants, "pooled"),
     "accuracy-tnbc-other-small": accuracy_adaptation,
     "accuracy-epfl-vnc-small": accuracy_adaptation,
     "accuracy-glas-small": accuracy_objects,

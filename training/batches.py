@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from histostream.training.schedule import Schedule
 Crop = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 UNLABELLED = "unlabelled"  # pool that images join whose labels are left out
 AHEAD = 2  # batches that are drawn while one trains
+EPOCHS = 0x45504F43  # sets the seeds of the passes apart from those of steps and crops
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +127,38 @@ def check_pools(parts: Parts, needed: Sequence[str], method: str) -> None:
         )
 
 
+class Passes:
+    """Draws from a number of items in passes: each item once a pass, in an order of its own.
+
+    Parameters
+    ----------
+    seed
+        Of all orders; the order of a pass is from it and the number of the pass.
+    items
+        How many there are.
+    """
+
+    def __init__(self, seed: Sequence[int], items: int) -> None:
+        self._seed, self._items = tuple(seed), items
+        self._order = functools.lru_cache(maxsize=4)(self._drawn)
+
+    def at(self, place: int) -> int:
+        """Return the item at a place of the passes, strung together."""
+        number, rest = divmod(place, self._items)
+        return int(self._order(number)[rest])
+
+    def _drawn(self, number: int) -> NDArray[np.int64]:
+        rng = np.random.default_rng((*self._seed, number))
+        return rng.permutation(self._items)
+
+
 class Batches:
     """Draws the batch of each step, from (seed, step) alone.
+
+    Of a schedule in epochs, the images come in passes over a permutation, and a pool's images in
+    passes of their own; a batch may end one pass and begin the next, so that all are of one size.
+    Of a schedule in steps, each is drawn from all, with replacement. Either way the whole batch is
+    chosen before the processes share it: how many they are changes nothing.
 
     Parameters
     ----------
@@ -160,6 +192,11 @@ class Batches:
         self._pools = {name: parts.pools[name] for name in pools}
         self._align_px, self._rank, self._processes = align_px, rank, processes
         self._typical = typical_object_px(parts.samples)
+        self._passes = Passes((schedule.seed, EPOCHS, 0), len(parts.split.train))
+        self._pool_passes = {
+            name: Passes((schedule.seed, EPOCHS, number), len(self._pools[name]))
+            for number, name in enumerate(sorted(self._pools), start=1)
+        }
 
     def __call__(self, start: int, steps: int) -> Iterator[Batch]:
         """Yield the batches of steps ``start`` to ``steps - 1``, on the host."""
@@ -178,7 +215,8 @@ class Batches:
     def _draw(self, step: int, steps: int, crops: ThreadPoolExecutor) -> Batch:
         seed = (self._schedule.seed, step)
         mine = range(self._rank, self._schedule.batch, self._processes)
-        chosen = np.random.default_rng(seed).choice(self._parts.split.train, self._schedule.batch)
+        first = step * self._schedule.batch
+        chosen = self._chosen(seed, first)
 
         def labelled(i: int) -> Crop:
             sample = self._parts.samples[chosen[i]]
@@ -187,7 +225,10 @@ class Batches:
         def unlabelled(name: str, number: int, i: int) -> Crop:
             rng = np.random.default_rng((*seed, i, number))
             pool = self._pools[name]
-            return self._crop(unannotated(pool[int(rng.integers(len(pool)))]), rng)
+            at = int(rng.integers(len(pool)))
+            if self._schedule.epochs:
+                at = self._pool_passes[name].at(first + i)
+            return self._crop(unannotated(pool[at]), rng)
 
         pairs = list(crops.map(labelled, mine))
         pools = {}
@@ -196,6 +237,13 @@ class Batches:
             pools[name] = _stacked([d.result() for d in drawn])[0]
         images, labels = _stacked(pairs)
         return Batch(images, labels, pools, step, steps)
+
+    def _chosen(self, seed: tuple[int, int], first: int) -> list[int]:
+        """Choose the labelled images of the batch that begins at a place of the passes."""
+        train, count = self._parts.split.train, self._schedule.batch
+        if self._schedule.epochs:
+            return [train[self._passes.at(first + i)] for i in range(count)]
+        return [int(i) for i in np.random.default_rng(seed).choice(train, count)]
 
     def _crop(self, sample: Sample, rng: np.random.Generator) -> Crop:
         if self._schedule.crop_px:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from histostream.training.methods import State
 from histostream.wsi.errors import HistoError
+from histostream.wsi.staging import sha256_of
 
 SCHEMA = 1
 
@@ -115,6 +116,76 @@ def load(folder: Path, state: State) -> Checkpoint:
     for name, optimizer in state.optimizers.items():
         _load_optimizer(optimizer, f"optimizer:{name}:", tensors)
     return checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a run starts from: weights of an earlier run.
+
+    Attributes
+    ----------
+    checkpoint
+        Folder that they come from.
+    sha256
+        Of its file.
+    method, step
+        Of the earlier run.
+    loaded
+        Tensors that fitted, by name and shape.
+    left
+        What keeps the weights it was built with, by name: a module of which nothing fitted, or a
+        tensor of one.
+    """
+
+    checkpoint: str
+    sha256: str
+    method: str
+    step: int
+    loaded: int
+    left: tuple[str, ...]
+
+
+def start_from(run: Path, state: State) -> Start:
+    """Load what fits of an earlier run's weights into new networks, whatever its method.
+
+    Tensors are matched by name and shape. Modules without parameters hold what a run has measured
+    of its own data, and are left out; so are the states of the optimisers.
+
+    Parameters
+    ----------
+    run
+        Folder of a run, whose best checkpoint is taken, or of a checkpoint.
+    state
+        Of the new run.
+
+    Raises
+    ------
+    CheckpointError
+        As `read`, or if no convolution or matrix fits.
+    """
+    folder = run / "best" if (run / "best").is_dir() else run
+    path = _file(folder)
+    said, tensors = _read_header(path), load_file(path)
+    loaded, left, kernels = 0, [], 0
+    for name, module in state.modules.items():
+        if next(module.parameters(), None) is None:
+            continue
+        own = module.state_dict()
+        fits = {
+            key: tensors[f"{name}.{key}"]
+            for key, value in own.items()
+            if f"{name}.{key}" in tensors and tensors[f"{name}.{key}"].shape == value.shape
+        }
+        module.load_state_dict(fits, strict=False)
+        loaded += len(fits)
+        kernels += sum(value.ndim > 1 for value in fits.values())
+        left += [f"{name}.{key}" for key in own if key not in fits] if fits else [name]
+    if not kernels:  # a bias of so many classes fits many a network
+        raise CheckpointError(
+            f"{folder}: none of its weights fits the networks ({said.method}, {said.config}): "
+            "start from a run of the same networks"
+        )
+    return Start(str(folder), sha256_of(path), said.method, said.step, loaded, tuple(left))
 
 
 def _file(folder: Path) -> Path:

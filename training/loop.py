@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from histostream.training.schedule import Schedule, set_rates
 from histostream.wsi.errors import HistoError
 
 SHEET_ROWS = 4
+SHEETS = 40  # of a run whose schedule is in epochs, about
 COLORS = ((0, 0, 0), (230, 75, 53), (77, 187, 213), (0, 160, 135), (243, 155, 127))
 
 
@@ -81,6 +82,14 @@ class Progress:
     seconds: float
 
 
+class Validated(NamedTuple):
+    """Means over the validation images; of the classes, and of all but the first (the ground)."""
+
+    loss: float
+    dice: float
+    jaccard: float
+
+
 def train(
     recipe: Recipe,
     method: ModuleType,
@@ -88,6 +97,7 @@ def train(
     run: Path,
     *,
     how: Compute | None = None,
+    start: Path | None = None,
     report: Callable[[Progress], None] = lambda _: None,
     record: dict[str, Any] | None = None,
 ) -> Checkpoint:
@@ -104,6 +114,9 @@ def train(
         goes on.
     how
         Device, precision and the like.
+    start
+        A run, or a checkpoint, whose weights the networks start from as far as they fit
+        (`checkpoint.start_from`); what did not fit is in the record, as ``start``.
     report
         Called after every step.
     record
@@ -116,7 +129,8 @@ def train(
     Raises
     ------
     CheckpointError
-        If ``run`` holds a run of another recipe or other data.
+        If ``run`` holds a run of another recipe, other data or another start, or nothing of
+        ``start`` fits.
     DataError
         If the images are too few, have one class only, or a pool is missing.
     ComputeError
@@ -132,7 +146,7 @@ def train(
     parts = batches.divide(found, recipe.schedule)
     batches.check_pools(parts, method.pools(recipe.config), recipe.method)
     trainer = _Trainer(recipe, method, found, parts, run, how, device, record or {})
-    return trainer.run(report)
+    return trainer.run(report, start)
 
 
 def plain(value: Any) -> Any:
@@ -160,7 +174,8 @@ class _Trainer:
     ) -> None:
         self._recipe, self._method, self._parts, self._folder = recipe, method, parts, folder
         self._device, self._schedule = device, recipe.schedule
-        self._steps = self._schedule.total_steps(len(parts.split.train))
+        self._images = len(parts.split.train)
+        self._steps = self._schedule.total_steps(self._images)
         torch.manual_seed(self._schedule.seed)
         self._classes = (
             recipe.classes or found.classes or _numbered(data.class_count(parts.samples))
@@ -183,8 +198,8 @@ class _Trainer:
             **record,
         }
 
-    def run(self, report: Callable[[Progress], None]) -> Checkpoint:
-        start, best, seconds = self._resume()
+    def run(self, report: Callable[[Progress], None], given: Path | None) -> Checkpoint:
+        start, best, seconds = self._resume(given)
         clock = time.perf_counter() - seconds
         draw = Batches(
             self._parts, self._schedule, self._recipe.augmentation,
@@ -199,16 +214,17 @@ class _Trainer:
                 stop = compute.any_process(stopped.is_set(), self._device)
                 validated = None
                 last_step = done == self._steps
-                if lead and (done % self._schedule.validate_every == 0 or last_step):
-                    validated = self._validate(done)
-                    if (value := self._rank(*validated, done)) < best:
-                        best = value
-                        self._save("best", done, validation_loss=validated[0])
+                if lead and (self._schedule.validates(done, self._images) or last_step):
+                    with self._settled():
+                        validated = self._validate(done)
+                        if (value := self._rank(validated, done)) < best:
+                            best = value
+                            self._save("best", done, validation_loss=validated.loss)
                 if lead and (validated or stop):
                     seconds = time.perf_counter() - clock
                     self._save("last", done, lowest=best, seconds=seconds)
                 seconds = time.perf_counter() - clock
-                loss, dice = validated or (None, None)
+                loss, dice, _ = validated or (None, None, None)
                 progress = Progress(done, self._steps, losses, loss, dice, seconds)
                 log(progress)
                 report(progress)
@@ -254,8 +270,22 @@ class _Trainer:
             pools[name] = augment.warp(there, nothing, self._recipe.augmentation)[0]
         return dataclasses.replace(batch, images=images, labels=labels, pools=pools)
 
-    def _validate(self, step: int) -> tuple[float, float]:
-        """Return the loss and the mean Dice of the validation images; leave a sheet of samples."""
+    @contextmanager
+    def _settled(self) -> Iterator[None]:
+        """Hold the networks as they would ship; then put back what training goes on with."""
+        settle = getattr(self._method, "settle", None)
+        if settle is None:
+            yield
+            return
+        buffers = [b for module in self._state.modules.values() for b in module.buffers()]
+        kept = [buffer.clone() for buffer in buffers]
+        settle(self._state, self._parts)
+        yield
+        for buffer, before in zip(buffers, kept, strict=True):
+            buffer.copy_(before)
+
+    def _validate(self, step: int) -> Validated:
+        """Judge the networks by the validation images; leave a sheet of samples."""
         losses, confusion = [], Confusion(len(self._classes))
         rows: list[pictures.Pictures] = []
         for images, labels, truth in self._whole(self._parts.split.validation):
@@ -263,12 +293,23 @@ class _Trainer:
             losses.append(loss)
             here = predicted[0, : truth.shape[0], : truth.shape[1]].cpu().numpy()
             confusion.add(here, truth)
-            if len(rows) < SHEET_ROWS:
+            if len(rows) < SHEET_ROWS and self._leaves_sheet(step):
                 rows.append(self._row(images, truth, here))
-        folder = self._folder / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
-        pictures.sheet(rows).save(folder / f"step-{step:06d}.png")
-        return float(np.mean(losses)), float(np.nanmean(confusion.dice()))
+        if rows:
+            folder = self._folder / "samples"
+            folder.mkdir(parents=True, exist_ok=True)
+            pictures.sheet(rows).save(folder / f"step-{step:06d}.png")
+        dice, jaccard = confusion.dice(), confusion.jaccard()
+        things = jaccard[1:] if np.isfinite(jaccard[1:]).any() else np.zeros(1)
+        return Validated(float(np.mean(losses)), float(np.nanmean(dice)), float(np.nanmean(things)))
+
+    def _leaves_sheet(self, step: int) -> bool:
+        """Whether to leave a sheet: at every validation; of hundreds of epochs, `SHEETS` or so."""
+        schedule = self._schedule
+        if schedule.validate_every or not schedule.epochs or step == self._steps:
+            return True
+        passed = schedule.epochs_passed(step, self._images)
+        return passed % math.ceil(schedule.epochs / SHEETS) == 0
 
     def _row(
         self, images: Tensor, truth: np.ndarray, predicted: np.ndarray
@@ -288,10 +329,14 @@ class _Trainer:
         assert not row.keys() & more.keys(), "a method paints over the sheet's own columns"
         return {**row, **more}
 
-    def _rank(self, loss: float, dice: float, step: int) -> float:
+    def _rank(self, validated: Validated, step: int) -> float:
         """Return what the best checkpoint has the lowest of."""
         select = self._schedule.select
-        return loss if select == "loss" else -dice if select == "dice" else -step
+        if select == "loss":
+            return validated.loss
+        if select == "last":
+            return -step
+        return -(validated.dice if select == "dice" else validated.jaccard)
 
     def _whole(self, indices: Sequence[int]) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
         for images, labels, truth in batches.whole_images(
@@ -306,12 +351,24 @@ class _Trainer:
         )  # fmt: skip
         checkpoint.save(self._folder / name, said, self._state, optimizers=name == "last")
 
-    def _resume(self) -> tuple[int, float, float]:
-        """Return the step to go on from, the best validation value so far, and the seconds."""
+    def _resume(self, start: Path | None) -> tuple[int, float, float]:
+        """Return the step to go on from, the best validation value so far, and the seconds.
+
+        Where the run begins, it does with the weights of ``start``.
+        """
+        if start is not None:
+            self._base["start"] = plain(checkpoint.start_from(start, self._state))
         last = self._folder / "last"
         if not (last / "checkpoint.safetensors").exists():
             return 0, math.inf, 0.0
         before = checkpoint.read(last)
+        if before.record.get("start", {}).get("sha256") != self._base.get("start", {}).get(
+            "sha256"
+        ):
+            raise CheckpointError(
+                f"{last}: holds a run that started from other weights; "
+                "give --out a new folder, or name what that run started from"
+            )
         for name in ("recipe", "data_sha256"):
             if before.record[name] != self._base[name]:
                 raise CheckpointError(

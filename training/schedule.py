@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 DECAYS = ("none", "cosine", "poly")
-SELECTIONS = ("loss", "dice", "last")
+SELECTIONS = ("loss", "dice", "jaccard", "last")
+USUAL_STEPS = 500  # between validations of a schedule in steps
 POLY_POWER = 0.9  # DeepLab's, which the adaptation papers took over
 
 
@@ -21,16 +22,19 @@ class Schedule:
     steps
         Optimiser steps in all.
     epochs
-        Passes over the training images; where it is not 0 it takes the place of ``steps``.
+        Passes over the training images, each in an order of its own, so that every image is drawn
+        once an epoch; where it is not 0 it takes the place of ``steps``, whose batches are drawn
+        with replacement.
     batch, crop_px
         Crops a step, and their side, a multiple of what the network takes; 0: whole images.
     seed
         Source of all randomness: split, initial weights, crops, dropout.
     validate_every
-        Steps between validations.
+        Steps between validations; 0: an epoch, or 500 steps where the schedule is in steps.
     select
         The checkpoint that is kept as best: the one with the lowest validation "loss", with the
-        highest mean "dice" of the classes on the validation images, or the "last".
+        highest mean "dice" of the classes or mean "jaccard" of all classes but the first (the
+        ground) on the validation images, or the "last".
     validation, test
         Shares of the images held back for choosing the checkpoint, and for the final score.
         Without a test share, a set's official test part is the test part.
@@ -52,7 +56,7 @@ class Schedule:
     batch: int = 1
     crop_px: int = 512
     seed: int = 0
-    validate_every: int = 500
+    validate_every: int = 0
     select: str = "loss"
     validation: float = 0.2
     test: float = 0.0
@@ -66,10 +70,10 @@ class Schedule:
         for name, known in (("decay", DECAYS), ("select", SELECTIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}: use one of {', '.join(known)}")
-        if min(self.steps, self.batch, self.validate_every) < 1:
-            raise ValueError("steps, batch and validate_every must be at least 1")
-        if min(self.epochs, self.crop_px, self.warmup) < 0:
-            raise ValueError("epochs, crop_px and warmup must not be negative")
+        if min(self.steps, self.batch) < 1:
+            raise ValueError("steps and batch must be at least 1")
+        if min(self.epochs, self.crop_px, self.warmup, self.validate_every) < 0:
+            raise ValueError("epochs, crop_px, warmup and validate_every must not be negative")
         if not (0 <= self.validation < 1 and 0 <= self.test < 1):
             raise ValueError(
                 "validation and test are shares between 0 and 1: set 0 or more, less than 1"
@@ -81,7 +85,17 @@ class Schedule:
 
     def total_steps(self, images: int) -> int:
         """Optimiser steps in all, for so many training images."""
-        return self.epochs * math.ceil(images / self.batch) if self.epochs else self.steps
+        return math.ceil(self.epochs * images / self.batch) if self.epochs else self.steps
+
+    def epochs_passed(self, done: int, images: int) -> int:
+        """Whole passes over so many training images, after ``done`` steps."""
+        return done * self.batch // images
+
+    def validates(self, done: int, images: int) -> bool:
+        """Whether the networks are validated after ``done`` steps on so many training images."""
+        if self.validate_every or not self.epochs:
+            return done % (self.validate_every or USUAL_STEPS) == 0
+        return self.epochs_passed(done, images) > self.epochs_passed(done - 1, images)
 
     def rate(self, step: int, steps: int) -> float:
         """Factor of the learning rate at a step."""

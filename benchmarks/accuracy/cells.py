@@ -10,18 +10,20 @@ from __future__ import annotations
 import fcntl
 import json
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 
-from histostream.benchmarks.accuracy.score import choose, predicting, score
+from histostream.benchmarks.accuracy.score import by_engine, choose, opened, score
 from histostream.benchmarks.hardware import hardware
+from histostream.runtime.crf import CrfParams
 from histostream.training import checkpoint, command, loop, methods
+from histostream.training.checkpoint import Checkpoint
 from histostream.training.choices import PRECISIONS
 from histostream.training.compute import Compute
 from histostream.training.data import DataSet, Sample
@@ -48,6 +50,14 @@ class Cell:
         Opens what it is trained and scored on; its test part is scored.
     further
         More scores, of the run's folder and the images that are scored, at the run's resolution.
+    start
+        The run whose best checkpoint this one starts from; several cells may share it, and it is
+        trained once.
+    judged
+        Checkpoints of the run that are scored, by what to call them; the first one's are the
+        cell's ``scores``, all others are its ``variants``.
+    crf
+        Dense CRF with which each of them is scored once more, as "NAME, CRF".
     """
 
     name: str
@@ -56,6 +66,9 @@ class Cell:
     recipe: Recipe
     data: Callable[[], DataSet]
     further: Callable[[Path, Sequence[Sample]], Plain] | None = None
+    start: Cell | None = None
+    judged: Mapping[str, str] = field(default_factory=lambda: {"best": "best"})
+    crf: CrfParams | None = None
 
 
 def settings_of(*tables: dict[str, dict[str, Any]]) -> tuple[str, ...]:
@@ -76,7 +89,7 @@ def options(command: Callable[..., None]) -> Callable[..., None]:
             click.option(
                 "--data", "data_dir", required=True, type=click.Path(path_type=Path, exists=True)
             ),
-            click.option("--size", default="small", show_default=True, help="small, paper, ..."),
+            click.option("--size", help="short, paper, ...; default: small, or the first."),
             click.option("--only", multiple=True, help="Algorithms; default: all."),
             click.option(
                 "--number", "numbers", multiple=True, type=int, help="Seeds or folds; default: all."
@@ -103,7 +116,7 @@ def fill_table(
     repeats: int,
     name: str,
     data_dir: Path,
-    size: str,
+    size: str | None,
     only: tuple[str, ...],
     numbers: tuple[int, ...],
     runs: Path,
@@ -127,6 +140,7 @@ def fill_table(
     data_dir, size, only, numbers, runs, out, device, precision, threads
         As of `options`.
     """
+    size = size or ("small" if "small" in sizes else next(iter(sizes)))
     if size not in sizes:
         raise click.BadParameter(f"{table} has no size {size!r}: use {', '.join(sizes)}")
     if unknown := [one for one in only if one not in algorithms]:
@@ -150,7 +164,7 @@ def fill(path: Path, cells: Sequence[Cell], runs: Path, how: Compute) -> None:
             if cell.name in said.setdefault("cells", {}):
                 continue
         try:
-            found = _run(cell, runs / cell.name, how)
+            found = _run(cell, runs, how)
         except HistoError as error:
             raise click.ClickException(f"{cell.name}: {error}") from error
         with _held(path) as said:
@@ -161,10 +175,15 @@ def fill(path: Path, cells: Sequence[Cell], runs: Path, how: Compute) -> None:
         click.echo(f"{cell.name}: mean F {pooled['mean_f']}, accuracy {pooled['accuracy']}")
 
 
-def _run(cell: Cell, folder: Path, how: Compute) -> Plain:
-    """Train, export and score one cell."""
-    found, recipe = cell.data(), cell.recipe
-    start = time.monotonic()
+def train(cell: Cell, found: DataSet, runs: Path, how: Compute) -> Checkpoint:
+    """Train a cell on its data, and first what it starts from, in their folders of ``runs``."""
+    begin = None
+    if cell.start is not None:
+        begin = runs / cell.start.name
+        runs.mkdir(parents=True, exist_ok=True)
+        with (runs / f".{cell.start.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # other processes' cells start from it, too
+            train(cell.start, cell.start.data(), runs, how)
 
     def report(progress: Progress) -> None:
         if progress.validation_loss is not None:
@@ -173,19 +192,45 @@ def _run(cell: Cell, folder: Path, how: Compute) -> Plain:
                 f"{progress.validation_loss:.4f}, Dice {progress.validation_dice:.4f}"
             )
 
-    best = loop.train(
-        recipe, methods.load(recipe.method), found, folder, how=how, report=report,
-        record={"commit": command.commit()},
+    return loop.train(
+        cell.recipe, methods.load(cell.recipe.method), found, runs / cell.name, how=how,
+        start=begin, report=report, record={"commit": command.commit()},
     )  # fmt: skip
-    samples = choose(found, "test", recipe.schedule)
-    with predicting(samples, found.mpp, run=folder, backend="cpu") as (predict, _):
-        scores = score(samples, predict, [name for name, _ in found.classes])
-    del scores["each_image"]
+
+
+def judge(cell: Cell, found: DataSet, folder: Path) -> dict[str, Plain]:
+    """Score the checkpoints of a cell's run, each as it is, and with the CRF where there is one."""
+    scores = {}
+    samples = choose(found, "test", cell.recipe.schedule)
+    classes = [name for name, _ in found.classes]
+    for name, which in cell.judged.items():
+        with opened(samples, found.mpp, run=folder / which, backend="cpu") as engine:
+            scores[name] = score(samples, by_engine(engine, found.mpp), classes)
+            if cell.crf is not None:
+                refined = by_engine(engine, found.mpp, cell.crf)
+                scores[f"{name}, CRF"] = score(samples, refined, classes)
+    for one in scores.values():
+        del one["each_image"]
+    return scores
+
+
+def _run(cell: Cell, runs: Path, how: Compute) -> Plain:
+    """Train, export and score one cell."""
+    start = time.monotonic()
+    found, recipe, folder = cell.data(), cell.recipe, runs / cell.name
+    best = train(cell, found, runs, how)
+    judged = judge(cell, found, folder)
+    headline = next(iter(judged))
+    scores = judged.pop(headline)
     if cell.further is not None:
         scores |= cell.further(folder, choose(found.at_mpp(recipe.mpp), "test", recipe.schedule))
     record = best.record
     return {
         "scores": scores,
+        "judged": headline,
+        "variants": judged,
+        **({"crf": asdict(cell.crf)} if cell.crf else {}),
+        **({"start": record["start"]} if "start" in record else {}),
         "best_step": best.step,
         "steps": recipe.schedule.total_steps(record["images"]["train"]),
         "images": record["images"],

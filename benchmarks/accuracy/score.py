@@ -19,6 +19,9 @@ from PIL import Image
 from histostream.export.bundle import Options
 from histostream.export.trained import export_checkpoint, find_checkpoint
 from histostream.runtime import Engine, open_engine, segment_pixels
+from histostream.runtime.crf import CrfParams, dense_crf
+from histostream.runtime.crf.stream import to_probabilities
+from histostream.runtime.infer import score_pixels
 from histostream.training import batches, checkpoint, data, sets
 from histostream.training.augment import zoom
 from histostream.training.data import DataError, DataSet, Sample
@@ -173,6 +176,25 @@ def predicting(
     if labels is not None:
         yield _from_folder(labels), {"labels": str(labels)}
         return
+    place = run or bundle
+    assert place is not None
+    with opened(
+        samples, mpp, bundle=bundle, run=run, backend=backend, precision=precision
+    ) as engine:
+        yield by_engine(engine, mpp), _model(engine, place)
+
+
+@contextmanager
+def opened(
+    samples: Sequence[Sample],
+    mpp: float | None,
+    *,
+    bundle: Path | None = None,
+    run: Path | None = None,
+    backend: str = "auto",
+    precision: str = "auto",
+) -> Iterator[Engine]:
+    """Open the engine of a bundle, or of a run that is exported first; as of `predicting`."""
     with tempfile.TemporaryDirectory() as scratch:
         if run is not None:
             said = checkpoint.read(find_checkpoint(run))
@@ -183,7 +205,7 @@ def predicting(
         assert bundle is not None
         engine = open_engine(bundle, backend=backend, precision=precision)
         try:
-            yield _by_engine(engine, mpp), _model(engine, run or bundle)
+            yield engine
         finally:
             engine.close()
 
@@ -336,7 +358,16 @@ def _write_images(folder: Path, samples: Sequence[Sample], factor: float) -> Non
         Image.fromarray(image[..., 0] if grey else image).save(folder / f"{i}.png")
 
 
-def _by_engine(engine: Engine, mpp: float | None) -> Predict:
+def by_engine(engine: Engine, mpp: float | None, crf: CrfParams | None = None) -> Predict:
+    """Return what labels images of a resolution, maybe with the dense CRF behind the engine.
+
+    Parameters
+    ----------
+    engine, mpp
+        The model, and the resolution of the images; None: that of the model.
+    crf
+        Refines the model's scores at the model's resolution, of which its lengths are.
+    """
     factor = _factor(mpp, engine.card.mpp)
 
     def predict(sample: Sample) -> Labels:
@@ -346,7 +377,12 @@ def _by_engine(engine: Engine, mpp: float | None) -> Predict:
                 f"{sample.name}: {image.shape[2]} channels; "
                 f"the model takes {engine.card.channels}: convert the images"
             )
-        return _resized(segment_pixels(image, engine), sample.labels.shape)
+        if crf is None:
+            return _resized(segment_pixels(image, engine), sample.labels.shape)
+        nothing = np.zeros(image.shape[:2], np.bool_)
+        p = to_probabilities(score_pixels(image, engine), nothing)
+        refined = dense_crf(image, p, crf).argmax(axis=0).astype(np.uint8)
+        return _resized(refined, sample.labels.shape)
 
     return predict
 

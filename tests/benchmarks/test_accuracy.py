@@ -188,13 +188,15 @@ def test_scores_pool_or_average_as_they_say() -> None:
 
 
 def test_the_tables_cells_differ_in_the_algorithm_alone() -> None:
-    recipes = [table.cell("glas", "small", name, 1).recipe for name in table.ALGORITHMS]
+    recipes = [table.cell("glas", "short", name, 1).recipe for name in table.ALGORITHMS]
     assert len({repr(r.config) for r in recipes}) == len(table.ALGORITHMS)
     assert len({repr((r.schedule, r.augmentation, r.mpp)) for r in recipes}) == 1
     assert recipes[0].schedule.seed == 1
+    shipped = command.read_recipe("imems", imems, ("imems-paper",), mpp=0.62005)
+    assert table.cell("glas", "paper", "iMEMS", 0).recipe == shipped
     paper = table.cell("glas", "paper", "iMEMS", 0).recipe
     assert (paper.config.base_width, paper.schedule.epochs, paper.schedule.batch) == (64, 300, 1)
-    assert table.cell("nuclei", "small", "iMEMS", 3).recipe.schedule.fold == 3
+    assert table.cell("nuclei", "short", "iMEMS", 3).recipe.schedule.fold == 3
 
 
 def test_cells_fill_a_result_file_once(blobs: Path, run: Path, tmp_path: Path) -> None:
@@ -218,6 +220,7 @@ def test_cells_fill_a_result_file_once(blobs: Path, run: Path, tmp_path: Path) -
     found = json.loads(path.read_text())["cells"]
     assert list(found) == ["blobs-0", "blobs-1"]
     assert found["blobs-0"]["scores"] == found["blobs-1"]["scores"]  # same seed, same bits
+    assert (found["blobs-0"]["judged"], found["blobs-0"]["variants"]) == ("best", {})
     assert found["blobs-0"]["images"] == {"train": 3, "validation": 1, "test": 2}
     rows = list(accuracy_imems({"cells": found}))
     assert rows[0][1:3] == ["F ground", "F blob"]

@@ -300,6 +300,30 @@ def test_dice_is_a_loss_too(batch: Batch) -> None:
     assert float(apma_net.segmentation_loss(config, even, labels)) == pytest.approx(wanted)
 
 
+def test_the_reconstruction_is_a_mean_or_a_sum_over_an_images_pixels() -> None:
+    """Equation 2 leaves it open; the sum at 128 x 128 px and 1e-3 is the mean at 16.4."""
+    rebuilt, images = torch.full((3, 1, 4, 8), 0.5), torch.zeros(3, 1, 4, 8)
+    mean = apma_net.reconstruction_loss(apma_net.Config(), rebuilt, images)
+    total = apma_net.Config(reconstruction_reduction="sum")
+    assert float(mean) == 0.25
+    assert float(apma_net.reconstruction_loss(total, rebuilt, images)) == 0.25 * 32
+    with pytest.raises(ValueError, match="reconstruction_reduction='median'"):
+        apma_net.Config(reconstruction_reduction="median")
+
+
+def test_the_two_phases_ship_as_two_recipes() -> None:
+    source = read("apma-source")
+    assert not source.config.adapts
+    assert source.config.validation_domain == "source"
+    assert apma_net.pools(source.config) == ()
+    joint = read("apma-from-source")
+    assert apma_net._first_joint_step(joint.config, joint.schedule.steps) == 0
+    assert (joint.schedule.select, joint.schedule.validate_every) == ("jaccard", 300)
+    paper = read("apma-paper").schedule
+    assert source.schedule.steps + joint.schedule.steps == paper.steps
+    assert (source.schedule.batch, source.schedule.decay) == (paper.batch, paper.decay)
+
+
 # ----------------------------------------------------------------------------- steps
 
 

@@ -317,3 +317,85 @@ def test_imems_learns_labels_and_image_together_and_a_classifier_labels_only() -
     )
     assert accuracy >= 0.95
     assert abs(correlation) < 0.3
+
+
+class Perfect(torch.nn.Module):
+    """A generator that paints what it is told to."""
+
+    def __init__(self, output: torch.Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.output
+
+
+def test_inverted_grey_gives_dark_pixels_the_weight_of_the_label() -> None:
+    """Equation 1 by hand with G' = 255 - G; the grey image comes back within its lowest bit."""
+    levels = torch.arange(256, dtype=torch.uint8)
+    images = levels.repeat(1, 3, 2, 1)
+    labels = torch.tensor([0, 1])[None, :, None].expand(1, 2, 256).contiguous()
+    state = tiny(grey="inverted", adversarial=False)
+    inverted = [255 - g for g in range(256)]
+    own, other = ([128 + g // 2 for g in inverted], [127 - g // 2 for g in inverted])
+    wanted = torch.tensor([[own, other], [other, own]])[None].float()
+    output = wanted / imems.HALF_RANGE - 1
+    state.modules["generator"] = Perfect(output)
+    loss, predicted = imems.validate(state, images, labels)
+    assert loss == pytest.approx(0, abs=1e-6)
+    assert torch.equal(predicted, labels)
+    margin = (wanted[0, 0, 0] - wanted[0, 1, 0]).tolist()
+    assert margin[0] == 255  # black: a wrong label costs most
+    assert margin[255] == 1
+    painted = imems.paint(state, images)["grey"].int()
+    assert (painted - images[:, :1].int()).abs().max() == 1
+    plain = tiny(adversarial=False)
+    plain.modules["generator"] = Perfect(output)
+    assert imems.validate(plain, images, labels)[0] > 0.1
+    scores = imems.Deployed(Perfect(output), embedding=True)(images.movedim(1, -1))
+    assert torch.equal(scores.argmax(dim=1), labels)
+
+
+def test_cgan_c_learns_by_cross_entropy_beside_its_discriminator(batch: Batch) -> None:
+    """``100 CE + L_adv``, by the gradients; L1 and the former rule remain as switches."""
+    config = algorithm("cgan-c-single")
+    assert config.label_loss == "cross_entropy"
+
+    def gradients(**more: object) -> tuple[set[str], list[torch.Tensor]]:
+        state = tiny(target="labels", dropout=0.0, discriminator_learning_rate=0.0, **more)
+        network = state.modules["generator"]
+        seen: list[torch.Tensor] = []
+        state.optimizers["generator"].register_step_pre_hook(
+            lambda *_: seen.extend(p.grad.clone() for p in network.parameters())  # type: ignore[union-attr]
+        )
+        return set(imems.step(state, batch)), seen
+
+    names, found = gradients()
+    assert names == {"cross_entropy", "adversarial", "discriminator"}
+    state = tiny(target="labels", dropout=0.0)
+    x = batch.images.float() / imems.HALF_RANGE - 1
+    scores = state.modules["generator"](x)
+    loss = 100 * F.cross_entropy(scores, batch.labels) + imems.adversarial_loss(
+        state, x, scores.softmax(dim=1)
+    )
+    wanted = torch.autograd.grad(loss, list(state.modules["generator"].parameters()))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+    assert gradients(label_loss="l1")[0] == gradients(label_loss="auto")[0] == {
+        "l1", "adversarial", "discriminator",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["unet-c-multi", "unet-c-multi-int"])
+def test_two_tasks_choose_their_checkpoint_by_the_joint_loss(name: str, batch: Batch) -> None:
+    torch.manual_seed(0)
+    state = imems.build(algorithm(name), 2)
+    loss, predicted = imems.validate(state, batch.images, batch.labels)
+    x = batch.images.float() / imems.HALF_RANGE - 1
+    with torch.no_grad():
+        scores, image, encoded, decoded = state.modules["generator"].eval()(x)
+    wanted = 0.6 * F.cross_entropy(scores, batch.labels) + 0.4 * F.mse_loss(image, x)
+    if name == "unet-c-multi-int":
+        wanted = wanted + 0.8 * sum(F.mse_loss(e, d) for e, d in zip(encoded, decoded, strict=True))
+    assert loss == pytest.approx(float(wanted), rel=1e-5)
+    assert torch.equal(predicted, scores.argmax(dim=1))

@@ -25,7 +25,7 @@ from histostream.export.graph import FORBIDDEN_NODES, GraphError
 from histostream.export.parity import open_session
 from histostream.export.trained import export_checkpoint
 from histostream.runtime import open_engine, segment_pixels
-from histostream.training import checkpoint, cli, command, loop, pictures, sample, sets, synthetic
+from histostream.training import checkpoint, command, loop, pictures, sample, sets, synthetic
 from histostream.training.augment import Augmentation
 from histostream.training.batches import Batches, Parts, check_pools, divide
 from histostream.training.checkpoint import Checkpoint, CheckpointError

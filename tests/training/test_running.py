@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from histostream.training import checkpoint, compute, loop, sets
 from histostream.training.augment import Augmentation, warp
 from histostream.training.batches import Batches, divide
+from histostream.training.checkpoint import CheckpointError
 from histostream.training.compute import Compute, ComputeError
 from histostream.training.data import DataError, DataSet
 from histostream.training.loop import Recipe, TrainError
@@ -214,6 +215,149 @@ def test_whole_images_and_epochs(found: DataSet, tmp_path: Path) -> None:
     assert best.step == 6
 
 
+def batch_contents(draw: Batches, steps: int, pool: str = "") -> list[bytes]:
+    """Pixels of each image of each batch, in order."""
+    batches = list(draw(0, steps))
+    images = [image for b in batches for image in (b.pools[pool] if pool else b.images)]
+    return [image.numpy().tobytes() for image in images]
+
+
+def test_an_epoch_draws_every_image_once(found: DataSet) -> None:
+    """Six images in batches of four, three epochs: whole passes, each in an order of its own."""
+    schedule = Schedule(epochs=3, batch=4, crop_px=0, validation=0.25)
+    parts = divide(replace(found, pools={"target": found.train[:5]}), schedule)
+    steps = schedule.total_steps(len(parts.split.train))
+    assert steps == 5  # 18 images and two more that fill the last batch
+    draw = Batches(parts, schedule, Augmentation(), ("target",), align_px=16)
+    order = batch_contents(draw, steps)
+    every = {parts.samples[i].image.transpose(2, 0, 1).tobytes() for i in parts.split.train}
+    passes = [order[i : i + 6] for i in (0, 6, 12)]
+    assert all(set(one) == every for one in passes)
+    assert len({tuple(one) for one in passes}) > 1
+    assert order == batch_contents(draw, steps)
+    other = replace(schedule, seed=1)
+    drawn = Batches(parts, other, Augmentation(), ("target",), align_px=16)
+    assert order != batch_contents(drawn, steps)
+    pooled = batch_contents(draw, steps, "target")
+    assert all(len(set(pooled[i : i + 5])) == 5 for i in (0, 5, 10, 15))
+
+
+def test_processes_share_the_batches_of_one(found: DataSet) -> None:
+    schedule = Schedule(epochs=2, batch=4, crop_px=0, validation=0.25)
+    parts = divide(found, schedule)
+    whole = batch_contents(Batches(parts, schedule, Augmentation(), (), align_px=16), 3)
+    shares = [
+        batch_contents(
+            Batches(parts, schedule, Augmentation(), (), align_px=16, rank=rank, processes=2), 3
+        )
+        for rank in (0, 1)
+    ]
+    assert shares == [whole[0::2], whole[1::2]]
+
+
+def test_a_schedule_in_epochs_validates_after_each(found: DataSet, tmp_path: Path) -> None:
+    """Six images, four a step: the epochs end in steps 2, 3, 5 (6, 12 and 18 images)."""
+
+    def validated(run: str, every: int = 0) -> list[int]:
+        schedule = Schedule(epochs=3, batch=4, crop_px=32, validation=0.25, validate_every=every)
+        rows: list[loop.Progress] = []
+        whole = replace(recipe(), schedule=schedule)
+        loop.train(whole, imems, found, tmp_path / run, report=rows.append)
+        return [row.step for row in rows if row.validation_loss is not None]
+
+    assert validated("each") == [2, 3, 5]
+    assert validated("every", 4) == [4, 5]
+    steps = Schedule(steps=2000)
+    assert [s for s in range(1, 2001) if steps.validates(s, 6)] == [500, 1000, 1500, 2000]
+
+
+def test_the_checkpoint_with_the_best_jaccard_of_the_things_is_kept(
+    found: DataSet, tmp_path: Path
+) -> None:
+    """A method whose answers are made up: the ground's score must not choose."""
+    answers = iter((0.2, 0.9, 0.5))
+
+    def validate(state: State, images: torch.Tensor, labels: torch.Tensor) -> Any:
+        del state
+        things = labels.flatten().nonzero()[:, 0]
+        predicted = torch.zeros_like(labels).flatten()
+        predicted[things[: round(shares[-1] * len(things))]] = 1
+        return 0.0, predicted.view_as(labels)
+
+    shares: list[float] = []
+
+    def settle(state: State, parts: Any) -> None:
+        del state, parts
+        shares.append(next(answers))
+
+    steps = recipe(steps=6, select="jaccard")
+    method = method_that(imems.step, validate=validate, settle=settle)
+    assert loop.train(steps, method, found, tmp_path).step == 4
+
+
+def test_what_is_judged_is_settled_and_kept_and_training_goes_on_with_its_own(
+    found: DataSet, tmp_path: Path
+) -> None:
+    """Buffers: the checkpoint that ships has the settled ones, the run its own."""
+    judged: list[float] = []
+
+    def build(config: Any, classes: int, channels: int) -> State:
+        state = imems.build(config, classes, channels)
+        state.modules["generator"].register_buffer("seen", torch.zeros(()))
+        return state
+
+    def step(state: State, batch: Any) -> dict[str, torch.Tensor]:
+        state.modules["generator"].get_buffer("seen").add_(1)
+        return imems.step(state, batch)
+
+    def settle(state: State, parts: Any) -> None:
+        del parts
+        state.modules["generator"].get_buffer("seen").add_(100)
+
+    def validate(state: State, images: torch.Tensor, labels: torch.Tensor) -> Any:
+        judged.append(float(state.modules["generator"].get_buffer("seen")))
+        return imems.validate(state, images, labels)
+
+    method = method_that(step, build=build, settle=settle, validate=validate)
+    loop.train(recipe(steps=4, select="last"), method, found, tmp_path)
+    seen = {
+        name: load_file(tmp_path / name / "checkpoint.safetensors")["generator.seen"]
+        for name in ("best", "last")
+    }
+    assert seen == {"best": 104, "last": 4}
+    assert set(judged) == {102, 104}
+
+
+def test_a_run_starts_from_what_fits_of_another(found: DataSet, tmp_path: Path) -> None:
+    loop.train(recipe(), imems, found, tmp_path / "first")
+    still = replace(recipe().config, adversarial=False, learning_rate=1e-9)
+    plain = replace(recipe(), config=still)
+    best = loop.train(plain, imems, found, tmp_path / "second", start=tmp_path / "first")
+    before, after = weights(tmp_path / "first"), weights(tmp_path / "second")
+    names = [name for name in after if name.startswith("generator.")]
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in names)
+    assert best.record["start"]["left"] == []
+    assert best.record["start"]["loaded"] == len(names)
+    # Back again there is no discriminator to start from, and a wider network takes nothing.
+    other = loop.train(recipe(), imems, found, tmp_path / "third", start=tmp_path / "second")
+    assert other.record["start"]["left"] == ["discriminator"]
+    assert other.record["start"]["step"] == best.step
+    wider = replace(recipe().config, base_width=6, discriminator_width=6)
+    wide = replace(recipe(), config=wider)
+    with pytest.raises(CheckpointError, match="none of its weights fits"):
+        loop.train(wide, imems, found, tmp_path / "wide", start=tmp_path / "second" / "last")
+
+
+def test_a_run_goes_on_with_the_start_it_had_only(found: DataSet, tmp_path: Path) -> None:
+    for seed, name in enumerate(("one", "two")):
+        loop.train(recipe(seed=seed), imems, found, tmp_path / name)
+    loop.train(recipe(), imems, found, tmp_path / "run", start=tmp_path / "one")
+    loop.train(recipe(), imems, found, tmp_path / "run", start=tmp_path / "one")
+    for start in (None, tmp_path / "two"):
+        with pytest.raises(CheckpointError, match="started from other weights"):
+            loop.train(recipe(), imems, found, tmp_path / "run", start=start)
+
+
 def test_the_checkpoint_can_be_chosen_by_dice_or_be_the_last(
     found: DataSet, tmp_path: Path
 ) -> None:
@@ -248,12 +392,13 @@ def test_learning_rates_fall_as_named(name: str) -> None:
     assert rates[50] == pytest.approx(middle)
 
 
-def method_that(step: Any, pools: tuple[str, ...] = ()) -> ModuleType:
-    """iMEMS with another step."""
+def method_that(step: Any, pools: tuple[str, ...] = (), **more: Any) -> ModuleType:
+    """iMEMS with another step, and maybe other functions."""
     names = ("build", "validate", "paint", "align_px", "deployed", "score_kind", "Config",
              "before_step", "finish")  # fmt: skip
     kept = {name: getattr(imems, name) for name in names}
-    return cast(ModuleType, SimpleNamespace(**kept, step=step, pools=lambda _: pools))
+    mine = {**kept, "step": step, "pools": lambda _: pools, **more}
+    return cast(ModuleType, SimpleNamespace(**mine))
 
 
 def test_out_of_memory_names_batch_and_crop(found: DataSet, tmp_path: Path) -> None:

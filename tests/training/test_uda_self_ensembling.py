@@ -42,6 +42,7 @@ ALGORITHMS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] 
     "paper": ((), FULL, ("discriminator", "reconstructor")),
     "recommended": (("uda-recommended",), FULL, ("discriminator", "reconstructor")),
     "source-only": (("uda-source-only",), ("dice",), ()),
+    "target seen": (("uda-target-seen",), ("dice",), ()),
     "da-adv": (("uda-da-adv",), FULL[:3], ("discriminator",)),
     "cellseguda": (("uda-cellseguda",), FULL[:4], ("discriminator", "reconstructor")),
     "cbst": (("uda-cbst",), ("dice", "pseudo"), ("labeller",)),
@@ -289,7 +290,8 @@ def gradients(batch: Batch, **config: Any) -> dict[str, Tensor]:
         {"em_form": "binary"}, {"em_domains": "both"}, {"entropy_weight": 0.0},
         {"consistency_domains": "source"}, {"consistency_weight": 0.0}, {"stop_gradient": False},
         {"flips": True}, {"ramp": "none"}, {"ramp_epochs": 60}, {"lambda_adv": 0.0},
-        {"lambda_rec": 0.0}, {"lambda_adv": 0.002}, {"lambda_rec": 0.02},
+        {"lambda_rec": 0.0}, {"lambda_adv": 0.002}, {"lambda_rec": 0.02}, {"entropy_ramp": True},
+        {"forward_target": True},
         {"self_training": True}, {"validation_domain": "target"}, {"bn_recalibrate": True},
     ],
     ids=str,
@@ -301,7 +303,7 @@ def test_each_switch_changes_what_s_learns_from(batch: Batch, change: dict[str, 
         late, **{"consistency_weight": 2.0, **change}
     )  # fmt: skip
     same = all(torch.equal(one[name], other[name]) for name in one)
-    idle = {"self_training", "validation_domain", "bn_recalibrate"}
+    idle = {"self_training", "validation_domain", "bn_recalibrate", "forward_target"}
     assert same == bool(idle & change.keys())
 
 
@@ -326,6 +328,59 @@ def test_the_losses_add_up_with_the_papers_weights(batch: Batch) -> None:
     total.backward()
     for name, p in segmenter.named_parameters():
         torch.testing.assert_close(p.grad, wanted[name], atol=1e-6, rtol=1e-3)
+
+
+def test_the_entropys_weight_can_rise_with_the_consistencys(batch: Batch) -> None:
+    """Equation 4 with 0.1 lambda(E) L_em, half way up the ramp: 0.1 * 0.2865 of the gradient."""
+    only = {**OFF, "entropy_weight": 0.1}
+    late = replace(batch, step=15)
+    nothing, ramped, full = (
+        gradients(late, **{**only, **more})
+        for more in ({"entropy_weight": 0.0}, {"entropy_ramp": True}, {})
+    )
+    for name, grad in full.items():
+        wanted = nothing[name] + 0.2865048 * (grad - nothing[name])
+        torch.testing.assert_close(ramped[name], wanted, atol=1e-6, rtol=1e-3)
+
+
+def test_a_target_that_is_only_seen_moves_the_running_statistics_alone(batch: Batch) -> None:
+    """Measured anew, both are one network: the control differs in what it averaged only."""
+    alone, seen = tiny(**OFF), tiny(**OFF, forward_target=True)
+    dark = replace(batch, pools={"target": batch.pools["target"] // 4})
+    assert uda.step(alone, dark).keys() == uda.step(seen, dark).keys() == {"dice"}
+    one, other = (s.modules["segmenter"].state_dict() for s in (alone, seen))
+    moved = {name.rsplit(".", 1)[1] for name in one if not torch.equal(one[name], other[name])}
+    assert moved == {"running_mean", "running_var", "num_batches_tracked"}
+
+
+def test_what_is_judged_is_what_ships(found: DataSet, tmp_path: Path) -> None:
+    """The best checkpoint has the target's statistics, and the loss they give; last its own."""
+    recipe = algorithm("recommended", "schedule.epochs=0", "schedule.steps=4", "schedule.batch=2",
+                       "schedule.crop_px=32", "schedule.validate_every=2",
+                       "schedule.validation=0.2", "schedule.select=loss",
+                       "method.validation_domain=target")  # fmt: skip
+    best = loop.train(recipe, uda, found, tmp_path)
+    parts = divide(found, recipe.schedule)
+    state = uda.build(recipe.config, 2)
+    checkpoint.load(tmp_path / "best", state)
+    images = [parts.samples[i] for i in parts.split.validation]
+    losses = [
+        uda.validate(
+            state, torch.from_numpy(s.image[None]).movedim(-1, 1),
+            torch.from_numpy(s.labels[None].astype(np.int64)),
+        )[0]
+        for s in images
+    ]  # fmt: skip
+    assert np.mean(losses) == pytest.approx(best.record["validation_loss"], rel=1e-5)
+    settled = {k: v.clone() for k, v in state.modules["segmenter"].state_dict().items()}
+    uda.settle(state, parts)
+    again = state.modules["segmenter"].state_dict()
+    assert all(torch.allclose(settled[k], again[k], rtol=1e-5, atol=1e-6) for k in settled)
+    last, own = uda.build(recipe.config, 2), "first.1.running_mean"
+    checkpoint.load(tmp_path / "last", last)
+    before = last.modules["segmenter"].state_dict()[own].clone()
+    uda.settle(last, parts)
+    assert not torch.allclose(before, last.modules["segmenter"].state_dict()[own])
 
 
 def test_an_epoch_passes_once_over_the_larger_set(found: DataSet, batch: Batch) -> None:
@@ -378,7 +433,7 @@ def test_the_target_can_be_normalised_as_the_source(found: DataSet) -> None:
 def test_the_deployed_graph_normalises_as_the_target(found: DataSet) -> None:
     state, parts = tiny(bn_recalibrate=True), parts_of(found)
     uda.before_step(state, parts, 0, 10)
-    uda.finish(state, parts)
+    uda.settle(state, parts)
     images = torch.from_numpy(np.stack([s.image for s in found.test]))
     scores = uda.deployed(state)(images)
     assert scores.dtype == torch.uint8
@@ -433,7 +488,7 @@ def test_batch_statistics_are_measured_anew_on_the_target(found: DataSet) -> Non
         assert isinstance(segmenter, BatchNormUNet)
         bn = segmenter.first[1]
         assert isinstance(bn, nn.BatchNorm2d)
-        uda.finish(state, parts)
+        uda.settle(state, parts)
         target = torch.from_numpy(np.stack([p.image for p in parts.pools["target"]]))
         x = uda._domains(state).normalised(target.movedim(-1, 1), uda.TARGET)
         y = segmenter.first[0](x)
@@ -441,7 +496,7 @@ def test_batch_statistics_are_measured_anew_on_the_target(found: DataSet) -> Non
         assert near == recalibrate
         assert bn.momentum == 0.1
     again = {k: v.clone() for k, v in segmenter.state_dict().items()}
-    uda.finish(state, parts)
+    uda.settle(state, parts)
     assert all(torch.equal(again[k], v) for k, v in segmenter.state_dict().items())
 
 
@@ -507,6 +562,10 @@ def test_the_papers_algorithms_ship_as_recipes(name: str, batch: Batch) -> None:
     state = uda.build(config, 2)
     assert set(state.modules) == {"segmenter", "domains", *modules}
     assert uda.pools(config) == (() if name == "source-only" else ("target",))
+    assert config.forward_target == (name == "target seen")
+    assert config.entropy_ramp == (name == "recommended")
+    if "entropy" in losses:
+        assert config.entropy_weight == (0.1 if name == "recommended" else 1)
     assert tuple(uda.step(state, batch)) == losses
     assert (config.em_form, config.em_domains, config.bn_recalibrate) == (
         ("binary", "both", True) if name == "recommended" else ("printed", "source", False)

@@ -14,8 +14,13 @@ A method module offers
     the phase. What it finds out is kept in the modules' buffers, so that a resumed run has it too.
 ``validate(state, images, labels) -> (loss, predicted labels)``
     The loss that chooses the checkpoint.
+``settle(state, parts)``, where it has one
+    Bring the batch statistics to what would ship, as by measuring them anew on clean images. The
+    loop calls it before every validation, so that what ships is what is judged; the best checkpoint
+    holds the statistics that it was judged with, and training goes on with its own (all buffers
+    are put back).
 ``finish(state, parts)``
-    Called with the best checkpoint before it is scored, as to measure batch statistics anew.
+    Called with the best checkpoint, settled as it was judged, before it is scored.
 ``paint(state, images) -> {name: pictures}``
     What else is worth looking at, for the sample sheets of a run, whose own columns are ``image``,
     ``true`` and ``predicted``.

@@ -92,6 +92,9 @@ class Config:
     adapt_features: str = "adversarial"  # paper: DE_feat; or "none", "reversal" (Ganin)
     adapt_predictions: bool = True  # paper: DE_pred
     lambda_rec: float = 1e-3  # paper
+    # Equation 2 does not say whether it is a "mean" over pixels or a "sum" over those of an image,
+    # which at 128 x 128 px is 16 in place of 1e-3 for lambda_rec; ours: mean, as DAMT-Net.
+    reconstruction_reduction: str = "mean"
     lambda_feat: float = 1e-3  # paper; with "reversal" the final strength of the reversal (ours)
     lambda_pred: float = 1e-3  # paper
     source_only_steps: float = 0.25  # share of the run; ours: 10,000 of 40,000, paper: no length
@@ -113,6 +116,7 @@ class Config:
         for name, known in (
             ("seg_loss", ("cross_entropy", "dice")),
             ("adapt_features", ("none", "adversarial", "reversal")),
+            ("reconstruction_reduction", ("mean", "sum")),
             ("norm", NORMS),
             ("feat_disc", ("fcn", "damt", "ganin")),
             ("grl_at", ("last", "bottleneck")),
@@ -294,6 +298,15 @@ def segmentation_loss(config: Config, scores: Tensor, labels: Tensor) -> Tensor:
     return 1 - (2 * both / either.clamp(min=1)).mean()
 
 
+def reconstruction_loss(config: Config, rebuilt: Tensor, images: Tensor) -> Tensor:
+    """Squared error of equation 2 of one domain's images (N, C, H, W): their mean.
+
+    Over the pixels of an image it is a mean or a sum, as ``config.reconstruction_reduction`` says.
+    """
+    error = F.mse_loss(rebuilt, images)
+    return error * images[0].numel() if config.reconstruction_reduction == "sum" else error
+
+
 def telling_loss(source: Tensor, target: Tensor) -> Tensor:
     """Loss of a discriminator, from its logits: equations 3 to 5, source is 1.
 
@@ -376,9 +389,9 @@ def _step_jointly(
     if config.reconstruct:
         rebuild = state.modules["reconstructor"]
         # Equation 2: the sum over both domains (DAMT-Net's code halves it).
-        losses["reconstruction"] = F.mse_loss(rebuild(source[2]), x) + F.mse_loss(
-            rebuild(target[2]), y
-        )
+        losses["reconstruction"] = reconstruction_loss(
+            config, rebuild(source[2]), x
+        ) + reconstruction_loss(config, rebuild(target[2]), y)
         total = total + config.lambda_rec * losses["reconstruction"]
     if config.adapt_features == "reversal":
         judged = 2 if config.judges_encoding else 1

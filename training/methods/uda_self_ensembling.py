@@ -70,6 +70,7 @@ class Config:
     CellSegUDA            0, 0, 1e-3, 1e-2
     DA-ADV                0, 0, 1e-3, 0
     source-only           0, 0, 0, 0
+    source, target seen   0, 0, 0, 0        ``forward_target=True``
     CBST                  0, 0, 0, 0        ``self_training=True``
     oracle                0, 0, 0, 0        the target's labels as the data
     ====================  ================  ===============================
@@ -78,6 +79,9 @@ class Config:
     em_form: str = "printed"  # eq. 2 prints -p log p; or "binary": what its text calls for
     em_domains: str = "source"  # eq. 2 prints the source; or "both": its text is on the target
     entropy_weight: float = 1.0  # paper, below eq. 4
+    # Paper: not ramped. At weight 1 and p about .5, where a run begins, eq. 2 has a gradient as
+    # large as Dice's and confirms what is wrong yet; True: times lambda(E), as the consistency.
+    entropy_ramp: bool = False
     consistency_domains: str = "both"  # abstract; eq. 3 and 9 print "source", which adapts nothing
     consistency_weight: float = 1.0  # paper: k of eq. 5
     stop_gradient: bool = True  # ours: Y^ is a teacher's word in eq. 3, as in the cited work
@@ -93,7 +97,9 @@ class Config:
     first_fraction: float = 0.2  # CBST: most confident pixels of each class, kept in round 1
     fraction_step: float = 0.05  # CBST: more in each further round
     max_fraction: float = 0.5  # CBST
-    bn_recalibrate: bool = False  # ours: at the end, batch statistics of the target alone
+    # Control: S sees the target's batch without a loss, so that running statistics mix both sets.
+    forward_target: bool = False
+    bn_recalibrate: bool = False  # ours: what is judged and ships has the target's statistics alone
     normalise: str = "each"  # cited code: each set by its own mean and deviation; or "source"
     validation_domain: str = "source"  # whose statistics normalise validation images; or "target"
     base_width: int = 64  # cited code: U-Net of 14.79 M parameters
@@ -138,7 +144,7 @@ class Domains(nn.Module):
     epoch_images
         Images in the larger of the two sets: an epoch passes over it once.
     steps_per_epoch
-        Known from the first step on.
+        Known from the first step on; rounded up.
     round
         Of self-training; 0 while S learns from the source alone.
     thresholds
@@ -184,8 +190,12 @@ def align_px(config: Config) -> int:
 
 
 def pools(config: Config) -> tuple[str, ...]:
-    """Images of the target, where a loss sees them."""
-    return ("target",) if _trains_on_target(config) or config.self_training else ()
+    """Images of the target, where a step sees them."""
+    return ("target",) if _sees_target(config) or config.self_training else ()
+
+
+def _sees_target(config: Config) -> bool:
+    return config.forward_target or _trains_on_target(config)
 
 
 def _trains_on_target(config: Config) -> bool:
@@ -238,6 +248,8 @@ def before_step(state: State, parts: Parts, step: int, steps: int) -> None:
     """Measure both sets before the first step; relabel the target where a round begins."""
     domains = _domains(state)
     if step == 0:
+        if "teacher" in state.modules:  # of the weights that the run starts from, whichever
+            state.modules["teacher"].load_state_dict(state.modules["segmenter"].state_dict())
         source = [parts.samples[i] for i in parts.split.train]
         target = parts.pools.get("target") or source  # source-only: normalised as itself
         like = target if state.config.normalise == "each" else source
@@ -409,10 +421,15 @@ def step(state: State, batch: Batch) -> dict[str, Tensor]:
     losses = {"dice": dice_loss(p_source, batch.labels[:, None].to(p_source.dtype))}
     total = losses["dice"]
     seen = [(source, p_source)]
+    epoch = torch.div(batch.step, domains.steps_per_epoch, rounding_mode="floor")
+    rising = ramp(config.ramp, epoch, config.ramp_epochs)
     if _trains_on_target(config):
         target = domains.normalised(batch.pools["target"], TARGET)
         p_target = state.modules["segmenter"](target).sigmoid()
         seen.append((target, p_target))
+    elif config.forward_target:
+        with torch.no_grad():
+            state.modules["segmenter"](domains.normalised(batch.pools["target"], TARGET))
     if config.lambda_adv:
         losses["discriminator"] = _step_discriminator(state, p_source, p_target)
         losses["adversarial"] = adversarial_loss(state, p_target)
@@ -424,13 +441,12 @@ def step(state: State, batch: Batch) -> dict[str, Tensor]:
         # Over both sets it is their mean, so that its weight means the same.
         of = seen if config.em_domains == "both" else seen[:1]
         losses["entropy"] = _mean([entropy_loss(p, config.em_form) for _, p in of])
-        total = total + config.entropy_weight * losses["entropy"]
+        weight = config.entropy_weight * (rising if config.entropy_ramp else 1)
+        total = total + weight * losses["entropy"]
     if config.consistency_weight:
         of = seen if config.consistency_domains == "both" else seen[:1]
         losses["consistency"] = _mean([consistency_loss(state, x, p) for x, p in of])
-        epoch = torch.div(batch.step, domains.steps_per_epoch, rounding_mode="floor")
-        weight = config.consistency_weight * ramp(config.ramp, epoch, config.ramp_epochs)
-        total = total + weight * losses["consistency"]
+        total = total + config.consistency_weight * rising * losses["consistency"]
     if config.self_training:
         losses["pseudo"] = pseudo_loss(state, batch.pools["target"])
         total = total + losses["pseudo"]
@@ -543,14 +559,14 @@ def pseudo_loss(state: State, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def finish(state: State, parts: Parts) -> None:
+def settle(state: State, parts: Parts) -> None:
     """Measure the batch statistics of S anew on the target's images, where that is configured.
 
     In training they run over both sets, and over plain and turned images; the average over whole
-    images of the target, without labels, is what S meets once it is deployed.
+    images of the target, without labels, is what S meets once it is deployed, and with which it is
+    judged.
     """
     domains = _domains(state)
-    domains.finished.fill_(1)
     if not state.config.bn_recalibrate:
         return
     segmenter = state.modules["segmenter"]
@@ -565,7 +581,12 @@ def finish(state: State, parts: Parts) -> None:
         segmenter(domains.normalised(image, TARGET))
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
-    segmenter.eval()
+
+
+def finish(state: State, parts: Parts) -> None:
+    """From here on images are normalised as in deployment; the statistics are settled."""
+    del parts
+    _domains(state).finished.fill_(1)
 
 
 def _whole(
