@@ -542,12 +542,15 @@ def no(judged: Judged) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
 @pytest.mark.parametrize("semi", [False, True], ids=["supervised", "semi-supervised"])
-def test_the_gradients_are_those_of_equation_8(batch: Batch, kind: str, semi: bool) -> None:
+@pytest.mark.parametrize("mask", ["softmax", "straight_through"])
+def test_the_gradients_are_those_of_equation_8(
+    batch: Batch, kind: str, semi: bool, mask: str
+) -> None:
     """All terms of level 0, by hand: the coarser level is frozen, its images are for S alone."""
     options: dict[str, Any] = {
         **QUIET, "lambda_rec": 0.5, "lambda_feat": 2.0, "lambda_ce": 0.7,
         "synthetic_weight": 0.3, "discriminator_learning_rate": 0.0, "generator_learning_rate": 0.0,
-        "segmenter_learning_rate": 0.0, "semi_supervised": semi,
+        "segmenter_learning_rate": 0.0, "semi_supervised": semi, "mask_for_discriminator": mask,
     }  # fmt: skip
     state = still(tiny(**options))
     m = state.modules
@@ -570,7 +573,10 @@ def test_the_gradients_are_those_of_equation_8(batch: Batch, kind: str, semi: bo
     judge = m["discriminator_0"]
     real_pair = torch.cat([x[:labelled], y[0]], dim=1)
     fake_pair = torch.cat([painted, y[0]], dim=1)
-    said_pair = torch.cat([x, scores.softmax(dim=1)], dim=1)
+    said = scores.softmax(dim=1)
+    if mask == "straight_through":
+        said = (scores == scores.amax(dim=1, keepdim=True)).float() + said - said.detach()
+    said_pair = torch.cat([x, said], dim=1)
     if kind == "generator":
         real, fake = judge(real_pair), judge(fake_pair)
         off = [
@@ -597,6 +603,61 @@ def test_the_gradients_are_those_of_equation_8(batch: Batch, kind: str, semi: bo
     assert len(seen) == len(wanted) > 5
     for a, b in zip(seen, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=1e-6)
+
+
+class JudgeOfSureness(torch.nn.Module):
+    """D that looks at how sure a mask is and at nothing else: 10 (``|y_0 - y_1|`` - 0.8).
+
+    A leaky rectifier on a convolution of the pair is enough for it.
+    """
+
+    def forward(self, pair: torch.Tensor) -> Judged:
+        return [[10 * ((pair[:, 3:4] - pair[:, 4:5]).abs() - 0.8)]]
+
+
+def test_a_discriminator_can_judge_how_sure_a_mask_is_but_not_of_straight_through_masks() -> None:
+    """One pixel of class 0: p = (.8, .2) is right and soft, p = (0, 1) is wrong and sure."""
+    judge, image = JudgeOfSureness(), torch.zeros(1, 3, 1, 1)
+    true = torch.tensor([1.0, 0.0]).reshape(1, 2, 1, 1)
+    right = torch.tensor([math.log(4), 0.0]).reshape(1, 2, 1, 1).requires_grad_(True)
+    wrong = torch.tensor([-50.0, 50.0]).reshape(1, 2, 1, 1)
+
+    def said(kind: str, scores: torch.Tensor) -> torch.Tensor:
+        shown = pyramid_gan.shown_mask(kind, scores)
+        logits: torch.Tensor = judge(torch.cat([image, shown], dim=1))[0][0]
+        return logits
+
+    # The defect: a mask that is all wrong passes as the true one does, a right one does not.
+    real = float(judge(torch.cat([image, true], dim=1))[0][0])
+    assert real == pytest.approx(2)  # 10 (1 - 0.8)
+    assert float(said("softmax", wrong)) == pytest.approx(2)
+    assert said("softmax", right).item() == pytest.approx(-2, abs=1e-5)  # 10 (0.6 - 0.8)
+    # The right mask is the true one: no D, however good, tells them apart.
+    assert torch.equal(pyramid_gan.shown_mask("straight_through", right), true)
+    assert said("straight_through", right).item() == real
+    # Yet S is moved, as by p: d logit / d s_0 = 10 (1 - -1) p_0 p_1 = 20 * .8 * .2.
+    (slope,) = torch.autograd.grad(said("straight_through", right).sum(), right)
+    torch.testing.assert_close(slope.flatten(), torch.tensor([3.2, -3.2]))
+
+
+@pytest.mark.parametrize("kind", ["softmax", "straight_through"])
+def test_the_discriminator_is_shown_masks_of_the_kind_asked_for(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    state = tiny(mask_for_discriminator=kind, lambda_ce=0.0, synthetic_weight=0.0)
+    shown: list[torch.Tensor] = []
+    original = pyramid_gan._step_discriminator
+
+    def watch(state: State, level: int, reals: torch.Tensor, fakes: Any) -> torch.Tensor:
+        shown.append(fakes[-1][1].detach())
+        return original(state, level, reals, fakes)
+
+    monkeypatch.setattr(pyramid_gan, "_step_discriminator", watch)
+    slopes = gradients(state, "segmenter_0", batch)
+    hard = bool(((shown[0] == 0) | (shown[0] == 1)).all())
+    assert hard == (kind == "straight_through")
+    torch.testing.assert_close(shown[0].sum(dim=1), torch.ones(4, 32, 32))
+    assert sum(float(g.abs().sum()) for g in slopes) > 0  # all of it through D
 
 
 def test_pairs_without_labels_join_the_true_ones_by_and_by(
@@ -673,6 +734,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "pix2pixHD": {"g_arch": "resnet", "g_downs": 2, "g_blocks": 2, "gan": "lsgan", "levels": 1,
                   "judge_segmenter": False},
     "three levels": {"levels": 3},
+    "straight through": {"mask_for_discriminator": "straight_through", "gan": "wgan-gp"},
 }  # fmt: skip
 
 
@@ -733,6 +795,7 @@ def test_comparators_of_as_many_levels_start_from_the_same_segmenters() -> None:
     ("more", "said"),
     [
         ({"g_arch": "vgg"}, "g_arch='vgg': use 'singan'"), ({"gan": "hinge"}, "gan='hinge'"),
+        ({"mask_for_discriminator": "hard"}, "use 'softmax' or 'straight_through'"),
         ({"levels": 0}, "levels=0: use 1"), ({"noise": -1.0}, "noise=-1.0: use 0"),
         ({"level_batches": "8,6"}, "level_batches='8,6': give 4 whole numbers"),
         ({"level_batches": "8,6,4,0"}, "give 4 whole numbers from 1"),

@@ -120,6 +120,7 @@ class Config:
     d_scales: int = 3  # paper
     judge_segmenter: bool = True  # paper: D judges the segmenter's pairs, equation 6
     gan: str = "bce"  # paper: log form; or "lsgan" (pix2pixHD), "wgan-gp" (SinGAN)
+    mask_for_discriminator: str = "softmax"  # paper; recommended: "straight_through", `shown_mask`
     # Losses
     rec_loss: str = "l2"  # paper, equation 3; or "l1" (pix2pix)
     lambda_rec: float = 1e-3  # paper: alpha
@@ -152,6 +153,7 @@ class Config:
             ("g_arch", ("singan", "resnet", "unet", "none")),
             ("d_arch", ("multiscale", "patch")),
             ("gan", ("bce", "lsgan", "wgan-gp")),
+            ("mask_for_discriminator", ("softmax", "straight_through")),
             ("rec_loss", ("l2", "l1")),
             ("perceptual", ("none", "vgg19")),
         ):
@@ -534,6 +536,21 @@ def adversarial_loss(kind: str, judged: Judged, *, real: bool) -> Tensor:
     return torch.stack(losses).mean()
 
 
+def shown_mask(kind: str, scores: Tensor) -> Tensor:
+    """Mask (N, K, h, w) of the segmenter's pairs, as D sees it and as S is judged by it.
+
+    With "softmax", p itself: a true mask is 0 or 1 everywhere and p never is, so that D can tell
+    the pairs apart by how sure the mask is, whatever it shows. With "straight_through" the arg-max
+    as one-hot, which only differs from a true mask where it is wrong, with the gradient of p:
+    ``hard + p - p.detach()``.
+    """
+    p = scores.softmax(dim=1)
+    if kind == "softmax":
+        return p
+    hard = F.one_hot(p.argmax(dim=1), p.shape[1]).movedim(-1, 1).to(p.dtype)
+    return hard + (p - p.detach())  # in this order it is 0 or 1 exactly
+
+
 def feature_loss(real: Judged, fake: Judged) -> Tensor:
     """Distance of D's inner maps of true and painted pairs: equation 4, pix2pixHD's factors.
 
@@ -656,7 +673,7 @@ def step(state: State, batch: Batch) -> dict[str, Tensor]:
         fakes.append((painted, seen.mask))
         above = [*above, painted.detach()]
     if config.judge_segmenter:
-        fakes.append((seen.images, scores.softmax(dim=1)))
+        fakes.append((seen.images, shown_mask(config.mask_for_discriminator, scores)))
     if config.judges:
         reals = _true_pairs(config, seen, scores, phase.progress)
         losses["discriminator"] = _step_discriminator(state, n, reals, fakes)
@@ -815,7 +832,8 @@ def _step_segmenter(
     total = config.lambda_ce * losses["segmentation"]
     if config.judge_segmenter:
         judge = state.modules[f"discriminator_{n}"].requires_grad_(False)
-        judged: Judged = judge(torch.cat([seen.images, scores.softmax(dim=1)], dim=1))
+        mask = shown_mask(config.mask_for_discriminator, scores)
+        judged: Judged = judge(torch.cat([seen.images, mask], dim=1))
         judge.requires_grad_(True)
         losses["segmenter_adversarial"] = adversarial_loss(config.gan, judged, real=True)
         total = total + losses["segmenter_adversarial"]
