@@ -297,6 +297,70 @@ def test_painted_pairs_are_withheld_from_the_segmenter_at_first() -> None:
     assert [value > 0 for value in said] == [False, False, True, True] * 2
 
 
+class Painter(torch.nn.Module):
+    """Paints mean + share (x - mean) for the images that it was given, whatever the mask."""
+
+    def __init__(self, images: torch.Tensor, share: float) -> None:
+        super().__init__()
+        self.x, self.share = images, torch.nn.Parameter(torch.tensor(share))
+
+    def forward(self, *_: torch.Tensor) -> torch.Tensor:
+        mean = self.x.mean((0, 2, 3), keepdim=True)
+        return mean + self.share * (self.x - mean)
+
+
+@pytest.mark.parametrize(
+    ("share", "error", "admitted"),
+    [(0.0, 1, False), (0.25, 0.75, False), (0.35, 0.65, True), (1.0, 0, True)],
+)
+def test_painted_pairs_are_admitted_by_their_quality(
+    batch: Batch, share: float, error: float, admitted: bool
+) -> None:
+    """The RMSE of mean + a (x - mean) is 1 - a deviations; a constant has 1."""
+    state = tiny(synthetic_rule="quality", synthetic_from=0.0)
+    before = pyramid_gan.step(state, batch)  # an untrained painter, at the end of the level
+    assert float(before["painting_error"]) > 0.7
+    assert float(before["synthetic"]) == 0
+    state.modules["progress"].forget()  # type: ignore[operator]
+    state.modules["generator_0"] = Painter(batch.images / 127.5 - 1, share)
+    said = pyramid_gan.step(state, replace(batch, step=4))  # at the begin of the level
+    assert float(said["painting_error"]) == pytest.approx(error, abs=1e-4)
+    assert (float(said["synthetic"]) > 0) == admitted
+
+
+def test_the_error_of_paintings_is_a_running_mean_that_begins_anew_with_each_level() -> None:
+    run = pyramid_gan.Progress(2, 2, 1)
+    bright, dark = torch.full((1, 1, 2, 2), 1.0), torch.full((1, 1, 2, 2), -1.0)
+    run.see(torch.zeros(1, 1, 2, 2), bright)
+    run.see(torch.zeros(1, 1, 2, 2), dark)
+    assert run.painting_error().item() == pytest.approx(1)  # the images deviate by 1 from 0
+    run.see(bright, bright)
+    run.see(dark, dark)
+    assert run.painting_error().item() == pytest.approx(math.sqrt(0.5))
+    for _ in range(200):  # long ago does not count
+        run.see(bright, bright)
+        run.see(dark, dark)
+    assert run.painting_error().item() < 0.2
+    state = tiny(synthetic_rule="quality")
+    measured = state.modules["progress"]
+    parts = parts_of(synthetic.colored_regions(4, 1, side_px=32))
+    pyramid_gan.before_step(state, parts, 0, STEPS)
+    pyramid_gan.step(state, batch_of(2, 32, step=0))
+    for step, wanted in ((1, 1), (4, 0)):
+        pyramid_gan.before_step(state, parts, step, STEPS)
+        assert int(measured.paintings) == wanted  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_without_the_estimate_of_the_paintings_still_loads() -> None:
+    run, other = pyramid_gan.Progress(2, 2, 3), pyramid_gan.Progress(2, 2, 3)
+    other.amplitudes[0] = 0.25
+    old = {name: other.state_dict()[name] for name in ("level", "amplitudes")}
+    run.load_state_dict(old)
+    assert run.amplitudes.tolist() == [0.25, 1]
+    with pytest.raises(RuntimeError, match="amplitudes"):
+        run.load_state_dict({"level": old["level"]})
+
+
 def parts_of(found: DataSet, **more: Any) -> Parts:
     return divide(found, Schedule(validation=0.25, **more))
 
@@ -734,6 +798,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "pix2pixHD": {"g_arch": "resnet", "g_downs": 2, "g_blocks": 2, "gan": "lsgan", "levels": 1,
                   "judge_segmenter": False},
     "three levels": {"levels": 3},
+    "admitted by quality": {"synthetic_rule": "quality", "synthetic_quality": 9.0},
     "straight through": {"mask_for_discriminator": "straight_through", "gan": "wgan-gp"},
 }  # fmt: skip
 
@@ -749,6 +814,7 @@ def test_every_switch_trains(name: str) -> None:
     wanted |= {"generator_0"} if config.paints else set()
     wanted |= {"discriminator_0"} if config.judges else set()
     wanted |= {"teacher"} if config.lambda_consistency else set()
+    wanted |= {"progress"} if config.synthetic_rule == "quality" else set()
     assert moved == wanted
     assert list(early) == list(late)  # the columns of the log
     assert all(math.isfinite(float(v)) and not v.requires_grad for v in late.values())
@@ -804,6 +870,7 @@ def test_comparators_of_as_many_levels_start_from_the_same_segmenters() -> None:
         ({"d_arch": "patch"}, "set lambda_feat=0"),
         ({"semi_supervised": True, "judge_segmenter": False}, "set judge_segmenter"),
         ({"perceptual": "vgg19"}, "needs vgg_weights=PATH"),
+        ({"synthetic_rule": "all"}, "use 'epochs' or 'quality'"),
         ({"synthetic_from": 1.5}, "synthetic_from=1.5: a share"),
         ({"pseudo_positives": 0.6}, "use 0 to 0.5"), ({"dropout": 1.0}, "dropout=1.0"),
         ({"pseudo_from": 0.5, "pseudo_to": 0.2}, "pseudo_from <= pseudo_to"),

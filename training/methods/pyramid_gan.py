@@ -32,7 +32,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -65,6 +65,7 @@ from histostream.training.networks.vgg import VGG19Features
 if TYPE_CHECKING:
     from histostream.training.batches import Parts
 
+REMEMBERED = 100  # steps that the running estimate of the paintings' error is about
 MEASURED = 64  # training images, at most, over which the amplitude of the noise is measured
 PENALTY = 0.1  # weight of WGAN-GP's gradient penalty; SinGAN
 VGG_WEIGHTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0)  # of relu1_1 to relu5_1; pix2pixHD
@@ -130,7 +131,9 @@ class Config:
     vgg_weights: str = ""  # path of torchvision's vgg19, .safetensors or .pth
     lambda_ce: float = 1.0  # paper: alpha'
     synthetic_weight: float = 0.03  # paper: of the cross-entropy on painted images; 0: none
+    synthetic_rule: str = "epochs"  # paper; recommended: "quality", of the paintings
     synthetic_from: float = 0.5  # paper: after 100 epochs of 200, the same for all levels here
+    synthetic_quality: float = 0.7  # ours: RMSE of paintings, in deviations of the images, at most
     # Semi-supervised, Algorithm 3
     semi_supervised: bool = False
     pseudo_positives: float = 0.5  # ours: final share of S's own pairs among D's true ones
@@ -155,6 +158,7 @@ class Config:
             ("gan", ("bce", "lsgan", "wgan-gp")),
             ("mask_for_discriminator", ("softmax", "straight_through")),
             ("rec_loss", ("l2", "l1")),
+            ("synthetic_rule", ("epochs", "quality")),
             ("perceptual", ("none", "vgg19")),
         ):
             value = getattr(self, name)
@@ -167,8 +171,8 @@ class Config:
                 raise ValueError(f"{name}={getattr(self, name)}: use 1 or more")
         for name in (
             "g_downs", "g_blocks", "noise", "segmenter_noise", "poolings", "lambda_rec",
-            "lambda_feat", "lambda_perc", "lambda_ce", "synthetic_weight", "lambda_consistency",
-            "consistency_noise",
+            "lambda_feat", "lambda_perc", "lambda_ce", "synthetic_weight", "synthetic_quality",
+            "lambda_consistency", "consistency_noise",
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: use 0 or more")
@@ -325,10 +329,19 @@ class Progress(nn.Module):
         (levels,) of the noise of each, level 0 first; 1 at the coarsest, measured at the others.
     classes, channels
         Of the masks and of the images.
+    paintings
+        Steps of the level that the next two are running means of.
+    painted_square
+        Mean square of painted minus true images.
+    grey
+        (2, channels) mean and mean square of the true images.
     """
 
     level: Tensor
     amplitudes: Tensor
+    paintings: Tensor
+    painted_square: Tensor
+    grey: Tensor
 
     def __init__(self, levels: int, classes: int, channels: int) -> None:
         super().__init__()
@@ -337,6 +350,41 @@ class Progress(nn.Module):
         amplitudes[-1] = 1
         self.register_buffer("level", torch.tensor(levels - 1))
         self.register_buffer("amplitudes", amplitudes)
+        self.register_buffer("paintings", torch.tensor(0))
+        self.register_buffer("painted_square", torch.tensor(0.0))
+        self.register_buffer("grey", torch.zeros(2, channels))
+
+    def forget(self) -> None:
+        """Begin the running means anew."""
+        self.paintings.zero_()
+
+    @torch.no_grad()
+    def see(self, painted: Tensor, images: Tensor) -> None:
+        """Take paintings and the true images of the same masks, (N, C, h, w), into the means.
+
+        They are plain means of the first `REMEMBERED` steps, then exponential ones.
+        """
+        self.paintings.add_(1)
+        share = 1 / min(int(self.paintings), REMEMBERED)
+        square = ((painted - images) ** 2).mean()
+        grey = torch.stack([images.mean((0, 2, 3)), (images**2).mean((0, 2, 3))])
+        self.painted_square.copy_(torch.lerp(self.painted_square, square, share))
+        self.grey.copy_(torch.lerp(self.grey, grey, share))
+
+    def painting_error(self) -> Tensor:
+        """Return the RMSE of the paintings in standard deviations of the images.
+
+        1 is what a constant reaches, the mean colour of all images; 0 are the images themselves.
+        """
+        mean, square = self.grey
+        variance = (square - mean**2).mean().clamp(min=SMALLEST)
+        return (self.painted_square / variance).sqrt()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *more: Any) -> None:
+        # Checkpoints of before there was an estimate have none.
+        for name in ("paintings", "painted_square", "grey"):
+            state_dict.setdefault(prefix + name, getattr(self, name))
+        super()._load_from_state_dict(state_dict, prefix, *more)
 
 
 def build(config: Config, classes: int, channels: int = 3) -> State:
@@ -408,6 +456,7 @@ def before_step(state: State, parts: Parts, step: int, steps: int) -> None:
         return
     run = _progress(state)
     run.level.fill_(phase.level)
+    run.forget()
     if config.paints and phase.level < config.levels - 1:
         samples = [parts.samples[i] for i in parts.split.train]
         run.amplitudes[phase.level] = config.noise * painting_error(state, samples, phase.level)
@@ -649,7 +698,7 @@ def step(state: State, batch: Batch) -> dict[str, Tensor]:
     The losses, without their weights, all from the first step on (0 until they are used):
     ``segmentation``, and as far as they are on ``synthetic``, ``segmenter_adversarial``,
     ``consistency``, ``generator_adversarial``, ``reconstruction``, ``features``, ``perceptual``
-    and ``discriminator``.
+    and ``discriminator``; and ``painting_error`` where it decides what the segmenter sees.
 
     Raises
     ------
@@ -672,6 +721,9 @@ def step(state: State, batch: Batch) -> dict[str, Tensor]:
         painted = state.modules[f"generator_{n}"](seen.mask, noise, coarser)
         fakes.append((painted, seen.mask))
         above = [*above, painted.detach()]
+        if _measures_paintings(config):
+            _progress(state).see(painted.detach(), seen.images[: seen.labelled])
+            losses["painting_error"] = _progress(state).painting_error()
     if config.judge_segmenter:
         fakes.append((seen.images, shown_mask(config.mask_for_discriminator, scores)))
     if config.judges:
@@ -684,10 +736,23 @@ def step(state: State, batch: Batch) -> dict[str, Tensor]:
     return {name: losses.get(name, nothing).detach() for name in _loss_names(config)}
 
 
+def _measures_paintings(config: Config) -> bool:
+    return config.paints and config.synthetic_weight > 0 and config.synthetic_rule == "quality"
+
+
+def _admits_paintings(state: State, phase: Phase) -> bool:
+    """Whether S is to learn from painted images: by the share of the steps, or by their quality."""
+    config: Config = state.config
+    if config.synthetic_rule == "quality":
+        return bool(_progress(state).painting_error() < config.synthetic_quality)
+    return phase.progress >= config.synthetic_from
+
+
 def _loss_names(config: Config) -> list[str]:
     used = {
         "segmentation": True,
         "synthetic": config.paints and config.synthetic_weight > 0,
+        "painting_error": _measures_paintings(config),
         "segmenter_adversarial": config.judge_segmenter,
         "consistency": config.lambda_consistency > 0,
         "generator_adversarial": config.paints,
@@ -837,7 +902,7 @@ def _step_segmenter(
         judge.requires_grad_(True)
         losses["segmenter_adversarial"] = adversarial_loss(config.gan, judged, real=True)
         total = total + losses["segmenter_adversarial"]
-    if painted and config.synthetic_weight and phase.progress >= config.synthetic_from:
+    if painted and config.synthetic_weight and _admits_paintings(state, phase):
         coarser = _segmented_above(state, painted, n)
         found = _segment(state, n, painted[-1], coarser, config.segmenter_noise)
         losses["synthetic"] = cross_entropy(found, seen.truth)
