@@ -297,6 +297,90 @@ def test_painted_pairs_are_withheld_from_the_segmenter_at_first() -> None:
     assert [value > 0 for value in said] == [False, False, True, True] * 2
 
 
+def running(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in weights(module).items() if "running" in name}
+
+
+@pytest.mark.parametrize("moved_by_painted", [True, False])
+def test_painted_images_move_the_batch_statistics_only_where_they_are_to(
+    batch: Batch, moved_by_painted: bool
+) -> None:
+    """With weight 0 no painted image is seen: the statistics are those of the true ones."""
+    still_: dict[str, Any] = {**QUIET, "segmenter_learning_rate": 0.0}
+    alone, both = (
+        tiny(**still_, synthetic_weight=0.0),
+        tiny(**still_, synthetic_weight=0.5, painted_statistics=moved_by_painted),
+    )
+    for state in (alone, both):
+        pyramid_gan.step(state, batch)
+    one, two = running(alone.modules["segmenter_0"]), running(both.modules["segmenter_0"])
+    assert all(torch.equal(one[name], two[name]) for name in one) != moved_by_painted
+    # Later passes, of true images, move them still.
+    pyramid_gan.step(both, batch)
+    later = running(both.modules["segmenter_0"])
+    assert any(not torch.equal(two[name], later[name]) for name in two)
+
+
+def test_statistics_of_a_level_are_measured_anew_on_clean_images_before_it_is_frozen() -> None:
+    """The first normalisation by hand: mean and variance of the first maps, of 6 and of 2 images.
+
+    The images have two sizes, those of one are measured together, and noise and dropout are off.
+    """
+    torch.manual_seed(0)
+    large = synthetic.colored_regions(6, 1, side_px=32)
+    small = synthetic.colored_regions(2, 1, side_px=24, seed=1)
+    renamed = tuple(replace(s, name=f"small {s.name}") for s in small.train)  # type: ignore[type-var]
+    parts = divide(replace(large, train=(*large.train, *renamed)), Schedule(validation=0.1))
+    state = tiny(reestimate=True, dropout=0.5, segmenter_noise=3.0)
+    segmenter = state.modules["segmenter_1"]
+    for step in range(4):
+        pyramid_gan.before_step(state, parts, step, STEPS)
+        pyramid_gan.step(state, batch_of(2, 32, step=step))
+    gathered, learned_ = running(segmenter), [p.clone() for p in segmenter.parameters()]
+    pyramid_gan.before_step(state, parts, 4, STEPS)
+    assert all(torch.equal(a, b) for a, b in zip(learned_, segmenter.parameters(), strict=True))
+    first = segmenter.down[0].layers[0][0]  # type: ignore[index, union-attr]
+    batches: dict[int, list[torch.Tensor]] = {}
+    for i in parts.split.train:
+        x = torch.from_numpy(parts.samples[i].image.copy()).permute(2, 0, 1)[None] / 127.5 - 1
+        batches.setdefault(x.shape[-1], []).append(F.avg_pool2d(x, 2))
+    means, variances = [], []
+    for same in batches.values():
+        for some in torch.cat(same).tensor_split(-(-len(same) // 4)):
+            with torch.no_grad():
+                maps = segmenter.first(F.pad(some, (0, 0, 0, 0, 0, 2)))  # type: ignore[operator]
+            means.append(maps.mean((0, 2, 3)))
+            variances.append(maps.var((0, 2, 3)))
+    torch.testing.assert_close(first.running_mean, torch.stack(means).mean(dim=0))
+    torch.testing.assert_close(first.running_var, torch.stack(variances).mean(dim=0))
+    now = running(segmenter)
+    assert all(not torch.equal(gathered[name], now[name]) for name in now)
+    assert first.momentum == 0.1
+    # Nothing is random in it, and the level is frozen with what was measured.
+    pyramid_gan.reestimate(state, parts, 1)
+    pyramid_gan.step(state, batch_of(2, 32, step=4))
+    assert all(torch.equal(value, running(segmenter)[name]) for name, value in now.items())
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_what_ships_has_the_statistics_that_were_measured(on: bool) -> None:
+    parts = parts_of(synthetic.colored_regions(4, 1, side_px=32))
+    state = tiny(reestimate=on)
+    for step in (0, 4):
+        pyramid_gan.before_step(state, parts, step, STEPS)
+    pyramid_gan.step(state, batch_of(4, 32, step=4))
+    before = {n: running(m) for n, m in state.modules.items() if n.startswith("segmenter")}
+    pyramid_gan.settle(state, parts)
+    settled = {n: running(m) for n, m in state.modules.items() if n.startswith("segmenter")}
+    same = {n for n in before if all(torch.equal(before[n][k], settled[n][k]) for k in before[n])}
+    assert same == ({"segmenter_1"} if on else {"segmenter_0", "segmenter_1"})
+    pyramid_gan.finish(state, parts)  # once more is the same
+    assert all(
+        torch.equal(value, running(state.modules["segmenter_0"])[name])
+        for name, value in settled["segmenter_0"].items()
+    )
+
+
 class Painter(torch.nn.Module):
     """Paints mean + share (x - mean) for the images that it was given, whatever the mask."""
 
@@ -799,6 +883,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
                   "judge_segmenter": False},
     "three levels": {"levels": 3},
     "admitted by quality": {"synthetic_rule": "quality", "synthetic_quality": 9.0},
+    "clean statistics": {"reestimate": True, "painted_statistics": False},
     "straight through": {"mask_for_discriminator": "straight_through", "gan": "wgan-gp"},
 }  # fmt: skip
 

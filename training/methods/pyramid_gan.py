@@ -28,7 +28,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -37,6 +38,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from histostream.training import compute
@@ -66,7 +68,8 @@ if TYPE_CHECKING:
     from histostream.training.batches import Parts
 
 REMEMBERED = 100  # steps that the running estimate of the paintings' error is about
-MEASURED = 64  # training images, at most, over which the amplitude of the noise is measured
+MEASURED = 64  # training images, at most, over which noise and batch statistics are measured
+MIXED = 4  # whole images in a batch whose statistics are measured; the paper's finest level
 PENALTY = 0.1  # weight of WGAN-GP's gradient penalty; SinGAN
 VGG_WEIGHTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0)  # of relu1_1 to relu5_1; pix2pixHD
 SMALLEST = 1e-7  # probability whose logarithm is taken
@@ -115,6 +118,8 @@ class Config:
     dropout: float = 0.2
     poolings: int = 3  # what gives 42 layers and 0.966 M parameters
     segmenter_noise: float = 0.1  # ours: z_n of equation 5, standard deviation, in training
+    painted_statistics: bool = True  # painted images move S's batch statistics; recommended: False
+    reestimate: bool = False  # recommended: True, batch statistics of clean images are frozen
     # Discriminator
     d_arch: str = "multiscale"  # paper: as pix2pixHD; or "patch" (pix2pix)
     d_width: int = 64  # pix2pixHD
@@ -378,7 +383,8 @@ class Progress(nn.Module):
         """
         mean, square = self.grey
         variance = (square - mean**2).mean().clamp(min=SMALLEST)
-        return (self.painted_square / variance).sqrt()
+        error: Tensor = (self.painted_square / variance).sqrt()
+        return error
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *more: Any) -> None:
         # Checkpoints of before there was an estimate have none.
@@ -455,6 +461,8 @@ def before_step(state: State, parts: Parts, step: int, steps: int) -> None:
     if not phase.first:
         return
     run = _progress(state)
+    if config.reestimate and phase.level < config.levels - 1:
+        reestimate(state, parts, phase.level + 1)
     run.level.fill_(phase.level)
     run.forget()
     if config.paints and phase.level < config.levels - 1:
@@ -472,10 +480,8 @@ def painting_error(state: State, samples: Sequence[Sample], level: int) -> float
     SinGAN's rule: the noise of a level is in proportion to what is left for it to paint.
     """
     config, run = state.config, _progress(state)
-    places = np.linspace(0, len(samples) - 1, min(MEASURED, len(samples))).round()
     squares, values = 0.0, 0
-    for place in places:
-        sample = samples[int(place)]
+    for sample in _chosen(samples):
         image, labels = padded(sample.image, sample.labels, align_px(config))
         nchw = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)[None]))
         wanted = halved(_scaled(nchw.to(run.amplitudes.device)), level + 1)[level]
@@ -486,8 +492,84 @@ def painting_error(state: State, samples: Sequence[Sample], level: int) -> float
     return math.sqrt(squares / values)
 
 
+def settle(state: State, parts: Parts) -> None:
+    """Measure the batch statistics of the level in training anew, as before it is frozen."""
+    if state.config.reestimate:
+        reestimate(state, parts, finest_level(state))
+
+
 def finish(state: State, parts: Parts) -> None:
-    """Nothing is measured at the end."""
+    """Deploy what was judged."""
+    settle(state, parts)
+
+
+@torch.no_grad()
+def reestimate(state: State, parts: Parts, level: int) -> None:
+    """Measure the batch statistics of S_n on clean training images: no noise, no dropout.
+
+    What training gathers is of images with noise, of maps with dropout and of painted images, and
+    lags behind the weights. In their place comes the plain mean over batches of whole images as
+    they will be segmented, up to 64 evenly chosen ones.
+
+    Parameters
+    ----------
+    state
+        Of the model; the levels above n are finished.
+    parts
+        The data; the training images are measured.
+    level
+        n.
+    """
+    config: Config = state.config
+    segmenter = state.modules[f"segmenter_{level}"]
+    layers = [m for m in segmenter.modules() if isinstance(m, nn.BatchNorm2d)]
+    momenta, training = [layer.momentum for layer in layers], segmenter.training
+    segmenter.eval()
+    for layer in layers:
+        layer.train()
+        layer.reset_running_stats()
+        layer.momentum = None  # the plain mean over all that comes
+    device = _progress(state).amplitudes.device
+    for images in _batched_whole(parts, align_px(config), MIXED):
+        shown = halved(_scaled(images.to(device)), config.levels)
+        _segment(state, level, shown[level], _segmented_above(state, shown[::-1], level), 0.0)
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+    segmenter.train(training)
+
+
+def _batched_whole(parts: Parts, align: int, most: int) -> Iterator[Tensor]:
+    """Yield training images, (m, C, H, W) uint8; those of one size together, up to ``most``.
+
+    Several at a time, since the variance of a batch is to be that between images, too.
+    """
+    sizes: dict[tuple[int, ...], list[NDArray[np.uint8]]] = {}
+    for sample in _chosen([parts.samples[i] for i in parts.split.train]):
+        image = padded(sample.image, sample.labels, align)[0]
+        sizes.setdefault(image.shape, []).append(image.transpose(2, 0, 1))
+    for images in sizes.values():
+        # Batches as equal as can be: all count alike in the mean.
+        for some in np.array_split(np.stack(images), -(-len(images) // most)):
+            yield torch.from_numpy(np.ascontiguousarray(some))
+
+
+def _chosen(samples: Sequence[Sample]) -> list[Sample]:
+    """Return up to 64 samples, evenly chosen."""
+    places = np.linspace(0, len(samples) - 1, min(MEASURED, len(samples))).round()
+    return [samples[int(place)] for place in places]
+
+
+@contextmanager
+def _statistics(network: nn.Module, *, move: bool) -> Iterator[None]:
+    """Let a pass in training move the running means of batch normalisation, or not."""
+    layers = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    for layer in layers:
+        layer.track_running_stats = move
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True
 
 
 # ----------------------------------------------------------------------------- levels
@@ -904,7 +986,8 @@ def _step_segmenter(
         total = total + losses["segmenter_adversarial"]
     if painted and config.synthetic_weight and _admits_paintings(state, phase):
         coarser = _segmented_above(state, painted, n)
-        found = _segment(state, n, painted[-1], coarser, config.segmenter_noise)
+        with _statistics(state.modules[f"segmenter_{n}"], move=config.painted_statistics):
+            found = _segment(state, n, painted[-1], coarser, config.segmenter_noise)
         losses["synthetic"] = cross_entropy(found, seen.truth)
         total = total + config.synthetic_weight * losses["synthetic"]
     if config.lambda_consistency:
