@@ -44,7 +44,8 @@ def divide(found: DataSet, schedule: Schedule) -> Parts:
     """Divide a data set as a schedule says.
 
     With ``schedule.folds`` all images are divided anew; with a share ``schedule.test`` too; else an
-    official test part is the test part. An official validation part is kept in the last case. With
+    official test part is the test part. An official validation part is kept in the last case; no
+    other image is held back with ``schedule.validation=0`` where the last checkpoint counts. With
     ``schedule.labelled`` below 1, some of the images to train on lose their labels to the pool
     "unlabelled".
 
@@ -54,6 +55,11 @@ def divide(found: DataSet, schedule: Schedule) -> Parts:
         If a part would be empty.
     """
     parts = _divided(found, schedule)
+    if schedule.select == "last" and not schedule.validation and not found.validation:
+        # Nothing is chosen: the group that validation has at least trains, too.
+        split = parts.split
+        train = tuple(sorted((*split.train, *split.validation)))
+        parts = replace(parts, split=replace(split, train=train, validation=()))
     return parts if schedule.labelled == 1 else _with_fewer_labels(parts, schedule)
 
 

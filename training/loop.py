@@ -203,12 +203,15 @@ class _Trainer:
                     validated = self._validate(done)
                     if (value := self._rank(*validated, done)) < best:
                         best = value
-                        self._save("best", done, validation_loss=validated[0])
+                        known = validated[0] if self._parts.split.validation else None
+                        self._save("best", done, validation_loss=known)
                 if lead and (validated or stop):
                     seconds = time.perf_counter() - clock
                     self._save("last", done, lowest=best, seconds=seconds)
                 seconds = time.perf_counter() - clock
                 loss, dice = validated or (None, None)
+                if not self._parts.split.validation:
+                    loss = dice = None
                 progress = Progress(done, self._steps, losses, loss, dice, seconds)
                 log(progress)
                 report(progress)
@@ -256,6 +259,8 @@ class _Trainer:
 
     def _validate(self, step: int) -> tuple[float, float]:
         """Return the loss and the mean Dice of the validation images; leave a sheet of samples."""
+        if not self._parts.split.validation:
+            return math.nan, math.nan  # the last checkpoint counts
         losses, confusion = [], Confusion(len(self._classes))
         rows: list[pictures.Pictures] = []
         for images, labels, truth in self._whole(self._parts.split.validation):
@@ -289,7 +294,10 @@ class _Trainer:
         return {**row, **more}
 
     def _rank(self, loss: float, dice: float, step: int) -> float:
-        """Return what the best checkpoint has the lowest of."""
+        """Return what the best checkpoint has the lowest of; inf where it may not be this one."""
+        eligible = getattr(self._method, "eligible", None)
+        if eligible is not None and not eligible(self._recipe.config, step, self._steps):
+            return math.inf
         select = self._schedule.select
         return loss if select == "loss" else -dice if select == "dice" else -step
 

@@ -32,7 +32,8 @@ class Schedule:
         The checkpoint that is kept as best: the one with the lowest validation "loss", with the
         highest mean "dice" of the classes on the validation images, or the "last".
     validation, test
-        Shares of the images held back for choosing the checkpoint, and for the final score.
+        Shares of the images held back for choosing the checkpoint, and for the final score. With
+        ``select="last"`` a validation share of 0 holds none back; else one group is, at least.
         Without a test share, a set's official test part is the test part.
     labelled
         Share of the training images that keep their labels, drawn by the seed, whole groups at a

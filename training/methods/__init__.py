@@ -14,6 +14,8 @@ A method module offers
     the phase. What it finds out is kept in the modules' buffers, so that a resumed run has it too.
 ``validate(state, images, labels) -> (loss, predicted labels)``
     The loss that chooses the checkpoint.
+``eligible(config, done, steps) -> bool``, where it has one
+    Whether the best checkpoint may be that after ``done`` of ``steps`` steps.
 ``finish(state, parts)``
     Called with the best checkpoint before it is scored, as to measure batch statistics anew.
 ``paint(state, images) -> {name: pictures}``
