@@ -381,6 +381,29 @@ def test_what_ships_has_the_statistics_that_were_measured(on: bool) -> None:
     )
 
 
+@pytest.mark.parametrize("kind", ["none", "cosine", "poly"])
+def test_rates_fall_within_each_level_alone(kind: str) -> None:
+    parts = parts_of(synthetic.colored_regions(4, 1, side_px=32))
+    state = tiny(level_decay=kind)
+    for optimizer in state.optimizers.values():
+        optimizer.param_groups[0]["initial_lr"] = optimizer.param_groups[0]["lr"]
+    fall: list[float] = {
+        "none": [1, 1, 1, 1],
+        "cosine": [1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125)],
+        "poly": [1, 0.75**0.9, 0.5**0.9, 0.25**0.9],
+    }[kind]
+    for step in range(STEPS):
+        set_rates(state.optimizers, 0.5)  # of the schedule
+        pyramid_gan.before_step(state, parts, step, STEPS)
+        level = 1 - step // 4
+        for name, base in (("segmenter", 5e-4), ("generator", 1e-4), ("discriminator", 5e-4)):
+            rate, other = (
+                state.optimizers[f"{name}_{n}"].param_groups[0]["lr"] for n in (level, 1 - level)
+            )
+            assert rate == pytest.approx(0.5 * base * fall[step % 4])
+            assert other == 0.5 * base
+
+
 class Painter(torch.nn.Module):
     """Paints mean + share (x - mean) for the images that it was given, whatever the mask."""
 
@@ -947,6 +970,7 @@ def test_comparators_of_as_many_levels_start_from_the_same_segmenters() -> None:
     [
         ({"g_arch": "vgg"}, "g_arch='vgg': use 'singan'"), ({"gan": "hinge"}, "gan='hinge'"),
         ({"mask_for_discriminator": "hard"}, "use 'softmax' or 'straight_through'"),
+        ({"level_decay": "step"}, "use 'none' or 'cosine' or 'poly'"),
         ({"levels": 0}, "levels=0: use 1"), ({"noise": -1.0}, "noise=-1.0: use 0"),
         ({"level_batches": "8,6"}, "level_batches='8,6': give 4 whole numbers"),
         ({"level_batches": "8,6,4,0"}, "give 4 whole numbers from 1"),
@@ -1101,6 +1125,46 @@ def test_a_killed_run_goes_on_as_if_it_never_stopped(
             assert 0 < float(one["progress.amplitudes"][0]) < 0.5
     rows = logged(tmp_path / "broken")
     assert [row["step"] for row in rows] == [str(i) for i in range(1, 9)]
+
+
+@pytest.mark.parametrize("select", ["loss", "dice", "last"])
+def test_the_best_checkpoint_is_one_of_the_finest_level(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, select: str
+) -> None:
+    """Steps 1 to 4 are of the coarser level, whose scores here are the best of all."""
+    found = synthetic.colored_regions(6, 2, side_px=32)
+    values = iter([0.1, 0.2, 0.3, 0.4, 0.9, 0.6, 0.7, 0.8])
+
+    def judged(state: State, images: torch.Tensor, labels: torch.Tensor) -> Any:
+        value = next(values, 1.0)
+        kept = torch.arange(labels.numel()).reshape(labels.shape) >= value * labels.numel()
+        return value, torch.where(kept, labels, 1 - labels)
+
+    monkeypatch.setattr(pyramid_gan, "validate", judged)
+    settings = (*TINY, f"schedule.select={select}", "schedule.validate_every=1",
+                "schedule.validation=0.01")  # fmt: skip
+    best = loop.train(read(settings=settings), pyramid_gan, found, tmp_path)
+    assert best.step == (8 if select == "last" else 6)
+    assert int(weights_of(tmp_path, "best")["progress.level"]) == 0
+
+
+def test_no_image_is_held_back_where_the_last_checkpoint_counts(tmp_path: Path) -> None:
+    found = synthetic.colored_regions(6, 2, side_px=32)
+    recipe = read(settings=(*TINY, "schedule.validation=0"))
+    assert recipe.schedule.select == read().schedule.select == "last"
+    assert read().schedule.validation == 0
+    best = loop.train(recipe, pyramid_gan, found, tmp_path)
+    assert best.step == 8
+    assert best.record["images"] == {"train": 6, "validation": 0, "test": 2}
+    assert set(best.record["scores"]) == {"test"}
+    assert best.record["validation_loss"] is None
+    assert {row["validation_loss"] for row in logged(tmp_path)} == {""}
+    # Where one is chosen, a group is held back, whatever the share; an official part stays.
+    chosen = divide(found, replace(recipe.schedule, select="dice"))
+    assert len(chosen.split.validation) == 1
+    official = divide(replace(found, validation=found.test[:1], test=found.test[1:]),
+                      recipe.schedule)  # fmt: skip
+    assert [len(part) for part in (official.split.train, official.split.validation)] == [6, 1]
 
 
 def test_a_run_needs_images_without_labels_only_where_it_says_so() -> None:

@@ -63,6 +63,7 @@ from histostream.training.networks.pyramid import (
 )
 from histostream.training.networks.vgg import STRIDE_PX as VGG_STRIDE_PX
 from histostream.training.networks.vgg import VGG19Features
+from histostream.training.schedule import DECAYS, Schedule
 
 if TYPE_CHECKING:
     from histostream.training.batches import Parts
@@ -153,6 +154,7 @@ class Config:
     generator_learning_rate: float = 1e-4  # paper
     segmenter_learning_rate: float = 5e-4  # paper
     discriminator_learning_rate: float = 5e-4  # paper
+    level_decay: str = "none"  # paper: says none; "cosine", "poly": rates fall to 0 in each level
     beta1: float = 0.5  # paper
     beta2: float = 0.999  # paper
 
@@ -165,6 +167,7 @@ class Config:
             ("rec_loss", ("l2", "l1")),
             ("synthetic_rule", ("epochs", "quality")),
             ("perceptual", ("none", "vgg19")),
+            ("level_decay", DECAYS),
         ):
             value = getattr(self, name)
             if value not in known:
@@ -292,15 +295,23 @@ class Phase:
     ----------
     level
         That is being trained.
-    progress
-        Share of the level's steps that are done.
-    first
-        Whether this is the level's first step.
+    done, steps
+        Of the level.
     """
 
     level: int
-    progress: float
-    first: bool
+    done: int
+    steps: int
+
+    @property
+    def progress(self) -> float:
+        """Share of the level's steps that are done."""
+        return self.done / self.steps
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the level's first step."""
+        return self.done == 0
 
 
 def phase_at(config: Config, step: int, steps: int) -> Phase:
@@ -319,8 +330,12 @@ def phase_at(config: Config, step: int, steps: int) -> Phase:
             f"set it higher, there are {config.levels} levels"
         )
     i = next(i for i, end in enumerate(ends) if step < end)
-    done = step - starts[i]
-    return Phase(config.levels - 1 - i, done / (ends[i] - starts[i]), done == 0)
+    return Phase(config.levels - 1 - i, step - starts[i], ends[i] - starts[i])
+
+
+def eligible(config: Config, done: int, steps: int) -> bool:
+    """Whether the best checkpoint may be of this moment: only one of all levels is a pyramid."""
+    return phase_at(config, done - 1, steps).level == 0
 
 
 class Progress(nn.Module):
@@ -458,6 +473,7 @@ def before_step(state: State, parts: Parts, step: int, steps: int) -> None:
     if isinstance(vgg, VGG19Features) and not vgg.ready:
         vgg.read(Path(config.vgg_weights).expanduser())
     phase = phase_at(config, step, steps)
+    _decay(state, phase)
     if not phase.first:
         return
     run = _progress(state)
@@ -471,6 +487,17 @@ def before_step(state: State, parts: Parts, step: int, steps: int) -> None:
     if "teacher" in state.modules:
         segmenter = state.modules[f"segmenter_{phase.level}"]
         state.modules["teacher"].load_state_dict(segmenter.state_dict())
+
+
+def _decay(state: State, phase: Phase) -> None:
+    """Let the rates of a level fall from what the schedule has set to 0 at the level's end."""
+    if state.config.level_decay == "none":
+        return
+    factor = Schedule(decay=state.config.level_decay).rate(phase.done, phase.steps)
+    for name, optimizer in state.optimizers.items():
+        if name.endswith(f"_{phase.level}"):
+            for group in optimizer.param_groups:
+                group["lr"] *= factor
 
 
 @torch.no_grad()
