@@ -88,7 +88,11 @@ def parts_of(found: DataSet, schedule: Schedule | None = None) -> dict[str, tupl
 
 def _with_fewer_labels(parts: Parts, schedule: Schedule) -> Parts:
     train = [parts.samples[i] for i in parts.split.train]
-    kept = set(data.keep_labels(train, share=schedule.labelled, seed=schedule.seed))
+    kept = set(
+        data.keep_labels(
+            train, share=schedule.labelled, seed=schedule.seed, by=schedule.labelled_by
+        )
+    )
     hidden = [sample for i, sample in enumerate(train) if i not in kept]
     still = tuple(place for i, place in enumerate(parts.split.train) if i in kept)
     pools = {**parts.pools, UNLABELLED: (*parts.pools.get(UNLABELLED, ()), *hidden)}

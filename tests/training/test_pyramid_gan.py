@@ -387,11 +387,11 @@ def test_rates_fall_within_each_level_alone(kind: str) -> None:
     state = tiny(level_decay=kind)
     for optimizer in state.optimizers.values():
         optimizer.param_groups[0]["initial_lr"] = optimizer.param_groups[0]["lr"]
-    fall: list[float] = {
+    falls: dict[str, list[float]] = {
         "none": [1, 1, 1, 1],
         "cosine": [1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125)],
         "poly": [1, 0.75**0.9, 0.5**0.9, 0.25**0.9],
-    }[kind]
+    }
     for step in range(STEPS):
         set_rates(state.optimizers, 0.5)  # of the schedule
         pyramid_gan.before_step(state, parts, step, STEPS)
@@ -400,7 +400,7 @@ def test_rates_fall_within_each_level_alone(kind: str) -> None:
             rate, other = (
                 state.optimizers[f"{name}_{n}"].param_groups[0]["lr"] for n in (level, 1 - level)
             )
-            assert rate == pytest.approx(0.5 * base * fall[step % 4])
+            assert rate == pytest.approx(0.5 * base * falls[kind][step % 4])
             assert other == 0.5 * base
 
 
@@ -1057,6 +1057,7 @@ def read(*names: str, settings: tuple[str, ...] = ()) -> Recipe:
 
 RECIPES = {
     "pyramid-paper": (4, "singan", True, False, 0.0),
+    "pyramid-recommended": (4, "singan", True, False, 0.0),
     "pyramid-resnet": (4, "resnet", True, False, 0.0),
     "pyramid-five-levels": (5, "singan", True, False, 0.0),
     "pyramid-semi": (4, "singan", True, True, 0.0),
@@ -1125,6 +1126,34 @@ def test_a_killed_run_goes_on_as_if_it_never_stopped(
             assert 0 < float(one["progress.amplitudes"][0]) < 0.5
     rows = logged(tmp_path / "broken")
     assert [row["step"] for row in rows] == [str(i) for i in range(1, 9)]
+
+
+def test_labels_are_kept_of_whole_patients_or_of_images() -> None:
+    """Ten images of two patients, 30 % of them: one patient's five, or any three."""
+    drawn = synthetic.colored_regions(10, 1, side_px=8)
+    found = replace(
+        drawn,
+        train=tuple(replace(s, group=f"patient {i % 2}") for i, s in enumerate(drawn.train)),  # type: ignore[type-var]
+    )
+
+    def kept(share: float, by: str, seed: int = 0) -> set[str]:
+        schedule = Schedule(validation=0, select="last", labelled=share, labelled_by=by, seed=seed)
+        parts = divide(found, schedule)
+        names = {parts.samples[i].name for i in parts.split.train}
+        assert not names & {p.name for p in parts.pools["unlabelled"]}
+        assert len(names) + len(parts.pools["unlabelled"]) == 10
+        return names
+
+    group_of = {s.name: s.group for s in found.train}
+    by_patient, by_image = kept(0.3, "patient"), kept(0.3, "image")
+    assert len(by_patient) == 5
+    assert len({group_of[name] for name in by_patient}) == 1
+    assert len(by_image) == 3
+    assert by_image < kept(0.6, "image")
+    assert len({frozenset(kept(0.3, "image", seed)) for seed in range(5)}) > 1
+    assert Schedule().labelled_by == "patient"
+    with pytest.raises(ValueError, match="labelled_by='slide': use one of patient, image"):
+        Schedule(labelled_by="slide")
 
 
 @pytest.mark.parametrize("select", ["loss", "dice", "last"])
