@@ -223,18 +223,20 @@ def accuracy_variants(reduce: str, found: dict[str, Any]) -> Iterator[list[str]]
 
 
 def accuracy_objects(found: dict[str, Any]) -> Iterator[list[str]]:
-    """Object scores, mean IoU and accuracy of the pixels, of each algorithm of a table."""
+    """Object scores, mean IoU and accuracy of the pixels, of each algorithm and reference."""
     yield ["", "object Dice", "object F1", "object Hausdorff, px", "mean IoU", "pixel accuracy",
            "runs"]  # fmt: skip
-    for algorithm, scores in _by_algorithm(found):
+    rows = [(name, scores, str(len(scores))) for name, scores in _by_algorithm(found)]
+    rows += [(name, [one], "") for name, one in found.get("references", {}).items()]
+    for name, scores, runs in rows:
         objects = [s["objects"] for s in scores]
         yield [
-            algorithm,
+            name,
             _spread([o["dice_per_image_mean"] for o in objects], 3),
             _spread([o["f1_pooled"] for o in objects], 3),
             _spread([o["hausdorff_px_per_image_mean"] for o in objects], 1),
             *(_spread([100 * s["pooled"][k] for s in scores], 1) for k in ("mean_iou", "accuracy")),
-            str(len(scores)),
+            runs,
         ]
 
 
@@ -282,9 +284,12 @@ TABLES: dict[str, Callable[[dict[str, Any]], Iterator[list[str]]]] = {
     "accuracy-tnbc-other-small": accuracy_adaptation,
     "accuracy-epfl-vnc-small": accuracy_adaptation,
     "accuracy-glas-small": accuracy_objects,
-    "accuracy-glas-20-small": accuracy_objects,
-    "accuracy-glas-painted-small": accuracy_painted,
+    "accuracy-glas-quarter": accuracy_objects,
+    "accuracy-glas-20-quarter": accuracy_objects,
+    "accuracy-glas-40-quarter": accuracy_objects,
+    "accuracy-glas-painted-quarter": accuracy_painted,
     "accuracy-mnist-simple-small": accuracy_digits,
+    "accuracy-mnist-hard-small": accuracy_digits,
     "accuracy-em-small": accuracy_adaptation,
     "crf-cpu": crf_cpu,
     "kills-cpu": kills_cpu,

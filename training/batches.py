@@ -46,7 +46,8 @@ def divide(found: DataSet, schedule: Schedule) -> Parts:
     """Divide a data set as a schedule says.
 
     With ``schedule.folds`` all images are divided anew; with a share ``schedule.test`` too; else an
-    official test part is the test part. An official validation part is kept in the last case. With
+    official test part is the test part. An official validation part is kept in the last case; no
+    other image is held back with ``schedule.validation=0`` where the last checkpoint counts. With
     ``schedule.labelled`` below 1, some of the images to train on lose their labels to the pool
     "unlabelled".
 
@@ -56,6 +57,11 @@ def divide(found: DataSet, schedule: Schedule) -> Parts:
         If a part would be empty.
     """
     parts = _divided(found, schedule)
+    if schedule.select == "last" and not schedule.validation and not found.validation:
+        # Nothing is chosen: the group that validation has at least trains, too.
+        split = parts.split
+        train = tuple(sorted((*split.train, *split.validation)))
+        parts = replace(parts, split=replace(split, train=train, validation=()))
     return parts if schedule.labelled == 1 else _with_fewer_labels(parts, schedule)
 
 
@@ -84,7 +90,11 @@ def parts_of(found: DataSet, schedule: Schedule | None = None) -> dict[str, tupl
 
 def _with_fewer_labels(parts: Parts, schedule: Schedule) -> Parts:
     train = [parts.samples[i] for i in parts.split.train]
-    kept = set(data.keep_labels(train, share=schedule.labelled, seed=schedule.seed))
+    kept = set(
+        data.keep_labels(
+            train, share=schedule.labelled, seed=schedule.seed, by=schedule.labelled_by
+        )
+    )
     hidden = [sample for i, sample in enumerate(train) if i not in kept]
     still = tuple(place for i, place in enumerate(parts.split.train) if i in kept)
     pools = {**parts.pools, UNLABELLED: (*parts.pools.get(UNLABELLED, ()), *hidden)}

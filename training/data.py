@@ -305,24 +305,28 @@ def fold(
     return Split(*(_indices(part) for part in (train_part, validation_part, test_part)))
 
 
-def keep_labels(samples: Sequence[Picture], *, share: float, seed: int) -> tuple[int, ...]:
-    """Choose the images that keep their labels, whole groups at a time, at random.
+def keep_labels(
+    samples: Sequence[Picture], *, share: float, seed: int, by: str = "patient"
+) -> tuple[int, ...]:
+    """Choose the images that keep their labels at random.
 
     Parameters
     ----------
     samples
         The images.
     share
-        Of them, in (0, 1); the nearest number that whole groups allow is taken, one group at least.
+        Of them, in (0, 1); the nearest number that whole groups allow is taken, one at least.
     seed
         Another seed is another choice. With one seed, a larger share holds a smaller one.
+    by
+        "patient": whole groups at a time, so that no patient is on both sides; or "image".
 
     Raises
     ------
     DataError
         If none would be left without labels.
     """
-    groups = _groups(samples)
+    groups = [[i] for i in range(len(samples))] if by == "image" else _groups(samples)
     shuffled = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
     kept, others = _taken(shuffled, round(share * len(samples)))
     if not others:

@@ -219,12 +219,15 @@ class _Trainer:
                         validated = self._validate(done)
                         if (value := self._rank(validated, done)) < best:
                             best = value
-                            self._save("best", done, validation_loss=validated.loss)
+                            known = validated.loss if self._parts.split.validation else None
+                            self._save("best", done, validation_loss=known)
                 if lead and (validated or stop):
                     seconds = time.perf_counter() - clock
                     self._save("last", done, lowest=best, seconds=seconds)
                 seconds = time.perf_counter() - clock
                 loss, dice, _ = validated or (None, None, None)
+                if not self._parts.split.validation:
+                    loss = dice = None
                 progress = Progress(done, self._steps, losses, loss, dice, seconds)
                 log(progress)
                 report(progress)
@@ -286,6 +289,8 @@ class _Trainer:
 
     def _validate(self, step: int) -> Validated:
         """Judge the networks by the validation images; leave a sheet of samples."""
+        if not self._parts.split.validation:
+            return Validated(math.nan, math.nan, math.nan)  # the last checkpoint counts
         losses, confusion = [], Confusion(len(self._classes))
         rows: list[pictures.Pictures] = []
         for images, labels, truth in self._whole(self._parts.split.validation):
@@ -330,7 +335,10 @@ class _Trainer:
         return {**row, **more}
 
     def _rank(self, validated: Validated, step: int) -> float:
-        """Return what the best checkpoint has the lowest of."""
+        """Return what the best checkpoint has the lowest of; inf where it may not be this one."""
+        eligible = getattr(self._method, "eligible", None)
+        if eligible is not None and not eligible(self._recipe.config, step, self._steps):
+            return math.inf
         select = self._schedule.select
         if select == "loss":
             return validated.loss

@@ -10,6 +10,7 @@ import torch
 DECAYS = ("none", "cosine", "poly")
 SELECTIONS = ("loss", "dice", "jaccard", "last")
 USUAL_STEPS = 500  # between validations of a schedule in steps
+LABELLED_BY = ("patient", "image")
 POLY_POWER = 0.9  # DeepLab's, which the adaptation papers took over
 
 
@@ -36,12 +37,15 @@ class Schedule:
         highest mean "dice" of the classes or mean "jaccard" of all classes but the first (the
         ground) on the validation images, or the "last".
     validation, test
-        Shares of the images held back for choosing the checkpoint, and for the final score.
+        Shares of the images held back for choosing the checkpoint, and for the final score. With
+        ``select="last"`` a validation share of 0 holds none back; else one group is, at least.
         Without a test share, a set's official test part is the test part.
     labelled
-        Share of the training images that keep their labels, drawn by the seed, whole groups at a
-        time; those of a smaller share are among those of a larger one. The others join the pool
-        "unlabelled", for semi-supervised methods.
+        Share of the training images that keep their labels, drawn by the seed; those of a smaller
+        share are among those of a larger one. The others join the pool "unlabelled", for
+        semi-supervised methods.
+    labelled_by
+        Whether labels are kept of a whole "patient" (group) at a time, or of an "image".
     folds, fold
         Cross-validation: the images are divided into so many folds (0: none), and fold number
         ``fold`` (from 0) is the test part.
@@ -61,13 +65,18 @@ class Schedule:
     validation: float = 0.2
     test: float = 0.0
     labelled: float = 1.0
+    labelled_by: str = "patient"
     folds: int = 0
     fold: int = 0
     warmup: int = 0
     decay: str = "none"
 
     def __post_init__(self) -> None:
-        for name, known in (("decay", DECAYS), ("select", SELECTIONS)):
+        for name, known in (
+            ("decay", DECAYS),
+            ("select", SELECTIONS),
+            ("labelled_by", LABELLED_BY),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}: use one of {', '.join(known)}")
         if min(self.steps, self.batch) < 1:

@@ -175,6 +175,13 @@ def fill(path: Path, cells: Sequence[Cell], runs: Path, how: Compute) -> None:
         click.echo(f"{cell.name}: mean F {pooled['mean_f']}, accuracy {pooled['accuracy']}")
 
 
+def refer(path: Path, scores: Callable[[], Plain]) -> None:
+    """Put what stands beside the cells into a result file, by name, where it is not there yet."""
+    with _held(path) as said:
+        if "references" not in said:
+            said["references"] = scores()
+
+
 def train(cell: Cell, found: DataSet, runs: Path, how: Compute) -> Checkpoint:
     """Train a cell on its data, and first what it starts from, in their folders of ``runs``."""
     begin = None

@@ -66,6 +66,8 @@ def test_generative_tables_have_a_row_for_each_algorithm() -> None:
     assert table(accuracy_objects, objects) == [
         ["x", "0.500", "0.250", "99.0", "75.0", "87.5", "1"]
     ]
+    floor = {"cells": {"0": {"algorithm": "x", "scores": objects}}, "references": {"all": objects}}
+    assert [*accuracy_objects(floor)][2:] == [["all", "0.500", "0.250", "99.0", "75.0", "87.5", ""]]
     digits = {"classes": ["rest", "digit"], "pooled": {"f": {"digit": 0.5}}}
     assert table(accuracy_digits, {**digits, "soft_dice": 0.4}, {**digits, "soft_dice": 0.6}) == [
         ["x", "0.500 ± 0.141", "0.500 ± 0.000", "2"]

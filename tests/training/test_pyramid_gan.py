@@ -25,7 +25,7 @@ from histostream.export.graph import FORBIDDEN_NODES, GraphError
 from histostream.export.parity import open_session
 from histostream.export.trained import export_checkpoint
 from histostream.runtime import open_engine, segment_pixels
-from histostream.training import checkpoint, command, loop, pictures, sample, sets, synthetic
+from histostream.training import checkpoint, cli, command, loop, pictures, sample, sets, synthetic
 from histostream.training.augment import Augmentation
 from histostream.training.batches import Batches, Parts, check_pools, divide
 from histostream.training.checkpoint import Checkpoint, CheckpointError
@@ -297,6 +297,177 @@ def test_painted_pairs_are_withheld_from_the_segmenter_at_first() -> None:
     assert [value > 0 for value in said] == [False, False, True, True] * 2
 
 
+def running(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in weights(module).items() if "running" in name}
+
+
+@pytest.mark.parametrize("moved_by_painted", [True, False])
+def test_painted_images_move_the_batch_statistics_only_where_they_are_to(
+    batch: Batch, moved_by_painted: bool
+) -> None:
+    """With weight 0 no painted image is seen: the statistics are those of the true ones."""
+    still_: dict[str, Any] = {**QUIET, "segmenter_learning_rate": 0.0}
+    alone, both = (
+        tiny(**still_, synthetic_weight=0.0),
+        tiny(**still_, synthetic_weight=0.5, painted_statistics=moved_by_painted),
+    )
+    for state in (alone, both):
+        pyramid_gan.step(state, batch)
+    one, two = running(alone.modules["segmenter_0"]), running(both.modules["segmenter_0"])
+    assert all(torch.equal(one[name], two[name]) for name in one) != moved_by_painted
+    # Later passes, of true images, move them still.
+    pyramid_gan.step(both, batch)
+    later = running(both.modules["segmenter_0"])
+    assert any(not torch.equal(two[name], later[name]) for name in two)
+
+
+def test_statistics_of_a_level_are_measured_anew_on_clean_images_before_it_is_frozen() -> None:
+    """The first normalisation by hand: mean and variance of the first maps, of 6 and of 2 images.
+
+    The images have two sizes, those of one are measured together, and noise and dropout are off.
+    """
+    torch.manual_seed(0)
+    large = synthetic.colored_regions(6, 1, side_px=32)
+    small = synthetic.colored_regions(2, 1, side_px=24, seed=1)
+    renamed = tuple(replace(s, name=f"small {s.name}") for s in small.train)  # type: ignore[type-var]
+    parts = divide(replace(large, train=(*large.train, *renamed)), Schedule(validation=0.1))
+    state = tiny(reestimate=True, dropout=0.5, segmenter_noise=3.0)
+    segmenter = state.modules["segmenter_1"]
+    for step in range(4):
+        pyramid_gan.before_step(state, parts, step, STEPS)
+        pyramid_gan.step(state, batch_of(2, 32, step=step))
+    gathered, learned_ = running(segmenter), [p.clone() for p in segmenter.parameters()]
+    pyramid_gan.before_step(state, parts, 4, STEPS)
+    assert all(torch.equal(a, b) for a, b in zip(learned_, segmenter.parameters(), strict=True))
+    first = segmenter.down[0].layers[0][0]  # type: ignore[index, union-attr]
+    batches: dict[int, list[torch.Tensor]] = {}
+    for i in parts.split.train:
+        x = torch.from_numpy(parts.samples[i].image.copy()).permute(2, 0, 1)[None] / 127.5 - 1
+        batches.setdefault(x.shape[-1], []).append(F.avg_pool2d(x, 2))
+    means, variances = [], []
+    for same in batches.values():
+        for some in torch.cat(same).tensor_split(-(-len(same) // 4)):
+            with torch.no_grad():
+                maps = segmenter.first(F.pad(some, (0, 0, 0, 0, 0, 2)))  # type: ignore[operator]
+            means.append(maps.mean((0, 2, 3)))
+            variances.append(maps.var((0, 2, 3)))
+    torch.testing.assert_close(first.running_mean, torch.stack(means).mean(dim=0))
+    torch.testing.assert_close(first.running_var, torch.stack(variances).mean(dim=0))
+    now = running(segmenter)
+    assert all(not torch.equal(gathered[name], now[name]) for name in now)
+    assert first.momentum == 0.1
+    # Nothing is random in it, and the level is frozen with what was measured.
+    pyramid_gan.reestimate(state, parts, 1)
+    pyramid_gan.step(state, batch_of(2, 32, step=4))
+    assert all(torch.equal(value, running(segmenter)[name]) for name, value in now.items())
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_what_ships_has_the_statistics_that_were_measured(on: bool) -> None:
+    parts = parts_of(synthetic.colored_regions(4, 1, side_px=32))
+    state = tiny(reestimate=on)
+    for step in (0, 4):
+        pyramid_gan.before_step(state, parts, step, STEPS)
+    pyramid_gan.step(state, batch_of(4, 32, step=4))
+    before = {n: running(m) for n, m in state.modules.items() if n.startswith("segmenter")}
+    pyramid_gan.settle(state, parts)
+    settled = {n: running(m) for n, m in state.modules.items() if n.startswith("segmenter")}
+    same = {n for n in before if all(torch.equal(before[n][k], settled[n][k]) for k in before[n])}
+    assert same == ({"segmenter_1"} if on else {"segmenter_0", "segmenter_1"})
+    pyramid_gan.finish(state, parts)  # once more is the same
+    assert all(
+        torch.equal(value, running(state.modules["segmenter_0"])[name])
+        for name, value in settled["segmenter_0"].items()
+    )
+
+
+@pytest.mark.parametrize("kind", ["none", "cosine", "poly"])
+def test_rates_fall_within_each_level_alone(kind: str) -> None:
+    parts = parts_of(synthetic.colored_regions(4, 1, side_px=32))
+    state = tiny(level_decay=kind)
+    for optimizer in state.optimizers.values():
+        optimizer.param_groups[0]["initial_lr"] = optimizer.param_groups[0]["lr"]
+    falls: dict[str, list[float]] = {
+        "none": [1, 1, 1, 1],
+        "cosine": [1, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125)],
+        "poly": [1, 0.75**0.9, 0.5**0.9, 0.25**0.9],
+    }
+    for step in range(STEPS):
+        set_rates(state.optimizers, 0.5)  # of the schedule
+        pyramid_gan.before_step(state, parts, step, STEPS)
+        level = 1 - step // 4
+        for name, base in (("segmenter", 5e-4), ("generator", 1e-4), ("discriminator", 5e-4)):
+            rate, other = (
+                state.optimizers[f"{name}_{n}"].param_groups[0]["lr"] for n in (level, 1 - level)
+            )
+            assert rate == pytest.approx(0.5 * base * falls[kind][step % 4])
+            assert other == 0.5 * base
+
+
+class Painter(torch.nn.Module):
+    """Paints mean + share (x - mean) for the images that it was given, whatever the mask."""
+
+    def __init__(self, images: torch.Tensor, share: float) -> None:
+        super().__init__()
+        self.x, self.share = images, torch.nn.Parameter(torch.tensor(share))
+
+    def forward(self, *_: torch.Tensor) -> torch.Tensor:
+        mean = self.x.mean((0, 2, 3), keepdim=True)
+        return mean + self.share * (self.x - mean)
+
+
+@pytest.mark.parametrize(
+    ("share", "error", "admitted"),
+    [(0.0, 1, False), (0.25, 0.75, False), (0.35, 0.65, True), (1.0, 0, True)],
+)
+def test_painted_pairs_are_admitted_by_their_quality(
+    batch: Batch, share: float, error: float, admitted: bool
+) -> None:
+    """The RMSE of mean + a (x - mean) is 1 - a deviations; a constant has 1."""
+    state = tiny(synthetic_rule="quality", synthetic_from=0.0)
+    before = pyramid_gan.step(state, batch)  # an untrained painter, at the end of the level
+    assert float(before["painting_error"]) > 0.7
+    assert float(before["synthetic"]) == 0
+    state.modules["progress"].forget()  # type: ignore[operator]
+    state.modules["generator_0"] = Painter(batch.images / 127.5 - 1, share)
+    said = pyramid_gan.step(state, replace(batch, step=4))  # at the begin of the level
+    assert float(said["painting_error"]) == pytest.approx(error, abs=1e-4)
+    assert (float(said["synthetic"]) > 0) == admitted
+
+
+def test_the_error_of_paintings_is_a_running_mean_that_begins_anew_with_each_level() -> None:
+    run = pyramid_gan.Progress(2, 2, 1)
+    bright, dark = torch.full((1, 1, 2, 2), 1.0), torch.full((1, 1, 2, 2), -1.0)
+    run.see(torch.zeros(1, 1, 2, 2), bright)
+    run.see(torch.zeros(1, 1, 2, 2), dark)
+    assert run.painting_error().item() == pytest.approx(1)  # the images deviate by 1 from 0
+    run.see(bright, bright)
+    run.see(dark, dark)
+    assert run.painting_error().item() == pytest.approx(math.sqrt(0.5))
+    for _ in range(200):  # long ago does not count
+        run.see(bright, bright)
+        run.see(dark, dark)
+    assert run.painting_error().item() < 0.2
+    state = tiny(synthetic_rule="quality")
+    measured = state.modules["progress"]
+    parts = parts_of(synthetic.colored_regions(4, 1, side_px=32))
+    pyramid_gan.before_step(state, parts, 0, STEPS)
+    pyramid_gan.step(state, batch_of(2, 32, step=0))
+    for step, wanted in ((1, 1), (4, 0)):
+        pyramid_gan.before_step(state, parts, step, STEPS)
+        assert int(measured.paintings) == wanted  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_without_the_estimate_of_the_paintings_still_loads() -> None:
+    run, other = pyramid_gan.Progress(2, 2, 3), pyramid_gan.Progress(2, 2, 3)
+    other.amplitudes[0] = 0.25
+    old = {name: other.state_dict()[name] for name in ("level", "amplitudes")}
+    run.load_state_dict(old)
+    assert run.amplitudes.tolist() == [0.25, 1]
+    with pytest.raises(RuntimeError, match="amplitudes"):
+        run.load_state_dict({"level": old["level"]})
+
+
 def parts_of(found: DataSet, **more: Any) -> Parts:
     return divide(found, Schedule(validation=0.25, **more))
 
@@ -542,12 +713,15 @@ def no(judged: Judged) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ALL_KINDS)
 @pytest.mark.parametrize("semi", [False, True], ids=["supervised", "semi-supervised"])
-def test_the_gradients_are_those_of_equation_8(batch: Batch, kind: str, semi: bool) -> None:
+@pytest.mark.parametrize("mask", ["softmax", "straight_through"])
+def test_the_gradients_are_those_of_equation_8(
+    batch: Batch, kind: str, semi: bool, mask: str
+) -> None:
     """All terms of level 0, by hand: the coarser level is frozen, its images are for S alone."""
     options: dict[str, Any] = {
         **QUIET, "lambda_rec": 0.5, "lambda_feat": 2.0, "lambda_ce": 0.7,
         "synthetic_weight": 0.3, "discriminator_learning_rate": 0.0, "generator_learning_rate": 0.0,
-        "segmenter_learning_rate": 0.0, "semi_supervised": semi,
+        "segmenter_learning_rate": 0.0, "semi_supervised": semi, "mask_for_discriminator": mask,
     }  # fmt: skip
     state = still(tiny(**options))
     m = state.modules
@@ -570,7 +744,10 @@ def test_the_gradients_are_those_of_equation_8(batch: Batch, kind: str, semi: bo
     judge = m["discriminator_0"]
     real_pair = torch.cat([x[:labelled], y[0]], dim=1)
     fake_pair = torch.cat([painted, y[0]], dim=1)
-    said_pair = torch.cat([x, scores.softmax(dim=1)], dim=1)
+    said = scores.softmax(dim=1)
+    if mask == "straight_through":
+        said = (scores == scores.amax(dim=1, keepdim=True)).float() + said - said.detach()
+    said_pair = torch.cat([x, said], dim=1)
     if kind == "generator":
         real, fake = judge(real_pair), judge(fake_pair)
         off = [
@@ -597,6 +774,61 @@ def test_the_gradients_are_those_of_equation_8(batch: Batch, kind: str, semi: bo
     assert len(seen) == len(wanted) > 5
     for a, b in zip(seen, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=1e-6)
+
+
+class JudgeOfSureness(torch.nn.Module):
+    """D that looks at how sure a mask is and at nothing else: 10 (``|y_0 - y_1|`` - 0.8).
+
+    A leaky rectifier on a convolution of the pair is enough for it.
+    """
+
+    def forward(self, pair: torch.Tensor) -> Judged:
+        return [[10 * ((pair[:, 3:4] - pair[:, 4:5]).abs() - 0.8)]]
+
+
+def test_a_discriminator_can_judge_how_sure_a_mask_is_but_not_of_straight_through_masks() -> None:
+    """One pixel of class 0: p = (.8, .2) is right and soft, p = (0, 1) is wrong and sure."""
+    judge, image = JudgeOfSureness(), torch.zeros(1, 3, 1, 1)
+    true = torch.tensor([1.0, 0.0]).reshape(1, 2, 1, 1)
+    right = torch.tensor([math.log(4), 0.0]).reshape(1, 2, 1, 1).requires_grad_(True)
+    wrong = torch.tensor([-50.0, 50.0]).reshape(1, 2, 1, 1)
+
+    def said(kind: str, scores: torch.Tensor) -> torch.Tensor:
+        shown = pyramid_gan.shown_mask(kind, scores)
+        logits: torch.Tensor = judge(torch.cat([image, shown], dim=1))[0][0]
+        return logits
+
+    # The defect: a mask that is all wrong passes as the true one does, a right one does not.
+    real = float(judge(torch.cat([image, true], dim=1))[0][0])
+    assert real == pytest.approx(2)  # 10 (1 - 0.8)
+    assert float(said("softmax", wrong)) == pytest.approx(2)
+    assert said("softmax", right).item() == pytest.approx(-2, abs=1e-5)  # 10 (0.6 - 0.8)
+    # The right mask is the true one: no D, however good, tells them apart.
+    assert torch.equal(pyramid_gan.shown_mask("straight_through", right), true)
+    assert said("straight_through", right).item() == real
+    # Yet S is moved, as by p: d logit / d s_0 = 10 (1 - -1) p_0 p_1 = 20 * .8 * .2.
+    (slope,) = torch.autograd.grad(said("straight_through", right).sum(), right)
+    torch.testing.assert_close(slope.flatten(), torch.tensor([3.2, -3.2]))
+
+
+@pytest.mark.parametrize("kind", ["softmax", "straight_through"])
+def test_the_discriminator_is_shown_masks_of_the_kind_asked_for(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    state = tiny(mask_for_discriminator=kind, lambda_ce=0.0, synthetic_weight=0.0)
+    shown: list[torch.Tensor] = []
+    original = pyramid_gan._step_discriminator
+
+    def watch(state: State, level: int, reals: torch.Tensor, fakes: Any) -> torch.Tensor:
+        shown.append(fakes[-1][1].detach())
+        return original(state, level, reals, fakes)
+
+    monkeypatch.setattr(pyramid_gan, "_step_discriminator", watch)
+    slopes = gradients(state, "segmenter_0", batch)
+    hard = bool(((shown[0] == 0) | (shown[0] == 1)).all())
+    assert hard == (kind == "straight_through")
+    torch.testing.assert_close(shown[0].sum(dim=1), torch.ones(4, 32, 32))
+    assert sum(float(g.abs().sum()) for g in slopes) > 0  # all of it through D
 
 
 def test_pairs_without_labels_join_the_true_ones_by_and_by(
@@ -673,6 +905,9 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "pix2pixHD": {"g_arch": "resnet", "g_downs": 2, "g_blocks": 2, "gan": "lsgan", "levels": 1,
                   "judge_segmenter": False},
     "three levels": {"levels": 3},
+    "admitted by quality": {"synthetic_rule": "quality", "synthetic_quality": 9.0},
+    "clean statistics": {"reestimate": True, "painted_statistics": False},
+    "straight through": {"mask_for_discriminator": "straight_through", "gan": "wgan-gp"},
 }  # fmt: skip
 
 
@@ -687,6 +922,7 @@ def test_every_switch_trains(name: str) -> None:
     wanted |= {"generator_0"} if config.paints else set()
     wanted |= {"discriminator_0"} if config.judges else set()
     wanted |= {"teacher"} if config.lambda_consistency else set()
+    wanted |= {"progress"} if config.synthetic_rule == "quality" else set()
     assert moved == wanted
     assert list(early) == list(late)  # the columns of the log
     assert all(math.isfinite(float(v)) and not v.requires_grad for v in late.values())
@@ -733,6 +969,8 @@ def test_comparators_of_as_many_levels_start_from_the_same_segmenters() -> None:
     ("more", "said"),
     [
         ({"g_arch": "vgg"}, "g_arch='vgg': use 'singan'"), ({"gan": "hinge"}, "gan='hinge'"),
+        ({"mask_for_discriminator": "hard"}, "use 'softmax' or 'straight_through'"),
+        ({"level_decay": "step"}, "use 'none' or 'cosine' or 'poly'"),
         ({"levels": 0}, "levels=0: use 1"), ({"noise": -1.0}, "noise=-1.0: use 0"),
         ({"level_batches": "8,6"}, "level_batches='8,6': give 4 whole numbers"),
         ({"level_batches": "8,6,4,0"}, "give 4 whole numbers from 1"),
@@ -741,6 +979,7 @@ def test_comparators_of_as_many_levels_start_from_the_same_segmenters() -> None:
         ({"d_arch": "patch"}, "set lambda_feat=0"),
         ({"semi_supervised": True, "judge_segmenter": False}, "set judge_segmenter"),
         ({"perceptual": "vgg19"}, "needs vgg_weights=PATH"),
+        ({"synthetic_rule": "all"}, "use 'epochs' or 'quality'"),
         ({"synthetic_from": 1.5}, "synthetic_from=1.5: a share"),
         ({"pseudo_positives": 0.6}, "use 0 to 0.5"), ({"dropout": 1.0}, "dropout=1.0"),
         ({"pseudo_from": 0.5, "pseudo_to": 0.2}, "pseudo_from <= pseudo_to"),
@@ -818,6 +1057,7 @@ def read(*names: str, settings: tuple[str, ...] = ()) -> Recipe:
 
 RECIPES = {
     "pyramid-paper": (4, "singan", True, False, 0.0),
+    "pyramid-recommended": (4, "singan", True, False, 0.0),
     "pyramid-resnet": (4, "resnet", True, False, 0.0),
     "pyramid-five-levels": (5, "singan", True, False, 0.0),
     "pyramid-semi": (4, "singan", True, True, 0.0),
@@ -886,6 +1126,74 @@ def test_a_killed_run_goes_on_as_if_it_never_stopped(
             assert 0 < float(one["progress.amplitudes"][0]) < 0.5
     rows = logged(tmp_path / "broken")
     assert [row["step"] for row in rows] == [str(i) for i in range(1, 9)]
+
+
+def test_labels_are_kept_of_whole_patients_or_of_images() -> None:
+    """Ten images of two patients, 30 % of them: one patient's five, or any three."""
+    drawn = synthetic.colored_regions(10, 1, side_px=8)
+    found = replace(
+        drawn,
+        train=tuple(replace(s, group=f"patient {i % 2}") for i, s in enumerate(drawn.train)),  # type: ignore[type-var]
+    )
+
+    def kept(share: float, by: str, seed: int = 0) -> set[str]:
+        schedule = Schedule(validation=0, select="last", labelled=share, labelled_by=by, seed=seed)
+        parts = divide(found, schedule)
+        names = {parts.samples[i].name for i in parts.split.train}
+        assert not names & {p.name for p in parts.pools["unlabelled"]}
+        assert len(names) + len(parts.pools["unlabelled"]) == 10
+        return names
+
+    group_of = {s.name: s.group for s in found.train}
+    by_patient, by_image = kept(0.3, "patient"), kept(0.3, "image")
+    assert len(by_patient) == 5
+    assert len({group_of[name] for name in by_patient}) == 1
+    assert len(by_image) == 3
+    assert by_image < kept(0.6, "image")
+    assert len({frozenset(kept(0.3, "image", seed)) for seed in range(5)}) > 1
+    assert Schedule().labelled_by == "patient"
+    with pytest.raises(ValueError, match="labelled_by='slide': use one of patient, image"):
+        Schedule(labelled_by="slide")
+
+
+@pytest.mark.parametrize("select", ["loss", "dice", "last"])
+def test_the_best_checkpoint_is_one_of_the_finest_level(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, select: str
+) -> None:
+    """Steps 1 to 4 are of the coarser level, whose scores here are the best of all."""
+    found = synthetic.colored_regions(6, 2, side_px=32)
+    values = iter([0.1, 0.2, 0.3, 0.4, 0.9, 0.6, 0.7, 0.8])
+
+    def judged(state: State, images: torch.Tensor, labels: torch.Tensor) -> Any:
+        value = next(values, 1.0)
+        kept = torch.arange(labels.numel()).reshape(labels.shape) >= value * labels.numel()
+        return value, torch.where(kept, labels, 1 - labels)
+
+    monkeypatch.setattr(pyramid_gan, "validate", judged)
+    settings = (*TINY, f"schedule.select={select}", "schedule.validate_every=1",
+                "schedule.validation=0.01")  # fmt: skip
+    best = loop.train(read(settings=settings), pyramid_gan, found, tmp_path)
+    assert best.step == (8 if select == "last" else 6)
+    assert int(weights_of(tmp_path, "best")["progress.level"]) == 0
+
+
+def test_no_image_is_held_back_where_the_last_checkpoint_counts(tmp_path: Path) -> None:
+    found = synthetic.colored_regions(6, 2, side_px=32)
+    recipe = read(settings=(*TINY, "schedule.validation=0"))
+    assert recipe.schedule.select == read().schedule.select == "last"
+    assert read().schedule.validation == 0
+    best = loop.train(recipe, pyramid_gan, found, tmp_path)
+    assert best.step == 8
+    assert best.record["images"] == {"train": 6, "validation": 0, "test": 2}
+    assert set(best.record["scores"]) == {"test"}
+    assert best.record["validation_loss"] is None
+    assert {row["validation_loss"] for row in logged(tmp_path)} == {""}
+    # Where one is chosen, a group is held back, whatever the share; an official part stays.
+    chosen = divide(found, replace(recipe.schedule, select="dice"))
+    assert len(chosen.split.validation) == 1
+    official = divide(replace(found, validation=found.test[:1], test=found.test[1:]),
+                      recipe.schedule)  # fmt: skip
+    assert [len(part) for part in (official.split.train, official.split.validation)] == [6, 1]
 
 
 def test_a_run_needs_images_without_labels_only_where_it_says_so() -> None:

@@ -431,6 +431,9 @@ def test_the_hinge_is_of_pixels_or_of_means() -> None:
     assert float(translation.judging_loss(real, fake, "mean_first")) == 0
     assert float(translation.judging_loss(fake, real, "mean_first")) == 2 * 2.25
     assert float(translation.fooling_loss(fake)) == 1.25
+    # An image has one value: with D(x) = 3 and D(x') = -2 the hinge is 0 of one, 3 of the other.
+    two = [torch.tensor([3.0, -2.0]).reshape(2, 1, 1, 1)] * 2
+    assert float(translation.judging_loss(two, [m - 9 for m in two], "mean_first")) == 1.5
     # Equation 12 as printed would be least for a discriminator that is always wrong.
     wrong = translation.judging_loss(fake, real, "per_pixel")
     assert wrong > translation.judging_loss(real, fake, "per_pixel")
@@ -988,7 +991,7 @@ def read(*names: str, settings: tuple[str, ...] = (), mpp: float | None = None) 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_papers_comparators_ship_as_recipes(name: str) -> None:
     recipe = read("translation-paper", *([] if name == "translation-paper" else [name]))
-    assert recipe.config == replace(Config(), **RECIPES[name])
+    assert recipe.config == replace(Config(), hinge="mean_first", **RECIPES[name])
     schedule = recipe.schedule
     assert (schedule.batch, schedule.crop_px, schedule.select) == (20, 0, "dice")
     if name == "translation-paper":

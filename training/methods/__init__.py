@@ -19,6 +19,8 @@ A method module offers
     loop calls it before every validation, so that what ships is what is judged; the best checkpoint
     holds the statistics that it was judged with, and training goes on with its own (all buffers
     are put back).
+``eligible(config, done, steps) -> bool``, where it has one
+    Whether the best checkpoint may be that after ``done`` of ``steps`` steps.
 ``finish(state, parts)``
     Called with the best checkpoint, settled as it was judged, before it is scored.
 ``paint(state, images) -> {name: pictures}``

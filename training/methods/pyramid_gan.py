@@ -28,15 +28,17 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from histostream.training import compute
@@ -61,11 +63,14 @@ from histostream.training.networks.pyramid import (
 )
 from histostream.training.networks.vgg import STRIDE_PX as VGG_STRIDE_PX
 from histostream.training.networks.vgg import VGG19Features
+from histostream.training.schedule import DECAYS, Schedule
 
 if TYPE_CHECKING:
     from histostream.training.batches import Parts
 
-MEASURED = 64  # training images, at most, over which the amplitude of the noise is measured
+REMEMBERED = 100  # steps that the running estimate of the paintings' error is about
+MEASURED = 64  # training images, at most, over which noise and batch statistics are measured
+MIXED = 4  # whole images in a batch whose statistics are measured; the paper's finest level
 PENALTY = 0.1  # weight of WGAN-GP's gradient penalty; SinGAN
 VGG_WEIGHTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0)  # of relu1_1 to relu5_1; pix2pixHD
 SMALLEST = 1e-7  # probability whose logarithm is taken
@@ -114,12 +119,15 @@ class Config:
     dropout: float = 0.2
     poolings: int = 3  # what gives 42 layers and 0.966 M parameters
     segmenter_noise: float = 0.1  # ours: z_n of equation 5, standard deviation, in training
+    painted_statistics: bool = True  # painted images move S's batch statistics; recommended: False
+    reestimate: bool = False  # recommended: True, batch statistics of clean images are frozen
     # Discriminator
     d_arch: str = "multiscale"  # paper: as pix2pixHD; or "patch" (pix2pix)
     d_width: int = 64  # pix2pixHD
     d_scales: int = 3  # paper
     judge_segmenter: bool = True  # paper: D judges the segmenter's pairs, equation 6
     gan: str = "bce"  # paper: log form; or "lsgan" (pix2pixHD), "wgan-gp" (SinGAN)
+    mask_for_discriminator: str = "softmax"  # paper; recommended: "straight_through", `shown_mask`
     # Losses
     rec_loss: str = "l2"  # paper, equation 3; or "l1" (pix2pix)
     lambda_rec: float = 1e-3  # paper: alpha
@@ -129,7 +137,9 @@ class Config:
     vgg_weights: str = ""  # path of torchvision's vgg19, .safetensors or .pth
     lambda_ce: float = 1.0  # paper: alpha'
     synthetic_weight: float = 0.03  # paper: of the cross-entropy on painted images; 0: none
+    synthetic_rule: str = "epochs"  # paper; recommended: "quality", of the paintings
     synthetic_from: float = 0.5  # paper: after 100 epochs of 200, the same for all levels here
+    synthetic_quality: float = 0.7  # ours: RMSE of paintings, in deviations of the images, at most
     # Semi-supervised, Algorithm 3
     semi_supervised: bool = False
     pseudo_positives: float = 0.5  # ours: final share of S's own pairs among D's true ones
@@ -144,6 +154,7 @@ class Config:
     generator_learning_rate: float = 1e-4  # paper
     segmenter_learning_rate: float = 5e-4  # paper
     discriminator_learning_rate: float = 5e-4  # paper
+    level_decay: str = "none"  # paper: says none; "cosine", "poly": rates fall to 0 in each level
     beta1: float = 0.5  # paper
     beta2: float = 0.999  # paper
 
@@ -152,8 +163,11 @@ class Config:
             ("g_arch", ("singan", "resnet", "unet", "none")),
             ("d_arch", ("multiscale", "patch")),
             ("gan", ("bce", "lsgan", "wgan-gp")),
+            ("mask_for_discriminator", ("softmax", "straight_through")),
             ("rec_loss", ("l2", "l1")),
+            ("synthetic_rule", ("epochs", "quality")),
             ("perceptual", ("none", "vgg19")),
+            ("level_decay", DECAYS),
         ):
             value = getattr(self, name)
             if value not in known:
@@ -165,8 +179,8 @@ class Config:
                 raise ValueError(f"{name}={getattr(self, name)}: use 1 or more")
         for name in (
             "g_downs", "g_blocks", "noise", "segmenter_noise", "poolings", "lambda_rec",
-            "lambda_feat", "lambda_perc", "lambda_ce", "synthetic_weight", "lambda_consistency",
-            "consistency_noise",
+            "lambda_feat", "lambda_perc", "lambda_ce", "synthetic_weight", "synthetic_quality",
+            "lambda_consistency", "consistency_noise",
         ):  # fmt: skip
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: use 0 or more")
@@ -281,15 +295,23 @@ class Phase:
     ----------
     level
         That is being trained.
-    progress
-        Share of the level's steps that are done.
-    first
-        Whether this is the level's first step.
+    done, steps
+        Of the level.
     """
 
     level: int
-    progress: float
-    first: bool
+    done: int
+    steps: int
+
+    @property
+    def progress(self) -> float:
+        """Share of the level's steps that are done."""
+        return self.done / self.steps
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the level's first step."""
+        return self.done == 0
 
 
 def phase_at(config: Config, step: int, steps: int) -> Phase:
@@ -308,8 +330,12 @@ def phase_at(config: Config, step: int, steps: int) -> Phase:
             f"set it higher, there are {config.levels} levels"
         )
     i = next(i for i, end in enumerate(ends) if step < end)
-    done = step - starts[i]
-    return Phase(config.levels - 1 - i, done / (ends[i] - starts[i]), done == 0)
+    return Phase(config.levels - 1 - i, step - starts[i], ends[i] - starts[i])
+
+
+def eligible(config: Config, done: int, steps: int) -> bool:
+    """Whether the best checkpoint may be of this moment: only one of all levels is a pyramid."""
+    return phase_at(config, done - 1, steps).level == 0
 
 
 class Progress(nn.Module):
@@ -323,10 +349,19 @@ class Progress(nn.Module):
         (levels,) of the noise of each, level 0 first; 1 at the coarsest, measured at the others.
     classes, channels
         Of the masks and of the images.
+    paintings
+        Steps of the level that the next two are running means of.
+    painted_square
+        Mean square of painted minus true images.
+    grey
+        (2, channels) mean and mean square of the true images.
     """
 
     level: Tensor
     amplitudes: Tensor
+    paintings: Tensor
+    painted_square: Tensor
+    grey: Tensor
 
     def __init__(self, levels: int, classes: int, channels: int) -> None:
         super().__init__()
@@ -335,6 +370,42 @@ class Progress(nn.Module):
         amplitudes[-1] = 1
         self.register_buffer("level", torch.tensor(levels - 1))
         self.register_buffer("amplitudes", amplitudes)
+        self.register_buffer("paintings", torch.tensor(0))
+        self.register_buffer("painted_square", torch.tensor(0.0))
+        self.register_buffer("grey", torch.zeros(2, channels))
+
+    def forget(self) -> None:
+        """Begin the running means anew."""
+        self.paintings.zero_()
+
+    @torch.no_grad()
+    def see(self, painted: Tensor, images: Tensor) -> None:
+        """Take paintings and the true images of the same masks, (N, C, h, w), into the means.
+
+        They are plain means of the first `REMEMBERED` steps, then exponential ones.
+        """
+        self.paintings.add_(1)
+        share = 1 / min(int(self.paintings), REMEMBERED)
+        square = ((painted - images) ** 2).mean()
+        grey = torch.stack([images.mean((0, 2, 3)), (images**2).mean((0, 2, 3))])
+        self.painted_square.copy_(torch.lerp(self.painted_square, square, share))
+        self.grey.copy_(torch.lerp(self.grey, grey, share))
+
+    def painting_error(self) -> Tensor:
+        """Return the RMSE of the paintings in standard deviations of the images.
+
+        1 is what a constant reaches, the mean colour of all images; 0 are the images themselves.
+        """
+        mean, square = self.grey
+        variance = (square - mean**2).mean().clamp(min=SMALLEST)
+        error: Tensor = (self.painted_square / variance).sqrt()
+        return error
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *more: Any) -> None:
+        # Checkpoints of before there was an estimate have none.
+        for name in ("paintings", "painted_square", "grey"):
+            state_dict.setdefault(prefix + name, getattr(self, name))
+        super()._load_from_state_dict(state_dict, prefix, *more)
 
 
 def build(config: Config, classes: int, channels: int = 3) -> State:
@@ -402,16 +473,31 @@ def before_step(state: State, parts: Parts, step: int, steps: int) -> None:
     if isinstance(vgg, VGG19Features) and not vgg.ready:
         vgg.read(Path(config.vgg_weights).expanduser())
     phase = phase_at(config, step, steps)
+    _decay(state, phase)
     if not phase.first:
         return
     run = _progress(state)
+    if config.reestimate and phase.level < config.levels - 1:
+        reestimate(state, parts, phase.level + 1)
     run.level.fill_(phase.level)
+    run.forget()
     if config.paints and phase.level < config.levels - 1:
         samples = [parts.samples[i] for i in parts.split.train]
         run.amplitudes[phase.level] = config.noise * painting_error(state, samples, phase.level)
     if "teacher" in state.modules:
         segmenter = state.modules[f"segmenter_{phase.level}"]
         state.modules["teacher"].load_state_dict(segmenter.state_dict())
+
+
+def _decay(state: State, phase: Phase) -> None:
+    """Let the rates of a level fall from what the schedule has set to 0 at the level's end."""
+    if state.config.level_decay == "none":
+        return
+    factor = Schedule(decay=state.config.level_decay).rate(phase.done, phase.steps)
+    for name, optimizer in state.optimizers.items():
+        if name.endswith(f"_{phase.level}"):
+            for group in optimizer.param_groups:
+                group["lr"] *= factor
 
 
 @torch.no_grad()
@@ -421,10 +507,8 @@ def painting_error(state: State, samples: Sequence[Sample], level: int) -> float
     SinGAN's rule: the noise of a level is in proportion to what is left for it to paint.
     """
     config, run = state.config, _progress(state)
-    places = np.linspace(0, len(samples) - 1, min(MEASURED, len(samples))).round()
     squares, values = 0.0, 0
-    for place in places:
-        sample = samples[int(place)]
+    for sample in _chosen(samples):
         image, labels = padded(sample.image, sample.labels, align_px(config))
         nchw = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)[None]))
         wanted = halved(_scaled(nchw.to(run.amplitudes.device)), level + 1)[level]
@@ -435,8 +519,84 @@ def painting_error(state: State, samples: Sequence[Sample], level: int) -> float
     return math.sqrt(squares / values)
 
 
+def settle(state: State, parts: Parts) -> None:
+    """Measure the batch statistics of the level in training anew, as before it is frozen."""
+    if state.config.reestimate:
+        reestimate(state, parts, finest_level(state))
+
+
 def finish(state: State, parts: Parts) -> None:
-    """Nothing is measured at the end."""
+    """Deploy what was judged."""
+    settle(state, parts)
+
+
+@torch.no_grad()
+def reestimate(state: State, parts: Parts, level: int) -> None:
+    """Measure the batch statistics of S_n on clean training images: no noise, no dropout.
+
+    What training gathers is of images with noise, of maps with dropout and of painted images, and
+    lags behind the weights. In their place comes the plain mean over batches of whole images as
+    they will be segmented, up to 64 evenly chosen ones.
+
+    Parameters
+    ----------
+    state
+        Of the model; the levels above n are finished.
+    parts
+        The data; the training images are measured.
+    level
+        n.
+    """
+    config: Config = state.config
+    segmenter = state.modules[f"segmenter_{level}"]
+    layers = [m for m in segmenter.modules() if isinstance(m, nn.BatchNorm2d)]
+    momenta, training = [layer.momentum for layer in layers], segmenter.training
+    segmenter.eval()
+    for layer in layers:
+        layer.train()
+        layer.reset_running_stats()
+        layer.momentum = None  # the plain mean over all that comes
+    device = _progress(state).amplitudes.device
+    for images in _batched_whole(parts, align_px(config), MIXED):
+        shown = halved(_scaled(images.to(device)), config.levels)
+        _segment(state, level, shown[level], _segmented_above(state, shown[::-1], level), 0.0)
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+    segmenter.train(training)
+
+
+def _batched_whole(parts: Parts, align: int, most: int) -> Iterator[Tensor]:
+    """Yield training images, (m, C, H, W) uint8; those of one size together, up to ``most``.
+
+    Several at a time, since the variance of a batch is to be that between images, too.
+    """
+    sizes: dict[tuple[int, ...], list[NDArray[np.uint8]]] = {}
+    for sample in _chosen([parts.samples[i] for i in parts.split.train]):
+        image = padded(sample.image, sample.labels, align)[0]
+        sizes.setdefault(image.shape, []).append(image.transpose(2, 0, 1))
+    for images in sizes.values():
+        # Batches as equal as can be: all count alike in the mean.
+        for some in np.array_split(np.stack(images), -(-len(images) // most)):
+            yield torch.from_numpy(np.ascontiguousarray(some))
+
+
+def _chosen(samples: Sequence[Sample]) -> list[Sample]:
+    """Return up to 64 samples, evenly chosen."""
+    places = np.linspace(0, len(samples) - 1, min(MEASURED, len(samples))).round()
+    return [samples[int(place)] for place in places]
+
+
+@contextmanager
+def _statistics(network: nn.Module, *, move: bool) -> Iterator[None]:
+    """Let a pass in training move the running means of batch normalisation, or not."""
+    layers = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    for layer in layers:
+        layer.track_running_stats = move
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True
 
 
 # ----------------------------------------------------------------------------- levels
@@ -532,6 +692,21 @@ def adversarial_loss(kind: str, judged: Judged, *, real: bool) -> Tensor:
             compare = F.binary_cross_entropy_with_logits if kind == "bce" else F.mse_loss
             losses.append(compare(logits, torch.full_like(logits, float(real))))
     return torch.stack(losses).mean()
+
+
+def shown_mask(kind: str, scores: Tensor) -> Tensor:
+    """Mask (N, K, h, w) of the segmenter's pairs, as D sees it and as S is judged by it.
+
+    With "softmax", p itself: a true mask is 0 or 1 everywhere and p never is, so that D can tell
+    the pairs apart by how sure the mask is, whatever it shows. With "straight_through" the arg-max
+    as one-hot, which only differs from a true mask where it is wrong, with the gradient of p:
+    ``hard + p - p.detach()``.
+    """
+    p = scores.softmax(dim=1)
+    if kind == "softmax":
+        return p
+    hard = F.one_hot(p.argmax(dim=1), p.shape[1]).movedim(-1, 1).to(p.dtype)
+    return hard + (p - p.detach())  # in this order it is 0 or 1 exactly
 
 
 def feature_loss(real: Judged, fake: Judged) -> Tensor:
@@ -632,7 +807,7 @@ def step(state: State, batch: Batch) -> dict[str, Tensor]:
     The losses, without their weights, all from the first step on (0 until they are used):
     ``segmentation``, and as far as they are on ``synthetic``, ``segmenter_adversarial``,
     ``consistency``, ``generator_adversarial``, ``reconstruction``, ``features``, ``perceptual``
-    and ``discriminator``.
+    and ``discriminator``; and ``painting_error`` where it decides what the segmenter sees.
 
     Raises
     ------
@@ -655,8 +830,11 @@ def step(state: State, batch: Batch) -> dict[str, Tensor]:
         painted = state.modules[f"generator_{n}"](seen.mask, noise, coarser)
         fakes.append((painted, seen.mask))
         above = [*above, painted.detach()]
+        if _measures_paintings(config):
+            _progress(state).see(painted.detach(), seen.images[: seen.labelled])
+            losses["painting_error"] = _progress(state).painting_error()
     if config.judge_segmenter:
-        fakes.append((seen.images, scores.softmax(dim=1)))
+        fakes.append((seen.images, shown_mask(config.mask_for_discriminator, scores)))
     if config.judges:
         reals = _true_pairs(config, seen, scores, phase.progress)
         losses["discriminator"] = _step_discriminator(state, n, reals, fakes)
@@ -667,10 +845,23 @@ def step(state: State, batch: Batch) -> dict[str, Tensor]:
     return {name: losses.get(name, nothing).detach() for name in _loss_names(config)}
 
 
+def _measures_paintings(config: Config) -> bool:
+    return config.paints and config.synthetic_weight > 0 and config.synthetic_rule == "quality"
+
+
+def _admits_paintings(state: State, phase: Phase) -> bool:
+    """Whether S is to learn from painted images: by the share of the steps, or by their quality."""
+    config: Config = state.config
+    if config.synthetic_rule == "quality":
+        return bool(_progress(state).painting_error() < config.synthetic_quality)
+    return phase.progress >= config.synthetic_from
+
+
 def _loss_names(config: Config) -> list[str]:
     used = {
         "segmentation": True,
         "synthetic": config.paints and config.synthetic_weight > 0,
+        "painting_error": _measures_paintings(config),
         "segmenter_adversarial": config.judge_segmenter,
         "consistency": config.lambda_consistency > 0,
         "generator_adversarial": config.paints,
@@ -815,13 +1006,15 @@ def _step_segmenter(
     total = config.lambda_ce * losses["segmentation"]
     if config.judge_segmenter:
         judge = state.modules[f"discriminator_{n}"].requires_grad_(False)
-        judged: Judged = judge(torch.cat([seen.images, scores.softmax(dim=1)], dim=1))
+        mask = shown_mask(config.mask_for_discriminator, scores)
+        judged: Judged = judge(torch.cat([seen.images, mask], dim=1))
         judge.requires_grad_(True)
         losses["segmenter_adversarial"] = adversarial_loss(config.gan, judged, real=True)
         total = total + losses["segmenter_adversarial"]
-    if painted and config.synthetic_weight and phase.progress >= config.synthetic_from:
+    if painted and config.synthetic_weight and _admits_paintings(state, phase):
         coarser = _segmented_above(state, painted, n)
-        found = _segment(state, n, painted[-1], coarser, config.segmenter_noise)
+        with _statistics(state.modules[f"segmenter_{n}"], move=config.painted_statistics):
+            found = _segment(state, n, painted[-1], coarser, config.segmenter_noise)
         losses["synthetic"] = cross_entropy(found, seen.truth)
         total = total + config.synthetic_weight * losses["synthetic"]
     if config.lambda_consistency:

@@ -108,7 +108,7 @@ class Config:
     discriminator: str = "paper"  # tables 8 and 9; or "authors_code": a layer less
     discriminator_width: int = 128  # paper, table 8; 64 for BraTS, table 9
     discriminator_stages: int = 3  # paper, table 8; 4 for BraTS, table 9
-    hinge: str = "per_pixel"  # authors' code; or "mean_first": maps and scales averaged (paper)
+    hinge: str = "per_pixel"  # authors' code; translation-paper: "mean_first", as printed
     lambda_adv: float = 3.0  # paper, as all lambdas
     lambda_rec: float = 50.0  # AE baseline: 1
     lambda_lat: float = 1.0
@@ -324,8 +324,10 @@ def judging_loss(real: Sequence[Tensor], fake: Sequence[Tensor], hinge: str) -> 
     real, fake
         Its maps (N, 1, h, w) of each scale.
     hinge
-        "per_pixel": the hinge of each pixel, then the mean of a map, then of the scales.
-        "mean_first": the means, then the hinge of each image.
+        "per_pixel" (authors' code): the hinge of each pixel, then the mean of a map, then of the
+        scales. "mean_first" (paper, appendix): "first, all pixels in this map are averaged and
+        second, the resulting discriminator values are averaged across all scales"; equation 12 is
+        then of the one value D(x) of each image.
     """
     return _hinged(real, hinge, -1) + _hinged(fake, hinge, 1)
 
