@@ -45,11 +45,17 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(VENV)/.test
+# An sdist cannot hold these links; CONTRIBUTING.md says what they are for.
+LINKS := $(addprefix .typecheck/histostream/,training export runtime wsi benchmarks)
+$(LINKS):
+	mkdir -p $(@D)
+	ln -s ../../$(@F) $@
+
+types: $(VENV)/.test | $(LINKS)
 	$(BIN)/mypy
 	$(BIN)/mypy tests
 
-types-all: $(VENV)/.dev
+types-all: $(VENV)/.dev | $(LINKS)
 	$(BIN)/mypy
 	$(BIN)/mypy tests
 	$(BIN)/mypy docs/conf.py docs/_ext
