@@ -36,7 +36,7 @@ demo/synthetic.tif: | $(VENV)/.run
 	$(BIN)/python -m histostream.wsi.synthetic $@ --size 4096x4096 --mpp 0.5 --seed 1
 
 test: lint types ## Linter, type checker and the fast tier of the tests (minutes)
-	$(PYTEST) -m "not full" --timeout $(FAST_LIMIT) --timeout-method thread
+	$(PYTEST) -m "not full" --timeout $(FAST_LIMIT) --override-ini timeout_func_only=true
 
 test-all: $(VENV)/.dev lint types-all browser ## Linter, type checker and all tests, with everything installed
 	$(PYTEST) --timeout $(FULL_LIMIT)

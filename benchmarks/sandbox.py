@@ -36,9 +36,9 @@ LONGEST_LINE = 2000  # characters; a message that a person reads
 COMMAND = "histo-infer"
 # Loaded before the first fork, so that no child has to; ONNX Runtime has threads and stays out.
 LIBRARIES = (
-    "histostream.runtime.cli", "imagecodecs", "openslide", "tifffile", "wsidicom", "urllib3",
+    "histostream.runtime.command", "imagecodecs", "openslide", "tifffile", "wsidicom", "urllib3",
     "large_image_source_dicom", "large_image_source_openslide", "large_image_source_pil",
-    "large_image_source_tiff", "large_image_source_tifffile", "PIL.Image",
+    "large_image_source_tiff", "PIL.Image",
 )  # fmt: skip
 RESULTS = ("labels.tif", "overview.png", "summary.json", "summary.csv", "report.html")
 OUT = "out"

@@ -23,13 +23,14 @@ PACKAGES = {
     "wsi/test_rasters.py": "highdicom",
 }
 collect_ignore = [file for file, package in PACKAGES.items() if find_spec(package) is None]
-SERVERS = {"s3_server", "gs_server", "bucket"}  # fixtures that start one
+# Fixtures that need such packages too: storage servers, and networks of MONAI.
+FULL_FIXTURES = {"s3_server", "gs_server", "bucket", "unet_file", "monai_model"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put tests that need a storage server into the full tier."""
+    """Put tests with these fixtures into the full tier."""
     for item in items:
-        if SERVERS & set(getattr(item, "fixturenames", ())):
+        if FULL_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.full)
 
 

@@ -73,6 +73,7 @@ def accuracy(*words: object) -> Result:
     return CliRunner().invoke(main, ["accuracy", *map(str, words)], catch_exceptions=False)
 
 
+@pytest.mark.full
 def test_a_run_is_scored_on_what_it_held_back(blobs: Path, run: Path, tmp_path: Path) -> None:
     done = accuracy("--data", blobs, "--checkpoint", run, "--out", tmp_path, "--backend", "cpu")
     assert done.exit_code == 0, done.output
@@ -137,6 +138,7 @@ def test_label_maps_that_do_not_fit_are_one_clear_line(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.full
 def test_two_things_at_once_or_other_classes_are_refused(
     blobs: Path, tiny_bundle: Path, run: Path
 ) -> None:
@@ -199,6 +201,7 @@ def test_the_tables_cells_differ_in_the_algorithm_alone() -> None:
     assert table.cell("nuclei", "short", "iMEMS", 3).recipe.schedule.fold == 3
 
 
+@pytest.mark.full
 def test_cells_fill_a_result_file_once(blobs: Path, run: Path, tmp_path: Path) -> None:
     said = checkpoint.read(run / "best").record["recipe"]["schedule"]
     settings = [f"schedule.{k}={json.dumps(v)}" for k, v in said.items()]

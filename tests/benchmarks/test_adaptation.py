@@ -101,6 +101,7 @@ def test_the_papers_size_is_the_recipe_that_ships(
         assert mine.recipe == shipped
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("pair", "folder"),
     [
@@ -154,6 +155,7 @@ def shortened(one: Cell, steps: int) -> Cell:
     return replace(one, recipe=recipe, start=start, data=functools.cache(opened))
 
 
+@pytest.mark.full
 def test_a_method_and_its_oracle_fill_a_result_file(tmp_path: Path) -> None:
     pytest.importorskip("numba", reason="the dense CRF's fast backend")
     one, oracle = (

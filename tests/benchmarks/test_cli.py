@@ -84,10 +84,12 @@ def found(measured: Path) -> dict[str, Any]:
 # ----------------------------------------------------------------------------- run
 
 
+@pytest.mark.full
 def test_all_files_are_there_and_nothing_half_written(measured: Path) -> None:
     assert {p.name for p in measured.iterdir()} == FILES
 
 
+@pytest.mark.full
 def test_every_combination_is_measured(found: dict[str, Any]) -> None:
     runs = found["runs"]
     assert {(r["engine"].split()[0], r["batch"], r["tile_px"]) for r in runs} == {
@@ -97,6 +99,7 @@ def test_every_combination_is_measured(found: dict[str, Any]) -> None:
     assert len(set(speed.labels(runs))) == len(runs) == 8
 
 
+@pytest.mark.full
 def test_every_tile_and_pixel_of_the_slide_counts(found: dict[str, Any]) -> None:
     width, height = SLIDE_PX
     for run in found["runs"]:
@@ -106,6 +109,7 @@ def test_every_tile_and_pixel_of_the_slide_counts(found: dict[str, Any]) -> None
         assert run["tiles"] == run["tiles_held"] == columns * rows
 
 
+@pytest.mark.full
 def test_figures_are_positive_and_consistent(found: dict[str, Any]) -> None:
     assert found["repeats"] == 2
     for run in found["runs"]:
@@ -123,6 +127,7 @@ def test_figures_are_positive_and_consistent(found: dict[str, Any]) -> None:
         assert run["cores_busy"] > 0
 
 
+@pytest.mark.full
 def test_stages_inside_a_run_sum_to_no_more_than_all_of_it(found: dict[str, Any]) -> None:
     for run in found["runs"]:
         inside = dict(run["inside_end_to_end_s"])
@@ -133,6 +138,7 @@ def test_stages_inside_a_run_sum_to_no_more_than_all_of_it(found: dict[str, Any]
         assert total <= run["stages"]["end_to_end"]["seconds"] + 0.001
 
 
+@pytest.mark.full
 def test_the_roofline_follows_from_the_ceilings(found: dict[str, Any]) -> None:
     ceiling = found["ceilings"]["cpu"]
     peak, memory = ceiling["gflop_per_s"]["fp32"]["rate"], ceiling["gbyte_per_s"]["rate"]
@@ -150,6 +156,7 @@ def test_the_roofline_follows_from_the_ceilings(found: dict[str, Any]) -> None:
         assert roof["share_of_roof"] == pytest.approx(share, rel=0.02, abs=0.001)
 
 
+@pytest.mark.full
 def test_the_page_has_a_row_for_every_run(measured: Path, found: dict[str, Any]) -> None:
     page = (measured / "bench.md").read_text()
     for label in speed.labels(found["runs"]):
@@ -160,6 +167,7 @@ def test_the_page_has_a_row_for_every_run(measured: Path, found: dict[str, Any])
         assert len(widths) <= 1, table
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["stages.png", "roofline.png"])
 def test_pictures_show_something(measured: Path, name: str) -> None:
     with Image.open(measured / name) as picture:
@@ -170,6 +178,7 @@ def test_pictures_show_something(measured: Path, name: str) -> None:
     assert border.min() > 240, "something is cut off"
 
 
+@pytest.mark.full
 def test_pictures_are_drawn_without_ceilings(found: dict[str, Any], tmp_path: Path) -> None:
     bare = {**found, "ceilings": {}, "runs": found["runs"][:1]}
     roofline_png(bare, tmp_path / "a.png")
@@ -241,6 +250,7 @@ def test_files_are_written_all_or_none(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["b.png"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -368,6 +378,7 @@ def test_the_shipped_model_counts_as_its_export_does() -> None:
     assert count_work(model).flops == 2 * multiply_accumulates(model)
 
 
+@pytest.mark.full
 def test_probes_measure_something_and_say_what_is_missing() -> None:
     probes, missing = ceilings.open_probes("cpu", ("fp32", "int8"))
     assert {p.ceiling for p in probes} == {"fp32", "int8", "copy"}
@@ -410,6 +421,7 @@ def compared(
     return json.loads((out / "compare.json").read_text()), done.stdout
 
 
+@pytest.mark.full
 def test_compare_has_a_number_or_a_reason_for_every_contender(
     compared: tuple[dict[str, Any], str],
 ) -> None:
@@ -430,6 +442,7 @@ def test_compare_has_a_number_or_a_reason_for_every_contender(
     assert all(refused.values())
 
 
+@pytest.mark.full
 def test_compare_gives_the_same_labels_everywhere(compared: tuple[dict[str, Any], str]) -> None:
     said, _ = compared
     assert said["tiles"] == 3

@@ -128,6 +128,7 @@ def test_what_stands_beside_the_cells_is_scored_once(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == {"references": {"floor": 1}}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("algorithm", ["consistency", "consistency, transductive"])
 def test_the_labels_that_are_left_out_are_of_whole_images(algorithm: str, data_dir: Path) -> None:
     if not (data_dir / "glands-glas").is_dir():
@@ -182,6 +183,7 @@ def short(one: Cell, found: DataSet, **config: object) -> Cell:
     return dataclasses.replace(one, recipe=recipe, data=lambda: found)
 
 
+@pytest.mark.full
 def test_a_translation_is_scored_by_its_probabilities_too(tmp_path: Path) -> None:
     one = short(cell("mnist-hard", "small", "AE baseline", 0), digits(), width=4,
                 unique_channels=16)  # fmt: skip
@@ -192,6 +194,7 @@ def test_a_translation_is_scored_by_its_probabilities_too(tmp_path: Path) -> Non
     assert "residual" not in scores
 
 
+@pytest.mark.full
 def test_a_residual_is_measured_on_the_digit_and_elsewhere(tmp_path: Path) -> None:
     found = digits()
     one = short(cell("mnist-hard", "small", "proposed", 0), found, width=4, unique_channels=16,
@@ -212,12 +215,14 @@ def test_a_residual_is_measured_on_the_digit_and_elsewhere(tmp_path: Path) -> No
     assert scores["residual"] == pytest.approx(wanted, rel=0.1)  # the picture is rounded
 
 
+@pytest.mark.full
 def test_a_drawn_set_is_another_with_another_seed() -> None:
     first, second = (cell("cue", "small", "m-FCDenseNet", seed).data().train[0] for seed in (1, 2))
     assert first.image.shape == (128, 128, 3)
     assert (first.image != second.image).any()
 
 
+@pytest.mark.full
 def test_what_is_painted_is_compared_with_the_true_images(tmp_path: Path) -> None:
     found = synthetic.colored_regions(6, 4, side_px=192, seed=1)
     one = short(cell("glas-painted", "quarter", "pyramid GAN", 0), found, levels=2, g_width=4,

@@ -17,6 +17,7 @@ MIB = 1 << 20
 HIGHDICOM_MIB = 130  # loaded when the sink is opened, so it is not counted again
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", [FIRST, *RASTERS])
 def test_every_raster_can_be_measured(tmp_path: Path, name: str) -> None:
     raw = tmp_path / "labels"

@@ -40,6 +40,7 @@ def test_a_process_is_watched_to_its_end() -> None:
     assert seen.resident_mib[-1][1] < 100
 
 
+@pytest.mark.full
 def test_a_wide_slide_keeps_a_bound_in_column_bands(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

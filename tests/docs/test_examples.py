@@ -63,6 +63,7 @@ def package_of(file: Path) -> ModuleType:
     return importlib.import_module(f"histostream.{'.'.join(file.parent.parts)}")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_examples_of_a_page(page: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names: dict[str, Any] = {}

@@ -23,6 +23,8 @@ from histostream.wsi.sinks import table
 from histostream.wsi.synthetic import SyntheticSlide
 from tests.conftest import REPOSITORY
 
+pytestmark = pytest.mark.full
+
 PAGE = (REPOSITORY / "docs" / "file-formats.md").read_text(encoding="utf-8")
 # What is in these depends on the model or on the options, which have pages of their own.
 OPEN = {"options", "versions", "model.sha256", "model.card", "inputs.options"}

@@ -48,6 +48,7 @@ def crop(wsi_slides: Path) -> np.ndarray:
         return slide.read(0, 600, 600, 700, 500)
 
 
+@pytest.mark.full
 def test_every_artefact_of_one_command_agrees_on_a_real_slide_as_the_card_says(
     exported: Path, crop: np.ndarray
 ) -> None:
@@ -64,6 +65,7 @@ def test_every_artefact_of_one_command_agrees_on_a_real_slide_as_the_card_says(
         assert (labels[precision] == labels["fp32"]).mean() >= said - 0.005
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_histo_infer_runs_the_graph_that_is_asked_for(
     exported: Path, wsi_slides: Path, tmp_path: Path, precision: str
@@ -94,6 +96,7 @@ def test_a_precision_that_the_bundle_does_not_have_is_one_clear_line(tmp_path: P
         assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.full
 def test_inspect_prints_what_a_bundle_and_an_engine_say_of_themselves(exported: Path) -> None:
     bundle = run("export", "inspect", exported)
     assert bundle.returncode == 0, bundle.stderr
@@ -112,6 +115,7 @@ def test_inspect_prints_what_a_bundle_and_an_engine_say_of_themselves(exported: 
         assert str(file) in wrong.stderr
 
 
+@pytest.mark.full
 def test_a_damaged_bundle_is_said_by_inspect(exported: Path, tmp_path: Path) -> None:
     import shutil
 
@@ -175,7 +179,11 @@ def test_a_monai_network_is_wrapped_and_runs_on_a_slide(
         (["--method", "imems", "--precision", "fp32,int4"], "no precision is called 'int4'"),
         (["--method", "imems", "--calibrate", "gone.svs"], "gone.svs: does not exist"),
         (["--method", "imems", "--tensorrt", "maybe"], "use auto, tensorrt, rtx or off"),
-        (["--method", "imems", "--tensorrt", "rtx", "--targets", "sm90"], "sm90"),
+        pytest.param(
+            ["--method", "imems", "--tensorrt", "rtx", "--targets", "sm90"],
+            "sm90",
+            marks=pytest.mark.full,
+        ),
         (["--method", "imems", "--calibrate", "README.md"], "README.md"),
         (["wrap", "gone.onnx", "--classes", "a,b", "--mpp", 1], "gone.onnx"),
         (["wrap", "README.md", "--classes", "a,b", "--mpp", 1], "README.md"),

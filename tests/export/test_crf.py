@@ -19,6 +19,7 @@ def graph() -> onnx.ModelProto:
     return export_crf(PARAMS, classes=CLASSES, tile_px=TILE_PX, landmarks=LANDMARKS)
 
 
+@pytest.mark.full
 def test_the_graph_computes_what_numpy_does(graph: onnx.ModelProto) -> None:
     slide, rng = SyntheticSlide(4096, 4096, seed=1), np.random.default_rng(0)
     places = [(3500, 300), (3652, 900), (3300, 1100)]  # (x, y), multiples of the stride
@@ -41,6 +42,7 @@ def test_the_graph_computes_what_numpy_does(graph: onnx.ModelProto) -> None:
         assert (wanted.argmax(0) != given.argmax(0)).mean() > 0.05
 
 
+@pytest.mark.full
 def test_the_graph_is_static_but_for_the_batch(graph: onnx.ModelProto) -> None:
     (stride,) = (prop.value for prop in graph.metadata_props if prop.key == "crf_stride_px")
     assert stride == "4"

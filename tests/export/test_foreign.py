@@ -161,6 +161,7 @@ def test_the_reference_is_monai_s_network_on_normalised_pixels(unet_file: Path) 
     assert np.abs(np.round(255 * p) - wrapped.reference(tiles)).max() <= 1
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dynamo", [True, False])
 def test_monai_s_basic_unet_is_wrapped_from_either_exporter(tmp_path: Path, dynamo: bool) -> None:
     torch.manual_seed(0)

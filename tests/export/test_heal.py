@@ -72,6 +72,7 @@ def plant_overflow(model: onnx.ModelProto, tiles: Tiles, index: int) -> tuple[st
     return one.name, two.name
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("index", [2, 9])
 def test_a_planted_overflow_is_found_and_kept_in_fp32(
     model: onnx.ModelProto, tiles: Tiles, index: int
@@ -101,12 +102,14 @@ def test_a_sound_network_needs_no_healing(model: onnx.ModelProto, tiles: Tiles) 
     assert len(found.steps) == 1
 
 
+@pytest.mark.full
 def test_what_cannot_be_healed_does_not_pass(model: onnx.ModelProto, tiles: Tiles) -> None:
     judged = fp16_judge(model, tiles)
     found = heal(model, judged, Limits(1.1, 0.0), fp32_islands(model))
     assert not found.passed
 
 
+@pytest.mark.full
 def test_int8_that_loses_too_much_is_healed_by_the_groups_that_lose_most(
     model: onnx.ModelProto, tiles: Tiles
 ) -> None:
@@ -147,6 +150,7 @@ def test_int8_weights_use_seven_bits_so_that_no_cpu_saturates(
     assert max(np.abs(w.astype(int)).max() for w in weights) <= 64
 
 
+@pytest.mark.full
 def test_ranges_are_those_of_the_tensors_however_many_sessions_it_takes(
     model: onnx.ModelProto, tiles: Tiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -150,6 +150,7 @@ def test_aligned_corners_cost_less_than_a_pixel_of_the_coarse_map() -> None:
     assert exact <= found.halo_px < exact + 4
 
 
+@pytest.mark.full
 def test_the_halo_does_not_depend_on_the_tile_and_may_be_longer() -> None:
     torch.manual_seed(0)
     net = PyramidNet(3, layers=1)
@@ -162,6 +163,7 @@ def test_the_halo_does_not_depend_on_the_tile_and_may_be_longer() -> None:
 # --- What sees the whole tile. ---
 
 
+@pytest.mark.full
 def test_normalisation_by_the_tile_is_named_and_by_running_statistics_is_not() -> None:
     torch.manual_seed(0)
     found, kinds = [], []

@@ -79,6 +79,7 @@ def test_images_that_do_not_fit_the_model_are_named(tiny_bundle: Path) -> None:
         tune_crf(bundle, [grey], None)
 
 
+@pytest.mark.full
 def test_the_command_tunes_a_bundle(tiny_bundle: Path, tmp_path: Path) -> None:
     bundle, folder = tmp_path / "bundle", tmp_path / "set"
     shutil.copytree(tiny_bundle, bundle)

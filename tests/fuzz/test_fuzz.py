@@ -18,6 +18,7 @@ from histostream.benchmarks.sandbox import Sandbox
 EXAMPLES = {"tiff": 20, "image": 10, "dicom": 5, "name": 5, "roi": 10, "card": 15, "onnx": 15}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", KINDS)
 def test_hostile_input_is_accepted_whole_or_refused_clearly(sandbox: Sandbox, kind: str) -> None:
     @settings(

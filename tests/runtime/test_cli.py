@@ -38,6 +38,7 @@ def slide(tmp_path: Path) -> Path:
     return write_slide(tmp_path / "slide.tif", random_pixels(400, 300))
 
 
+@pytest.mark.full
 def test_a_real_slide_becomes_a_label_map(
     wsi_slides: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:
@@ -56,6 +57,7 @@ def test_a_real_slide_becomes_a_label_map(
     assert "Mpx/s" in done.stdout
 
 
+@pytest.mark.full
 def test_dicom_and_svs_of_one_slide_agree(
     wsi_slides: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:
@@ -145,6 +147,7 @@ def test_an_output_folder_that_cannot_be_written_is_one_clear_line(
     assert str(locked) in one_clear_line(infer(slide, "--model", tiny_bundle, "--out", locked))
 
 
+@pytest.mark.full
 def test_a_full_disk_leaves_nothing_under_a_final_name(tiny_bundle: Path, tmp_path: Path) -> None:
     """A limit on file size stands for the disk: writes fail in the middle just the same."""
     slide = write_slide(tmp_path / "big.tif", random_pixels(1500, 1500))
@@ -205,6 +208,7 @@ def test_running_again_replaces_the_result(slide: Path, tiny_bundle: Path, tmp_p
     assert not [p for p in (tmp_path / "out" / "slide").iterdir() if p.name.startswith(".")]
 
 
+@pytest.mark.full
 @pytest.mark.xdist_group("fleet")
 def test_several_devices_share_slides_or_the_columns_of_one(
     tiny_bundle: Path, tmp_path: Path
@@ -231,6 +235,7 @@ def test_several_devices_share_slides_or_the_columns_of_one(
     assert wrong.stderr.strip() == "histo-infer: device 0 is named twice: name each once"
 
 
+@pytest.mark.full
 def test_rasters_are_written_where_they_are_asked_for(
     slide: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:
@@ -245,6 +250,7 @@ def test_rasters_are_written_where_they_are_asked_for(
     assert "use ome-tiff or ome-tiff-rgb or ome-zarr or dicom-seg" in one_clear_line(wrong)
 
 
+@pytest.mark.full
 def test_objects_are_written_where_they_are_asked_for(
     slide: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:

@@ -200,6 +200,7 @@ class Hungry(IdentityEngine):
         return super().infer(tiles)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("error", [MemoryError, lambda: DeviceMemoryError("full", 9)])
 def test_out_of_memory_goes_on_with_smaller_batches(
     slides: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, error: Any
@@ -246,6 +247,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(*arguments), capture_output=True, text=True, check=False)
 
 
+@pytest.mark.full
 def test_two_processes_share_a_folder_and_do_no_slide_twice(
     tiny_bundle: Path, tmp_path: Path
 ) -> None:

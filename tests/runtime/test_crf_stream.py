@@ -237,7 +237,7 @@ def test_the_command_refines_a_slide(tmp_path: Path, tiny_bundle: Path) -> None:
     [
         (["--crf", "--crf-params", "theta_alpha=-3"], "theta_alpha=-3.0"),
         (["--crf", "--crf-uncertain", "2"], "--crf-uncertain 2.0"),
-        (["--crf-params", "w1=3"], "--crf-params and --crf-uncertain are of --crf: add it"),
+        (["--crf-params", "w1=3"], "--crf-params and --crf-uncertain belong to --crf: add it"),
         (["--crf", "--crf-params", "theta_alpha=100000"], "use a smaller theta"),
     ],
 )

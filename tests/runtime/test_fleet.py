@@ -43,6 +43,7 @@ def labels(folder: Path, name: str = "labels.tif") -> np.ndarray:
     return tifffile.imread(folder / name)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("blend", ["hann", "crop"])
 def test_two_devices_give_the_same_bits_as_one(
     slide: Path, fleet: Fleet, tiny_bundle: Path, tmp_path: Path, blend: str
@@ -90,6 +91,7 @@ def all_of(fleet: Fleet, wanted: list[Task], stopping: bool = False) -> dict[int
     )
 
 
+@pytest.mark.full
 def test_slides_are_shared_and_one_that_fails_does_not_stop_the_others(
     slide: Path, fleet: Fleet, tiny_bundle: Path, tmp_path: Path
 ) -> None:
@@ -126,6 +128,7 @@ def test_a_slide_that_fails_leaves_the_fleet_fit_for_the_next(
     assert segment_slide(slide, fleet, tmp_path / "out", Options(tissue=False)).run["mpx"] > 0
 
 
+@pytest.mark.full
 def test_the_slide_of_a_device_that_dies_is_done_by_another(
     slide: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:

@@ -118,6 +118,7 @@ def test_objects_of_a_run_broken_off_are_those_of_an_unbroken_run(
     assert not list(result.folder.glob(".*"))
 
 
+@pytest.mark.full
 def test_rasters_of_a_run_broken_off_are_those_of_an_unbroken_run(
     slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +169,7 @@ def test_a_region_of_interest_and_glass_are_gone_on_with_too(tmp_path: Path) -> 
     assert_same(unbroken, result)
 
 
+@pytest.mark.full
 def test_the_crf_goes_on_at_a_row_of_cells(tmp_path: Path) -> None:
     pytest.importorskip("numba")
     path = write_slide(tmp_path / "tall.tif", random_pixels(300, 2600))
@@ -318,6 +320,7 @@ def large(tmp_path: Path) -> Path:
     return write_slide(tmp_path / "large.tif", random_pixels(1500, 6000))
 
 
+@pytest.mark.full
 def test_a_killed_command_goes_on_and_gives_the_same_bits(
     large: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:
@@ -342,6 +345,7 @@ def test_a_killed_command_goes_on_and_gives_the_same_bits(
     assert not list((out / "large").glob(".*"))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_says_how_to_go_on(
     large: Path, tiny_bundle: Path, tmp_path: Path, number: signal.Signals

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import tifffile
 
 from histostream.runtime import Options, default_bundle, open_engine, segment_slide
@@ -13,6 +14,7 @@ from histostream.wsi.sink import OUTSIDE
 from histostream.wsi.synthetic import SyntheticSlide
 
 
+@pytest.mark.full
 def test_nuclei_of_the_demo_slide_are_found_where_they_are(tmp_path: Path) -> None:
     """Dice is .93 on the whole demo slide; the bound leaves room for other processors' rounding."""
     whole = SyntheticSlide(1600, 1100, seed=5)

@@ -205,6 +205,7 @@ def test_the_generator_learns_to_pass_the_target_for_source(
     assert believed() != before
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("term", ["feat", "pred"])
 def test_the_discriminators_learn_to_tell_the_domains_apart(batch: Batch, term: str) -> None:
     state = tiny(learning_rate=0.0, discriminator_learning_rate=5e-3)
@@ -278,6 +279,7 @@ def test_the_reversal_grows_over_the_joint_steps() -> None:
     assert 0.499 < strength(399) < 0.5
 
 
+@pytest.mark.full
 def test_reversal_trains_its_classifier_forwards(batch: Batch) -> None:
     """The classifier descends on the loss that the generator ascends, at either place."""
     for place, side in (("last", 32), ("bottleneck", 256)):
@@ -540,6 +542,7 @@ TINY = (
 )  # fmt: skip
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("stop", [1, 4], ids=["source only", "joint"])
 def test_a_killed_run_goes_on_as_if_it_never_stopped(tmp_path: Path, stop: int) -> None:
     recipe, found = read("apma-paper", *TINY, f"schedule.validate_every={stop}"), em()
@@ -569,6 +572,7 @@ def images_folder(folder: Path, found: DataSet) -> Path:
     return folder
 
 
+@pytest.mark.full
 def test_a_bundle_gives_torchs_labels_in_every_precision(trained: Path, tmp_path: Path) -> None:
     options = Options(
         tensorrt="off", tile_px=64, calibrate=images_folder(tmp_path / "images", em(seed=5))
@@ -594,6 +598,7 @@ def test_a_bundle_gives_torchs_labels_in_every_precision(trained: Path, tmp_path
         assert (segment_pixels(image, engine) == wanted).mean() >= agreement
 
 
+@pytest.mark.full
 def test_frozen_statistics_make_a_tile_independent_of_itself(trained: Path, tmp_path: Path) -> None:
     over = images_folder(tmp_path / "images", em(seed=5))
     options = Options(precisions=("fp32",), tensorrt="off", tile_px=64, calibrate=over, freeze=over)
@@ -602,6 +607,7 @@ def test_frozen_statistics_make_a_tile_independent_of_itself(trained: Path, tmp_
     assert done.card.align_px == 16
 
 
+@pytest.mark.full
 def test_own_ranges_of_tiles_can_be_frozen_too(tmp_path: Path) -> None:
     state = tiny(normalise="per_image")
     classes = [("rest", (255, 255, 255)), ("mitochondrion", (230, 75, 53))]
@@ -613,6 +619,7 @@ def test_own_ranges_of_tiles_can_be_frozen_too(tmp_path: Path) -> None:
     assert not done.card.tile_statistics
 
 
+@pytest.mark.full
 def test_an_engine_is_built(trained: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     over = images_folder(tmp_path / "images", em(seed=5))
@@ -627,6 +634,7 @@ def run(module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.full
 def test_grey_micrographs_go_from_a_folder_to_labels_of_a_tiff(tmp_path: Path) -> None:
     """histo-train, histo-export and histo-infer, at 5 nm per pixel."""
     found = synthetic.em_pair(4, 2, side_px=80)
@@ -683,6 +691,7 @@ def learn(found: DataSet, terms: tuple[bool, str, bool]) -> float:
     return 100 * 2 * float((labels * truth).sum()) / float(labels.sum() + truth.sum())
 
 
+@pytest.mark.full
 def test_adaptation_recovers_part_of_what_the_target_costs() -> None:
     """methods.md 5.10.2, at 1/8 of the widths and 210 steps: DE_feat between none and the oracle.
 

@@ -102,6 +102,7 @@ def test_without_the_discriminator_training_differs(
     assert not torch.equal(*weights)
 
 
+@pytest.mark.full
 def test_the_discriminator_learns_to_tell_real_from_painted(
     batch: Batch,
 ) -> None:
@@ -189,6 +190,7 @@ def test_contradicting_settings_are_named() -> None:
         imems.Config(segmentation_weight=1.5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_trains_exports_and_runs(
     name: str, nuclei_folder: Path, tmp_path: Path
@@ -306,12 +308,13 @@ def learn_textures(config: imems.Config, seed: int = 0) -> tuple[float, float]:
     return float((predicted == labels).float().mean()), float(correlation)
 
 
+@pytest.mark.full
 def test_imems_learns_labels_and_image_together_and_a_classifier_labels_only() -> None:
     """methods.md 1.10.2: a classifier dressed up as iMEMS fails the second check."""
     small = {"base_width": 12, "depth": 3, "dropout": 0.0, "discriminator_width": 4}
     accuracy, correlation = learn_textures(imems.Config(learning_rate=2e-3, **small))  # type: ignore[arg-type]
     assert accuracy >= 0.95
-    assert correlation >= 0.75
+    assert correlation >= 0.7  # .81 to .90 with three seeds, FP32, AVX2 alone
     accuracy, correlation = learn_textures(
         imems.Config(target="labels", adversarial=False, learning_rate=2e-3, **small)  # type: ignore[arg-type]
     )

@@ -88,6 +88,7 @@ def test_the_record_tells_what_was_trained_on_what(nuclei_folder: Path, tmp_path
     assert json.loads((tmp_path / "best" / "checkpoint.json").read_text())["method"] == "imems"
 
 
+@pytest.mark.full
 def test_training_lowers_the_loss(nuclei_folder: Path, tmp_path: Path) -> None:
     found = sets.open_set(str(nuclei_folder))
     plain = replace(recipe(60), augmentation=Augmentation())

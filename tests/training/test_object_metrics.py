@@ -101,6 +101,7 @@ def test_objects_that_hardly_meet_score_as_the_rules_say(seed: int) -> None:
     agrees(predicted, truth)
 
 
+@pytest.mark.full
 def test_more_than_255_objects_score_as_the_rules_say() -> None:
     predicted = scattered((60, 70), 330, 1, largest=4)
     truth = scattered((60, 70), 320, 2, largest=4)

@@ -158,6 +158,7 @@ def seen_columns(network: torch.nn.Module, x: torch.Tensor, position: int) -> li
     return slope.abs().sum(dim=(0, 1, 2)).nonzero().flatten().tolist()
 
 
+@pytest.mark.full
 def test_one_level_sees_240_px_and_the_pyramid_all_512() -> None:
     torch.manual_seed(0)
     one = FCDenseNet(3, 2)
@@ -665,6 +666,7 @@ GAME: dict[str, Any] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("gan", ["bce", "lsgan", "wgan-gp"])
 def test_the_discriminator_learns_to_tell_pairs_apart(batch: Batch, gan: str) -> None:
     state = tiny(gan=gan, generator_learning_rate=0.0, segmenter_learning_rate=0.0,
@@ -673,6 +675,7 @@ def test_the_discriminator_learns_to_tell_pairs_apart(batch: Batch, gan: str) ->
     assert losses[-1] < losses[0] - 0.2 * abs(losses[0])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("player", ["generator", "segmenter"])
 @pytest.mark.parametrize("gan", ["bce", "lsgan", "wgan-gp"])
 def test_the_players_learn_to_pass_for_true(batch: Batch, gan: str, player: str) -> None:
@@ -1102,6 +1105,7 @@ TINY = (
 )  # fmt: skip
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("stop", [1, 3, 5], ids=["coarse", "between levels", "fine"])
 @pytest.mark.parametrize(
     "more",
@@ -1227,6 +1231,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.mark.full
 def test_a_bundle_gives_torchs_labels_in_every_precision(trained: Path, tmp_path: Path) -> None:
     over = tmp_path / "images"
     over.mkdir()
@@ -1259,6 +1264,7 @@ def test_a_bundle_gives_torchs_labels_in_every_precision(trained: Path, tmp_path
     assert not kinds & FORBIDDEN_NODES
 
 
+@pytest.mark.full
 def test_an_engine_is_built(trained: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     options = Options(precisions=("fp32",), tensorrt="rtx", tile_px=32)
@@ -1270,6 +1276,7 @@ def test_an_engine_is_built(trained: Path, tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------- sampling
 
 
+@pytest.mark.full
 def test_painted_images_are_a_data_set_of_their_own(trained: Path, tmp_path: Path) -> None:
     painter = sample.open_painter(trained)
     found = synthetic.colored_regions(3, 1, side_px=50, seed=2)  # no multiple of 8
@@ -1293,6 +1300,7 @@ def test_painted_images_are_a_data_set_of_their_own(trained: Path, tmp_path: Pat
     assert (a.image != b.image).any()
 
 
+@pytest.mark.full
 def test_the_seed_alone_says_how_an_image_looks(trained: Path, tmp_path: Path) -> None:
     painter = sample.open_painter(trained)
     found = synthetic.colored_regions(2, 1, side_px=48, seed=2)
@@ -1306,6 +1314,7 @@ def test_the_seed_alone_says_how_an_image_looks(trained: Path, tmp_path: Path) -
     assert all(c[name] != content for name, content in a.items())
 
 
+@pytest.mark.full
 def test_classes_can_be_exchanged_by_name_or_number(trained: Path, tmp_path: Path) -> None:
     painter = sample.open_painter(trained)
     found = synthetic.colored_regions(1, 1, side_px=48, seed=2)
@@ -1325,6 +1334,7 @@ def saved_run(folder: Path, state: State, method: str = "pyramid_gan") -> Path:
     return folder
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -1375,6 +1385,7 @@ def test_a_users_mistake_is_one_line(
         assert "2 images and their labels: out" in ready.stdout
 
 
+@pytest.mark.full
 def test_nothing_is_left_of_a_set_that_could_not_be_written(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1388,6 +1399,7 @@ def test_nothing_is_left_of_a_set_that_could_not_be_written(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.full
 def test_the_exported_generators_paint_what_torch_paints(trained: Path, tmp_path: Path) -> None:
     path = tmp_path / "generator.onnx"
     model = generator.export_generator(trained, path, tile_px=32)
@@ -1479,12 +1491,14 @@ def learned(
     return state
 
 
+@pytest.mark.full
 def test_a_cue_beyond_the_reach_of_one_level_is_seen_by_the_pyramid() -> None:
     """methods.md 3.13.2 at 64 px, three levels; half of the discs are of either class."""
     assert 0.4 < disc_accuracy(1, 120) < 0.6
     assert disc_accuracy(3, 900, batches="3,8,8") >= 0.95
 
 
+@pytest.mark.full
 def test_generators_paint_the_colours_of_the_labels() -> None:
     """methods.md 3.13.3 at 32 px, two levels: colours, exchanged classes, noise."""
     found = synthetic.colored_regions(64, 8, side_px=32, seed=3)

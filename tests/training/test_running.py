@@ -97,6 +97,7 @@ def wait_for(path: Path, child: subprocess.Popen[str]) -> None:
     raise AssertionError(f"{path} never came")
 
 
+@pytest.mark.full
 @pytest.mark.xdist_group("running")
 def test_kill_9_and_the_same_command_again_give_the_unbroken_run(
     nuclei_folder: Path, unbroken: Path, tmp_path: Path
@@ -113,6 +114,7 @@ def test_kill_9_and_the_same_command_again_give_the_unbroken_run(
         assert [r["step"] for r in csv.DictReader(file)] == [str(i + 1) for i in range(STEPS)]
 
 
+@pytest.mark.full
 @pytest.mark.xdist_group("running")
 def test_ctrl_c_saves_the_step_in_hand(nuclei_folder: Path, unbroken: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
@@ -135,6 +137,7 @@ def test_ctrl_c_saves_the_step_in_hand(nuclei_folder: Path, unbroken: Path, tmp_
     assert same(run, tmp_path / "wanted")
 
 
+@pytest.mark.full
 @pytest.mark.xdist_group("running")
 def test_two_processes_train_as_one(nuclei_folder: Path, tmp_path: Path) -> None:
     """Each takes half of the crops of a batch; without dropout the weights are those of one."""

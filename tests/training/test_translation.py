@@ -326,6 +326,7 @@ def test_rows_and_columns_are_repeated() -> None:
 # ----------------------------------------------------------------------------- spectral norm
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("rate", "within"), [(1e-5, 0.01), (1e-3, 0.06)])
 def test_every_convolution_has_a_largest_singular_value_of_1_after_50_steps(
     batch: Batch, rate: float, within: float
@@ -453,6 +454,7 @@ def test_the_dice_loss_is_minus_the_smoothed_coefficient_of_all_images_together(
     torch.testing.assert_close(translation.dice_loss(p, labels), sum(each) / 2)
 
 
+@pytest.mark.full
 def test_the_discriminators_learn_to_tell_real_from_made(batch: Batch) -> None:
     state = tiny(learning_rate=0.0, discriminator_learning_rate=2e-3)
     first = float(translation.step(state, batch)["discriminator"])
@@ -461,6 +463,7 @@ def test_the_discriminators_learn_to_tell_real_from_made(batch: Batch) -> None:
     assert last < 0.7 * first
 
 
+@pytest.mark.full
 def test_the_generator_side_learns_to_deceive(batch: Batch) -> None:
     """With the adversarial term alone D believes more, in both domains."""
     only: dict[str, Any] = {f"lambda_{name}": 0.0 for name in ("rec", "lat", "cyc", "seg")}
@@ -745,6 +748,7 @@ def test_every_switch_trains(batch: Batch, more: dict[str, Any], trained: set[st
     assert set(labels.unique().tolist()) <= {0, 1}
 
 
+@pytest.mark.full
 def test_a_term_that_is_off_is_not_computed(batch: Batch) -> None:
     names = {"segmentation", "reconstruction", "latent", "cycle", "adversarial", "discriminator"}
     assert set(translation.step(tiny(), batch)) == names
@@ -870,6 +874,7 @@ def test_bfloat16_trains(batch: Batch) -> None:
             assert conv.normalised().dtype == torch.float32
 
 
+@pytest.mark.full
 def test_several_steps_of_channels_last_on_a_cpu_are_sound(batch: Batch) -> None:
     """conv1 of stride 2 would corrupt memory there: see `DownBlock`."""
     one, other = tiny(), tiny()
@@ -1039,6 +1044,7 @@ TINY = (
 )  # fmt: skip
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("other", ["translation-separate", "translation-autoencoder", None])
 def test_a_killed_run_goes_on_as_if_it_never_stopped(tmp_path: Path, other: str | None) -> None:
     recipe = read("translation-paper", *([other] if other else []), settings=TINY)
@@ -1054,6 +1060,7 @@ def test_a_killed_run_goes_on_as_if_it_never_stopped(tmp_path: Path, other: str 
     assert float(rows[-1]["segmentation"]) < 0
 
 
+@pytest.mark.full
 def test_tissue_goes_from_folders_to_labels(tmp_path: Path) -> None:
     """RGB tiles in images/, labels/, presence/ and absence/; a larger picture is segmented."""
     found = digits(4, side=64, channels=3)
@@ -1121,6 +1128,7 @@ def stored(run: Path) -> State:
     return evaluating(state)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("precision", "least"), [("fp32", 0.9999), ("fp16", 0.999), ("int8", 0.98)]
 )
@@ -1144,6 +1152,7 @@ def test_a_bundle_gives_torchs_labels(
         assert np.abs(found.astype(int) - scores).max() <= 1
 
 
+@pytest.mark.full
 def test_the_bundle_has_the_only_tile_that_the_network_takes(
     run: Path, exported: tuple[Path, Export], tmp_path: Path
 ) -> None:
@@ -1158,6 +1167,7 @@ def test_the_bundle_has_the_only_tile_that_the_network_takes(
         export_checkpoint("translation", run, tmp_path, Options(tile_px=64, tensorrt="off"))
 
 
+@pytest.mark.full
 def test_the_folded_graph_is_the_network(run: Path) -> None:
     state = stored(run)
     images = torch.from_numpy(
@@ -1172,6 +1182,7 @@ def test_the_folded_graph_is_the_network(run: Path) -> None:
     assert (folded - translation.probabilities(state, images)).abs().max() <= 1e-6
 
 
+@pytest.mark.full
 def test_an_engine_is_built(exported: tuple[Path, Export]) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     _, done = exported
@@ -1179,6 +1190,7 @@ def test_an_engine_is_built(exported: tuple[Path, Export]) -> None:
     assert any(name.startswith("engines/") for name in done.card.files)
 
 
+@pytest.mark.full
 def test_the_translated_image_is_a_graph_of_its_own(run: Path, tmp_path: Path) -> None:
     path = tmp_path / "absence.onnx"
     done = CliRunner().invoke(export_cli.main, ["explanation", str(run), str(path)])
@@ -1196,6 +1208,7 @@ def test_the_translated_image_is_a_graph_of_its_own(run: Path, tmp_path: Path) -
     assert not (tmp_path / "no.onnx").exists()
 
 
+@pytest.mark.full
 def test_what_cannot_explain_itself_is_named(
     run: Path, tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
@@ -1242,6 +1255,7 @@ def inside_to_outside(state: State, images: Tensor, truth: np.ndarray) -> float:
     return float(residual[truth > 0].mean() / residual[truth == 0].mean())
 
 
+@pytest.mark.full
 def test_the_residual_is_on_the_digit_and_the_digit_is_found(data_dir: Path) -> None:
     """methods.md 4.11.2 on real cluttered MNIST, at 1/8 of the widths (discriminators 1/16).
 
@@ -1260,9 +1274,9 @@ def test_the_residual_is_on_the_digit_and_the_digit_is_found(data_dir: Path) -> 
     images = torch.from_numpy(np.stack([s.image for s in found.test[:200]])).permute(0, 3, 1, 2)
     truth = np.stack([s.labels for s in found.test[:200]])
     torch.manual_seed(0)
-    assert inside_to_outside(evaluating(translation.build(config, 2, 1)), images, truth) < 2
+    before = inside_to_outside(evaluating(translation.build(config, 2, 1)), images, truth)
     state = evaluating(trained(config, found, steps=225, batch=8))
-    assert inside_to_outside(state, images, truth) >= 3
+    assert inside_to_outside(state, images, truth) >= max(3, before)
 
     def soft_dice(p: np.ndarray) -> float:
         dice = SoftDice(2, smooth=1)

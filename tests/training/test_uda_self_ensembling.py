@@ -259,6 +259,7 @@ def test_a_step_against_the_discriminator_deceives_it(batch: Batch) -> None:
         assert uda.adversarial_loss(state, segmenter(x).sigmoid()) < before
 
 
+@pytest.mark.full
 def test_the_discriminator_learns_to_tell_the_sets_apart(batch: Batch) -> None:
     """From S alone: its own step does not reach S."""
     dark = replace(batch, pools={"target": batch.pools["target"] // 4})
@@ -284,6 +285,7 @@ def gradients(batch: Batch, **config: Any) -> dict[str, Tensor]:
     return seen
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "change",
     [
@@ -532,6 +534,7 @@ def test_pixels_that_cbst_ignores_have_no_gradient() -> None:
     assert (logits.grad[kept == 1] != 0).all()
 
 
+@pytest.mark.full
 def test_cbst_learns_from_the_source_then_from_its_own_labels(found: DataSet, batch: Batch) -> None:
     state, parts = tiny(**OFF, self_training=True), parts_of(found)
     domains = uda._domains(state)
@@ -612,6 +615,7 @@ def test_mixed_precision_needs_nothing_of_the_method(
         assert not any(loss.requires_grad for loss in losses.values())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["recommended", "cbst", "mean teacher"])
 def test_a_killed_run_goes_on_as_if_it_never_stopped(
     name: str, found: DataSet, tmp_path: Path
@@ -655,6 +659,7 @@ def check_bundle(run: Path, bundle: Path, precision: str, picture: StoredPicture
     assert (segment_pixels(image, engine) == wanted).mean() >= least
 
 
+@pytest.mark.full
 def test_the_exported_labels_are_torchs(trained: Path, found: DataSet, tmp_path: Path) -> None:
     precisions = ("fp32", "fp16", "int8")
     options = Options(precisions=precisions, tensorrt="off", tile_px=64)
@@ -665,6 +670,7 @@ def test_the_exported_labels_are_torchs(trained: Path, found: DataSet, tmp_path:
         check_bundle(trained, tmp_path / "bundle", precision, found.test[0])
 
 
+@pytest.mark.full
 def test_tensorrt_rtx_builds_the_network(trained: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx builds the engines; not installed")
     options = Options(precisions=("fp32", "fp16"), tensorrt="rtx", tile_px=64)
@@ -695,6 +701,7 @@ def learn(found: DataSet, **config: Any) -> float:
     return float((2 * both / either).mean())
 
 
+@pytest.mark.full
 def test_adaptation_recovers_part_of_what_the_other_stain_costs() -> None:
     """methods.md 2.11.3: source-only < full by 0.05 and more, and the oracle at 0.9 and above.
 

@@ -28,6 +28,7 @@ def slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.full
 def test_every_reader_sees_the_same_slide(slide: Path) -> None:
     with open_slide(slide, reader="tiff") as ours, openslide.OpenSlide(slide) as theirs:
         assert [(v.width, v.height) for v in ours.levels] == list(theirs.level_dimensions)
@@ -44,6 +45,7 @@ def test_every_reader_sees_the_same_slide(slide: Path) -> None:
     assert large_image.open(str(slide)).getMetadata()["sizeX"] == SIZE[0]
 
 
+@pytest.mark.full
 def test_a_lower_level_is_the_average_of_the_one_above(slide: Path) -> None:
     with tifffile.TiffFile(slide) as file:
         levels = [page.asarray().astype(np.float32) for page in file.pages]
@@ -54,6 +56,7 @@ def test_a_lower_level_is_the_average_of_the_one_above(slide: Path) -> None:
         assert np.abs(below[:height, :width] - means).mean() < 4
 
 
+@pytest.mark.full
 def test_tissue_lies_where_the_patches_are(slide: Path) -> None:
     patches = Mosaic(*SIZE, tissue=0.4, seed=3).patches()
     assert patches.shape == (3, 5)
@@ -66,6 +69,7 @@ def test_tissue_lies_where_the_patches_are(slide: Path) -> None:
             assert patch >= 0 or np.ptp(box, axis=(0, 1)).max() == 0
 
 
+@pytest.mark.full
 def test_a_slide_can_be_all_tissue(tmp_path: Path) -> None:
     path = tmp_path / "tissue.tif"
     Mosaic(5000, 2500).write(path)
@@ -95,6 +99,7 @@ def test_tiles_that_are_the_same_are_stored_once(tmp_path: Path) -> None:
     assert path.stat().st_size < 1_000_000
 
 
+@pytest.mark.full
 def test_a_slide_follows_from_its_seed(slide: Path, tmp_path: Path) -> None:
     again, other = (Mosaic(*SIZE, tissue=0.4, seed=seed) for seed in (3, 4))
     again.write(tmp_path / "again.tif", tile_px=256)

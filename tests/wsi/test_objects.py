@@ -186,6 +186,7 @@ def test_a_band_that_is_left_out_is_refused() -> None:
         list(found.add(60, 0, np.zeros((10, 40), np.uint8)))
 
 
+@pytest.mark.full
 def test_memory_does_not_grow_with_the_slide(tmp_path: Path) -> None:
     y, x = np.mgrid[0:512, 0:1024]
     rows = ((x % 16 - 8) ** 2 + (y % 16 - 8) ** 2 < 30).astype(np.uint8)
