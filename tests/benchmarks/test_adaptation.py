@@ -181,6 +181,7 @@ def test_a_method_and_its_oracle_fill_a_result_file(tmp_path: Path) -> None:
     assert head[3] == "statistics of the target, CRF: Dice"
 
 
+@pytest.mark.full
 def test_rows_share_the_source_model_that_is_trained_once(tmp_path: Path) -> None:
     none, full = (
         train(one, one.data(), tmp_path, Compute("cpu")).record

@@ -188,6 +188,7 @@ def test_pictures_are_drawn_without_ceilings(found: dict[str, Any], tmp_path: Pa
             assert picture.width > 300
 
 
+@pytest.mark.full
 def test_a_backend_that_is_not_usable_is_listed_with_the_reason(
     tiny_bundle: Path, tmp_path: Path
 ) -> None:
@@ -219,6 +220,7 @@ def test_more_tiles_than_are_held_stand_for_a_large_slide(
     assert contender.measured.run["grid"]["tiles_inferred"] == contender.tile_count
 
 
+@pytest.mark.full
 def test_an_engine_with_a_device_is_measured_on_it(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

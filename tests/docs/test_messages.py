@@ -93,6 +93,7 @@ def raised() -> Iterator[tuple[str, ast.expr]]:
                     yield path.relative_to(REPOSITORY).as_posix(), made.args[0]
 
 
+@pytest.mark.full
 def test_every_exception_that_is_raised_is_listed() -> None:
     """Look for the words of each in another way than the page's: any piece of its text."""
     listed = {area: "" for area in extension("messages").AREAS}
@@ -114,6 +115,7 @@ def test_only_known_places_hand_on_what_another_has_said() -> None:
     assert {line.split(": ")[0] for line in catalogue().forwarded} <= FORWARDED
 
 
+@pytest.mark.full
 def test_every_message_says_what_to_do() -> None:
     mute = [
         f"{message.source}: {message.text}"

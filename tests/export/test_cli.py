@@ -12,21 +12,20 @@ import numpy as np
 import pytest
 import torch
 
+from histostream.export.cli import main as export_main
 from histostream.runtime.card import read_card
+from histostream.runtime.cli import main as infer_main
 from histostream.runtime.engine import open_engine
 from histostream.runtime.infer import segment_pixels
 from histostream.wsi.optional import install_command
 from histostream.wsi.reader import open_slide
+from tests.commands import call
 
 MEAN, STD = "0.5,0.4,0.5", "0.2,0.25,0.2"
 
 
 def run(command: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    module = {"export": "histostream.export.cli", "infer": "histostream.runtime.cli"}[command]
-    return subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    return call({"export": export_main, "infer": infer_main}[command], *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -120,6 +120,7 @@ def test_the_model_given_is_not_changed(network: tuple[onnx.ModelProto, int]) ->
     assert model.SerializeToString(deterministic=True) == before
 
 
+@pytest.mark.full
 def test_the_islands_are_scaling_normalisation_softmax_and_what_makes_the_scores() -> None:
     torch.manual_seed(0)
     model = export_onnx(PyramidNet().eval(), channels=3, tile_px=32)

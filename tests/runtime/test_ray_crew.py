@@ -364,7 +364,7 @@ def test_without_ray_the_error_says_what_to_install(
     tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(EngineError, match=r"--ray needs Ray: pip install 'histostream\[ray\]'"):
+    with pytest.raises(EngineError, match=r"--ray needs Ray: .*\[ray\]"):
         RayCrew(tiny_bundle, "local")
 
 

@@ -268,7 +268,7 @@ def test_turing_beside_others_is_warned_of(
 def test_a_target_that_the_library_has_not_is_refused_before_any_work(
     tiny_bundle: Path, library: Library, tmp_path: Path, no_build: None, wrong: str
 ) -> None:
-    with pytest.raises(EngineError, match=r"it has sm75, sm80.* Hopper .*histostream\[tensorrt\]"):
+    with pytest.raises(EngineError, match=r"it has sm75, sm80.* Hopper .*\[tensorrt\]"):
         build_engine(
             tiny_bundle,
             read_card(tiny_bundle),
@@ -590,9 +590,9 @@ def test_auto_with_a_gpu_is_tensorrt_where_it_is_installed(
 def test_what_to_install_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
-    with pytest.raises(EngineError, match=r"pip install 'histostream\[tensorrt\]'"):
+    with pytest.raises(EngineError, match=r"pip install .*\[tensorrt\]'"):
         find_library("tensorrt")
-    with pytest.raises(EngineError, match=r"histostream\[rtx\]' .*'histostream\[tensorrt\]'"):
+    with pytest.raises(EngineError, match=r"\[rtx\]' .*\[tensorrt\]'"):
         find_library()
 
 
@@ -809,5 +809,5 @@ def test_tensorrt_without_a_gpu_is_an_error_before_any_work(
     native: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tensorrt, "gpu_sm", lambda: None)
-    with pytest.raises(EngineError, match=r"none is usable here.*histostream\[rtx\]"):
+    with pytest.raises(EngineError, match=r"none is usable here.*\[rtx\]"):
         choose_targets(native, None)

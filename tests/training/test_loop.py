@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +12,12 @@ import pytest
 from histostream.training import checkpoint, data, loop, methods, sets
 from histostream.training.augment import Augmentation, draw_crop
 from histostream.training.checkpoint import CheckpointError
+from histostream.training.cli import main
 from histostream.training.loop import Recipe
 from histostream.training.methods import imems
 from histostream.training.methods.imems import Config
 from histostream.training.schedule import Schedule
+from tests.commands import call
 
 from .resuming import killed_and_resumed, logged
 
@@ -137,8 +138,7 @@ def test_an_unknown_method_names_the_nearest() -> None:
 
 
 def train(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "histostream.training.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return call(main, *arguments)
 
 
 def test_the_command_trains_and_scores(nuclei_folder: Path, tmp_path: Path) -> None:

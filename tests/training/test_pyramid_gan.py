@@ -1160,6 +1160,7 @@ def test_labels_are_kept_of_whole_patients_or_of_images() -> None:
         Schedule(labelled_by="slide")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("select", ["loss", "dice", "last"])
 def test_the_best_checkpoint_is_one_of_the_finest_level(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, select: str
@@ -1181,6 +1182,7 @@ def test_the_best_checkpoint_is_one_of_the_finest_level(
     assert int(weights_of(tmp_path, "best")["progress.level"]) == 0
 
 
+@pytest.mark.full
 def test_no_image_is_held_back_where_the_last_checkpoint_counts(tmp_path: Path) -> None:
     found = synthetic.colored_regions(6, 2, side_px=32)
     recipe = read(settings=(*TINY, "schedule.validation=0"))

@@ -361,6 +361,7 @@ def test_a_run_goes_on_with_the_start_it_had_only(found: DataSet, tmp_path: Path
             loop.train(recipe(), imems, found, tmp_path / "run", start=start)
 
 
+@pytest.mark.full
 def test_the_checkpoint_can_be_chosen_by_dice_or_be_the_last(
     found: DataSet, tmp_path: Path
 ) -> None:

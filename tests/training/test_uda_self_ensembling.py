@@ -355,6 +355,7 @@ def test_a_target_that_is_only_seen_moves_the_running_statistics_alone(batch: Ba
     assert moved == {"running_mean", "running_var", "num_batches_tracked"}
 
 
+@pytest.mark.full
 def test_what_is_judged_is_what_ships(found: DataSet, tmp_path: Path) -> None:
     """The best checkpoint has the target's statistics, and the loss they give; last its own."""
     recipe = algorithm("recommended", "schedule.epochs=0", "schedule.steps=4", "schedule.batch=2",
