@@ -28,9 +28,9 @@ FULL_FIXTURES = {"s3_server", "gs_server", "bucket", "unet_file", "monai_model"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put tests with these fixtures into the full tier."""
+    """Put tests with these fixtures into the full tier, and the lattice, which numba compiles."""
     for item in items:
-        if FULL_FIXTURES & set(getattr(item, "fixturenames", ())):
+        if FULL_FIXTURES & set(getattr(item, "fixturenames", ())) or "lattice" in item.name:
             item.add_marker(pytest.mark.full)
 
 

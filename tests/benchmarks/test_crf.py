@@ -13,6 +13,8 @@ from histostream.benchmarks.crf import (
 )
 from histostream.runtime.crf import CrfParams, dense_crf
 
+pytestmark = pytest.mark.full
+
 SIDE = 3 * TILE_PX
 
 

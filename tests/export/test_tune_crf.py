@@ -19,6 +19,8 @@ from histostream.runtime.card import read_card
 from histostream.runtime.crf import CrfParams, dense_crf
 from histostream.training.data import StoredSample
 
+pytestmark = pytest.mark.full
+
 pytest.importorskip("numba", reason="numba is not installed")
 
 

@@ -26,6 +26,8 @@ from .conftest import identity_engine, write_slide
 from .test_cli import infer as run_infer
 from .test_cli import one_clear_line
 
+pytestmark = pytest.mark.full
+
 pytest.importorskip("numba", reason="numba is not installed")
 
 PARAMS = CrfParams(w1=4.0, theta_alpha=6.0, theta_beta=20.0, w2=1.0, theta_gamma=2.0)
