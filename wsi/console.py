@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import re
+import stat
 import sys
 import tomllib
 import warnings
@@ -18,6 +19,7 @@ from histostream.wsi.errors import HistoError, printable
 from histostream.wsi.optional import install_command
 
 MIB = 1024 * 1024
+MAX_SETTINGS_BYTES = MIB
 BYTES = {"MIB": MIB, "GIB": 1024 * MIB, "TIB": MIB * MIB, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -119,6 +121,11 @@ def read_settings(context: click.Context, _: click.Parameter, path: Path | None)
 
 def _read_defaults(command: click.Command, path: Path) -> dict[str, Any]:
     try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_SETTINGS_BYTES:
+            raise SettingsError(
+                f"{path}: is not a file of up to {MAX_SETTINGS_BYTES} bytes; name a TOML file"
+            )
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"{path}: cannot be read ({error.strerror}); check the path") from error

@@ -92,6 +92,15 @@ def test_a_missing_file_is_one_line(slide: Path) -> None:
     assert "none.toml: cannot be read (No such file or directory); check the path" in done.stderr
 
 
+@pytest.mark.parametrize("name", [".", "/dev/zero", "large.toml"])
+def test_what_is_no_file_of_a_sane_size_is_one_line(name: str, slide: Path) -> None:
+    with Path("large.toml").open("wb") as file:
+        file.truncate(5 << 30)
+    done = infer(slide, "--config", name)
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert f"{name}: is not a file of up to 1048576 bytes; name a TOML file" in done.stderr
+
+
 def test_a_value_outside_of_its_choices_is_refused_as_on_the_command_line(slide: Path) -> None:
     done = infer(slide, "--config", settings("blend = 'magic'"))
     assert done.exit_code == 2
