@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from histostream.wsi.errors import SlideError
 from histostream.wsi.grid import Box
+from histostream.wsi.optional import install_command
 
 Pixels = NDArray[np.uint8]
 AUTO_ORDER = ("tiff", "large_image")  # fastest first; the last one opens everything
@@ -143,9 +145,12 @@ def open_slide(path: str | Path, *, reader: str = "auto") -> SlideReader:
             return _open_with(name, path)
         except DeclinedError as declined:
             reasons.append(f"{name}: {declined}")
+    more = ""
+    if importlib.util.find_spec("large_image_source_tifffile") is None:
+        more = f", or add a reader of further TIFFs: {install_command('formats')}"
     raise SlideError(
         f"{path}: no reader opens this file ({'; '.join(reasons)}); "
-        "check that it is a whole slide file of a known format"
+        f"check that it is a whole slide file of a known format{more}"
     )
 
 

@@ -319,3 +319,12 @@ def test_dicom_has_the_colours_of_the_slide_that_it_was_made_from(wsi_slides: Pa
         # They were compressed twice; false colours are off by 70.
         difference = np.abs(whole(dicom).astype(int) - whole(svs))
         assert difference.mean() < 6
+
+
+def test_where_a_reader_is_not_installed_its_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.svs").write_text("no slide")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SlideError, match=r"no reader opens .*a reader of further TIFFs: .*formats"):
+        open_slide(tmp_path / "text.svs")
