@@ -55,9 +55,7 @@ types: $(VENV)/.test | $(LINKS)
 	$(BIN)/mypy
 	$(BIN)/mypy tests
 
-types-all: $(VENV)/.dev | $(LINKS)
-	$(BIN)/mypy
-	$(BIN)/mypy tests
+types-all: $(VENV)/.dev types
 	$(BIN)/mypy docs/conf.py docs/_ext
 
 # Warnings are errors: names in docstrings, links between pages and their anchors, pages that nothing leads to.

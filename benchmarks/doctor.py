@@ -27,7 +27,7 @@ from histostream.benchmarks.sessions import first_line, open_session
 from histostream.runtime.tensorrt import cache_folder
 from histostream.wsi.errors import HistoError
 from histostream.wsi.grid import TileGrid
-from histostream.wsi.optional import install_command
+from histostream.wsi.optional import either_engine, engine_command, install_command
 from histostream.wsi.reader import open_slide
 from histostream.wsi.resolution import at_mpp
 from histostream.wsi.strips import read_strips
@@ -40,7 +40,7 @@ TINY_MODEL = bytes.fromhex(
     "74a04000000405a1b0a017812160a14080112100a0208010a0208010a0208040a020804621b0a0179"
     "12160a14080112100a0208010a0208010a0208040a02080442040a001011"
 )
-GPU_PROVIDER = "CUDAExecutionProvider"
+DRIVER, GPU_PROVIDER = "NVIDIA driver", "CUDAExecutionProvider"
 LOWEST_FREE_GB = 5.0
 DECODE_PX = 1024  # side of the slide that is decoded
 # Libraries that ONNX Runtime's CUDA provider loads; the extra cuda brings them.
@@ -83,11 +83,12 @@ def examine() -> list[Finding]:
     -------
     The findings in their order; the last one is the verdict.
     """
-    looks: list[Callable[[], Iterator[Finding]]] = [_machine, _gpus]
-    if find_gpus().cuda is not None:
-        looks += [_cuda_libraries, _cuda_provider, _tensorrt, _bindings]
-    looks += [_onnxruntime, _openvino, _extras, _slides, _disk, _decoding, _cache]
-    found = [finding for look in looks for finding in _guarded(look)]
+    found = [*_guarded(_machine), *_guarded(_gpus)]
+    looks: list[Callable[[], Iterator[Finding]]] = [_onnxruntime, _openvino, _extras, _slides]
+    if any(finding.name == DRIVER and finding.status == OK for finding in found):
+        looks = [_cuda_libraries, _cuda_provider, _tensorrt, _bindings, *looks]
+    for look in (*looks, _disk, _decoding, _cache):
+        found += _guarded(look)
     return [*found, verdict(found)]
 
 
@@ -98,20 +99,13 @@ def verdict(findings: Sequence[Finding]) -> Finding:
     if broken:
         return Finding("verdict", BROKEN, f"not ready: {', '.join(broken)}", "see the lines above")
     ready = ["CPU"]
-    advice = "for an NVIDIA GPU, where there is one, " + _replace_by("cuda")
-    if by_name["NVIDIA driver"].status == OK:
+    advice = "for an NVIDIA GPU, where there is one, " + engine_command("cuda")
+    if by_name[DRIVER].status == OK:
         provider = by_name.get(GPU_PROVIDER)
         usable = provider is not None and provider.status == OK
         ready = ["CPU", "GPU"] if usable else ready
-        advice = "" if usable else f"for the GPU: {_replace_by('cuda')}"
+        advice = "" if usable else f"for the GPU: {engine_command('cuda')}"
     return Finding("verdict", OK, f"ready: {' and '.join(ready)}", advice)
-
-
-def _replace_by(extra: str) -> str:
-    """Return the commands that exchange one ONNX Runtime for the other: both share their files."""
-    other = [name for name in ("onnxruntime", "onnxruntime-gpu") if _version(name)]
-    remove = f"pip uninstall --yes {' '.join(other)}, then " if other else ""
-    return f"{remove}{install_command(extra)}"
 
 
 def _guarded(look: Callable[[], Iterator[Finding]]) -> list[Finding]:
@@ -143,11 +137,11 @@ def _gpus() -> Iterator[Finding]:
     gpus = find_gpus()
     if gpus.cuda is None:
         yield Finding(
-            "NVIDIA driver", ABSENT, gpus.why_none,
+            DRIVER, ABSENT, gpus.why_none,
             "if there is a GPU, install its driver; in a container pass it in (--gpus all)",
         )  # fmt: skip
         return
-    yield Finding("NVIDIA driver", OK, f"{gpus.driver or 'version unknown'}, CUDA {gpus.cuda}")
+    yield Finding(DRIVER, OK, f"{gpus.driver or 'version unknown'}, CUDA {gpus.cuda}")
     if gpus.why_none:
         yield Finding(
             "GPU", MISSING, gpus.why_none,
@@ -172,12 +166,15 @@ def _cuda_libraries() -> Iterator[Finding]:
 
 
 def _cuda_provider() -> Iterator[Finding]:
-    runtime: Any = importlib.import_module("onnxruntime")
+    try:
+        runtime: Any = importlib.import_module("onnxruntime")
+    except (ImportError, OSError):
+        return  # `_onnxruntime` says so
     if GPU_PROVIDER in runtime.get_available_providers():
         yield _provider(GPU_PROVIDER, MISSING, install_command("cuda"))
     else:
         said = "not in the installed ONNX Runtime"
-        yield Finding(GPU_PROVIDER, MISSING, said, _replace_by("cuda"))
+        yield Finding(GPU_PROVIDER, MISSING, said, engine_command("cuda"))
 
 
 def _bindings() -> Iterator[Finding]:
@@ -228,13 +225,12 @@ def _module(title: str, module: str, advice: str) -> Finding:
 def _onnxruntime() -> Iterator[Finding]:
     packages = {name: _version(name) for name in ("onnxruntime", "onnxruntime-gpu")}
     installed = [f"{name} {version}" for name, version in packages.items() if version]
-    again = _replace_by("cpu")
+    again = engine_command("cpu")
     try:
         runtime: Any = importlib.import_module("onnxruntime")
         version = runtime.__version__
     except ModuleNotFoundError:
-        advice = f"{install_command('cpu')}, or {install_command('cuda')} for an NVIDIA GPU"
-        yield Finding("ONNX Runtime", BROKEN, "not installed", advice)
+        yield Finding("ONNX Runtime", BROKEN, "not installed", either_engine())
         return
     except (ImportError, OSError, AttributeError) as error:
         yield Finding("ONNX Runtime", BROKEN, f"cannot be loaded ({first_line(error)})", again)

@@ -1,8 +1,9 @@
 """A model bundle and a slide in, a label map out. Needs no torch."""
 
 import os
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from histostream.wsi.lazy import import_on_use
 
 if TYPE_CHECKING:
     from histostream.runtime.card import CardError, ModelCard, default_bundle, read_card
@@ -40,11 +41,4 @@ _MODULES = {
     "result": ("ResultError", "SlideResult"),
     "segmenter": ("Segmenter",),
 }
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used (PEP 562): the commands start without numpy."""
-    for module, names in _MODULES.items():
-        if name in names:
-            return getattr(import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = import_on_use(__name__, _MODULES)

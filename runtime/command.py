@@ -9,7 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +208,7 @@ def _plan(request: Request, bundle: Path, tasks: list[Task]) -> int:
     try:
         for plan in plan_slides(tasks, engine, max(len(request.devices), 1)):
             plans.append(plan)
-            click.echo(json.dumps(plan.as_dict()) if request.log_json else str(plan))
+            click.echo(json.dumps(asdict(plan)) if request.log_json else str(plan))
     finally:
         engine.close()
     problems = sum(bool(plan.problem) for plan in plans)

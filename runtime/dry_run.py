@@ -6,9 +6,8 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -50,8 +49,8 @@ class SlidePlan:
         Which reader opens it.
     width, height, slide_mpp
         Size in pixels, and um per pixel, of level 0; None where it was not opened.
-    level, scale
-        Level that is read, and pixels of it for one pixel of the model.
+    level, levels, scale
+        Level that is read, how many there are, and its pixels for one pixel of the model.
     tiles, tiles_in_all
         Tiles that the network would see, and tiles with the glass.
     seconds
@@ -76,7 +75,7 @@ class SlidePlan:
     tiles_in_all: int = 0
     seconds: float = 0.0
     disk_bytes: int = 0
-    problem: str = field(default="")
+    problem: str = ""
 
     def __str__(self) -> str:
         """Write it as one line."""
@@ -94,10 +93,6 @@ class SlidePlan:
             f"; {self.tiles} of {self.tiles_in_all} tiles, about {duration(self.seconds)}, "
             f"{size(self.disk_bytes)}{resumed} -> {self.folder}"
         )
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return all of it, for JSON."""
-        return asdict(self)
 
 
 def plan_slides(tasks: Sequence[Task], engine: Engine, devices: int = 1) -> Iterator[SlidePlan]:

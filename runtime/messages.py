@@ -51,7 +51,7 @@ class Messages(Protocol):
         """Say which model runs, and on what."""
 
     def progress(self, slide: str) -> Report:
-        """Return what is told how far a slide is: (pixels done, pixels in all)."""
+        """Return the function that takes a slide's progress: (pixels done, pixels in all)."""
 
     def slide(self, task: Task, outcome: Outcome) -> None:
         """Say what became of a slide."""
@@ -100,13 +100,17 @@ class TextMessages:
     def progress(self, slide: str) -> Report:
         """See `Messages.progress`; the bar appears with the first report."""
         if not self._console.is_terminal:
-            return _every(PROGRESS_S, lambda far: self.error(f"{printable(slide)}: {far}"))
+            return _every(
+                PROGRESS_S, lambda progress: self.error(f"{printable(slide)}: {progress}")
+            )
 
-        def show(far: _Progress) -> None:
+        def show(progress: _SlideProgress) -> None:
             if slide not in self._tasks:
                 self._tasks[slide] = self._bar.add_task(slide, total=None, rate="")
-            rate = f"{far.mpx_per_s:.2f} Mpx/s" if far.mpx_per_s else ""
-            self._bar.update(self._tasks[slide], completed=far.done, total=far.total, rate=rate)
+            rate = f"{progress.mpx_per_s:.2f} Mpx/s" if progress.mpx_per_s else ""
+            self._bar.update(
+                self._tasks[slide], completed=progress.done, total=progress.total, rate=rate
+            )
 
         return _every(0, show)
 
@@ -166,10 +170,10 @@ class JsonMessages:
     def progress(self, slide: str) -> Report:
         """See `Messages.progress`."""
 
-        def show(far: _Progress) -> None:
+        def show(progress: _SlideProgress) -> None:
             self._say(
-                "info", "progress", slide=slide, share=round(far.share, 4),
-                mpx_per_s=round(far.mpx_per_s, 3), seconds_left=far.seconds_left,
+                "info", "progress", slide=slide, share=round(progress.share, 4),
+                mpx_per_s=round(progress.mpx_per_s, 3), seconds_left=progress.seconds_left,
             )  # fmt: skip
 
         return _every(PROGRESS_S, show)
@@ -210,8 +214,8 @@ class _JsonHandler(logging.Handler):
         self._say(record.levelname.lower(), "message", message=record.getMessage())
 
 
-class _Progress:
-    """How far a slide is; what a former run has done does not count for the rate."""
+class _SlideProgress:
+    """Progress of one slide; what a former run has done does not count for the rate."""
 
     def __init__(self, done: int, total: int, before: int, seconds: float) -> None:
         self.done, self.total = done, total
@@ -225,8 +229,8 @@ class _Progress:
         return f"{100 * self.share:.0f} %, {self.mpx_per_s:.2f} Mpx/s{left}"
 
 
-def _every(seconds: float, show: Callable[[_Progress], None]) -> Report:
-    """Return a report that shows how far a slide is, at most once in so many seconds."""
+def _every(seconds: float, show: Callable[[_SlideProgress], None]) -> Report:
+    """Return a report that shows the progress at most once in so many seconds."""
     start = last = None
     before = 0
 
@@ -239,7 +243,7 @@ def _every(seconds: float, show: Callable[[_Progress], None]) -> Report:
                 return
         if now - last >= seconds:
             last = now
-            show(_Progress(done, total, before, now - start))
+            show(_SlideProgress(done, total, before, now - start))
 
     return report
 

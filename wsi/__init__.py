@@ -1,7 +1,8 @@
 """Slides in, tiles out: what the rest of HistoStream needs of a whole-slide image."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from histostream.wsi.lazy import import_on_use
 
 if TYPE_CHECKING:
     from histostream.wsi.errors import HistoError, OutputError, SlideError
@@ -49,11 +50,4 @@ _MODULES = {
     "strips": ("cut", "read_strips"),
     "tissue": ("RegionOfInterest", "TissueMask", "find_tissue", "read_roi"),
 }
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used (PEP 562): the commands start without numpy."""
-    for module, names in _MODULES.items():
-        if name in names:
-            return getattr(import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = import_on_use(__name__, _MODULES)

@@ -17,6 +17,7 @@ from urllib.request import url2pathname
 from histostream.wsi.errors import HistoError, OutputError
 
 DISTRIBUTION = "histostream"
+ENGINES = ("onnxruntime", "onnxruntime-gpu")
 
 
 def require(
@@ -62,6 +63,21 @@ def install_command(*extras: str) -> str:
     """
     wanted = f"[{','.join(extras)}]" if extras else ""
     return f"{_pip()} install {_requirement(wanted)}"
+
+
+def engine_command(extra: str) -> str:
+    """Return the command that makes ``cpu`` or ``cuda`` the engine of this installation.
+
+    The two packages of ONNX Runtime overwrite each other's files: what is there goes first.
+    """
+    packages = [name for name in ENGINES if any(metadata.distributions(name=name))]
+    remove = f"{_pip()} uninstall --yes {' '.join(packages)} && " if packages else ""
+    return f"{remove}{install_command(extra)}"
+
+
+def either_engine() -> str:
+    """Return the two commands of which one installs an engine."""
+    return f"{install_command('cpu')}, or {install_command('cuda')} for an NVIDIA GPU"
 
 
 def _pip() -> str:

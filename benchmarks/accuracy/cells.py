@@ -19,7 +19,7 @@ from typing import Any
 import click
 import torch
 
-from histostream.benchmarks.accuracy.score import by_engine, choose, opened, score
+from histostream.benchmarks.accuracy.score import choose, engine_for, predictor, score
 from histostream.benchmarks.hardware import hardware
 from histostream.runtime.crf import CrfParams
 from histostream.training import checkpoint, command, loop, methods
@@ -89,7 +89,7 @@ def options(command: Callable[..., None]) -> Callable[..., None]:
             click.option(
                 "--data", "data_dir", required=True, type=click.Path(path_type=Path, exists=True)
             ),
-            click.option("--size", help="short, paper, ...; default: small, or the first."),
+            click.option("--size", required=True, help="small, short, quarter, paper, ..."),
             click.option("--only", multiple=True, help="Algorithms; default: all."),
             click.option(
                 "--number", "numbers", multiple=True, type=int, help="Seeds or folds; default: all."
@@ -115,8 +115,9 @@ def fill_table(
     sizes: Collection[str],
     repeats: int,
     name: str,
+    references: Callable[[], Plain] | None = None,
     data_dir: Path,
-    size: str | None,
+    size: str,
     only: tuple[str, ...],
     numbers: tuple[int, ...],
     runs: Path,
@@ -137,10 +138,11 @@ def fill_table(
         Seeds or folds, where none are named.
     name
         Of the result file, before its size.
+    references
+        Scores that stand beside the cells, by name; made once.
     data_dir, size, only, numbers, runs, out, device, precision, threads
         As of `options`.
     """
-    size = size or ("small" if "small" in sizes else next(iter(sizes)))
     if size not in sizes:
         raise click.BadParameter(f"{table} has no size {size!r}: use {', '.join(sizes)}")
     if unknown := [one for one in only if one not in algorithms]:
@@ -153,7 +155,10 @@ def fill_table(
         for number in numbers or range(repeats)
         for algorithm in only or algorithms
     ]
-    fill(out / f"{name}-{size}.json", cells, runs, Compute(device, precision))
+    path = out / f"{name}-{size}.json"
+    fill(path, cells, runs, Compute(device, precision))
+    if references is not None:
+        refer(path, references)
 
 
 def fill(path: Path, cells: Sequence[Cell], runs: Path, how: Compute) -> None:
@@ -211,10 +216,10 @@ def judge(cell: Cell, found: DataSet, folder: Path) -> dict[str, Plain]:
     samples = choose(found, "test", cell.recipe.schedule)
     classes = [name for name, _ in found.classes]
     for name, which in cell.judged.items():
-        with opened(samples, found.mpp, run=folder / which, backend="cpu") as engine:
-            scores[name] = score(samples, by_engine(engine, found.mpp), classes)
+        with engine_for(samples, found.mpp, run=folder / which, backend="cpu") as engine:
+            scores[name] = score(samples, predictor(engine, found.mpp), classes)
             if cell.crf is not None:
-                refined = by_engine(engine, found.mpp, cell.crf)
+                refined = predictor(engine, found.mpp, cell.crf)
                 scores[f"{name}, CRF"] = score(samples, refined, classes)
     for one in scores.values():
         del one["each_image"]

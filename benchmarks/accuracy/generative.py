@@ -35,7 +35,6 @@ from histostream.benchmarks.accuracy.cells import (
     Plain,
     fill_table,
     options,
-    refer,
     settings_of,
 )
 from histostream.benchmarks.accuracy.score import Predict, score
@@ -338,15 +337,19 @@ def _nchw(image: np.ndarray) -> Tensor:
 @options
 def main(table: str, **how: Any) -> None:
     """Make the cells of a table that are not there yet."""
-    fill_table(
-        cell, table, algorithms=TABLES[table].algorithms, sizes=TABLES[table].sizes, repeats=3,
-        name=f"accuracy-{table}", **how,
-    )  # fmt: skip
     of = TABLES[table]
+    scores = None
     if of.source == GLAS and of.algorithms is not PAINTERS:
         source = GLAS.format(data=how["data_dir"])
-        path = how["out"] / f"accuracy-{table}-{how['size']}.json"
-        refer(path, lambda: references(sets.open_set(source)))
+        scores = functools.partial(_references_of, source)
+    fill_table(
+        cell, table, algorithms=of.algorithms, sizes=of.sizes, repeats=3,
+        name=f"accuracy-{table}", references=scores, **how,
+    )  # fmt: skip
+
+
+def _references_of(source: str) -> Plain:
+    return references(sets.open_set(source))
 
 
 if __name__ == "__main__":

@@ -178,14 +178,14 @@ def predicting(
         return
     place = run or bundle
     assert place is not None
-    with opened(
+    with engine_for(
         samples, mpp, bundle=bundle, run=run, backend=backend, precision=precision
     ) as engine:
-        yield by_engine(engine, mpp), _model(engine, place)
+        yield predictor(engine, mpp), _model(engine, place)
 
 
 @contextmanager
-def opened(
+def engine_for(
     samples: Sequence[Sample],
     mpp: float | None,
     *,
@@ -358,7 +358,7 @@ def _write_images(folder: Path, samples: Sequence[Sample], factor: float) -> Non
         Image.fromarray(image[..., 0] if grey else image).save(folder / f"{i}.png")
 
 
-def by_engine(engine: Engine, mpp: float | None, crf: CrfParams | None = None) -> Predict:
+def predictor(engine: Engine, mpp: float | None, crf: CrfParams | None = None) -> Predict:
     """Return what labels images of a resolution, maybe with the dense CRF behind the engine.
 
     Parameters

@@ -31,7 +31,7 @@ from histostream.runtime.devices import (
 from histostream.runtime.engine import EngineError, check_scores, check_tiles
 from histostream.runtime.graph import read_graph
 from histostream.wsi.errors import LONGEST_REASON, printable, reason
-from histostream.wsi.optional import install_command
+from histostream.wsi.optional import either_engine, engine_command, install_command
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 ERRORS_ONLY = 3  # ONNX Runtime's severity for messages on stderr; failures are raised by us
@@ -219,7 +219,7 @@ def open_onnxruntime(
     except ImportError as error:
         raise EngineError(
             f"ONNX Runtime is not installed, or cannot be loaded ({reason(error)}): "
-            f"{install_command('cpu')}, or {install_command('cuda')} for an NVIDIA GPU"
+            f"{either_engine()}"
         ) from error
 
     file = PRECISIONS[precision]
@@ -227,8 +227,7 @@ def open_onnxruntime(
     provider = PROVIDERS[device]
     if provider not in onnxruntime.get_available_providers():
         raise EngineError(
-            f"backend {device!r}: this ONNX Runtime has no {provider}; "
-            f"pip uninstall --yes onnxruntime onnxruntime-gpu, then {install_command('cuda')}"
+            f"backend {device!r}: this ONNX Runtime has no {provider}; {engine_command('cuda')}"
         )
     name = f"onnxruntime {onnxruntime.__version__} {device} {precision}"
     if device == "cpu":

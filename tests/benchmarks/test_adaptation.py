@@ -204,7 +204,10 @@ def test_rows_share_the_source_model_that_is_trained_once(tmp_path: Path) -> Non
     ("arguments", "said"),
     [
         (("--pair", "em", "--size", "paper"), "em has no size 'paper': use short"),
-        (("--pair", "em", "--only", "CBST"), "'CBST' is none of no adaptation, Roels"),
+        (
+            ("--pair", "em", "--size", "short", "--only", "CBST"),
+            "'CBST' is none of no adaptation, Roels",
+        ),
     ],
 )
 def test_what_a_pair_does_not_have_is_named(

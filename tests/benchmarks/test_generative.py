@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from histostream.benchmarks.accuracy import generative
+from histostream.benchmarks.accuracy import cells, generative
 from histostream.benchmarks.accuracy.cells import Cell, fill, refer
 from histostream.benchmarks.accuracy.generative import TABLES, cell
 from histostream.export.trained import find_checkpoint
@@ -21,6 +21,7 @@ from histostream.training import batches, checkpoint, synthetic
 from histostream.training.compute import Compute
 from histostream.training.data import DataSet, StoredPicture, StoredSample
 from histostream.training.methods import translation
+from tests.commands import call
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -245,3 +246,22 @@ def test_a_table_refuses_what_it_does_not_have(tmp_path: Path) -> None:
         generative.main, [*given, "--table", "mnist-large", "--size", "small"]
     )
     assert "mnist-large has no size 'small': use paper, reduced" in done.output
+
+
+def test_floors_are_in_the_file_of_the_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the training, which other tests do; the command itself makes the file's name."""
+    monkeypatch.setattr(generative, "_references_of", lambda source: {"floor": {"source": source}})
+    monkeypatch.setattr(
+        cells, "_run", lambda *_: {"scores": {"pooled": {"mean_f": 0, "accuracy": 0}}}
+    )
+    arguments = ["--table", "glas", "--size", "quarter", "--only", "full", "--number", "0"]
+    folders = ["--data", tmp_path, "--runs", tmp_path / "runs", "--out", tmp_path / "out"]
+    done = call(generative.main, *arguments, *folders)
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in (tmp_path / "out").glob("*.json")] == ["accuracy-glas-quarter.json"]
+    written = json.loads((tmp_path / "out" / "accuracy-glas-quarter.json").read_text())
+    assert written["references"]["floor"]["source"] == f"glas:{tmp_path}/glands-glas"
+    assert list(written["cells"]) == ["glas-quarter-full-0"]
+    assert call(generative.main, *arguments[:2], *folders).returncode == 2  # no size was named

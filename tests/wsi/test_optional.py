@@ -80,6 +80,18 @@ def test_another_pip_on_the_path_is_not_advised(
     assert optional.install_command("crf").startswith(f"{sys.executable} -m pip install ")
 
 
+def test_an_engine_is_exchanged_by_one_pip(
+    pip_on_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")  # another environment's pip would remove another's
+    installed = {"onnxruntime": [Distribution(None)]}
+    monkeypatch.setattr(metadata, "distributions", lambda name: installed.get(name, []))
+    pip = f"{sys.executable} -m pip"
+    assert optional.engine_command("cuda") == (
+        f"{pip} uninstall --yes onnxruntime && {pip} install 'histostream[cuda]'"
+    )
+
+
 def test_a_missing_package_is_named_with_its_extra() -> None:
     optional.require("json", "this needs", "tables")
     with pytest.raises(OutputError, match=r"^this needs no_such_module: .*pip install .*tables"):

@@ -526,8 +526,7 @@ def settle(state: State, parts: Parts) -> None:
 
 
 def finish(state: State, parts: Parts) -> None:
-    """Deploy what was judged."""
-    settle(state, parts)
+    """Nothing is left to measure: the best checkpoint was settled before it was judged."""
 
 
 @torch.no_grad()
