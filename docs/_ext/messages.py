@@ -312,7 +312,7 @@ def _named(value: ast.expr) -> str:
             return "reason"
         if called == "len":
             return "number"
-        if called == "install_command":
+        if called in {"install_command", "engine_command", "either_engine"}:
             return "pip install ..."
         if called == "getattr":
             return "value"
