@@ -76,7 +76,7 @@ browser: ## A Chromium for the tests of the viewer's page, where apt-get may ins
 
 model: $(VENV)/.dev ## Train, export and score the shipped nucleus model again (hours)
 	$(BIN)/histo-train --method imems --data "$(DATA)/nuclei-dsb2018/brightfield" --config nuclei --out runs/nuclei
-	$(BIN)/python -m histostream.training.publish runs/nuclei training/weights/imems
+	$(BIN)/python -m histostream.training.strip_checkpoint runs/nuclei training/weights/imems
 	$(BIN)/histo-export --method imems --out runtime/models/nuclei --precision fp32,int8 \
 	  --tensorrt off --calibrate "$(DATA)/nuclei-dsb2018/brightfield"
 	$(BIN)/python -m histostream.benchmarks.accuracy.nuclei --data "$(DATA)" --out benchmarks/results/accuracy-nuclei.json

@@ -50,20 +50,23 @@ def main() -> None:
 
 @main.command()
 @click.option(
-    "--model", "bundles", type=PATH, multiple=True,
+    "--model",
+    "bundles",
+    type=PATH,
+    multiple=True,
     help="Model bundle; several may be given.  [default: nuclei]",
-)  # fmt: skip
+)
 @click.option("--slide", type=PATH, help="Slide to run on; default: a synthetic one.")
 @click.option("--synthetic", default="4096x4096", metavar="WxH", help="Its size, in pixels.")
 @click.option("--backend", default="auto", metavar="LIST", help=f"Of {', '.join(BACKENDS)}.")
-@click.option(
-    "--precision", default="auto", metavar="LIST", help=f"Of auto, {', '.join(PRECISIONS)}."
-)
+@click.option("--precision", default="auto", metavar="LIST", help=f"Of auto, {', '.join(PRECISIONS)}.")
 @click.option("--batch", default="auto", metavar="LIST", help="Tiles per inference, as 1,2,4.")
 @click.option(
-    "--tile", default="auto", metavar="LIST",
+    "--tile",
+    default="auto",
+    metavar="LIST",
     help="Sides of a tile, as 256,512, for speed alone; auto: as the model was exported.",
-)  # fmt: skip
+)
 @click.option("--tissue/--no-tissue", default=False, help="Leave glass out, or run on it too.")
 @click.option("--mpp", type=float, help="Resolution of the slide, um per pixel at full size.")
 @click.option("--threads", type=int, help="CPU threads; default: all cores.")
@@ -91,10 +94,10 @@ def run(
     from histostream.benchmarks.report import write_together
     from histostream.benchmarks.speed import markdown, measure_speed
     from histostream.benchmarks.stages import Setup
-    from histostream.runtime.card import default_bundle
-    from histostream.runtime.memory import return_buffers_at_once
+    from histostream.runtime.bundle.card import default_bundle
     from histostream.runtime.options import Options
-    from histostream.wsi.sink import json_text
+    from histostream.runtime.stream.memory import return_buffers_at_once
+    from histostream.wsi.files import json_text
 
     return_buffers_at_once()  # as histo-infer
     setups = [
@@ -132,9 +135,10 @@ def run(
 @main.command()
 @click.option("--model", "bundle", type=PATH, help="Model bundle.  [default: nuclei]")
 @click.option(
-    "--checkpoint", type=PATH,
+    "--checkpoint",
+    type=PATH,
     help="Training run or checkpoint that it was made of; default: the weights that ship.",
-)  # fmt: skip
+)
 @click.option("--method", default="imems", help="Which paper the model is of.")
 @click.option("--slide", type=PATH, help="Where tiles are cut from; default: a synthetic slide.")
 @click.option("--tiles", default=4, help="How many.")
@@ -149,8 +153,8 @@ def compare(bundle: Path | None, out: Path | None, **how: Any) -> None:
     from histostream.benchmarks.compare import compare as compared
     from histostream.benchmarks.compare import markdown
     from histostream.benchmarks.report import write_together
-    from histostream.runtime.card import default_bundle
-    from histostream.wsi.sink import json_text
+    from histostream.runtime.bundle.card import default_bundle
+    from histostream.wsi.files import json_text
 
     said = compared(bundle or default_bundle(), **how, say=_say)
     page = markdown(said)
@@ -161,16 +165,21 @@ def compare(bundle: Path | None, out: Path | None, **how: Any) -> None:
 
 @main.command()
 @click.option(
-    "--data", "source", required=True, metavar="SET",
+    "--data",
+    "source",
+    required=True,
+    metavar="SET",
     help="Images with labels: a folder, or a known set as glas:PATH (docs/data.md).",
-)  # fmt: skip
+)
 @click.option("--model", "bundle", type=PATH, help="Score a model bundle.  [default: nuclei]")
 @click.option("--checkpoint", "run", type=PATH, help="Score a training run or checkpoint.")
 @click.option("--labels", type=PATH, help="Score a folder of label maps, one for each image.")
 @click.option(
-    "--part", type=click.Choice(("auto", "test", "validation", "train", "all")), default="auto",
+    "--part",
+    type=click.Choice(("auto", "test", "validation", "train", "all")),
+    default="auto",
     help="Which images; auto: those that were held back, else the set's test part, else all.",
-)  # fmt: skip
+)
 @click.option("--mpp", type=float, help="Resolution of the images, where the set does not say.")
 @click.option("--backend", type=click.Choice(BACKENDS), default="auto")
 @click.option("--precision", default="auto", help=f"auto, {', '.join(PRECISIONS)}.")
@@ -196,17 +205,16 @@ def accuracy(
     from histostream.benchmarks.accuracy.score import markdown, score_set
     from histostream.benchmarks.plots import confusion_png
     from histostream.benchmarks.report import write_together
-    from histostream.runtime.card import default_bundle
-    from histostream.wsi.sink import json_text
+    from histostream.runtime.bundle.card import default_bundle
+    from histostream.wsi.files import json_text
 
     if sum(x is not None for x in (bundle, run, labels)) > 1:
         raise _OptionError("give one of --model, --checkpoint and --labels")
     if bundle is None and run is None and labels is None:
         bundle = default_bundle()
     said = score_set(
-        source, bundle=bundle, run=run, labels=labels, part=part, mpp=mpp,
-        min_object_px=min_object, say=_say, **how,
-    )  # fmt: skip
+        source, bundle=bundle, run=run, labels=labels, part=part, mpp=mpp, min_object_px=min_object, say=_say, **how
+    )
     page = markdown(said)
     write_together(
         out,
@@ -228,7 +236,7 @@ def doctor(as_json: bool) -> None:
 
     Exit status 1 if something is broken; what is only missing does not count.
     """
-    from histostream.benchmarks.doctor import BROKEN, examine
+    from histostream.runtime.doctor import BROKEN, examine
 
     findings = examine()
     if as_json:
@@ -256,9 +264,7 @@ def _numbers(option: str, text: str) -> list[int | None]:
         elif word.strip().isdecimal() and int(word) > 0:
             found.append(int(word))
         else:
-            raise _OptionError(
-                f"{option} {text}: {word.strip()!r} is no number from 1, nor auto: give one"
-            )
+            raise _OptionError(f"{option} {text}: {word.strip()!r} is no number from 1, nor auto: give one")
     return list(dict.fromkeys(found))
 
 

@@ -25,9 +25,9 @@ from histostream.benchmarks.sessions import first_line, quiet
 from histostream.benchmarks.stages import BenchError
 from histostream.export.tiles import collect_tiles
 from histostream.export.trained import load_deployed, read_checkpoint
-from histostream.runtime.card import ModelCard, read_card
+from histostream.runtime.bundle.card import ModelCard, read_card
 from histostream.runtime.choices import PRECISIONS
-from histostream.runtime.engine import open_engine
+from histostream.runtime.engines.base import open_engine
 from histostream.runtime.record import versions
 from histostream.training.checkpoint import CheckpointError
 from histostream.wsi.errors import HistoError
@@ -233,9 +233,7 @@ def _in_turns(
     return seconds, cores
 
 
-def _torch_contenders(
-    module: nn.Module, compiled: bool
-) -> Iterator[tuple[str, Callable[[], Contender]]]:
+def _torch_contenders(module: nn.Module, compiled: bool) -> Iterator[tuple[str, Callable[[], Contender]]]:
     on_gpu = torch.cuda.is_available()
     device = "cuda" if on_gpu else "cpu"
     half = torch.float16 if on_gpu else torch.bfloat16
@@ -252,9 +250,7 @@ def _torch_contenders(
     def with_compiler() -> Contender:
         if not compiled:
             raise NotUsableError("not asked for; pass --compile (takes minutes)")
-        return _torch_contender(
-            "torch compile", module, device, half if sensible else None, compiled=True
-        )
+        return _torch_contender("torch compile", module, device, half if sensible else None, compiled=True)
 
     yield BASELINE, eager
     yield "torch AMP", mixed
@@ -290,15 +286,11 @@ def _engine_contenders(
         for precision in PRECISIONS:
             name = f"{library}{backend} {precision}"
 
-            def opened(
-                name: str = name, backend: str = backend, precision: str = precision
-            ) -> Contender:
+            def opened(name: str = name, backend: str = backend, precision: str = precision) -> Contender:
                 if precision not in card.precisions:
                     raise NotUsableError(f"the bundle has no {precision} graph")
                 with quiet():
-                    engine = open_engine(
-                        bundle, backend=backend, precision=precision, threads=threads
-                    )
+                    engine = open_engine(bundle, backend=backend, precision=precision, threads=threads)
                 return Contender(name, engine.name, engine.infer, engine.close)
 
             yield name, opened

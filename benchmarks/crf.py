@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histostream.benchmarks.hardware import hardware, usable_cores
-from histostream.runtime.crf import SMALLEST_PROBABILITY, CrfParams, dense_crf
+from histostream.runtime.crf import MIN_PROBABILITY, CrfParams, dense_crf
 from histostream.wsi.synthetic import SyntheticSlide
 
 SLIDE = SyntheticSlide(4096, 4096, seed=1)
@@ -42,9 +42,7 @@ Scores = NDArray[np.float32]
 Crf = Callable[[Pixels, Scores, CrfParams], Scores]
 
 
-def make_input(
-    place: tuple[int, int], side: int, classes: int, noise: float
-) -> tuple[Pixels, Scores]:
+def make_input(place: tuple[int, int], side: int, classes: int, noise: float) -> tuple[Pixels, Scores]:
     """Synthetic tissue, and probabilities of nuclei and grey levels under noise of a deviation."""
     image, nuclei = SLIDE.region(*place, side, side)
     labels = np.minimum(nuclei + (image[..., 0] // 64 if classes > 2 else 0), classes - 1)
@@ -59,13 +57,11 @@ def run_reference(image: Pixels, scores: Scores, params: CrfParams) -> Scores:
     from pydensecrf import densecrf
 
     classes, height, width = scores.shape
-    energies = -np.log(np.clip(scores, SMALLEST_PROBABILITY, 1)).reshape(classes, -1)
+    energies = -np.log(np.clip(scores, MIN_PROBABILITY, 1)).reshape(classes, -1)
     crf = densecrf.DenseCRF2D(width, height, classes)
     crf.setUnaryEnergy(np.ascontiguousarray(energies))
     crf.addPairwiseGaussian(sxy=params.theta_gamma, compat=params.w2)
-    crf.addPairwiseBilateral(
-        sxy=params.theta_alpha, srgb=params.theta_beta, rgbim=image, compat=params.w1
-    )
+    crf.addPairwiseBilateral(sxy=params.theta_alpha, srgb=params.theta_beta, rgbim=image, compat=params.w1)
     found: Scores = np.array(crf.inference(params.n_iter)).reshape(scores.shape)
     return found
 
@@ -102,7 +98,9 @@ def measure(
             cpu[name].append(time.process_time() - start_cpu)
     megapixels = image.shape[0] * image.shape[1] / 1e6
     return {
-        "side_px": image.shape[0], "classes": len(scores), "theta_alpha": params.theta_alpha,
+        "side_px": image.shape[0],
+        "classes": len(scores),
+        "theta_alpha": params.theta_alpha,
         "mpx_per_s": {n: round(megapixels / float(np.median(s)), 3) for n, s in wall.items()},
         "speed_against_reference": {n: _ratio(wall[REFERENCE], s) for n, s in wall.items()},
         "cpu_seconds": {n: round(float(np.median(s)), 3) for n, s in cpu.items()},
@@ -110,10 +108,8 @@ def measure(
         "labels_that_agree_with_reference": {
             n: round(float((found == labels[REFERENCE]).mean()), 5) for n, found in labels.items()
         },
-        "labels_changed_by_reference": round(
-            float((labels[REFERENCE] != scores.argmax(axis=0)).mean()), 4
-        ),
-    }  # fmt: skip
+        "labels_changed_by_reference": round(float((labels[REFERENCE] != scores.argmax(axis=0)).mean()), 4),
+    }
 
 
 def _ratio(reference: list[float], ours: list[float]) -> float:
@@ -158,11 +154,13 @@ def measure_uncertain(repeats: int) -> dict[str, object]:
             seconds[name].append(time.perf_counter() - start)
     tiles = sum(1 for _ in uncertain_tiles(scores))
     return {
-        "side_px": side, "tile_px": TILE_PX, "halo_px": params.halo_px,
+        "side_px": side,
+        "tile_px": TILE_PX,
+        "halo_px": params.halo_px,
         "share_of_tiles": round(tiles / (side / TILE_PX) ** 2, 3),
         "speed_against_whole": _ratio(seconds["whole"], seconds["uncertain tiles"]),
         "labels_that_agree": round(float((labels["whole"] == labels["uncertain tiles"]).mean()), 5),
-    }  # fmt: skip
+    }
 
 
 @click.command(context_settings={"show_default": True})
@@ -181,9 +179,14 @@ def main(repeats: int, out: Path) -> None:
         "note": f"load {machine['load_before']} on {threads} cores before the run: "
         "where other work runs beside, ratios hold and speeds do not",
         "versions": {name: metadata.version(name) for name in ("numba", "numpy", REFERENCE)},
-        "w1": 10, "theta_beta": 10, "w2": 3, "theta_gamma": 3, "n_iter": 5, "repeats": repeats,
+        "w1": 10,
+        "theta_beta": 10,
+        "w2": 3,
+        "theta_gamma": 3,
+        "n_iter": 5,
+        "repeats": repeats,
         "runs": (runs := []),
-    }  # fmt: skip
+    }
     for side, classes, theta_alpha in product(SIDES, CLASSES, THETA_ALPHAS):
         image, scores = make_input(TISSUE, side, classes, 1.5)
         params = CrfParams(w1=10, theta_alpha=theta_alpha)

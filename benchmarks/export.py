@@ -30,19 +30,29 @@ from histostream.benchmarks.hardware import hardware
 from histostream.export.bundle import Options
 from histostream.export.tiles import collect_tiles
 from histostream.export.trained import export_checkpoint
-from histostream.runtime.card import ModelCard
+from histostream.runtime.bundle.card import ModelCard
 from histostream.runtime.choices import PRECISIONS
-from histostream.runtime.engine import Engine, EngineError, open_engine
-from histostream.runtime.memory import peak_memory_mib, return_buffers_at_once
+from histostream.runtime.engines.base import Engine, EngineError, open_engine
+from histostream.runtime.stream.memory import peak_memory_mib, return_buffers_at_once
 from histostream.training import checkpoint
 from histostream.training.checkpoint import Checkpoint
-from histostream.training.methods import imems
+from histostream.training.methods.imems import method as imems
 from histostream.training.networks.unet import UNet
 
 REPEATS = 5
 LARGE = imems.Config(base_width=64, adversarial=False)
-FIGURES = ("source", "tiles", "truth", "max_difference", "mean_difference", "label_agreement",
-           "dark_label_agreement", "dice", "dice_change", "not_finite")  # fmt: skip
+FIGURES = (
+    "source",
+    "tiles",
+    "truth",
+    "max_difference",
+    "mean_difference",
+    "label_agreement",
+    "dark_label_agreement",
+    "dice",
+    "dice_change",
+    "not_finite",
+)
 
 
 def artefacts(card: ModelCard, bundle: Path, tiles: np.ndarray) -> dict[str, Any]:
@@ -148,9 +158,8 @@ def main(data_dir: Path | None, out: Path | None, large: Path | None) -> None:
             card = export_checkpoint("imems", None, folder / "nuclei", options).card
             seconds = time.perf_counter() - start
             tiles = collect_tiles(
-                source, tile_px=card.tile_px, channels=card.channels, mpp=card.mpp, classes=(),
-                count=4,
-            ).gate  # fmt: skip
+                source, tile_px=card.tile_px, channels=card.channels, mpp=card.mpp, classes=(), count=4
+            ).gate
             rows = artefacts(card, folder / "nuclei", tiles)
             found["nuclei"][name] = {"seconds": round(seconds, 1), "artefacts": rows}
             click.echo(f"{name}: {json.dumps(rows)}")

@@ -29,7 +29,7 @@ from histostream.export.bundle import Options
 from histostream.export.trained import export_checkpoint
 from histostream.training import checkpoint
 from histostream.training.checkpoint import Checkpoint
-from histostream.training.methods import imems
+from histostream.training.methods.imems import method as imems
 from histostream.wsi.synthetic import SyntheticSlide
 
 WIDTH = 16384
@@ -47,9 +47,7 @@ def write_repeated(path: Path, width: int, height: int, seed: int = 0) -> None:
     side = PATCH_PX // TILE_PX
     coded = [
         [
-            imagecodecs.jpeg8_encode(
-                patch[y * TILE_PX : (y + 1) * TILE_PX, x * TILE_PX : (x + 1) * TILE_PX], level=85
-            )
+            imagecodecs.jpeg8_encode(patch[y * TILE_PX : (y + 1) * TILE_PX, x * TILE_PX : (x + 1) * TILE_PX], level=85)
             for x in range(side)
         ]
         for y in range(side)
@@ -92,30 +90,47 @@ def base_4_bundle(folder: Path) -> Path:
 def main(out: Path) -> None:
     """Measure the peak memory of histo-infer on tall slides."""
     said: dict[str, object] = {
-        "hardware": hardware(), "network": "base-4 U-Net, 512 px tiles, overlap 64",
-        "target_mib": TARGET_MIB, "runs": (runs := []),
-    }  # fmt: skip
+        "hardware": hardware(),
+        "network": "base-4 U-Net, 512 px tiles, overlap 64",
+        "target_mib": TARGET_MIB,
+        "runs": (runs := []),
+    }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         bundle = base_4_bundle(folder)
         for height in HEIGHTS:
             slide = folder / f"{WIDTH}x{height}.tif"
             write_repeated(slide, WIDTH, height)
-            command = [sys.executable, "-m", "histostream.runtime.cli", slide, "--model", bundle,
-                       "--out", folder / "out", "--no-tissue", "--backend", "cpu"]  # fmt: skip
+            command = [
+                sys.executable,
+                "-m",
+                "histostream.runtime.cli",
+                slide,
+                "--model",
+                bundle,
+                "--out",
+                folder / "out",
+                "--no-tissue",
+                "--backend",
+                "cpu",
+            ]
             subprocess.run([str(word) for word in command], check=True)
             run = json.loads((folder / "out" / slide.stem / "run.json").read_text())
             blocks = (WIDTH // TILE_PX) * (height // TILE_PX)
-            runs.append({
-                "width": WIDTH, "height": height,
-                "peak_memory_mib": run["peak_memory_mib"],
-                "mpx_per_s": run["mpx_per_s"],
-                "seconds": run["seconds"],
-                "source_blocks": blocks,
-                # The overview, made before the stream, decodes the slide too: it has one level.
-                "source_blocks_decoded": run["source_blocks_decoded"],
-                "tiles": run["grid"]["tiles"], "tiles_inferred": run["grid"]["tiles_inferred"],
-            })  # fmt: skip
+            runs.append(
+                {
+                    "width": WIDTH,
+                    "height": height,
+                    "peak_memory_mib": run["peak_memory_mib"],
+                    "mpx_per_s": run["mpx_per_s"],
+                    "seconds": run["seconds"],
+                    "source_blocks": blocks,
+                    # The overview, made before the stream, decodes the slide too: it has one level.
+                    "source_blocks_decoded": run["source_blocks_decoded"],
+                    "tiles": run["grid"]["tiles"],
+                    "tiles_inferred": run["grid"]["tiles_inferred"],
+                }
+            )
             click.echo(f"{slide.stem}: peak {run['peak_memory_mib']} MiB")
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(said, indent=1) + "\n")

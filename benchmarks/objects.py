@@ -35,14 +35,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histostream.benchmarks.hardware import hardware
-from histostream.runtime.card import default_bundle
-from histostream.runtime.engine import open_engine
-from histostream.runtime.infer import segment_slide
-from histostream.runtime.memory import peak_memory_mib
+from histostream.runtime.bundle.card import default_bundle
+from histostream.runtime.engines.base import open_engine
 from histostream.runtime.options import Options
-from histostream.wsi.objects.components import connected
-from histostream.wsi.sink import OutputFolder, Segmented, SlideInfo
-from histostream.wsi.sinks.objects import Objects
+from histostream.runtime.slide_run import segment_slide
+from histostream.runtime.stream.memory import peak_memory_mib
+from histostream.wsi.outputs.folder import OutputFolder
+from histostream.wsi.outputs.label_rows import LabelRows, SlideInfo
+from histostream.wsi.outputs.objects.components import connected
+from histostream.wsi.outputs.sinks.objects import Objects
 from histostream.wsi.synthetic import CLASSES, SyntheticSlide
 
 Labels = NDArray[np.uint8]
@@ -70,9 +71,7 @@ class Case:
 
 CASES = {
     "synthetic, geojson and csv": Case("synthetic", ("qupath", "csv")),
-    "synthetic, all files, simplified by 0.5 um": Case(
-        "synthetic", ("qupath", "dsa", "csv", "parquet"), 0.5
-    ),
+    "synthetic, all files, simplified by 0.5 um": Case("synthetic", ("qupath", "dsa", "csv", "parquet"), 0.5),
     "crowded, geojson": Case("crowded", ("qupath",)),
     "half as high, geojson": Case("half", ("qupath",)),
     "one object with holes, geojson": Case("holes", ("qupath",)),
@@ -114,7 +113,7 @@ def export(raw: Path, size: tuple[int, int], case: Case, out: Path) -> dict[str,
         for top in range(0, height, ROWS):
             rows = np.frombuffer(file.read(width * ROWS), np.uint8).reshape(-1, width)
             start = time.perf_counter()
-            sink.write(Segmented(0, top, rows))
+            sink.write(LabelRows(0, top, rows))
             seconds += time.perf_counter() - start
         start = time.perf_counter()
         folder.finish()
@@ -122,14 +121,21 @@ def export(raw: Path, size: tuple[int, int], case: Case, out: Path) -> dict[str,
     total = seconds + end_s
     count = len(sink)
     return {
-        "width": width, "height": height, "mpx": round(width * height / 1e6, 1),
-        "objects": count, "seconds": round(total, 2), "seconds_beside": round(seconds, 2),
-        "seconds_at_end": round(end_s, 2), "objects_per_s": round(count / total),
+        "width": width,
+        "height": height,
+        "mpx": round(width * height / 1e6, 1),
+        "objects": count,
+        "seconds": round(total, 2),
+        "seconds_beside": round(seconds, 2),
+        "seconds_at_end": round(end_s, 2),
+        "objects_per_s": round(count / total),
         "mpx_per_s": round(width * height / 1e6 / total, 1),
-        "megabytes": {p.name: round(p.stat().st_size / 1e6, 1)
-                      for p in sorted(folder.path.iterdir()) if p.name != "run.json"},
-        "peak_mib": peak_memory_mib(), "peak_mib_before": before,
-    }  # fmt: skip
+        "megabytes": {
+            p.name: round(p.stat().st_size / 1e6, 1) for p in sorted(folder.path.iterdir()) if p.name != "run.json"
+        },
+        "peak_mib": peak_memory_mib(),
+        "peak_mib_before": before,
+    }
 
 
 def centroids(folder: Path) -> Points:
@@ -149,9 +155,7 @@ def groups(nuclei: NDArray[np.float64], apart_px: float) -> NDArray[np.int64]:
     turn = np.linspace(0, 2 * np.pi, 33)[:-1]
     x, y, major, minor, angle = (column[:, None] for column in nuclei.T)
     u, v = (major + apart_px) / 2 * np.cos(turn), (minor + apart_px) / 2 * np.sin(turn)
-    outline = np.stack(
-        [x + u * np.cos(angle) - v * np.sin(angle), y + u * np.sin(angle) + v * np.cos(angle)], -1
-    )
+    outline = np.stack([x + u * np.cos(angle) - v * np.sin(angle), y + u * np.sin(angle) + v * np.cos(angle)], -1)
     ellipses = shapely.polygons(outline)
     a, b = shapely.STRtree(ellipses).query(ellipses, predicate="intersects")
     return connected(len(ellipses), a, b)
@@ -174,11 +178,14 @@ def match(found: Points, known: Points, within: float) -> dict[str, Any]:
     pairs = (back[nearest] == np.arange(len(found))) & (apart <= within)
     true = int(pairs.sum())
     return {
-        "objects": len(found), "known": len(known), "matched": true,
-        "precision": round(true / len(found), 4), "recall": round(true / len(known), 4),
+        "objects": len(found),
+        "known": len(known),
+        "matched": true,
+        "precision": round(true / len(found), 4),
+        "recall": round(true / len(known), 4),
         "f1": round(2 * true / (len(found) + len(known)), 4),
         "median_distance_um": round(float(np.median(apart[pairs])) * SLIDE.mpp, 3),
-    }  # fmt: skip
+    }
 
 
 def scores(slide: SyntheticSlide, folder: Path) -> dict[str, Any]:
@@ -210,10 +217,13 @@ def inferred(place: Path) -> dict[str, Any]:
     engine.close()
     run = with_objects.run
     return {
-        "width": INFERRED.width, "height": INFERRED.height, "engine": engine.name,
-        "min_area_um2": options.min_area_um2, "seconds": run["seconds"],
+        "width": INFERRED.width,
+        "height": INFERRED.height,
+        "engine": engine.name,
+        "min_area_um2": options.min_area_um2,
+        "seconds": run["seconds"],
         **scores(INFERRED, with_objects.folder),
-    }  # fmt: skip
+    }
 
 
 @click.command(context_settings={"show_default": True})
@@ -225,10 +235,13 @@ def main(infer: bool, out: Path) -> None:
     rate = bench["stages"]["end_to_end"]["mpx_per_s"]
     runs: dict[str, Any] = {}
     said: dict[str, Any] = {
-        "hardware": hardware(), "load_before": round(os.getloadavg()[0], 2), "threads": 1,
+        "hardware": hardware(),
+        "load_before": round(os.getloadavg()[0], 2),
+        "threads": 1,
         "inference": {"mpx_per_s": rate, "engine": bench["engine"], "of": BENCH.name},
-        "match_um": MATCH_UM, "runs": runs,
-    }  # fmt: skip
+        "match_um": MATCH_UM,
+        "runs": runs,
+    }
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)

@@ -16,14 +16,11 @@ from histostream.benchmarks.speed import labels
 
 Plain = dict[str, Any]
 # Okabe and Ito's colours, told apart by the colour-blind; markers differ too.
-BLUE, ORANGE, GREEN, PURPLE, SKY, GREY = (
-    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#4D4D4D")  # fmt: skip
+BLUE, ORANGE, GREEN, PURPLE, SKY, GREY = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#4D4D4D")
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-NAMES = {"decode": "decode", "engine": "bare engine", "blend": "blend", "write": "write",
-         "end_to_end": "end to end"}  # fmt: skip
-BOUND = {"decode": "decoding", "engine": "the network", "blend": "blending",
-         "write": "writing"}  # fmt: skip
+NAMES = {"decode": "decode", "engine": "bare engine", "blend": "blend", "write": "write", "end_to_end": "end to end"}
+BOUND = {"decode": "decoding", "engine": "the network", "blend": "blending", "write": "writing"}
 DPI = 150
 
 
@@ -48,9 +45,12 @@ def _bars(axes: Axes, run: Plain, label: str) -> None:
         axes.barh(place, found["seconds"], color=colours.get(stage, SKY), height=0.72)
         axes.annotate(
             f"{_figure(found['seconds'])} s, {_figure(found['mpx_per_s'])} Mpx/s",
-            (found["seconds"], place), xytext=(4, 0), textcoords="offset points",
-            va="center", fontsize=9,
-        )  # fmt: skip
+            (found["seconds"], place),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )
     axes.set_yticks(range(len(run["stages"])), [NAMES[stage] for stage in run["stages"]])
     axes.invert_yaxis()
     share = f"{bound['share_of_end_to_end']:.0%} of the time"
@@ -111,9 +111,7 @@ class _Note:
     lines: int
 
 
-def _limit(
-    axes: Axes, points: Sequence[tuple[str, Plain]], roofs: Sequence[tuple[str, float, float]]
-) -> None:
+def _limit(axes: Axes, points: Sequence[tuple[str, Plain]], roofs: Sequence[tuple[str, float, float]]) -> None:
     """Show all points and the ridges, with some room, and write plain numbers on the axes."""
     xs = [point["flop_per_byte"] for _, point in points] + [p / memory for _, p, memory in roofs]
     ys = [point["gflop_per_s"] for _, point in points] + [peak for _, peak, _ in roofs]
@@ -140,10 +138,17 @@ def _draw_slopes(axes: Axes, roofs: Sequence[tuple[str, float, float]]) -> None:
         bottom = max(low, axes.get_ylim()[0] / memory)
         x = float(np.sqrt(bottom * highest / memory))
         axes.annotate(
-            f"{device} memory {_figure(memory)} GB/s", (x, x * memory), xytext=(-3, 5),
-            textcoords="offset points", fontsize=9, color=GREY, ha="center", va="bottom",
-            rotation=angle, rotation_mode="anchor",
-        )  # fmt: skip
+            f"{device} memory {_figure(memory)} GB/s",
+            (x, x * memory),
+            xytext=(-3, 5),
+            textcoords="offset points",
+            fontsize=9,
+            color=GREY,
+            ha="center",
+            va="bottom",
+            rotation=angle,
+            rotation_mode="anchor",
+        )
 
 
 def _write(axes: Axes, notes: Sequence[_Note]) -> None:
@@ -153,16 +158,26 @@ def _write(axes: Axes, notes: Sequence[_Note]) -> None:
     line = (top - bottom) * 12.5 / points  # of text, in decades
     edge = axes.get_xlim()[1]
     order = sorted(notes, key=lambda note: -note.y)
-    heights = spread(
-        [float(np.log10(note.y)) for note in order], [(n.lines + 0.35) * line for n in order], top
-    )
+    heights = spread([float(np.log10(note.y)) for note in order], [(n.lines + 0.35) * line for n in order], top)
     for note, height in zip(order, heights, strict=True):
         axes.annotate(
-            note.text, (note.x, note.y), xytext=(edge * 1.12, 10**height), textcoords="data",
-            va="center", fontsize=9, color=note.colour, annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": note.colour, "linewidth": 0.7,
-                        "relpos": (0, 0.5), "shrinkA": 2, "shrinkB": 0},
-        )  # fmt: skip
+            note.text,
+            (note.x, note.y),
+            xytext=(edge * 1.12, 10**height),
+            textcoords="data",
+            va="center",
+            fontsize=9,
+            color=note.colour,
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": note.colour,
+                "linewidth": 0.7,
+                "relpos": (0, 0.5),
+                "shrinkA": 2,
+                "shrinkB": 0,
+            },
+        )
 
 
 def spread(wanted: Sequence[float], sizes: Sequence[float], top: float) -> list[float]:
@@ -231,8 +246,7 @@ def confusion_png(said: Plain, path: Path) -> None:
     axes.set_ylabel("true")
     for (i, j), share in np.ndenumerate(shares):
         axes.text(
-            j, i, f"{share:.1%}", ha="center", va="center", fontsize=10,
-            color="white" if share > 0.5 else "black",
-        )  # fmt: skip
+            j, i, f"{share:.1%}", ha="center", va="center", fontsize=10, color="white" if share > 0.5 else "black"
+        )
     axes.set_title(f"{said['data']}, {said['images']} images", fontsize=10, color=GREY)
     figure.savefig(path, format="png")

@@ -33,10 +33,11 @@ from numpy.typing import NDArray
 
 from histostream.benchmarks.hardware import hardware
 from histostream.benchmarks.objects import BENCH, ROWS, SLIDE, discs, nuclei_rows
-from histostream.runtime.memory import peak_memory_mib
-from histostream.wsi.sink import OutputFolder, Segmented, Sink, SlideInfo
-from histostream.wsi.sinks.rasters import RASTERS
-from histostream.wsi.sinks.tiff import LabelTiff
+from histostream.runtime.stream.memory import peak_memory_mib
+from histostream.wsi.outputs.folder import OutputFolder
+from histostream.wsi.outputs.label_rows import LabelRows, Sink, SlideInfo
+from histostream.wsi.outputs.sinks.rasters import RASTERS
+from histostream.wsi.outputs.sinks.tiff import LabelTiff
 from histostream.wsi.synthetic import CLASSES
 
 FIRST = "labels.tif"  # what the others are compared with
@@ -79,8 +80,8 @@ def write(raw: Path | None, size: tuple[int, int], name: str, out: Path) -> dict
         sink = folder.add(open_raster(name, folder.path, info, slide))
         seconds += time.perf_counter() - start
         for labels in chain([first], rows):
-            glass = Segmented.outside(0, y, width, min(ROWS, height - y))
-            part = glass if labels is None else Segmented(0, y, labels)
+            glass = LabelRows.outside(0, y, width, min(ROWS, height - y))
+            part = glass if labels is None else LabelRows(0, y, labels)
             start = time.perf_counter()
             sink.write(part)
             seconds += time.perf_counter() - start
@@ -93,13 +94,19 @@ def write(raw: Path | None, size: tuple[int, int], name: str, out: Path) -> dict
     written = [p for p in folder.path.rglob("*") if p.is_file() and p.name != "run.json"]
     mpx, peak = width * height / 1e6, peak_memory_mib() or 0.0
     return {
-        "width": width, "height": height, "mpx": round(mpx, 1),
-        "seconds": round(seconds + end_s, 2), "seconds_beside": round(seconds, 2),
-        "seconds_at_end": round(end_s, 2), "seconds_to_publish": round(publish_s, 2),
+        "width": width,
+        "height": height,
+        "mpx": round(mpx, 1),
+        "seconds": round(seconds + end_s, 2),
+        "seconds_beside": round(seconds, 2),
+        "seconds_at_end": round(end_s, 2),
+        "seconds_to_publish": round(publish_s, 2),
         "mpx_per_s": round(mpx / (seconds + end_s), 1),
         "megabytes": round(sum(p.stat().st_size for p in written) / 1e6, 4),
-        "files": len(written), "peak_mib": peak, "raster_mib": round(peak - before, 1),
-    }  # fmt: skip
+        "files": len(written),
+        "peak_mib": peak,
+        "raster_mib": round(peak - before, 1),
+    }
 
 
 @click.command(context_settings={"show_default": True})
@@ -109,9 +116,12 @@ def main(out: Path) -> None:
     rate = json.loads(BENCH.read_text())["runs"][0]["stages"]["end_to_end"]["mpx_per_s"]
     runs: dict[str, dict[str, Any]] = {}
     said: dict[str, Any] = {
-        "hardware": hardware(), "load_before": round(os.getloadavg()[0], 2), "threads": 1,
-        "inference": {"mpx_per_s": rate, "of": BENCH.name}, "runs": runs,
-    }  # fmt: skip
+        "hardware": hardware(),
+        "load_before": round(os.getloadavg()[0], 2),
+        "threads": 1,
+        "inference": {"mpx_per_s": rate, "of": BENCH.name},
+        "runs": runs,
+    }
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
@@ -134,9 +144,7 @@ def main(out: Path) -> None:
                     folder = place / f"{kind}-{title}"
                     one = pool.submit(write, rows, size, title, folder).result()
                 if title != FIRST:
-                    one["seconds_of_labels_tif"] = round(
-                        one["seconds"] / found[FIRST]["seconds"], 2
-                    )
+                    one["seconds_of_labels_tif"] = round(one["seconds"] / found[FIRST]["seconds"], 2)
                 found[title] = one
                 click.echo(f"{kind}, {title}: {one}")
     out.parent.mkdir(parents=True, exist_ok=True)

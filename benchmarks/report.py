@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from histostream.wsi.errors import OutputError
-from histostream.wsi.sink import remove, temporary_name, writing
+from histostream.wsi.files import remove, temporary_name, writing
 
 
 def write_together(out: Path, files: Mapping[str, str | Callable[[Path], None]]) -> list[Path]:

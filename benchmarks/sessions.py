@@ -33,9 +33,7 @@ def open_session(model: bytes, provider: str) -> Any:
         if provider != "CPUExecutionProvider" and hasattr(onnxruntime, "preload_dlls"):
             onnxruntime.preload_dlls()
         try:
-            session = onnxruntime.InferenceSession(
-                model, options, providers=[provider], enable_fallback=0
-            )
+            session = onnxruntime.InferenceSession(model, options, providers=[provider], enable_fallback=0)
         except Exception as error:  # ONNX Runtime's own exceptions have no common base
             raise RuntimeError(f"{provider}: {_reason(error)}") from error
     if session.get_providers()[0] != provider:

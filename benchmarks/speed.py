@@ -11,12 +11,12 @@ from typing import Any, cast
 
 import onnx
 
-from histostream.benchmarks.ceilings import Device, Probe, open_probes
+from histostream.benchmarks.flops import count_work
 from histostream.benchmarks.hardware import hardware
+from histostream.benchmarks.peak_rates import Device, Probe, open_probes
 from histostream.benchmarks.stages import ALONE, STAGES, BenchError, Contender, Setup
-from histostream.benchmarks.work import count_work
-from histostream.export.graph import GraphError
-from histostream.runtime.card import read_file
+from histostream.export.graph.model import GraphError
+from histostream.runtime.bundle.card import read_file
 from histostream.runtime.choices import PRECISIONS
 from histostream.runtime.options import Options
 from histostream.runtime.record import versions
@@ -69,8 +69,7 @@ def measure_speed(
     if repeats < 1:
         raise BenchError(f"--repeats {repeats}: use 1 or more")
     options = options or Options(tissue=False)
-    said: Plain = {"hardware": hardware(), "versions": versions(), "repeats": repeats,
-                   "options": asdict(options)}  # fmt: skip
+    said: Plain = {"hardware": hardware(), "versions": versions(), "repeats": repeats, "options": asdict(options)}
     del said["options"]["batch"]  # each run has its own
     with tempfile.TemporaryDirectory(prefix="histo-bench-") as name:
         scratch = Path(name)
@@ -166,8 +165,7 @@ def _run(contender: Contender, ceilings: dict[str, Plain]) -> Plain:
     seconds = {stage: statistics.median(found) for stage, found in every.items()}
     bound = max(ALONE, key=lambda stage: seconds[stage])
     inside = {
-        name: round(statistics.median(found[name] for found in measured.inside), 4)
-        for name in measured.inside[0]
+        name: round(statistics.median(found[name] for found in measured.inside), 4) for name in measured.inside[0]
     }
     return {
         "model": contender.setup.bundle.name,
@@ -300,26 +298,36 @@ def _head(said: Plain) -> Iterator[str]:
 def _speed_table(said: Plain) -> Iterator[str]:
     yield "Mpx of the slide per second, and seconds; each stage alone, then all together."
     if any(run["tiles_on_device"] for run in said["runs"]):
-        yield (
-            "On a GPU the bare engine runs on tiles in its memory, and blending includes the "
-            "copies to and from it."
-        )
+        yield ("On a GPU the bare engine runs on tiles in its memory, and blending includes the copies to and from it.")
     yield ""
     yield from _table(
-        ["", "tiles", "tile", "batch", "decode", "bare engine", "blend", "write",
-         "**end to end**", "of bare engine", "bound by"],
+        [
+            "",
+            "tiles",
+            "tile",
+            "batch",
+            "decode",
+            "bare engine",
+            "blend",
+            "write",
+            "**end to end**",
+            "of bare engine",
+            "bound by",
+        ],
         [
             [
-                label, str(run["tiles"]), str(run["tile_px"]), str(run["batch"]),
+                label,
+                str(run["tiles"]),
+                str(run["tile_px"]),
+                str(run["batch"]),
                 *(_both(run["stages"][stage]) for stage in ALONE),
                 f"**{_both(run['stages']['end_to_end'])}**",
                 f"{run['end_to_end_of_bare_engine']:.0%}",
-                f"{run['bound_by']['stage']} "
-                f"({run['bound_by']['share_of_end_to_end']:.0%} of the time)",
+                f"{run['bound_by']['stage']} ({run['bound_by']['share_of_end_to_end']:.0%} of the time)",
             ]
             for label, run in zip(labels(said["runs"]), said["runs"], strict=True)
         ],
-    )  # fmt: skip
+    )
 
 
 def _inside_table(said: Plain) -> Iterator[str]:
@@ -349,25 +357,39 @@ def _figure(value: float) -> str:
 def _roofline_table(said: Plain) -> Iterator[str]:
     rows = [
         [
-            label, _figure(r["gflop_per_tile"]), _figure(r["mbyte_per_tile"]),
-            _figure(r["flop_per_byte"]), f"{run['cores_busy']:.1f}", _figure(r["gflop_per_s"]),
+            label,
+            _figure(r["gflop_per_tile"]),
+            _figure(r["mbyte_per_tile"]),
+            _figure(r["flop_per_byte"]),
+            f"{run['cores_busy']:.1f}",
+            _figure(r["gflop_per_s"]),
             *(
-                [_figure(r["roof_gflop_per_s"]), f"{r['share_of_roof']:.0%}",
-                 f"{r['limited_by']} ({r['peak']})"]
-                if "share_of_roof" in r else ["", "", r["why_none"]]
+                [_figure(r["roof_gflop_per_s"]), f"{r['share_of_roof']:.0%}", f"{r['limited_by']} ({r['peak']})"]
+                if "share_of_roof" in r
+                else ["", "", r["why_none"]]
             ),
         ]
         for label, run in zip(labels(said["runs"]), said["runs"], strict=True)
         if "gflop_per_tile" in (r := run["roofline"])
-    ]  # fmt: skip
+    ]
     if not rows:
         return
     yield "The fastest repeat of the bare engine, and the best that its device was seen to do:"
     yield ""
     yield from _table(
-        ["", "GFLOP per tile", "MB per tile", "FLOP per byte", "cores busy", "GFLOP/s",
-         "roof, GFLOP/s", "of the roof", "roof is"], rows,
-    )  # fmt: skip
+        [
+            "",
+            "GFLOP per tile",
+            "MB per tile",
+            "FLOP per byte",
+            "cores busy",
+            "GFLOP/s",
+            "roof, GFLOP/s",
+            "of the roof",
+            "roof is",
+        ],
+        rows,
+    )
     for device, found in said["ceilings"].items():
         for name, peak in found["gflop_per_s"].items():
             yield f"- {device}, {name}: {peak['rate']:.1f} GFLOP/s ({peak['how']})"

@@ -13,23 +13,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histostream.benchmarks.sessions import quiet
-from histostream.runtime.blend import Blender
-from histostream.runtime.card import ModelCard, read_card, read_file, write_card
+from histostream.runtime.bundle.card import ModelCard, read_card, read_file, write_card
 from histostream.runtime.choices import PRECISIONS
-from histostream.runtime.device_stream import DeviceEngine, DeviceStream
-from histostream.runtime.devices import Stream
-from histostream.runtime.engine import Engine, open_engine, to_channels
-from histostream.runtime.infer import plan_grid, segment_slide
+from histostream.runtime.cuda.base import Stream
+from histostream.runtime.engines.base import Engine, open_engine, to_channels
+from histostream.runtime.engines.device_engine import DeviceEngine
 from histostream.runtime.options import Options
+from histostream.runtime.slide_run import plan_grid, segment_slide
+from histostream.runtime.stream.blend import Blender
+from histostream.runtime.stream.device import DeviceStream
 from histostream.wsi.errors import HistoError
-from histostream.wsi.grid import Strip, Tile
-from histostream.wsi.reader import open_slide
-from histostream.wsi.resolution import at_mpp, thumbnail
-from histostream.wsi.sink import OutputFolder, SlideInfo
-from histostream.wsi.sinks.overview import Overview, overview_size
-from histostream.wsi.sinks.summary import Summary
-from histostream.wsi.sinks.tiff import LabelTiff
-from histostream.wsi.strips import cut, read_strips
+from histostream.wsi.outputs.folder import OutputFolder
+from histostream.wsi.outputs.label_rows import SlideInfo
+from histostream.wsi.outputs.sinks.overview import Overview, overview_size
+from histostream.wsi.outputs.sinks.summary import Summary
+from histostream.wsi.outputs.sinks.tiff import LabelTiff
+from histostream.wsi.slides.reader import open_slide
+from histostream.wsi.slides.resolution import at_mpp, thumbnail
+from histostream.wsi.tiling.grid import Strip, Tile
+from histostream.wsi.tiling.strips import cut, read_strips
 
 Pixels = NDArray[np.uint8]
 ALONE = ("decode", "engine", "blend", "write")
@@ -127,9 +129,7 @@ class Contender:
         self.slide = slide
         bundle = setup.bundle
         if setup.tile_px is not None:
-            bundle = with_tiles_of(
-                bundle, setup.tile_px, scratch / f"{bundle.name}-{setup.tile_px}"
-            )
+            bundle = with_tiles_of(bundle, setup.tile_px, scratch / f"{bundle.name}-{setup.tile_px}")
         self.bundle = bundle
         with quiet():
             self.engine: Engine = open_engine(
@@ -200,9 +200,7 @@ class Contender:
         """Read the slide; give the batches that inference would get, as lists of tiles."""
         card, grid = self.engine.card, self.grid
         with open_slide(self.slide) as opened:
-            view = at_mpp(
-                opened, card.mpp, slide_mpp=self.options.mpp, force=self.options.force_upsampling
-            )
+            view = at_mpp(opened, card.mpp, slide_mpp=self.options.mpp, force=self.options.force_upsampling)
             threads = self.options.threads or 2  # as segment_slide
             with closing(read_strips(view, grid, threads=threads)) as strips:
                 for tiles, strip in strips:
@@ -276,11 +274,8 @@ class Contender:
         grid, card = self.grid, engine.card
         rows = np.zeros((min(grid.tile_px, grid.height), grid.width, card.channels), np.uint8)
         with closing(
-            DeviceStream(
-                _NoNetwork(engine), grid, self.options.blend,
-                channels=card.channels, batch=self.batch,
-            )
-        ) as stream:  # fmt: skip
+            DeviceStream(_NoNetwork(engine), grid, self.options.blend, channels=card.channels, batch=self.batch)
+        ) as stream:
             start = time.perf_counter()
             for row in range(len(grid.ys)):
                 if tiles := grid.row(row):
@@ -321,8 +316,8 @@ def with_tiles_of(bundle: Path, tile_px: int, out: Path) -> Path:
 
     import onnx
 
-    from histostream.export.graph import GraphError
-    from histostream.export.shapes import known_shapes, tiles_input, with_shapes
+    from histostream.export.graph.model import GraphError
+    from histostream.export.graph.shapes import known_shapes, tiles_input, with_shapes
 
     card = read_card(bundle)
     if tile_px == card.tile_px:
@@ -345,8 +340,7 @@ def with_tiles_of(bundle: Path, tile_px: int, out: Path) -> Path:
         if scores != (1, len(card.classes), tile_px, tile_px):
             raise _one_size_only(bundle, tile_px, card)
         del model.graph.value_info[:]
-        for length, dim in zip(scores[2:], model.graph.output[0].type.tensor_type.shape.dim[2:],
-                               strict=True):  # fmt: skip
+        for length, dim in zip(scores[2:], model.graph.output[0].type.tensor_type.shape.dim[2:], strict=True):
             dim.dim_value = length
         content = model.SerializeToString()
         (out / name).write_bytes(content)

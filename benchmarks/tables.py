@@ -4,7 +4,7 @@ r"""Fill the tables of ``docs/`` from the result files that are committed.
 
     python -m histostream.benchmarks.tables          # from the repository's root
 
-A table stands between ``<!-- table: benchmarks/results/NAME.json -->`` and
+A table stands between ``<!-- table: FOLDER/NAME.json -->`` and
 ``<!-- end of table -->``.
 """
 
@@ -21,38 +21,52 @@ from typing import Any
 import click
 
 MARKED = re.compile(
-    r"(<!-- table: benchmarks/results/(?P<name>[\w-]+)\.json -->\n).*?(<!-- end of table -->)",
+    r"(<!-- table: (?P<path>[\w/-]+/(?P<name>[\w-]+))\.json -->\n).*?(<!-- end of table -->)",
     re.DOTALL,
 )
 
 
-def filled(text: str, results: Path) -> str:
-    """Return a document with its tables made anew from the files in ``results``."""
+def filled(text: str, root: Path) -> str:
+    """Return a document with its tables made anew from result files below ``root``."""
 
     def table(match: re.Match[str]) -> str:
-        found = json.loads((results / f"{match['name']}.json").read_text())
+        found = json.loads((root / f"{match['path']}.json").read_text())
         rows = [list(row) for row in TABLES[match["name"]](found)]
         rows.insert(1, ["---"] * len(rows[0]))
         body = "".join(f"| {' | '.join(row)} |\n" for row in rows)
-        return f"{match[1]}{body}{match[3]}"
+        return f"{match[1]}{body}{match[4]}"
 
     return MARKED.sub(table, text)
 
 
 def export_cpu(found: dict[str, Any]) -> Iterator[list[str]]:
     """Parity, size and speed of each artefact of the shipped model."""
-    yield ["judged and calibrated on", "artefact", "MB", "labels that agree", "darkest tenth",
-           "Dice changes by", "nodes healed", "ONNX Runtime", "OpenVINO"]  # fmt: skip
+    yield [
+        "judged and calibrated on",
+        "artefact",
+        "MB",
+        "labels that agree",
+        "darkest tenth",
+        "Dice changes by",
+        "nodes healed",
+        "ONNX Runtime",
+        "OpenVINO",
+    ]
     for source, export in found["nuclei"].items():
         for precision, row in export["artefacts"].items():
             if "label_agreement" in row:
                 speed = row["speed_against_fp32"]
                 yield [
-                    source, precision, f"{row['megabytes']:.2f}", f"{row['label_agreement']:.3%}",
-                    f"{row['dark_label_agreement']:.3%}", f"{row['dice_change']:.4f}",
-                    str(row["nodes_healed"]), f"{speed['cpu']:.2f} x",
+                    source,
+                    precision,
+                    f"{row['megabytes']:.2f}",
+                    f"{row['label_agreement']:.3%}",
+                    f"{row['dark_label_agreement']:.3%}",
+                    f"{row['dice_change']:.4f}",
+                    str(row["nodes_healed"]),
+                    f"{speed['cpu']:.2f} x",
                     f"{speed['openvino']:.2f} x" if "openvino" in speed else "",
-                ]  # fmt: skip
+                ]
 
 
 def accuracy_nuclei(found: dict[str, Any]) -> Iterator[list[str]]:
@@ -64,8 +78,7 @@ def accuracy_nuclei(found: dict[str, Any]) -> Iterator[list[str]]:
 
 def accuracy_nuclei_adapted(found: dict[str, Any]) -> Iterator[list[str]]:
     """Dice of several nucleus models in single precision."""
-    yield ["", "TNBC, pooled", "TNBC, mean of images", "MoNuSeg test set, pooled",
-           "MoNuSeg test set, mean of images"]  # fmt: skip
+    yield ["", "TNBC, pooled", "TNBC, mean of images", "MoNuSeg test set, pooled", "MoNuSeg test set, mean of images"]
     for name, said in found["models"].items():
         for row, suffix in (("fp32", ""), ("fp32, CRF", " with CRF")):
             if row not in said["scores"]:
@@ -83,35 +96,32 @@ def accuracy_nuclei_adapted(found: dict[str, Any]) -> Iterator[list[str]]:
 
 def frozen_statistics(found: dict[str, Any]) -> Iterator[list[str]]:
     """Dice and seams of networks with live and with frozen statistics."""
-    yield ["normalisation", "statistics", "Dice, TNBC", "Dice, MoNuSeg test set",
-           "labels that depend on the tile"]  # fmt: skip
+    yield ["normalisation", "statistics", "Dice, TNBC", "Dice, MoNuSeg test set", "labels that depend on the tile"]
     for norm, kinds in found["networks"].items():
         for kind, row in kinds.items():
             if isinstance(row, dict):
                 yield [
-                    norm, kind, f"{row['dice_tnbc']:.3f}", f"{row['dice_monuseg-test']:.3f}",
+                    norm,
+                    kind,
+                    f"{row['dice_tnbc']:.3f}",
+                    f"{row['dice_monuseg-test']:.3f}",
                     f"{row['labels_that_depend_on_the_tile']:.2%}",
-                ]  # fmt: skip
+                ]
 
 
 def bench_cpu(found: dict[str, Any]) -> Iterator[list[str]]:
     """Rates of each stage alone, and end to end."""
-    yield ["", "decode", "bare engine", "blend", "write", "end to end", "of bare engine",
-           "of the roof"]  # fmt: skip
+    yield ["", "decode", "bare engine", "blend", "write", "end to end", "of bare engine", "of the roof"]
     for run in found["runs"]:
-        rates = (f"{run['stages'][s]['mpx_per_s']:.3g} Mpx/s" for s in
-                 ("decode", "engine", "blend", "write", "end_to_end"))  # fmt: skip
+        rates = (
+            f"{run['stages'][s]['mpx_per_s']:.3g} Mpx/s" for s in ("decode", "engine", "blend", "write", "end_to_end")
+        )
         yield [
-            run["engine"], *rates, f"{run['end_to_end_of_bare_engine']:.0%}",
+            run["engine"],
+            *rates,
+            f"{run['end_to_end_of_bare_engine']:.0%}",
             f"{run['roofline']['share_of_roof']:.0%}",
-        ]  # fmt: skip
-
-
-def fast_cpu(found: dict[str, Any]) -> Iterator[list[str]]:
-    """Seconds end to end beside FAST's."""
-    yield ["", "seconds", "speed"]
-    for name, seconds in found["median_seconds"].items():
-        yield [name, f"{seconds:.1f}", f"{found['speed_against_fast'][name]:.2f} x"]
+        ]
 
 
 def crf_cpu(found: dict[str, Any]) -> Iterator[list[str]]:
@@ -121,30 +131,61 @@ def crf_cpu(found: dict[str, Any]) -> Iterator[list[str]]:
     for run in found["runs"]:
         speed, agree = run["speed_against_reference"], run["labels_that_agree_with_reference"]
         yield [
-            f"{run['side_px']} x {run['side_px']}", str(run["classes"]), f"{run['theta_alpha']:g}",
-            *(f"{speed[b]:.2f} x" for b in backends), f"{agree[backends[0]]:.3%}",
-        ]  # fmt: skip
+            f"{run['side_px']} x {run['side_px']}",
+            str(run["classes"]),
+            f"{run['theta_alpha']:g}",
+            *(f"{speed[b]:.2f} x" for b in backends),
+            f"{agree[backends[0]]:.3%}",
+        ]
 
 
 def size_cpu(found: dict[str, Any]) -> Iterator[list[str]]:
     """Seconds and peak memory of large slides."""
-    yield ["slide, px", "tissue", "network", "column bands", "seconds", "of them the network",
-           "load before", "peak memory"]  # fmt: skip
+    yield [
+        "slide, px",
+        "tissue",
+        "network",
+        "column bands",
+        "seconds",
+        "of them the network",
+        "load before",
+        "peak memory",
+    ]
     for run in found["runs"].values():
         yield [
-            f"{run['width']} x {run['height']}", f"{run['tissue']:.0%}", run["network"],
-            str(run["column_bands"]), f"{run['wall_s']:.0f}", f"{run['seconds']['infer']:.0f}",
-            f"{run['load_before']:.1f}", f"{run['peak_mib']:.0f} MiB",
-        ]  # fmt: skip
+            f"{run['width']} x {run['height']}",
+            f"{run['tissue']:.0%}",
+            run["network"],
+            str(run["column_bands"]),
+            f"{run['wall_s']:.0f}",
+            f"{run['seconds']['infer']:.0f}",
+            f"{run['load_before']:.1f}",
+            f"{run['peak_mib']:.0f} MiB",
+        ]
 
 
 def kills_cpu(found: dict[str, Any]) -> Iterator[list[str]]:
     """Count runs that were killed, and what differed in the end."""
-    yield ["", "kills", "while it started", "amid the strips", "while files were finished",
-           "runs compared", "differing pixels", "differing files"]  # fmt: skip
+    yield [
+        "",
+        "kills",
+        "while it started",
+        "amid the strips",
+        "while files were finished",
+        "runs compared",
+        "differing pixels",
+        "differing files",
+    ]
     for name, way in (*found["ways"].items(), ("all", found["total"])):
-        keys = ("kills", "before_strips", "amid_strips", "after_strips", "rounds",
-                "differing_pixels", "differing_files")  # fmt: skip
+        keys = (
+            "kills",
+            "before_strips",
+            "amid_strips",
+            "after_strips",
+            "rounds",
+            "differing_pixels",
+            "differing_files",
+        )
         yield [name, *(str(way[key]) for key in keys)]
 
 
@@ -152,9 +193,7 @@ def fuzz_cpu(found: dict[str, Any]) -> Iterator[list[str]]:
     """Hostile inputs of each kind, and what became of them."""
     yield ["", "tried", "accepted", "refused", "failed", "longest, s", "peak memory, MiB"]
     kinds = found["kinds"]
-    worst = {
-        key: max(kind[key] for kind in kinds.values()) for key in ("worst_seconds", "peak_mib")
-    }
+    worst = {key: max(kind[key] for kind in kinds.values()) for key in ("worst_seconds", "peak_mib")}
     for name, row in (*kinds.items(), ("all", found | worst)):
         counts = (str(row[key]) for key in ("tried", "accepted", "refused", "failed"))
         yield [name, *counts, f"{row['worst_seconds']:.1f}", f"{row['peak_mib']:.0f}"]
@@ -183,8 +222,7 @@ def accuracy_imems(found: dict[str, Any]) -> Iterator[list[str]]:
 
 def accuracy_adaptation(found: dict[str, Any]) -> Iterator[list[str]]:
     """Dice and Jaccard of the last class on the target, of each algorithm of a table."""
-    yield ["", "Dice, pooled", "Jaccard, pooled", "Dice, mean of images", "Jaccard, mean of images",
-           "runs"]  # fmt: skip
+    yield ["", "Dice, pooled", "Jaccard, pooled", "Dice, mean of images", "Jaccard, mean of images", "runs"]
     rows = sorted(_by_algorithm(found), key=lambda row: row[0] == "oracle")  # the ceiling is last
     for algorithm, scores in rows:
         name = scores[0]["classes"][-1]
@@ -224,8 +262,7 @@ def accuracy_variants(reduce: str, found: dict[str, Any]) -> Iterator[list[str]]
 
 def accuracy_objects(found: dict[str, Any]) -> Iterator[list[str]]:
     """Object scores, mean IoU and accuracy of the pixels, of each algorithm and reference."""
-    yield ["", "object Dice", "object F1", "object Hausdorff, px", "mean IoU", "pixel accuracy",
-           "runs"]  # fmt: skip
+    yield ["", "object Dice", "object F1", "object Hausdorff, px", "mean IoU", "pixel accuracy", "runs"]
     rows = [(name, scores, str(len(scores))) for name, scores in _by_algorithm(found)]
     rows += [(name, [one], "") for name, one in found.get("references", {}).items()]
     for name, scores, runs in rows:
@@ -296,7 +333,6 @@ TABLES: dict[str, Callable[[dict[str, Any]], Iterator[list[str]]]] = {
     "fuzz-cpu": fuzz_cpu,
     "size-cpu": size_cpu,
     "bench-cpu": bench_cpu,
-    "fast-cpu": fast_cpu,
     "export-cpu": export_cpu,
     "accuracy-nuclei": accuracy_nuclei,
     "accuracy-nuclei-adapted": accuracy_nuclei_adapted,
@@ -308,7 +344,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], Iterator[list[str]]]] = {
 def main() -> None:
     """Fill the tables of docs/."""
     for path in sorted(Path("docs").glob("*.md")):
-        path.write_text(filled(path.read_text(), Path("benchmarks/results")))
+        path.write_text(filled(path.read_text(), Path()))
 
 
 if __name__ == "__main__":

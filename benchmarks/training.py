@@ -21,13 +21,15 @@ import click
 import torch
 
 from histostream.benchmarks.hardware import hardware
-from histostream.training import compute, synthetic
+from histostream.training import device as compute
+from histostream.training import synthetic
 from histostream.training.augment import Augmentation
 from histostream.training.batches import Batches, divide
-from histostream.training.compute import Compute
-from histostream.training.methods import Batch, imems
+from histostream.training.device import Compute
+from histostream.training.methods import Batch
+from histostream.training.methods.imems import method as imems
 from histostream.training.schedule import Schedule
-from histostream.wsi.sink import json_text
+from histostream.wsi.files import json_text
 
 WARM_UP = 3  # steps before the clock runs
 

@@ -14,22 +14,22 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from histostream.export.freeze import freeze_statistics
-from histostream.export.heal import Conversion, heal
-from histostream.export.int8 import Quantizer
+from histostream.export.convert.fp16 import fp32_islands, multiply_accumulates, name_nodes, to_fp16
+from histostream.export.convert.freeze import freeze_statistics
+from histostream.export.convert.int8 import Quantizer
+from histostream.export.convert.mixed_precision import Conversion, heal
 from histostream.export.parity import LIMITS, Judge, ParityError, ParityReport, run_graph
-from histostream.export.precision import fp32_islands, multiply_accumulates, name_nodes, to_fp16
-from histostream.export.reach import reach
+from histostream.export.receptive_field.measure import reach
 from histostream.export.tiles import PLAIN_SUFFIXES, Tiles, collect_tiles
 from histostream.export.triton import write_triton
-from histostream.runtime import tensorrt
-from histostream.runtime.card import ENGINES, ModelCard, write_card
+from histostream.runtime.bundle.card import ENGINES, ModelCard, write_card
 from histostream.runtime.choices import PRECISIONS
-from histostream.runtime.engine import EngineError, open_engine
-from histostream.runtime.engine_file import read_engine
+from histostream.runtime.engines.base import EngineError, open_engine
+from histostream.runtime.engines.tensorrt import build as tensorrt
+from histostream.runtime.engines.tensorrt.file import read_engine
 from histostream.wsi.errors import HistoError, OutputError
-from histostream.wsi.reader import open_slide
-from histostream.wsi.sink import ClassInfo
+from histostream.wsi.outputs.label_rows import ClassInfo
+from histostream.wsi.slides.reader import open_slide
 
 TILE_PX = 512
 TILES = 8  # to judge on, and as many to calibrate on
@@ -142,9 +142,7 @@ def check(out: Path, options: Options) -> None:
     SlideError
         If the slide to calibrate on cannot be opened.
     """
-    if out.exists() and not (
-        out.is_dir() and ((out / "card.json").exists() or not any(out.iterdir()))
-    ):
+    if out.exists() and not (out.is_dir() and ((out / "card.json").exists() or not any(out.iterdir()))):
         raise OutputError(f"{out}: exists and is not a model bundle; choose another folder")
     _find_library(options, lambda text: None)
     for source in (options.calibrate, options.freeze):
@@ -152,9 +150,7 @@ def check(out: Path, options: Options) -> None:
             open_slide(source).close()
 
 
-def write_bundle(
-    network: Network, out: Path, options: Options, *, say: Say = lambda text: None
-) -> Export:
+def write_bundle(network: Network, out: Path, options: Options, *, say: Say = lambda text: None) -> Export:
     """Write a network to the bundle ``out``, in every precision that holds parity.
 
     Parameters
@@ -185,9 +181,7 @@ def write_bundle(
         out.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     except OSError as error:
-        raise OutputError(
-            f"{out}: cannot be written ({error.strerror}); check its permissions and room"
-        ) from error
+        raise OutputError(f"{out}: cannot be written ({error.strerror}); check its permissions and room") from error
     try:
         writer = _Writer(network, part, options, say)
         writer.write_fp32()
@@ -199,9 +193,7 @@ def write_bundle(
             writer.write_engine(library)
         _publish(part, out)
     except OSError as error:
-        raise OutputError(
-            f"{out}: cannot be written ({error.strerror}); check its permissions and room"
-        ) from error
+        raise OutputError(f"{out}: cannot be written ({error.strerror}); check its permissions and room") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     if options.triton is not None:
@@ -265,9 +257,7 @@ class _Writer:
             rounded = to_fp16(self.model, fp32_nodes, emulate=True)
             return (self.quick if quick else self.judge).judge(rounded)
 
-        found = heal(
-            self.model, judge, LIMITS["fp16"], fp32_islands(self.model), say=self._of("fp16")
-        )
+        found = heal(self.model, judge, LIMITS["fp16"], fp32_islands(self.model), say=self._of("fp16"))
         self._add_conversion("fp16", found, lambda: to_fp16(self.model, found.fp32_nodes))
 
     def write_int8(self) -> None:
@@ -277,9 +267,7 @@ class _Writer:
             def judge(fp32_nodes: Collection[str], *, quick: bool) -> ParityReport:
                 return (self.quick if quick else self.judge).judge(quantizer.quantize(fp32_nodes))
 
-            found = heal(
-                self.model, judge, LIMITS["int8"], fp32_islands(self.model), say=self._of("int8")
-            )
+            found = heal(self.model, judge, LIMITS["int8"], fp32_islands(self.model), say=self._of("int8"))
             self._add_conversion("int8", found, lambda: quantizer.quantize(found.fp32_nodes))
 
     def write_engine(self, library: tensorrt.Library) -> None:
@@ -290,14 +278,16 @@ class _Writer:
         path.parent.mkdir(exist_ok=True)
         try:
             header = tensorrt.build_engine(
-                self.part, self.card, precision, library=library,
-                targets=self.options.targets or None, out=path,
-            )  # fmt: skip
+                self.part, self.card, precision, library=library, targets=self.options.targets or None, out=path
+            )
         except EngineError as error:
             self.failures.append(f"engine: {error}")
             return
-        built = {"library": str(library), "targets": list(header.targets),
-                 "parity": "not compared: an engine runs on a GPU only"}  # fmt: skip
+        built = {
+            "library": str(library),
+            "targets": list(header.targets),
+            "parity": "not compared: an engine runs on a GPU only",
+        }
         self._record(name, path.read_bytes(), built)
         self.say(f"engine: {precision} by {built['library']} for {', '.join(header.targets)}")
 
@@ -338,9 +328,7 @@ class _Writer:
             }
         }
 
-    def _add_conversion(
-        self, precision: str, found: Conversion, convert: Callable[[], onnx.ModelProto]
-    ) -> None:
+    def _add_conversion(self, precision: str, found: Conversion, convert: Callable[[], onnx.ModelProto]) -> None:
         record = {**self.card.precision, precision: found.as_dict()}
         if not found.passed:
             self.failures.append(
@@ -353,9 +341,7 @@ class _Writer:
         model = convert()
         deployed = self.judge.judge(model)  # FP16 was judged by its emulation till here
         if not deployed.meets(LIMITS[precision]):
-            self.failures.append(
-                f"{precision}: {deployed}; {PRECISIONS[precision]} was not written"
-            )
+            self.failures.append(f"{precision}: {deployed}; {PRECISIONS[precision]} was not written")
             return
         self.card = replace(self.card, precision=record)
         self._add(precision, model, max(deployed, found.report, key=lambda r: r.damage))

@@ -29,9 +29,7 @@ def _numbers(_: click.Context, __: click.Parameter, text: str) -> tuple[float, .
     try:
         return tuple(float(word) for word in text.split(","))
     except ValueError as error:
-        raise click.BadParameter(
-            f"{text!r} is not numbers with commas between them: write 0.5,0.5,0.5"
-        ) from error
+        raise click.BadParameter(f"{text!r} is not numbers with commas between them: write 0.5,0.5,0.5") from error
 
 
 def _how(command: Callable[..., None]) -> Callable[..., None]:
@@ -40,36 +38,52 @@ def _how(command: Callable[..., None]) -> Callable[..., None]:
         (
             click.option("--out", type=PATH, help="Bundle to write.  [default: bundles/NAME]"),
             click.option(
-                "--precision", "precisions", callback=_words, default="fp32,fp16,int8",
-                metavar="LIST", help="Which graphs to write; fp32 is always written.",
+                "--precision",
+                "precisions",
+                callback=_words,
+                default="fp32,fp16,int8",
+                metavar="LIST",
+                help="Which graphs to write; fp32 is always written.",
             ),
             click.option(
-                "--tensorrt", default="auto", metavar="auto|tensorrt|rtx|off",
+                "--tensorrt",
+                default="auto",
+                metavar="auto|tensorrt|rtx|off",
                 help="Which library builds the engine; auto: where one is installed.",
             ),
             click.option(
-                "--targets", callback=_words, default="", metavar="sm80,sm86,...",
+                "--targets",
+                callback=_words,
+                default="",
+                metavar="sm80,sm86,...",
                 help="GPUs to build the engine for; default: what the library suggests.",
             ),
             click.option(
-                "--tile", "tile_px", type=int, metavar="PX",
+                "--tile",
+                "tile_px",
+                type=int,
+                metavar="PX",
                 help="Side of a tile.  [default: the network's own, else 512]",
             ),
             click.option(
-                "--calibrate", type=PATH, metavar="SLIDE_OR_FOLDER",
+                "--calibrate",
+                type=PATH,
+                metavar="SLIDE_OR_FOLDER",
                 help="Tiles to calibrate INT8 and to judge on; default: a synthetic slide.",
             ),
             click.option(
-                "--freeze-statistics", "freeze", type=PATH, metavar="SLIDE_OR_FOLDER",
+                "--freeze-statistics",
+                "freeze",
+                type=PATH,
+                metavar="SLIDE_OR_FOLDER",
                 help="Make the statistics of instance and group normalisation constants, "
                 "estimated here, so that tiles agree.",
             ),
             click.option(
-                "--triton", type=PATH, metavar="REPO",
-                help="Write the models to a Triton model repository too.",
+                "--triton", type=PATH, metavar="REPO", help="Write the models to a Triton model repository too."
             ),
         )
-    ):  # fmt: skip
+    ):
         command = option(command)
     return command
 
@@ -87,9 +101,11 @@ _one_line_errors = one_line_errors(
 @click.version_option(package_name="histostream")
 @click.option("--method", "method_name", help="Which paper the model is of, as imems.")
 @click.option(
-    "--checkpoint", "run", type=PATH,
+    "--checkpoint",
+    "run",
+    type=PATH,
     help="Folder of a training run or checkpoint; default: the weights that ship.",
-)  # fmt: skip
+)
 @_how
 @click.pass_context
 @_one_line_errors
@@ -106,7 +122,7 @@ def main(
     before it is written, and as a TensorRT engine. Exit status 0 only if all of it was written.
     """
     show_only_our_warnings(COMMAND)
-    from histostream.runtime.memory import return_buffers_at_once
+    from histostream.runtime.stream.memory import return_buffers_at_once
 
     return_buffers_at_once()
     if context.invoked_subcommand is not None:
@@ -134,9 +150,11 @@ def main(
 @click.option("--scale", default=1 / 255, help="Factor of the raw pixels, 0 to 255.")
 @click.option("--layout", default="auto", metavar="auto|nchw|nhwc", help="Of its input.")
 @click.option(
-    "--activation", default="auto", metavar="auto|softmax|sigmoid|none",
+    "--activation",
+    default="auto",
+    metavar="auto|softmax|sigmoid|none",
     help="What makes probabilities of its output; none: it gives them.",
-)  # fmt: skip
+)
 @click.option("--bgr", is_flag=True, help="Its channels are blue, green, red.")
 @click.option("--resize-output", is_flag=True, help="Enlarge an output coarser than its input.")
 @click.option("--input", "input_name", help="Which input, where it has several.")
@@ -158,12 +176,11 @@ def wrap(
     Its normalisation and activation become part of the graph; then it goes through the same
     comparisons as a network of ours.
     """
-    names = ("mean", "std", "scale", "layout", "activation", "resize_output", "input_name",
-             "output_name")  # fmt: skip
+    names = ("mean", "std", "scale", "layout", "activation", "resize_output", "input_name", "output_name")
     said = {name: how.pop(name) for name in names}
     options = _options(how)
     from histostream.export.bundle import TILE_PX, check, write_bundle
-    from histostream.export.foreign import ForeignModel, foreign_network
+    from histostream.export.external.wrap import ForeignModel, foreign_network
 
     tile_px = TILE_PX if options.tile_px is None else options.tile_px
     foreign = ForeignModel(classes=classes, tile_px=tile_px, order="bgr" if bgr else "rgb", **said)
@@ -209,13 +226,19 @@ def explanation(run: Path, out: Path, tile_px: int | None) -> None:
 @main.command("tune-crf")
 @click.argument("bundle", type=PATH)
 @click.option(
-    "--data", "source", required=True, metavar="SET",
+    "--data",
+    "source",
+    required=True,
+    metavar="SET",
     help="Annotated images that the model was not trained on, as of histo-train.",
-)  # fmt: skip
+)
 @click.option(
-    "--part", type=click.Choice(("validation", "test", "train", "all")), default="validation",
-    show_default=True, help="Which images; of a set without such a part, all.",
-)  # fmt: skip
+    "--part",
+    type=click.Choice(("validation", "test", "train", "all")),
+    default="validation",
+    show_default=True,
+    help="Which images; of a set without such a part, all.",
+)
 @click.option("--run", type=PATH, help="The training run, whose own validation images are taken.")
 @click.option("--mpp", type=float, help="Resolution of images that do not say theirs.")
 @_one_line_errors
@@ -230,14 +253,9 @@ def tune_crf(bundle: Path, source: str, part: str, run: Path | None, mpp: float 
     samples, own_mpp = samples_of(source, part, run)
     tuned = tune(bundle, samples, mpp or own_mpp, say=click.echo)
     if tuned.params is None:
-        fail(
-            COMMAND, f"{bundle}: no CRF of {tuned.tried} is better than none; the card is as it was"
-        )
+        fail(COMMAND, f"{bundle}: no CRF of {tuned.tried} is better than none; the card is as it was")
         sys.exit(1)
-    click.echo(
-        f"{bundle}: Dice {tuned.dice:.4f} with the CRF, {tuned.without:.4f} without, on "
-        f"{len(samples)} images"
-    )
+    click.echo(f"{bundle}: Dice {tuned.dice:.4f} with the CRF, {tuned.without:.4f} without, on {len(samples)} images")
 
 
 @main.command()
@@ -245,8 +263,8 @@ def tune_crf(bundle: Path, source: str, part: str, run: Path | None, mpp: float 
 @_one_line_errors
 def inspect(file: Path) -> None:
     """Print what an engine file or a model bundle says of itself."""
-    from histostream.runtime.card import read_card, read_file
-    from histostream.runtime.engine_file import describe
+    from histostream.runtime.bundle.card import read_card, read_file
+    from histostream.runtime.engines.tensorrt.file import describe
 
     if not file.is_dir():
         click.echo(describe(file))
@@ -273,9 +291,7 @@ def _options(how: dict[str, Any]) -> Options:
 def _tell(export: Export, out: Path) -> None:
     card = export.card
     statistics = ", depends on tile statistics" if card.tile_statistics else ""
-    click.echo(
-        f"{out}: {card.tile_px} px tiles at {card.mpp:g} um/px, halo {card.halo_px} px{statistics}"
-    )
+    click.echo(f"{out}: {card.tile_px} px tiles at {card.mpp:g} um/px, halo {card.halo_px} px{statistics}")
     for failure in export.failures:
         fail(COMMAND, failure)
     if export.failures:

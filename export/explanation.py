@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from histostream.export.bundle import TILE_PX
-from histostream.export.onnx import to_onnx, write_model
+from histostream.export.graph.from_torch import to_onnx, write_model
 from histostream.export.parity import check_images
 from histostream.export.trained import check_tile, config_of, find_checkpoint, own_tile_px
 from histostream.training import checkpoint as checkpoints
@@ -56,8 +56,7 @@ def export_explanation(run: Path, out: Path, *, tile_px: int | None = None) -> o
     method = methods.load(said.method)
     if not hasattr(method, "explained"):
         raise CheckpointError(
-            f"{folder}: {said.method} has no graph that explains its labels; "
-            "use a run of translation"
+            f"{folder}: {said.method} has no graph that explains its labels; use a run of translation"
         )
     state = method.build(config_of(folder, said), len(said.classes), said.channels)
     # What explains need not be among what is deployed, but it has to be in the checkpoint.

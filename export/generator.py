@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from histostream.export.bundle import TILE_PX
-from histostream.export.graph import GraphError
-from histostream.export.onnx import to_onnx, write_model
+from histostream.export.graph.from_torch import to_onnx, write_model
+from histostream.export.graph.model import GraphError
 from histostream.export.parity import check_images
 from histostream.training.networks.pyramid import one_hot_levels
 from histostream.training.sample import Painter, open_painter
@@ -70,9 +70,7 @@ def example_inputs(painter: Painter, tile_px: int) -> dict[str, Tensor]:
         If the network does not take the tile size.
     """
     if tile_px < 1 or tile_px % painter.align_px:
-        raise GraphError(
-            f"tile of {tile_px} px: these generators take multiples of {painter.align_px}"
-        )
+        raise GraphError(f"tile of {tile_px} px: these generators take multiples of {painter.align_px}")
     source = torch.Generator().manual_seed(0)
     classes, channels = len(painter.said.classes), painter.said.channels
     labels = torch.randint(classes, (2, tile_px, tile_px), generator=source)

@@ -15,13 +15,13 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from histostream.export.graph import GraphError
+from histostream.export.graph.model import GraphError
 from histostream.export.tiles import Tiles
 from histostream.wsi.errors import HistoError
 
-MOST_LEVELS = 1  # grey levels that a painted pixel may differ from torch's: rounding
+MAX_LEVELS = 1  # grey levels that a painted pixel may differ from torch's: rounding
 # A Dice of a class that covers less of the tiles is noise; it is recorded, not judged.
-SMALLEST_SHARE = 0.01
+MIN_SHARE = 0.01
 FATAL_ONLY = 4  # ONNX Runtime's severity
 
 
@@ -73,7 +73,7 @@ class ParityReport:
     dice
         Dice of each class between the two label maps; None where neither has it.
     dice_change
-        Largest change of a class's Dice, over the classes that cover at least `SMALLEST_SHARE`:
+        Largest change of a class's Dice, over the classes that cover at least `MIN_SHARE`:
         against the true labels where the tiles have them, else against the reference's own labels,
         which is 1 - Dice and stricter.
     truth
@@ -98,9 +98,7 @@ class ParityReport:
     def meets(self, limits: Limits) -> bool:
         """Whether the graph may be deployed."""
         return (
-            self.not_finite == 0
-            and self.label_agreement >= limits.agreement
-            and self.dice_change <= limits.dice_change
+            self.not_finite == 0 and self.label_agreement >= limits.agreement and self.dice_change <= limits.dice_change
         )
 
     @property
@@ -204,9 +202,7 @@ def open_session(model: onnx.ModelProto) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = FATAL_ONLY  # what goes wrong is raised
     options.enable_cpu_mem_arena = False  # it would keep what the largest tile needed
-    return onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def _with_raw_scores(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -219,9 +215,7 @@ def _with_raw_scores(model: onnx.ModelProto) -> onnx.ModelProto:
         return model
     watched = onnx.ModelProto()
     watched.CopyFrom(model)
-    watched.graph.node.append(
-        helper.make_node("Cast", [name], ["raw_scores"], "raw_scores_cast", to=TensorProto.FLOAT)
-    )
+    watched.graph.node.append(helper.make_node("Cast", [name], ["raw_scores"], "raw_scores_cast", to=TensorProto.FLOAT))
     raw = helper.make_tensor_value_info("raw_scores", TensorProto.FLOAT, None)
     watched.graph.output.append(raw)
     return watched
@@ -233,19 +227,15 @@ def dice_of(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float | None:
     return float(2 * (a & b).sum() / total) if total else None
 
 
-def _change(
-    labels: NDArray[Any], other: NDArray[Any], truth: NDArray[np.uint8] | None, k: int
-) -> float:
+def _change(labels: NDArray[Any], other: NDArray[Any], truth: NDArray[np.uint8] | None, k: int) -> float:
     target = labels if truth is None else truth
-    if (target == k).mean() < SMALLEST_SHARE:
+    if (target == k).mean() < MIN_SHARE:
         return 0.0
     before, after = dice_of(labels == k, target == k), dice_of(other == k, target == k)
     return abs((before or 0.0) - (after or 0.0))
 
 
-def check_images(
-    model: onnx.ModelProto, feeds: dict[str, NDArray[Any]], wanted: NDArray[np.uint8], what: str
-) -> None:
+def check_images(model: onnx.ModelProto, feeds: dict[str, NDArray[Any]], wanted: NDArray[np.uint8], what: str) -> None:
     """Refuse a graph that does not paint the images that torch does.
 
     Parameters
@@ -262,12 +252,11 @@ def check_images(
     Raises
     ------
     ParityError
-        If a pixel differs by more than `MOST_LEVELS`.
+        If a pixel differs by more than `MAX_LEVELS`.
     """
     (found,) = open_session(model).run(None, feeds)
     off = int(np.abs(found.astype(int) - wanted.astype(int)).max())
-    if off > MOST_LEVELS:
+    if off > MAX_LEVELS:
         raise ParityError(
-            f"{what}: {off} grey levels from torch's images; nothing was written: "
-            "report it, with the model"
+            f"{what}: {off} grey levels from torch's images; nothing was written: report it, with the model"
         )

@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.runtime.engine import to_channels
+from histostream.runtime.engines.base import to_channels
 from histostream.training.data import DataError, read_folder, read_image
 from histostream.wsi.errors import HistoError, SlideError
-from histostream.wsi.grid import Strip, TileGrid
-from histostream.wsi.reader import open_slide
-from histostream.wsi.resolution import at_mpp
-from histostream.wsi.strips import cut
+from histostream.wsi.slides.reader import open_slide
+from histostream.wsi.slides.resolution import at_mpp
 from histostream.wsi.synthetic import CLASSES, SyntheticSlide
-from histostream.wsi.tissue import find_tissue
+from histostream.wsi.tiling.grid import Strip, TileGrid
+from histostream.wsi.tiling.strips import cut
+from histostream.wsi.tiling.tissue import find_tissue
 
 CANDIDATES = 4  # tiles looked at for each tile taken, so that dark and pale ones are among them
 PLAIN_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

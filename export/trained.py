@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from histostream.export.bundle import TILE_PX, Export, Network, Options, Say, check, write_bundle
-from histostream.export.graph import GraphError
-from histostream.export.onnx import export_onnx
+from histostream.export.graph.from_torch import export_onnx
+from histostream.export.graph.model import GraphError
 from histostream.training import checkpoint as checkpoints
 from histostream.training import methods
 from histostream.training.checkpoint import Checkpoint, CheckpointError
-from histostream.wsi.sink import ClassInfo
+from histostream.wsi.outputs.label_rows import ClassInfo
 
 
 def shipped_checkpoint(method: str) -> Path:
@@ -51,10 +51,7 @@ def read_checkpoint(method_name: str, run: Path | None) -> tuple[Path, Checkpoin
     folder = shipped_checkpoint(method_name) if run is None else find_checkpoint(run)
     said = checkpoints.read(folder)
     if said.method != method_name:
-        raise CheckpointError(
-            f"{folder}: trained by {said.method!r}, not {method_name!r}; "
-            f"pass --method {said.method}"
-        )
+        raise CheckpointError(f"{folder}: trained by {said.method!r}, not {method_name!r}; pass --method {said.method}")
     return folder, said
 
 
@@ -164,9 +161,7 @@ def trained_network(
     if tile_px % stride_px:
         below = tile_px // stride_px * stride_px
         fits = " or ".join(str(px) for px in (below, below + stride_px) if px)
-        raise GraphError(
-            f"tile of {tile_px} px: this network takes multiples of {stride_px}; use {fits}"
-        )
+        raise GraphError(f"tile of {tile_px} px: this network takes multiples of {stride_px}; use {fits}")
 
     def reference(tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
         with torch.inference_mode():
@@ -201,6 +196,4 @@ def check_tile(module: nn.Module, tile_px: int) -> None:
     """
     own_px = own_tile_px(module)
     if own_px and tile_px != own_px:
-        raise GraphError(
-            f"tile of {tile_px} px: this network is built for {own_px} px; use {own_px}"
-        )
+        raise GraphError(f"tile of {tile_px} px: this network is built for {own_px} px; use {own_px}")

@@ -19,7 +19,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from histostream.runtime.card import CardError, ModelCard, read_file
+from histostream.runtime.bundle.card import CardError, ModelCard, read_file
 from histostream.runtime.choices import PRECISIONS
 from histostream.wsi.errors import OutputError
 
@@ -143,8 +143,7 @@ def _config(name: str, card: ModelCard, file: str, max_batch: int) -> str:
         f'input {{ name: "tiles" data_type: TYPE_UINT8 dims: [{side}, {side}, {card.channels}] }}',
         f'output {{ name: "scores" data_type: TYPE_UINT8 dims: [{classes}, {side}, {side}] '
         f"label_filename: {_quoted(LABELS)} }}",
-        f"dynamic_batching {{ preferred_batch_size: {preferred} "
-        f"max_queue_delay_microseconds: {QUEUE_DELAY_US} }}",
+        f"dynamic_batching {{ preferred_batch_size: {preferred} max_queue_delay_microseconds: {QUEUE_DELAY_US} }}",
         "instance_group { count: 1 kind: KIND_AUTO }",
         *(
             f"parameters {{ key: {_quoted(key)} value: {{ string_value: {_quoted(value)} }} }}"

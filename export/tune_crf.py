@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 
 from histostream.export.trained import find_checkpoint
 from histostream.runtime import Engine, open_engine
-from histostream.runtime.card import read_card, write_card
+from histostream.runtime.bundle.card import read_card, write_card
 from histostream.runtime.crf import CrfParams, dense_crf
 from histostream.runtime.crf.options import read_params
 from histostream.runtime.crf.stream import to_probabilities
-from histostream.runtime.infer import score_pixels
-from histostream.training import batches, checkpoint, sets
+from histostream.runtime.slide_run import score_pixels
+from histostream.training import batches, checkpoint
+from histostream.training import datasets as sets
 from histostream.training.augment import zoom
 from histostream.training.data import Sample
 from histostream.training.metrics import Confusion
@@ -113,17 +114,13 @@ def tune_crf(
         scored = [_scored(sample, engine, mpp) for sample in samples]
     finally:
         engine.close()
-    tuned = search(
-        scored, start=read_params("", card.crf, mpp=card.mpp) if card.crf else START, say=say
-    )
+    tuned = search(scored, start=read_params("", card.crf, mpp=card.mpp) if card.crf else START, say=say)
     if tuned.params is not None:
         keep_params(bundle, tuned.params)
     return tuned
 
 
-def samples_of(
-    source: str, part: str, run: Path | None = None
-) -> tuple[tuple[Sample, ...], float | None]:
+def samples_of(source: str, part: str, run: Path | None = None) -> tuple[tuple[Sample, ...], float | None]:
     """Open a set and choose images of it.
 
     Parameters
@@ -175,9 +172,7 @@ def search(
 
     def dice(params: CrfParams) -> float:
         if params not in known:
-            refined = (
-                (dense_crf(image, p, params).argmax(axis=0), truth) for image, p, truth in scored
-            )
+            refined = ((dense_crf(image, p, params).argmax(axis=0), truth) for image, p, truth in scored)
             known[params] = _dice(refined, classes)
         return known[params]
 
@@ -209,8 +204,7 @@ def _scored(sample: Sample, engine: Engine, mpp: float | None) -> Scored:
     image, truth = zoom(sample.image, sample.labels, 1.0 if mpp is None else mpp / card.mpp)
     if image.shape[2] != card.channels:
         raise TuneError(
-            f"{sample.name}: {image.shape[2]} channels; the model takes {card.channels}: "
-            "convert the images"
+            f"{sample.name}: {image.shape[2]} channels; the model takes {card.channels}: convert the images"
         )
     if truth.max() >= len(card.classes):
         raise TuneError(
@@ -237,6 +231,4 @@ def keep_params(bundle: Path, params: CrfParams) -> None:
             write_card(card, Path(scratch))
             (Path(scratch) / "card.json").replace(bundle / "card.json")
     except OSError as error:
-        raise OutputError(
-            f"{bundle}: its card cannot be written ({error.strerror}); check its permissions"
-        ) from error
+        raise OutputError(f"{bundle}: its card cannot be written ({error.strerror}); check its permissions") from error

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 from histostream.wsi.lazy import import_on_use
 
 if TYPE_CHECKING:
-    from histostream.runtime.card import CardError, ModelCard, default_bundle, read_card
-    from histostream.runtime.engine import Engine, EngineError, open_engine
-    from histostream.runtime.infer import segment_pixels, segment_slide
+    from histostream.runtime.bundle.card import CardError, ModelCard, default_bundle, read_card
+    from histostream.runtime.engines.base import Engine, EngineError, open_engine
     from histostream.runtime.options import Options
     from histostream.runtime.result import ResultError, SlideResult
     from histostream.runtime.segmenter import Segmenter
+    from histostream.runtime.slide_run import segment_pixels, segment_slide
 
 __all__ = [
     "CardError",
@@ -34,9 +34,9 @@ __all__ = [
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 _MODULES = {
-    "card": ("CardError", "ModelCard", "default_bundle", "read_card"),
-    "engine": ("Engine", "EngineError", "open_engine"),
-    "infer": ("segment_pixels", "segment_slide"),
+    "bundle.card": ("CardError", "ModelCard", "default_bundle", "read_card"),
+    "engines.base": ("Engine", "EngineError", "open_engine"),
+    "slide_run": ("segment_pixels", "segment_slide"),
     "options": ("Options",),
     "result": ("ResultError", "SlideResult"),
     "segmenter": ("Segmenter",),

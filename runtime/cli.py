@@ -12,13 +12,7 @@ from typing import Any
 import click
 
 from histostream.runtime.choices import ANNOTATIONS, BACKENDS, BF16, PRECISIONS, WINDOWS
-from histostream.wsi.console import (
-    GroupedCommand,
-    memory_mib,
-    one_line_errors,
-    option_group,
-    read_settings,
-)
+from histostream.wsi.console import GroupedCommand, memory_mib, one_line_errors, option_group, read_settings
 
 PATH = click.Path(path_type=Path)
 _model = option_group("Model and device")
@@ -57,13 +51,19 @@ def _words(_: click.Context, __: click.Parameter, text: str) -> tuple[str, ...]:
 @_model("--model", "bundle", type=PATH, help="Model bundle; default: nuclei.")
 @_model("--backend", default="auto", type=click.Choice(BACKENDS), help="What to run on.")
 @_model(
-    "--precision", default="auto", type=click.Choice(("auto", *PRECISIONS, BF16)),
+    "--precision",
+    default="auto",
+    type=click.Choice(("auto", *PRECISIONS, BF16)),
     help="Which graph of the model is run; int8 is the fastest on a CPU. bf16: OpenVINO only.",
-)  # fmt: skip
+)
 @_model(
-    "--devices", metavar="0,1,...", default="", show_default=False, callback=_words,
+    "--devices",
+    metavar="0,1,...",
+    default="",
+    show_default=False,
+    callback=_words,
     help="GPUs that share the work, a process each: slides, or the columns of one slide.",
-)  # fmt: skip
+)
 @_model("--threads", type=int, help="CPU threads; default: all cores.")
 @_model("--batch", type=int, help="Tiles per inference; default: what suits the device.")
 @_slide("--mpp", type=float, help="Resolution of the slide, um per pixel at full size.")
@@ -71,64 +71,87 @@ def _words(_: click.Context, __: click.Parameter, text: str) -> tuple[str, ...]:
 @_slide("--tissue/--no-tissue", default=True, help="Leave glass out, or analyse it too.")
 @_slide("--force-upsampling", is_flag=True, help="Enlarge slides coarser than the model.")
 @_slide("--strict", is_flag=True, help="Stop a slide at a damaged block; default: leave it out.")
-@_tiles(
-    "--overlap", "overlap_px", type=int, metavar="PX", help="Pixels that tiles share; default 64."
-)
+@_tiles("--overlap", "overlap_px", type=int, metavar="PX", help="Pixels that tiles share; default 64.")
 @_tiles("--blend", default="hann", type=click.Choice(WINDOWS), help="How tiles are joined.")
 @_tiles("--crf", is_flag=True, help="Refine the labels by a dense CRF with the model's parameters.")
 @_tiles(
-    "--crf-params", metavar="w1=5,theta_alpha=15um,...",
+    "--crf-params",
+    metavar="w1=5,theta_alpha=15um,...",
     help="Other parameters: w1, theta_alpha, theta_beta, w2, theta_gamma, n_iter; with --crf.",
-)  # fmt: skip
+)
 @_tiles(
-    "--crf-uncertain", type=float, metavar="P",
+    "--crf-uncertain",
+    type=float,
+    metavar="P",
     help="Refine only where the two best scores are nearer than P, 0 to 1; with --crf.",
-)  # fmt: skip
+)
 @_outputs("--out", default="out", type=PATH, help="Folder for results.")
 @_outputs("--probabilities", is_flag=True, help="Write probabilities.tif too.")
 @_outputs(
-    "--rasters", default="", show_default=False, callback=_words,
+    "--rasters",
+    default="",
+    show_default=False,
+    callback=_words,
     metavar="ome-tiff,ome-tiff-rgb,ome-zarr,dicom-seg",
     help="Write the label map as OME-TIFF (rgb: its colours, for QuPath), OME-Zarr or DICOM too.",
-)  # fmt: skip
+)
 @_outputs("--geojson", is_flag=True, help="Write objects.geojson.gz, outlines for QuPath.")
 @_outputs(
-    "--annotations", type=click.Choice(ANNOTATIONS), multiple=True,
+    "--annotations",
+    type=click.Choice(ANNOTATIONS),
+    multiple=True,
     help="Write outlines: dsa is annotations.json, qupath the same as --geojson.",
-)  # fmt: skip
+)
 @_outputs(
-    "--objects", default="", show_default=False, metavar="csv,parquet", callback=_words,
+    "--objects",
+    default="",
+    show_default=False,
+    metavar="csv,parquet",
+    callback=_words,
     help="Write a table of objects: area, perimeter, eccentricity.",
-)  # fmt: skip
-@_outputs("--min-area", "min_area_um2", default=0.0, metavar="UM2",
-          help="Leave smaller objects out.")  # fmt: skip
+)
+@_outputs("--min-area", "min_area_um2", default=0.0, metavar="UM2", help="Leave smaller objects out.")
 @_outputs(
-    "--simplify", "simplify_um", default=0.0, metavar="UM",
+    "--simplify",
+    "simplify_um",
+    default=0.0,
+    metavar="UM",
     help="How far outlines may deviate, to have fewer points; 0 follows the pixels.",
-)  # fmt: skip
+)
 @_work(
-    "--config", type=PATH, is_eager=True, expose_value=False, callback=read_settings,
+    "--config",
+    type=PATH,
+    is_eager=True,
+    expose_value=False,
+    callback=read_settings,
     metavar="FILE.toml",
     help="Read options from a TOML file, as max-memory = '2GiB'; the command line counts more.",
-)  # fmt: skip
+)
 @_work(
-    "--dry-run", is_flag=True,
+    "--dry-run",
+    is_flag=True,
     help="Look at the slides and say what a run would do and take; write nothing.",
-)  # fmt: skip
+)
 @_work(
-    "--max-memory", "max_memory_mib", type=memory_mib, metavar="1GiB",
+    "--max-memory",
+    "max_memory_mib",
+    type=memory_mib,
+    metavar="1GiB",
     help="Bound on memory, plain numbers are MiB; wide slides are run in column bands.",
-)  # fmt: skip
-@_work("--restart", is_flag=True,
-       help="Do slides again that are done or were begun; default: go on.")  # fmt: skip
+)
+@_work("--restart", is_flag=True, help="Do slides again that are done or were begun; default: go on.")
 @_work(
-    "--stage", type=PATH, metavar="DIR",
+    "--stage",
+    type=PATH,
+    metavar="DIR",
     help="Copy each slide to this fast local folder first, while the one before it is run.",
-)  # fmt: skip
+)
 @_work(
-    "--ray", "cluster", metavar="ADDRESS|local",
+    "--ray",
+    "cluster",
+    metavar="ADDRESS|local",
     help="Run on a Ray cluster, an engine for each GPU; paths must be the same on all hosts.",
-)  # fmt: skip
+)
 @_work("--workers", type=int, help="Engines on the cluster; default: as many as fit.")
 @_work("--log-json", is_flag=True, help="Write what is said as JSON, one object a line, to stderr.")
 @_one_line_errors
@@ -168,9 +191,23 @@ def main(
     from histostream.runtime.command import Request, run
 
     request = Request(
-        slides, bundle, out, backend, precision, devices, threads, crf, crf_params, crf_uncertain,
-        restart, stage, cluster, workers, dry_run, log_json,
-    )  # fmt: skip
+        slides,
+        bundle,
+        out,
+        backend,
+        precision,
+        devices,
+        threads,
+        crf,
+        crf_params,
+        crf_uncertain,
+        restart,
+        stage,
+        cluster,
+        workers,
+        dry_run,
+        log_json,
+    )
     annotations = (("qupath",) if geojson else ()) + annotations
     sys.exit(run(request, annotations=annotations, **options))
 

@@ -15,22 +15,30 @@ from typing import Any
 
 import click
 
-from histostream.runtime.card import default_bundle, read_card
-from histostream.runtime.cohort import AT_ONCE, FAILED, NOT_BEGUN, Crew, LocalCrew, Task, run_cohort
+from histostream.runtime.bundle.card import default_bundle, read_card
+from histostream.runtime.cohort.inputs import SlideInput, find_inputs
+from histostream.runtime.cohort.processes import ProcessPool
+from histostream.runtime.cohort.worker import (
+    CONCURRENCY,
+    FAILED,
+    NOT_BEGUN,
+    Executor,
+    LocalExecutor,
+    Task,
+    run_cohort,
+)
 from histostream.runtime.crf.options import CrfOptions, read_params
 from histostream.runtime.crf.params import CrfError
 from histostream.runtime.dry_run import not_enough_disk, plan_slides, size
-from histostream.runtime.engine import Engine, open_engine
-from histostream.runtime.fleet import Fleet
-from histostream.runtime.inputs import SlideInput, find_inputs
-from histostream.runtime.memory import return_buffers_at_once
+from histostream.runtime.engines.base import Engine, open_engine
 from histostream.runtime.messages import JsonMessages, Messages, TextMessages, duration
 from histostream.runtime.options import Options
+from histostream.runtime.stream.memory import return_buffers_at_once
 from histostream.wsi.console import show_only_our_warnings
 from histostream.wsi.errors import HistoError
 from histostream.wsi.optional import require
-from histostream.wsi.sinks import rasters as raster_files
-from histostream.wsi.sinks.objects import check_installed
+from histostream.wsi.outputs.sinks import rasters as raster_files
+from histostream.wsi.outputs.sinks.objects import check_installed
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +75,7 @@ class Request:
         if self.cluster is None and self.workers is not None:
             raise HistoError("--workers belongs to --ray: add it")
         if self.cluster is not None and self.devices:
-            raise HistoError(
-                "--devices and --ray exclude each other: --ray takes all that it has; leave one out"
-            )
+            raise HistoError("--devices and --ray exclude each other: --ray takes all that it has; leave one out")
 
 
 def run(request: Request, **options: Any) -> int:
@@ -144,9 +150,7 @@ def _crf_options(bundle: Path, request: Request) -> CrfOptions:
     return CrfOptions(params, request.crf_uncertain)
 
 
-def _open_crew(
-    request: Request, bundle: Path, settings: Options, slides: int, say: Callable[[str], None]
-) -> Crew:
+def _open_crew(request: Request, bundle: Path, settings: Options, slides: int, say: Callable[[str], None]) -> Executor:
     """Open what the slides are run on.
 
     Raises
@@ -154,24 +158,22 @@ def _open_crew(
     CardError, EngineError, OptionError
         If it cannot be opened, or options contradict each other.
     """
-    engine: dict[str, Any] = {
-        "backend": request.backend, "precision": request.precision, "threads": request.threads,
-    }  # fmt: skip
+    engine: dict[str, Any] = {"backend": request.backend, "precision": request.precision, "threads": request.threads}
     # Two slides at once would take twice the memory that is allowed.
-    at_once = AT_ONCE if settings.max_memory_mib is None else 1
+    at_once = CONCURRENCY if settings.max_memory_mib is None else 1
     if request.cluster is not None:
-        from histostream.runtime.ray_crew import RayCrew
+        from histostream.runtime.cohort.ray import RayExecutor
 
-        return RayCrew(bundle, request.cluster, workers=request.workers, at_once=at_once, **engine)
+        return RayExecutor(bundle, request.cluster, workers=request.workers, at_once=at_once, **engine)
     if not request.devices:
-        return LocalCrew(lambda: open_engine(bundle, say=say, **engine), at_once)
+        return LocalExecutor(lambda: open_engine(bundle, say=say, **engine), at_once)
     if 1 < len(request.devices) <= slides:
-        return Fleet(bundle, request.devices, at_once=at_once, **engine)
-    return LocalCrew(lambda: Fleet(bundle, request.devices, **engine), 1)
+        return ProcessPool(bundle, request.devices, at_once=at_once, **engine)
+    return LocalExecutor(lambda: ProcessPool(bundle, request.devices, **engine), 1)
 
 
 def _run(
-    tasks: list[Task], crew: Crew, out: Path, messages: Messages, stopping: Callable[[], bool]
+    tasks: list[Task], crew: Executor, out: Path, messages: Messages, stopping: Callable[[], bool]
 ) -> tuple[Counter[str], bool]:
     """Segment the slides and say how each went.
 
@@ -183,9 +185,12 @@ def _run(
     damaged = False  # now or before
     with messages:
         for i, outcome in run_cohort(
-            tasks, crew, report=lambda i: messages.progress(tasks[i].slide.name),
-            stopping=stopping, record=out if len(tasks) > 1 else None,
-        ):  # fmt: skip
+            tasks,
+            crew,
+            report=lambda i: messages.progress(tasks[i].slide.name),
+            stopping=stopping,
+            record=out if len(tasks) > 1 else None,
+        ):
             counts[outcome.status] += 1
             damaged = damaged or bool(outcome.run and outcome.run.get("damaged"))
             messages.slide(tasks[i], outcome)
@@ -201,9 +206,7 @@ def _plan(request: Request, bundle: Path, tasks: list[Task]) -> int:
     CardError, EngineError
         If the model cannot be run here.
     """
-    engine: Engine = open_engine(
-        bundle, backend=request.backend, precision=request.precision, threads=request.threads
-    )
+    engine: Engine = open_engine(bundle, backend=request.backend, precision=request.precision, threads=request.threads)
     plans = []
     try:
         for plan in plan_slides(tasks, engine, max(len(request.devices), 1)):

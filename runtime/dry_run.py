@@ -11,21 +11,21 @@ from pathlib import Path
 
 import numpy as np
 
-from histostream.runtime.card import ModelCard
-from histostream.runtime.cohort import Task
-from histostream.runtime.engine import Engine
-from histostream.runtime.infer import Job, plan_grid
+from histostream.runtime.bundle.card import ModelCard
+from histostream.runtime.cohort.worker import Task
+from histostream.runtime.engines.base import Engine
 from histostream.runtime.messages import duration
 from histostream.runtime.options import Options
+from histostream.runtime.slide_run import Job, plan_grid
 from histostream.wsi.errors import HistoError, printable
-from histostream.wsi.journal import Journal
-from histostream.wsi.reader import open_slide
-from histostream.wsi.resolution import at_mpp, thumbnail
-from histostream.wsi.sinks.overview import overview_size
-from histostream.wsi.staging import is_remote, shown
+from histostream.wsi.outputs.journal import Journal
+from histostream.wsi.outputs.sinks.overview import overview_size
+from histostream.wsi.slides.reader import open_slide
+from histostream.wsi.slides.resolution import at_mpp, thumbnail
+from histostream.wsi.slides.staging import is_remote, shown
 
 # Bytes of a file for each analysed pixel (probabilities: and class), as CMU-1-Small-Region.svs has
-# them with the nucleus model: benchmarks/results/outputs-cpu.json. Other tissue differs.
+# them with the nucleus model: tests/robustness/results/outputs-cpu.json. Other tissue differs.
 LABEL_BYTES, SCORE_BYTES = 0.037, 0.54
 OBJECT_BYTES = {"qupath": 0.042, "dsa": 0.31, "csv": 0.035, "parquet": 0.017}
 # Reading, blending and writing beside the network: benchmarks/results/stream-cpu.json has 1.04.
@@ -155,11 +155,21 @@ def _plan_slide(task: Task, source: str, card: ModelCard, seconds_of_a_tile: flo
         share = tiles / max(len(grid.xs) * len(grid.ys), 1)
         disk_bytes = _disk_bytes(view.width * view.height * share, len(card.classes), options)
         return SlidePlan(
-            source, folder, "begun" if begun else "new", slide.name,
-            slide.levels[0].width, slide.levels[0].height, options.mpp or slide.mpp,
-            view.level, len(slide.levels), view.scale, tiles, len(grid.xs) * len(grid.ys),
-            tiles * seconds_of_a_tile, disk_bytes,
-        )  # fmt: skip
+            source,
+            folder,
+            "begun" if begun else "new",
+            slide.name,
+            slide.levels[0].width,
+            slide.levels[0].height,
+            options.mpp or slide.mpp,
+            view.level,
+            len(slide.levels),
+            view.scale,
+            tiles,
+            len(grid.xs) * len(grid.ys),
+            tiles * seconds_of_a_tile,
+            disk_bytes,
+        )
 
 
 def _disk_bytes(pixels: float, classes: int, options: Options) -> int:

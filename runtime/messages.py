@@ -19,12 +19,12 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from histostream.runtime.card import ModelCard
-from histostream.runtime.cohort import (
+from histostream.runtime.bundle.card import ModelCard
+from histostream.runtime.cohort.worker import (
     DAMAGED,
     DONE,
-    ELSEWHERE,
     FAILED,
+    LOCKED,
     NOT_BEGUN,
     STOPPED,
     UNCHANGED,
@@ -34,7 +34,7 @@ from histostream.runtime.cohort import (
 )
 from histostream.wsi.console import fail
 from histostream.wsi.errors import printable
-from histostream.wsi.staging import shown
+from histostream.wsi.slides.staging import shown
 
 COMMAND = "histo-infer"
 PROGRESS_S = 30.0  # between two lines of progress, where there is no terminal
@@ -89,8 +89,7 @@ class TextMessages:
     def model(self, card: ModelCard, engine: str) -> None:
         """See `Messages.model`."""
         self._console.print(
-            f"model: {card.method} ({', '.join(c.name for c in card.classes)}) at {card.mpp:g} "
-            f"um/px; {engine}",
+            f"model: {card.method} ({', '.join(c.name for c in card.classes)}) at {card.mpp:g} um/px; {engine}",
             highlight=False,
             markup=False,  # names of classes may have brackets
             emoji=False,
@@ -100,17 +99,13 @@ class TextMessages:
     def progress(self, slide: str) -> Report:
         """See `Messages.progress`; the bar appears with the first report."""
         if not self._console.is_terminal:
-            return _every(
-                PROGRESS_S, lambda progress: self.error(f"{printable(slide)}: {progress}")
-            )
+            return _every(PROGRESS_S, lambda progress: self.error(f"{printable(slide)}: {progress}"))
 
         def show(progress: _SlideProgress) -> None:
             if slide not in self._tasks:
                 self._tasks[slide] = self._bar.add_task(slide, total=None, rate="")
             rate = f"{progress.mpx_per_s:.2f} Mpx/s" if progress.mpx_per_s else ""
-            self._bar.update(
-                self._tasks[slide], completed=progress.done, total=progress.total, rate=rate
-            )
+            self._bar.update(self._tasks[slide], completed=progress.done, total=progress.total, rate=rate)
 
         return _every(0, show)
 
@@ -121,8 +116,7 @@ class TextMessages:
         name, run, summary = _file_name(task), outcome.run, outcome.summary
         if outcome.status in (DONE, DAMAGED) and run is not None and summary is not None:
             areas = ", ".join(
-                f"{c['name']} {c['area_mm2']:.3g} mm2 ({100 * (c['share'] or 0):.1f} %)"
-                for c in summary["classes"]
+                f"{c['name']} {c['area_mm2']:.3g} mm2 ({100 * (c['share'] or 0):.1f} %)" for c in summary["classes"]
             )
             click.echo(
                 f"{name}: {areas}; {run['mpx']:.1f} Mpx in {run['seconds']['total']:.1f} s "
@@ -172,9 +166,13 @@ class JsonMessages:
 
         def show(progress: _SlideProgress) -> None:
             self._say(
-                "info", "progress", slide=slide, share=round(progress.share, 4),
-                mpx_per_s=round(progress.mpx_per_s, 3), seconds_left=progress.seconds_left,
-            )  # fmt: skip
+                "info",
+                "progress",
+                slide=slide,
+                share=round(progress.share, 4),
+                mpx_per_s=round(progress.mpx_per_s, 3),
+                seconds_left=progress.seconds_left,
+            )
 
         return _every(PROGRESS_S, show)
 
@@ -182,11 +180,17 @@ class JsonMessages:
         """See `Messages.slide`."""
         run, summary = outcome.run or {}, outcome.summary or {}
         self._say(
-            "error" if outcome.status == FAILED else "info", "slide", slide=_file_name(task),
-            status=outcome.status, message=outcome.reason, folder=str(task.folder),
-            seconds=outcome.seconds, mpx=run.get("mpx"), mpx_per_s=run.get("mpx_per_s"),
+            "error" if outcome.status == FAILED else "info",
+            "slide",
+            slide=_file_name(task),
+            status=outcome.status,
+            message=outcome.reason,
+            folder=str(task.folder),
+            seconds=outcome.seconds,
+            mpx=run.get("mpx"),
+            mpx_per_s=run.get("mpx_per_s"),
             classes=summary.get("classes"),
-        )  # fmt: skip
+        )
 
     def cohort(self, counts: Counter[str], record: Path) -> None:
         """See `Messages.cohort`."""
@@ -269,7 +273,7 @@ def _by_word(counts: Mapping[str, int]) -> dict[str, int]:
     return {
         "done": counts[DONE] + counts[DAMAGED],
         "unchanged": counts[UNCHANGED],
-        "elsewhere": counts[ELSEWHERE],
+        "elsewhere": counts[LOCKED],
         "not finished": counts[STOPPED] + counts[NOT_BEGUN],
         "failed": counts[FAILED],
     }

@@ -9,9 +9,9 @@ from typing import Any
 
 from histostream.runtime.crf.options import CrfOptions
 from histostream.wsi.errors import HistoError
-from histostream.wsi.sinks.objects import ANNOTATIONS, TABLES
-from histostream.wsi.sinks.rasters import RASTERS
-from histostream.wsi.staging import sha256_of
+from histostream.wsi.outputs.sinks.objects import ANNOTATIONS, TABLES
+from histostream.wsi.outputs.sinks.rasters import RASTERS
+from histostream.wsi.slides.staging import sha256_of
 
 FREE = ("batch", "threads", "max_memory_mib")  # options that change nothing in the result
 
@@ -60,7 +60,7 @@ class Options:
     simplify_um
         How far outlines may deviate, to have fewer points; 0: they follow the pixels.
     rasters
-        Further files of the label map: "ome-tiff" (labels.ome.tif), "ome-tiff-rgb"
+        MemoryNeeds files of the label map: "ome-tiff" (labels.ome.tif), "ome-tiff-rgb"
         (labels.rgb.ome.tif, its colours), "ome-zarr" (labels.ome.zarr), "dicom-seg" (labels.dcm).
 
     Examples

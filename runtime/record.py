@@ -11,30 +11,39 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from histostream.runtime.band import Counts, StageSeconds
-from histostream.runtime.card import ModelCard
+from histostream.runtime.bundle.card import ModelCard
 from histostream.runtime.crf.options import CrfOptions
 from histostream.runtime.options import Options
-from histostream.wsi.reader import SlideReader
-from histostream.wsi.resolution import SlideView
-from histostream.wsi.sink import RUN_FILE, ClassInfo
-from histostream.wsi.staging import SlideVersion
+from histostream.runtime.stream.column_band import Counts, StageSeconds
+from histostream.wsi.outputs.folder import RUN_FILE
+from histostream.wsi.outputs.label_rows import ClassInfo
+from histostream.wsi.slides.reader import SlideReader
+from histostream.wsi.slides.resolution import SlideView
+from histostream.wsi.slides.staging import SlideVersion
 
 # Of a model card, beside its classes.
-CARD_FACTS = (
-    "note", "channels", "tile_px", "align_px", "halo_px", "tile_statistics", "score_kind", "opset",
-)  # fmt: skip
+CARD_FACTS = ("note", "channels", "tile_px", "align_px", "halo_px", "tile_statistics", "score_kind", "opset")
 TRAINING_FACTS = ("images", "scores", "data_sha256", "commit", "histostream")
-MOST_CLASSES = 255  # figures in a list are one for each class
-LONGEST_FACT = 300  # characters
+MAX_CLASSES = 255  # figures in a list are one for each class
+MAX_FACT = 300  # characters
 
 
 def versions() -> dict[str, str]:
     """Versions of what made a result."""
     names = (
-        "histostream", "numpy", "onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-rtx",
-        "cuda-python", "pycuda", "large-image", "tifffile", "zarr", "highdicom",
-    )  # fmt: skip
+        "histostream",
+        "numpy",
+        "onnxruntime-gpu",
+        "onnxruntime",
+        "tensorrt",
+        "tensorrt-rtx",
+        "cuda-python",
+        "pycuda",
+        "large-image",
+        "tifffile",
+        "zarr",
+        "highdicom",
+    )
     found = {"python": platform.python_version()}
     for name in names:
         try:
@@ -44,9 +53,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def inputs_of(
-    version: SlideVersion, card: ModelCard, options: Options, asked: Mapping[str, str]
-) -> dict[str, Any]:
+def inputs_of(version: SlideVersion, card: ModelCard, options: Options, asked: Mapping[str, str]) -> dict[str, Any]:
     """Return what decides the result of a run, as plain JSON.
 
     Parameters
@@ -184,9 +191,9 @@ def _figures(value: Any, depth: int = 3) -> Any:
         found = {str(k): _figures(v, depth - 1) for k, v in value.items()} if depth else {}
         return {k: v for k, v in found.items() if v is not None}
     if isinstance(value, list):
-        return value if len(value) <= MOST_CLASSES and all(map(_is_figure, value)) else None
+        return value if len(value) <= MAX_CLASSES and all(map(_is_figure, value)) else None
     if isinstance(value, str):
-        return value[:LONGEST_FACT]
+        return value[:MAX_FACT]
     return value if _is_figure(value) else None
 
 

@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.runtime.engine import to_channels
+from histostream.runtime.engines.base import to_channels
 from histostream.runtime.record import read_run
 from histostream.runtime.report.picture import read_picture
 from histostream.wsi.errors import HistoError, SlideError
 from histostream.wsi.optional import require
-from histostream.wsi.place import SlidePlace
-from histostream.wsi.raster import Raster
-from histostream.wsi.reader import SlideReader, open_slide
-from histostream.wsi.resolution import SlideView
-from histostream.wsi.sink import ClassInfo
-from histostream.wsi.sinks.overview import BACKGROUND
-from histostream.wsi.staging import SlideVersion
+from histostream.wsi.outputs.label_rows import ClassInfo
+from histostream.wsi.outputs.raster import Raster
+from histostream.wsi.outputs.sinks.overview import BACKGROUND
+from histostream.wsi.slides.reader import SlideReader, open_slide
+from histostream.wsi.slides.resolution import SlideView
+from histostream.wsi.slides.slide_locator import SlidePlace
+from histostream.wsi.slides.staging import SlideVersion
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,8 +77,7 @@ class SlideResult:
         run = read_run(folder)
         if run is None:
             raise ResultError(
-                f"{folder}: no finished result (no run.json); run histo-infer, or name the folder "
-                "of one slide"
+                f"{folder}: no finished result (no run.json); run histo-infer, or name the folder of one slide"
             )
         try:
             summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
@@ -101,10 +100,7 @@ class SlideResult:
     @property
     def shares(self) -> dict[str, float]:
         """Share of each class in what was analysed; nan where nothing was."""
-        return {
-            c["name"]: float("nan") if c["share"] is None else c["share"]
-            for c in self.summary["classes"]
-        }
+        return {c["name"]: float("nan") if c["share"] is None else c["share"] for c in self.summary["classes"]}
 
     @property
     def mpp(self) -> float:
@@ -185,9 +181,7 @@ class SlideResult:
         width = columns - x if width is None else width
         height = rows - y if height is None else height
         if not (0 <= x < x + width <= columns and 0 <= y < y + height <= rows):
-            raise ValueError(
-                f"x={x} y={y} {width}x{height} is no place on a label map of {columns}x{rows} px"
-            )
+            raise ValueError(f"x={x} y={y} {width}x{height} is no place on a label map of {columns}x{rows} px")
         step = 1
         while max(width, height) > longest_px * step:
             step *= 2
@@ -298,9 +292,7 @@ class SlideResult:
                 found[:high, :wide] = to_channels(view.read(left, top, wide, high), 3)
         return found
 
-    def _painted(
-        self, pixels: NDArray[np.uint8], labels: NDArray[np.uint8], opacity: float
-    ) -> NDArray[np.uint8]:
+    def _painted(self, pixels: NDArray[np.uint8], labels: NDArray[np.uint8], opacity: float) -> NDArray[np.uint8]:
         colors = np.zeros((256, 3), np.float32)
         strength = np.zeros(256, np.float32)
         for label, entry in enumerate(self.classes):

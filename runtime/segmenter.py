@@ -11,13 +11,13 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.runtime.card import ModelCard, default_bundle
-from histostream.runtime.cohort import DAMAGED, DONE, UNCHANGED, Outcome, Task, Worker
-from histostream.runtime.engine import Engine, open_engine
-from histostream.runtime.infer import ManyDevices, segment_pixels
-from histostream.runtime.inputs import find_inputs
+from histostream.runtime.bundle.card import ModelCard, default_bundle
+from histostream.runtime.cohort.inputs import find_inputs
+from histostream.runtime.cohort.worker import DAMAGED, DONE, UNCHANGED, Outcome, Task, Worker
+from histostream.runtime.engines.base import Engine, open_engine
 from histostream.runtime.options import Options
 from histostream.runtime.result import ResultError, SlideResult
+from histostream.runtime.slide_run import ManyDevices, segment_pixels
 
 
 class Segmenter:
@@ -162,10 +162,7 @@ class Segmenter:
     def __repr__(self) -> str:
         card = self.card
         names = ", ".join(entry.name for entry in card.classes)
-        return (
-            f"<Segmenter: {card.method} ({names}) at {card.mpp:g} um/px, "
-            f"{self._worker.engine.name}>"
-        )
+        return f"<Segmenter: {card.method} ({names}) at {card.mpp:g} um/px, {self._worker.engine.name}>"
 
     def _segment(self, task: Task, report: Callable[[int, int], None]) -> Outcome:
         """Run a slide; Ctrl-C, or a notebook's stop, leaves what is finished to be gone on with."""

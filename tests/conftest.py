@@ -59,7 +59,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from histostream.training import checkpoint
     from histostream.training.checkpoint import Checkpoint
-    from histostream.training.methods import imems
+    from histostream.training.methods.imems import method as imems
 
     torch.manual_seed(7)
     config = imems.Config(base_width=4, depth=2, discriminator_width=4)
@@ -114,9 +114,14 @@ def bucket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     """Return the URL of a bucket on a real server: of S3, and of Google's storage."""
     server = request.getfixturevalue(f"{request.param}_server")
     for name, value in {
-        "AWS_ENDPOINT_URL": server, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_REGION": "us-east-1", "AWS_CONFIG_FILE": "none", "AWS_MAX_ATTEMPTS": "1",
-        "AWS_EC2_METADATA_DISABLED": "true", "STORAGE_EMULATOR_HOST": server,
-    }.items():  # fmt: skip
+        "AWS_ENDPOINT_URL": server,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_REGION": "us-east-1",
+        "AWS_CONFIG_FILE": "none",
+        "AWS_MAX_ATTEMPTS": "1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "STORAGE_EMULATOR_HOST": server,
+    }.items():
         monkeypatch.setenv(name, value)
     return f"{request.param}://slides"

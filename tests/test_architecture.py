@@ -127,8 +127,7 @@ def needed_by(*extras: str) -> set[str]:
     return {
         requirement.name.lower()
         for requirement in map(Requirement, metadata.requires("histostream") or [])
-        if requirement.marker is None
-        or any(requirement.marker.evaluate({"extra": extra}) for extra in ("", *extras))
+        if requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in ("", *extras))
     }
 
 
@@ -157,14 +156,12 @@ def test_the_wheel_holds_the_model_and_the_recipes(tmp_path: Path) -> None:
     for folder in ALLOWED:
         shutil.copytree(ROOT / folder, tree / folder)
     code = "from setuptools import build_meta; print(build_meta.build_wheel('.'))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tree, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tree, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     with zipfile.ZipFile(tree / done.stdout.splitlines()[-1]) as wheel:
         names = set(wheel.namelist())
     assert {
-        "histostream/runtime/kernels.cu",
+        "histostream/runtime/cuda/kernels.cu",
         "histostream/runtime/models/nuclei/card.json",
         "histostream/runtime/models/nuclei/model.onnx",
         "histostream/training/weights/imems/checkpoint.safetensors",

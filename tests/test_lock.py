@@ -16,13 +16,10 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 SYSTEMS = [
-    {"sys_platform": "linux", "platform_system": "Linux", "os_name": "posix",
-     "platform_machine": "x86_64"},
-    {"sys_platform": "darwin", "platform_system": "Darwin", "os_name": "posix",
-     "platform_machine": "arm64"},
-    {"sys_platform": "win32", "platform_system": "Windows", "os_name": "nt",
-     "platform_machine": "AMD64"},
-]  # fmt: skip
+    {"sys_platform": "linux", "platform_system": "Linux", "os_name": "posix", "platform_machine": "x86_64"},
+    {"sys_platform": "darwin", "platform_system": "Darwin", "os_name": "posix", "platform_machine": "arm64"},
+    {"sys_platform": "win32", "platform_system": "Windows", "os_name": "nt", "platform_machine": "AMD64"},
+]
 PYTHONS = ("3.11", "3.12", "3.13")
 
 

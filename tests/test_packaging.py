@@ -38,9 +38,7 @@ def links(page: str) -> list[str]:
     """Return the files that a page links to, as paths from the root."""
     found = re.findall(r"\]\(([^)#\s]+)", FENCE.sub("", text(page)))
     here = (ROOT / page).parent
-    return [
-        (here / link).resolve().relative_to(ROOT).as_posix() for link in found if "://" not in link
-    ]
+    return [(here / link).resolve().relative_to(ROOT).as_posix() for link in found if "://" not in link]
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +50,11 @@ def packed() -> set[str]:
             if line and not line.startswith("#"):
                 files.process_template_line(line)
     return {Path(name).as_posix() for name in files.files} | {  # which setuptools always takes
-        "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml",
-    }  # fmt: skip
+        "LICENSE",
+        "MANIFEST.in",
+        "README.md",
+        "pyproject.toml",
+    }
 
 
 def test_the_sdist_is_the_repository(packed: set[str]) -> None:
@@ -77,10 +78,7 @@ def test_the_newest_release_has_the_version_of_the_project() -> None:
     headings = re.findall(r"^## \[(.+?)\](?: - (.+))?$", text("CHANGELOG.md"), re.MULTILINE)
     assert headings[0] == ("Unreleased", "")
     citation = text("CITATION.cff")
-    cited = [
-        re.findall(rf"^{key}: (.+)$", citation, re.MULTILINE)
-        for key in ("version", "date-released")
-    ]
+    cited = [re.findall(rf"^{key}: (.+)$", citation, re.MULTILINE) for key in ("version", "date-released")]
     assert [[headings[1][0]], [headings[1][1]]] == cited
     assert headings[1][0] == PROJECT["version"]
 
@@ -153,8 +151,10 @@ def run_script(name: str, folder: Path, *arguments: str, **variables: str) -> tu
     done = subprocess.run(
         ["bash", str(ROOT / "docker" / name), *arguments],
         env={"PATH": f"{folder}:/usr/bin:/bin", **variables},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return done.returncode, done.stdout, done.stderr
 
 

@@ -41,7 +41,7 @@ class Augmentation:
         Zoom each image so that its median object has this diameter in pixels (sets without a
         pixel size); 0 keeps the size.
     zoom
-        Further random zoom, log-uniform between 1/zoom and zoom.
+        MemoryNeeds random zoom, log-uniform between 1/zoom and zoom.
     stain
         Strength of random gains and offsets of the haematoxylin, eosin and residual channels
         (Tellez et al. 2018); 0 is off.
@@ -168,9 +168,7 @@ def _warps(a: Augmentation, channels: int) -> Any:
 
     steps: list[Any] = []
     if a.rotate:
-        steps.append(
-            kornia.RandomAffine(a.rotate, p=1.0, padding_mode=SamplePadding.REFLECTION.name)
-        )
+        steps.append(kornia.RandomAffine(a.rotate, p=1.0, padding_mode=SamplePadding.REFLECTION.name))
     if a.elastic:
         # sigma is a quarter of the kernel's side, so that the displacement is smooth.
         steps.append(
@@ -189,9 +187,7 @@ def _warps(a: Augmentation, channels: int) -> Any:
     if a.motion_blur:
         steps.append(kornia.RandomMotionBlur((3, a.motion_blur | 1), 180.0, 0.5, p=0.5))
     nearest = {"resample": Resample.NEAREST, "align_corners": False}
-    return kornia.AugmentationSequential(
-        *steps, data_keys=["input", "mask"], extra_args={DataKey.MASK: nearest}
-    )
+    return kornia.AugmentationSequential(*steps, data_keys=["input", "mask"], extra_args={DataKey.MASK: nearest})
 
 
 def _vary(
@@ -229,10 +225,7 @@ def zoom(
         return image, labels
     height, width = (max(1, round(n * factor)) for n in labels.shape)
     method = Image.Resampling.BOX if factor < 1 else Image.Resampling.BILINEAR
-    planes = [
-        np.asarray(Image.fromarray(image[..., c]).resize((width, height), method))
-        for c in range(image.shape[2])
-    ]
+    planes = [np.asarray(Image.fromarray(image[..., c]).resize((width, height), method)) for c in range(image.shape[2])]
     small = Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST)
     return np.stack(planes, axis=-1), np.asarray(small)
 
@@ -270,9 +263,9 @@ def restain(pixels: Floats, labels: NDArray[np.uint8], rng: np.random.Generator)
     ground = _ground(labels.shape, rng)
     haze = rng.uniform(0, 0.9) * ground * _noise(labels.shape, rng.uniform(8, 40), rng)
     contrast = rng.uniform(0.3, 1.3)
-    optical = (haze + contrast * objects)[..., None] * h_stain + (
-        ground * (1 - rng.uniform(0, 0.6) * soft)
-    )[..., None] * e_stain
+    optical = (haze + contrast * objects)[..., None] * h_stain + (ground * (1 - rng.uniform(0, 0.6) * soft))[
+        ..., None
+    ] * e_stain
     if rng.random() < 0.15:
         optical = optical + (1 - soft[..., None]) * _ink(labels.shape, rng)
     white = rng.uniform(225, 255, 3) if rng.random() < 0.3 else rng.uniform(238, 252)
@@ -306,9 +299,7 @@ def _ink(shape: tuple[int, ...], rng: np.random.Generator) -> Floats:
     return np.asarray(where[..., None] * color, np.float32)
 
 
-def _fibres(
-    shape: tuple[int, ...], across: float, along: float, rng: np.random.Generator
-) -> Floats:
+def _fibres(shape: tuple[int, ...], across: float, along: float, rng: np.random.Generator) -> Floats:
     """Noise that is stretched along one of the two axes, (H, W) in 0..1."""
     return _noise(shape, (across, along) if rng.random() < 0.5 else (along, across), rng)
 
@@ -318,9 +309,7 @@ def _above(noise: Floats, level: float, rng: np.random.Generator) -> Floats:
     return np.asarray(np.clip((noise - level) * rng.uniform(5, 30) + 0.5, 0, 1), np.float32)
 
 
-def _noise(
-    shape: tuple[int, ...], scale: float | tuple[float, float], rng: np.random.Generator
-) -> Floats:
+def _noise(shape: tuple[int, ...], scale: float | tuple[float, float], rng: np.random.Generator) -> Floats:
     """Smooth noise, (H, W) stretched to 0..1: white noise at 1/scale, enlarged bicubically."""
     height, width = shape
     sy, sx = scale if isinstance(scale, tuple) else (scale, scale)
@@ -357,9 +346,7 @@ def _vary_light(pixels: Floats, strength: float, rng: np.random.Generator) -> Fl
     return np.asarray(np.clip(light, 0, 255), np.float32)
 
 
-def _degrade(
-    pixels: Floats, augmentation: Augmentation, rng: np.random.Generator
-) -> NDArray[np.uint8]:
+def _degrade(pixels: Floats, augmentation: Augmentation, rng: np.random.Generator) -> NDArray[np.uint8]:
     a = augmentation
     if a.focus and rng.random() < 0.5:
         pixels = _blur(pixels, rng.uniform(0, a.focus))

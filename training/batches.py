@@ -83,18 +83,13 @@ def parts_of(found: DataSet, schedule: Schedule | None = None) -> dict[str, tupl
     if schedule is None:
         return {"train": found.train, "validation": found.validation, "test": found.test}
     parts = divide(found, schedule)
-    places = {"train": parts.split.train, "validation": parts.split.validation,
-              "test": parts.split.test}  # fmt: skip
+    places = {"train": parts.split.train, "validation": parts.split.validation, "test": parts.split.test}
     return {name: tuple(parts.samples[i] for i in ids) for name, ids in places.items()}
 
 
 def _with_fewer_labels(parts: Parts, schedule: Schedule) -> Parts:
     train = [parts.samples[i] for i in parts.split.train]
-    kept = set(
-        data.keep_labels(
-            train, share=schedule.labelled, seed=schedule.seed, by=schedule.labelled_by
-        )
-    )
+    kept = set(data.keep_labels(train, share=schedule.labelled, seed=schedule.seed, by=schedule.labelled_by))
     hidden = [sample for i, sample in enumerate(train) if i not in kept]
     still = tuple(place for i, place in enumerate(parts.split.train) if i in kept)
     pools = {**parts.pools, UNLABELLED: (*parts.pools.get(UNLABELLED, ()), *hidden)}
@@ -105,23 +100,18 @@ def _divided(found: DataSet, schedule: Schedule) -> Parts:
     every = (*found.train, *found.validation, *found.test)
     if schedule.folds:
         split = data.fold(
-            every, folds=schedule.folds, fold=schedule.fold, validation=schedule.validation,
-            seed=schedule.seed,
-        )  # fmt: skip
+            every, folds=schedule.folds, fold=schedule.fold, validation=schedule.validation, seed=schedule.seed
+        )
         return Parts(every, split, found.pools)
     if schedule.test or not (found.validation or found.test):
-        split = data.split(
-            every, validation=schedule.validation, test=schedule.test, seed=schedule.seed
-        )
+        split = data.split(every, validation=schedule.validation, test=schedule.test, seed=schedule.seed)
         return Parts(every, split, found.pools)
     train, validation = len(found.train), len(found.validation)
     test = tuple(range(train + validation, len(every)))
     if validation:
         split = Split(tuple(range(train)), tuple(range(train, train + validation)), test)
     else:
-        inner = data.split(
-            found.train, validation=schedule.validation, test=0.0, seed=schedule.seed
-        )
+        inner = data.split(found.train, validation=schedule.validation, test=0.0, seed=schedule.seed)
         split = Split(inner.train, inner.validation, test)
     return Parts(every, split, found.pools)
 
@@ -195,8 +185,7 @@ class Batches:
     ) -> None:
         if schedule.batch % processes:
             raise DataError(
-                f"batch={schedule.batch} is not a multiple of {processes} processes: "
-                "set schedule.batch or --processes"
+                f"batch={schedule.batch} is not a multiple of {processes} processes: set schedule.batch or --processes"
             )
         self._parts, self._schedule, self._augmentation = parts, schedule, augmentation
         self._pools = {name: parts.pools[name] for name in pools}
@@ -213,8 +202,7 @@ class Batches:
         workers = max(1, min(8, (os.cpu_count() or 2) - 1))
         with ThreadPoolExecutor(workers) as crops, ThreadPoolExecutor(AHEAD) as batches:
             coming = [
-                batches.submit(self._draw, step, steps, crops)
-                for step in range(start, min(start + AHEAD, steps))
+                batches.submit(self._draw, step, steps, crops) for step in range(start, min(start + AHEAD, steps))
             ]
             for step in range(start, steps):
                 batch = coming.pop(0).result()
@@ -257,9 +245,7 @@ class Batches:
 
     def _crop(self, sample: Sample, rng: np.random.Generator) -> Crop:
         if self._schedule.crop_px:
-            return augment.draw_crop(
-                sample, self._schedule.crop_px, self._augmentation, self._typical, rng
-            )
+            return augment.draw_crop(sample, self._schedule.crop_px, self._augmentation, self._typical, rng)
         crop = augment.draw_whole(sample, self._augmentation, self._typical, rng)
         return padded(*crop, self._align_px)
 

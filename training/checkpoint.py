@@ -20,7 +20,7 @@ from torch import Tensor
 
 from histostream.training.methods import State
 from histostream.wsi.errors import HistoError
-from histostream.wsi.staging import sha256_of
+from histostream.wsi.slides.staging import sha256_of
 
 SCHEMA = 1
 
@@ -110,9 +110,7 @@ def load(folder: Path, state: State) -> Checkpoint:
         try:
             module.load_state_dict(own)
         except RuntimeError as error:
-            raise CheckpointError(
-                f"{folder}: weights of {name!r} do not fit: {error}; train it again"
-            ) from error
+            raise CheckpointError(f"{folder}: weights of {name!r} do not fit: {error}; train it again") from error
     for name, optimizer in state.optimizers.items():
         _load_optimizer(optimizer, f"optimizer:{name}:", tensors)
     return checkpoint
@@ -192,8 +190,7 @@ def _file(folder: Path) -> Path:
     path = folder / "checkpoint.safetensors"
     if not path.is_file():
         raise CheckpointError(
-            f"{folder}: no checkpoint in it (checkpoint.safetensors); "
-            "name the folder of a run, or its best/"
+            f"{folder}: no checkpoint in it (checkpoint.safetensors); name the folder of a run, or its best/"
         )
     return path
 
@@ -233,9 +230,7 @@ def _optimizer_tensors(state: State) -> dict[str, Tensor]:
     }
 
 
-def _load_optimizer(
-    optimizer: torch.optim.Optimizer, prefix: str, tensors: dict[str, Tensor]
-) -> None:
+def _load_optimizer(optimizer: torch.optim.Optimizer, prefix: str, tensors: dict[str, Tensor]) -> None:
     entries: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith(prefix):

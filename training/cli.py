@@ -27,42 +27,51 @@ _one_line_errors = one_line_errors(
 @click.version_option(package_name="histostream")
 @click.option("--method", "method_name", default="imems", help="Which paper to train.")
 @click.option(
-    "--data", "source", metavar="SET",
-    help="A folder with images/ and labels/ or labels_instance/, or a known set as glas:PATH "
-    "(docs/data.md).",
-)  # fmt: skip
-@click.option(
-    "--pool", "pools", multiple=True, metavar="NAME=SET",
-    help="Further images without labels, as target=monuseg:PATH; may be repeated.",
-)  # fmt: skip
-@click.option(
-    "--validation", "validation_set", metavar="SET",
-    help="Choose the checkpoint by this set's validation or training images, not by held-out ones.",
-)  # fmt: skip
-@click.option(
-    "--test", "test_set", metavar="SET", help="Score on this set's test part, or on all of it."
+    "--data",
+    "source",
+    metavar="SET",
+    help="A folder with images/ and labels/ or labels_instance/, or a known set as glas:PATH (docs/data.md).",
 )
+@click.option(
+    "--pool",
+    "pools",
+    multiple=True,
+    metavar="NAME=SET",
+    help="MemoryNeeds images without labels, as target=monuseg:PATH; may be repeated.",
+)
+@click.option(
+    "--validation",
+    "validation_set",
+    metavar="SET",
+    help="Choose the checkpoint by this set's validation or training images, not by held-out ones.",
+)
+@click.option("--test", "test_set", metavar="SET", help="Score on this set's test part, or on all of it.")
 @click.option("--out", "run", type=click.Path(path_type=Path), help="Folder of the run.")
 @click.option(
-    "--config", "configs", multiple=True,
+    "--config",
+    "configs",
+    multiple=True,
     help="A recipe: a TOML file, or the name of a shipped one (nuclei, unet-c-single, ...); may "
     "be repeated, later ones add to earlier ones.",
-)  # fmt: skip
-@click.option(
-    "--mpp", type=float, help="Resolution to train at, um per pixel; default: the set's own."
 )
+@click.option("--mpp", type=float, help="Resolution to train at, um per pixel; default: the set's own.")
 @click.option(
-    "--set", "settings", multiple=True, metavar="KEY=VALUE",
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
     help="Change the recipe, e.g. schedule.steps=900 or method.base_width=32; may be repeated.",
-)  # fmt: skip
+)
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:0.")
 @click.option("--precision", type=click.Choice(PRECISIONS), default="fp32")
 @click.option("--compile", "compiled", is_flag=True, help="Compile the networks (torch.compile).")
 @click.option("--deterministic", is_flag=True, help="The same bits again on a GPU; slower.")
 @click.option(
-    "--processes", type=click.IntRange(1), default=1,
+    "--processes",
+    type=click.IntRange(1),
+    default=1,
     help="Processes that share each batch, one a GPU (or torchrun's own).",
-)  # fmt: skip
+)
 @click.pass_context
 @_one_line_errors
 def main(
@@ -91,30 +100,45 @@ def main(
     from histostream.training.command import run_training
 
     run_training(
-        method_name, source, run, pools=pools, validation_set=validation_set, test_set=test_set,
-        configs=configs, settings=settings, mpp=mpp, device=device, precision=precision,
-        compiled=compiled, deterministic=deterministic, processes=processes,
-    )  # fmt: skip
+        method_name,
+        source,
+        run,
+        pools=pools,
+        validation_set=validation_set,
+        test_set=test_set,
+        configs=configs,
+        settings=settings,
+        mpp=mpp,
+        device=device,
+        precision=precision,
+        compiled=compiled,
+        deterministic=deterministic,
+        processes=processes,
+    )
 
 
 @main.command("sample")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
-    "--data", "source", required=True, metavar="SET",
+    "--data",
+    "source",
+    required=True,
+    metavar="SET",
     help="Whose label maps are painted, as of histo-train.",
-)  # fmt: skip
-@click.option("--per-mask", type=click.IntRange(1), default=1, help="Images of each label map.")
-@click.option(
-    "--masks", type=click.IntRange(0), default=0, help="Label maps, the first of the set; 0: all."
 )
+@click.option("--per-mask", type=click.IntRange(1), default=1, help="Images of each label map.")
+@click.option("--masks", type=click.IntRange(0), default=0, help="Label maps, the first of the set; 0: all.")
 @click.option("--swap", default="", metavar="A=B", help="Exchange two classes, by name or number.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Another seed, other images.")
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:0.")
 @one_line_errors(
-    COMMAND, out_of_memory="paint smaller images, or --device cpu", stopped="nothing was written",
-    extra="train", extras={},
-)  # fmt: skip
+    COMMAND,
+    out_of_memory="paint smaller images, or --device cpu",
+    stopped="nothing was written",
+    extra="train",
+    extras={},
+)
 def paint_samples(
     run: Path,
     out: Path,
@@ -129,13 +153,13 @@ def paint_samples(
 
     RUN is a run of the pyramid GAN.
     """
-    from histostream.training import compute, sample, sets
-    from histostream.training.compute import Compute
+    from histostream.training import datasets as sets
+    from histostream.training import device as compute
+    from histostream.training import sample
+    from histostream.training.device import Compute
 
     painter = sample.open_painter(run, compute.open_device(Compute(device)))
-    count = sample.sample(
-        painter, sets.open_set(source), out, per_mask=per_mask, masks=masks, swap=swap, seed=seed
-    )
+    count = sample.sample(painter, sets.open_set(source), out, per_mask=per_mask, masks=masks, swap=swap, seed=seed)
     click.echo(f"{count} images and their labels: {out}; to look at: {out / 'sheet.png'}")
 
 

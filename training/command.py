@@ -17,11 +17,13 @@ from typing import Any
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from histostream.training import compute, loop, methods, sets
+from histostream.training import datasets as sets
+from histostream.training import device as compute
+from histostream.training import loop, methods
 from histostream.training.augment import Augmentation
 from histostream.training.checkpoint import Checkpoint
-from histostream.training.compute import Compute
 from histostream.training.data import DataError, DataSet, Picture, Sample, StoredSample
+from histostream.training.device import Compute
 from histostream.training.loop import Recipe
 from histostream.training.schedule import Schedule
 from histostream.wsi.errors import HistoError
@@ -129,9 +131,7 @@ def _alike(found: DataSet, source: str, mpp: float) -> DataSet:
     """Open a set of the same classes and channels, at the same resolution."""
     other = sets.open_set(source)
     if len(other.classes) != len(found.classes):
-        raise RecipeError(
-            f"{source}: has classes {_names(other)}, the training set {_names(found)}"
-        )
+        raise RecipeError(f"{source}: has classes {_names(other)}, the training set {_names(found)}")
     _check_channels(found, other.train or other.test, source)
     return other.at_mpp(found.mpp or mpp)
 
@@ -152,10 +152,7 @@ def _names(found: DataSet) -> str:
 def _renamed(samples: tuple[Sample, ...], of: str) -> tuple[Sample, ...]:
     """Keep the names and groups of two sets apart."""
     return tuple(
-        StoredSample(
-            f"{of}/{s.name}", f"{of}/{s.group}", s.image, s.labels, s.instances, s.object_px
-        )
-        for s in samples
+        StoredSample(f"{of}/{s.name}", f"{of}/{s.group}", s.image, s.labels, s.instances, s.object_px) for s in samples
     )
 
 
@@ -210,8 +207,7 @@ def read_recipe(
     )
     if tables:
         raise RecipeError(
-            f"unknown key {next(iter(tables))!r} in the recipe; "
-            "known: method, schedule, augmentation, classes"
+            f"unknown key {next(iter(tables))!r} in the recipe; known: method, schedule, augmentation, classes"
         )
     return recipe
 
@@ -219,9 +215,15 @@ def read_recipe(
 def _in_processes(count: int) -> int:
     """Run this command again in so many processes, by torchrun; returns the exit status."""
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        f"--nproc-per-node={count}", "-m", "histostream.training.cli", *sys.argv[1:],
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={count}",
+        "-m",
+        "histostream.training.cli",
+        *sys.argv[1:],
+    ]
     with subprocess.Popen(command) as child:
         while True:
             try:
@@ -230,16 +232,17 @@ def _in_processes(count: int) -> int:
                 continue  # the child was told as well, and saves its last step
 
 
-def _train(
-    recipe: Recipe, method: ModuleType, found: DataSet, run: Path, how: Compute
-) -> Checkpoint:
+def _train(recipe: Recipe, method: ModuleType, found: DataSet, run: Path, how: Compute) -> Checkpoint:
     record = {"histostream": metadata.version("histostream"), "commit": commit()}
     if int(os.environ.get("RANK", "0")) > 0:
         return loop.train(recipe, method, found, run, how=how, record=record)
     columns = (
-        TextColumn("step"), MofNCompleteColumn(), BarColumn(),
-        TimeRemainingColumn(), TextColumn("{task.fields[losses]}"),
-    )  # fmt: skip
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[losses]}"),
+    )
     with Progress(*columns, transient=not sys.stderr.isatty()) as bar:
         task = bar.add_task("", total=None, losses="")
 
@@ -269,9 +272,7 @@ def commit() -> str | None:
     here = Path(__file__).parent
     try:
         head, changed = (
-            subprocess.run(
-                ["git", "-C", here, *words], capture_output=True, text=True, check=True
-            ).stdout.strip()
+            subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, check=True).stdout.strip()
             for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno"))
         )
     except (OSError, subprocess.CalledProcessError):
@@ -286,8 +287,7 @@ def _read_toml(config: str) -> dict[str, Any]:
         text = path.read_text() if path.is_file() else shipped.read_text()
     except OSError as error:
         raise RecipeError(
-            f"{config}: neither a file nor a shipped recipe; "
-            "check the name (docs/training.md has them)"
+            f"{config}: neither a file nor a shipped recipe; check the name (docs/training.md has them)"
         ) from error
     try:
         return tomllib.loads(text)

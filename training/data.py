@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
 from histostream.wsi.errors import HistoError
-from histostream.wsi.resolution import resampled
+from histostream.wsi.slides.resolution import resampled
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 SAME_MPP = 1e-6  # relative
@@ -121,8 +121,7 @@ class StoredSample(StoredPicture):
         for given in (self.labels, self.instances):
             if given is not None and given.shape != self.image.shape[:2]:
                 raise DataError(
-                    f"{self.name}: labels are {given.shape}, image {self.image.shape}; "
-                    "save them at one size"
+                    f"{self.name}: labels are {given.shape}, image {self.image.shape}; save them at one size"
                 )
 
     def digest(self) -> bytes:
@@ -186,9 +185,7 @@ class DataSet:
             If ``mpp`` is not positive.
         """
         if not mpp > 0:
-            raise DataError(
-                f"mpp={mpp}: a resolution is a positive number of um per pixel: pass another --mpp"
-            )
+            raise DataError(f"mpp={mpp}: a resolution is a positive number of um per pixel: pass another --mpp")
         if self.mpp is None or same_mpp(self.mpp, mpp):
             return self
         scale = mpp / self.mpp
@@ -244,10 +241,7 @@ def split(samples: Sequence[Picture], *, validation: float, test: float, seed: i
     groups, count = _groups(samples), len(samples)
     shuffled = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
     n_test = round(test * count)
-    message = (
-        f"{_amount(samples)} are too few for validation={validation}, test={test}: "
-        "set smaller shares"
-    )
+    message = f"{_amount(samples)} are too few for validation={validation}, test={test}: set smaller shares"
     if test > 0 and not n_test:
         raise DataError(message)
     test_part, rest = _taken(shuffled, n_test) if n_test else ([], shuffled)
@@ -257,9 +251,7 @@ def split(samples: Sequence[Picture], *, validation: float, test: float, seed: i
     return Split(*(_indices(part) for part in (train_part, validation_part, test_part)))
 
 
-def fold(
-    samples: Sequence[Picture], *, folds: int, fold: int, validation: float, seed: int
-) -> Split:
+def fold(samples: Sequence[Picture], *, folds: int, fold: int, validation: float, seed: int) -> Split:
     """Divide images for cross-validation, whole groups at a time.
 
     Each image is in the test part of exactly one of the ``folds`` folds, which are made as equal
@@ -286,8 +278,7 @@ def fold(
         raise DataError(f"folds={folds}: {_amount(samples)} can make 2 to {len(groups)} folds")
     if not 0 <= fold < folds:
         raise DataError(
-            f"fold={fold}: the {folds} folds are numbered 0 to {folds - 1}: "
-            "set schedule.fold to one of them"
+            f"fold={fold}: the {folds} folds are numbered 0 to {folds - 1}: set schedule.fold to one of them"
         )
     shuffled = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
     sizes, place = [0] * folds, {}
@@ -305,9 +296,7 @@ def fold(
     return Split(*(_indices(part) for part in (train_part, validation_part, test_part)))
 
 
-def keep_labels(
-    samples: Sequence[Picture], *, share: float, seed: int, by: str = "patient"
-) -> tuple[int, ...]:
+def keep_labels(samples: Sequence[Picture], *, share: float, seed: int, by: str = "patient") -> tuple[int, ...]:
     """Choose the images that keep their labels at random.
 
     Parameters
@@ -364,7 +353,7 @@ def read_folder(folder: Path) -> list[Sample]:
     DataError
         If the folder cannot be used as it is.
     """
-    from histostream.training.sets import folder as layout  # which needs this module
+    from histostream.training.datasets import folder as layout
 
     found = layout.read(folder)
     every = (*found.train, *found.validation, *found.test)
@@ -400,9 +389,7 @@ def read_labels(path: Path) -> NDArray[np.integer]:
     """
     raw = np.asarray(_loaded(path, open_image(path)))
     if raw.ndim != 2:
-        raise DataError(
-            f"{path}: {raw.shape[2]} channels; a label image has a single one: save it with one"
-        )
+        raise DataError(f"{path}: {raw.shape[2]} channels; a label image has a single one: save it with one")
     if raw.dtype.kind not in "biu":
         raise DataError(f"{path}: labels are {raw.dtype}; save them as whole numbers (PNG)")
     return raw.astype(np.uint8) if raw.dtype == bool else raw
@@ -423,15 +410,12 @@ def open_image(path: Path) -> ImageFile.ImageFile:
             pages = getattr(image, "n_frames", 1)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise DataError(
-            f"{path}: too large to be read as a whole ({error}); "
-            "cut it into parts, or train from it as a slide"
+            f"{path}: too large to be read as a whole ({error}); cut it into parts, or train from it as a slide"
         ) from error
     except (OSError, ValueError, SyntaxError) as error:
         if path.is_file() and path.stat().st_size == 0:
             raise DataError(f"{path}: the file is empty; copy it again") from error
-        raise DataError(
-            f"{path}: cannot be read as an image ({error}); save it again, or remove it"
-        ) from error
+        raise DataError(f"{path}: cannot be read as an image ({error}); save it again, or remove it") from error
     if pages > 1:
         image.close()
         raise DataError(f"{path}: {pages} images in one file; save each as a file of its own")
@@ -455,9 +439,7 @@ def _loaded(path: Path, image: ImageFile.ImageFile) -> ImageFile.ImageFile:
         image.load()
     except (OSError, ValueError, SyntaxError, EOFError) as error:
         image.close()
-        raise DataError(
-            f"{path}: cannot be read as an image ({error}); save it again, or remove it"
-        ) from error
+        raise DataError(f"{path}: cannot be read as an image ({error}); save it again, or remove it") from error
     return image
 
 
@@ -560,9 +542,7 @@ def _resampled_picture(picture: Picture, scale: float) -> Picture:
 def _resampled_sample(sample: Sample, scale: float) -> Sample:
     small = _ResampledSample(sample, scale)
     if isinstance(sample, StoredSample):
-        return StoredSample(
-            sample.name, sample.group, small.image, small.labels, small.instances, small.object_px
-        )
+        return StoredSample(sample.name, sample.group, small.image, small.labels, small.instances, small.object_px)
     return small
 
 

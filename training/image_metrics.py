@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from histostream.training import checkpoint
-from histostream.training.methods import imems
+from histostream.training.methods.imems import method as imems
 
 SHIPPED_WEIGHTS = Path(__file__).parent / "weights" / "imems"
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, finest scale first
@@ -74,10 +74,7 @@ class FrechetScore:
     generated: int
 
     def __str__(self) -> str:
-        return (
-            f"FID {self.distance:.4g} on {self.extractor} ({self.real} real, "
-            f"{self.generated} generated images)"
-        )
+        return f"FID {self.distance:.4g} on {self.extractor} ({self.real} real, {self.generated} generated images)"
 
 
 def nuclei_encoder(folder: Path = SHIPPED_WEIGHTS) -> Extractor:
@@ -100,9 +97,7 @@ def nuclei_encoder(folder: Path = SHIPPED_WEIGHTS) -> Extractor:
     """
     said = checkpoint.read(folder)
     if said.method != "imems" or said.channels != 3:
-        raise ValueError(
-            f"{folder}: {said.method!r} of {said.channels} channels; give an 'imems' of 3"
-        )
+        raise ValueError(f"{folder}: {said.method!r} of {said.channels} channels; give an 'imems' of 3")
     state = imems.build(imems.Config(**said.config), len(said.classes), said.channels)
     checkpoint.load(folder, state)
     generator = state.modules["generator"]
@@ -165,8 +160,7 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     a, b = features_a, features_b
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise ValueError(
-            f"features are {tuple(a.shape)} and {tuple(b.shape)}: give (N, D) and (M, D), "
-            "N and M at least 2"
+            f"features are {tuple(a.shape)} and {tuple(b.shape)}: give (N, D) and (M, D), N and M at least 2"
         )
     from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -273,6 +267,4 @@ class _PooledEncoder(nn.Module):
 
 def _check_uint8(name: str, images: Tensor) -> None:
     if images.ndim != 4 or images.dtype != torch.uint8:
-        raise ValueError(
-            f"{name} are {tuple(images.shape)} {images.dtype}: give (N, C, H, W) uint8, 0 to 255"
-        )
+        raise ValueError(f"{name} are {tuple(images.shape)} {images.dtype}: give (N, C, H, W) uint8, 0 to 255")

@@ -25,12 +25,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from histostream.training import augment, batches, checkpoint, compute, data, pictures
+from histostream.training import augment, batches, checkpoint, data
+from histostream.training import device as compute
+from histostream.training import preview as pictures
 from histostream.training.augment import Augmentation
 from histostream.training.batches import Batches, Parts
 from histostream.training.checkpoint import Checkpoint, CheckpointError
-from histostream.training.compute import Compute
 from histostream.training.data import DataSet
+from histostream.training.device import Compute
 from histostream.training.methods import Batch, State
 from histostream.training.metrics import Confusion, PerImage
 from histostream.training.schedule import Schedule, set_rates
@@ -120,7 +122,7 @@ def train(
     report
         Called after every step.
     record
-        Further entries of the training record (versions, command).
+        MemoryNeeds entries of the training record (versions, command).
 
     Returns
     -------
@@ -177,9 +179,7 @@ class _Trainer:
         self._images = len(parts.split.train)
         self._steps = self._schedule.total_steps(self._images)
         torch.manual_seed(self._schedule.seed)
-        self._classes = (
-            recipe.classes or found.classes or _numbered(data.class_count(parts.samples))
-        )
+        self._classes = recipe.classes or found.classes or _numbered(data.class_count(parts.samples))
         self._channels = found.channels
         self._state: State = method.build(recipe.config, len(self._classes), self._channels)
         compute.prepare(self._state, device, how)
@@ -202,10 +202,14 @@ class _Trainer:
         start, best, seconds = self._resume(given)
         clock = time.perf_counter() - seconds
         draw = Batches(
-            self._parts, self._schedule, self._recipe.augmentation,
-            self._method.pools(self._recipe.config), align_px=self._align_px,
-            rank=compute.rank(), processes=compute.processes(),
-        )  # fmt: skip
+            self._parts,
+            self._schedule,
+            self._recipe.augmentation,
+            self._method.pools(self._recipe.config),
+            align_px=self._align_px,
+            rank=compute.rank(),
+            processes=compute.processes(),
+        )
         lead = compute.rank() == 0
         with _log(self._folder / "log.csv", start, lead) as log, _stop_signals() as stopped:
             for batch in draw(start, self._steps):
@@ -316,16 +320,11 @@ class _Trainer:
         passed = schedule.epochs_passed(step, self._images)
         return passed % math.ceil(schedule.epochs / SHEETS) == 0
 
-    def _row(
-        self, images: Tensor, truth: np.ndarray, predicted: np.ndarray
-    ) -> dict[str, np.ndarray]:
+    def _row(self, images: Tensor, truth: np.ndarray, predicted: np.ndarray) -> dict[str, np.ndarray]:
         colors = [color for _, color in self._classes]
         painted = self._method.paint(self._state, images)
         height, width = truth.shape
-        more = {
-            name: picture[0, :, :height, :width].movedim(0, -1).cpu().numpy()
-            for name, picture in painted.items()
-        }
+        more = {name: picture[0, :, :height, :width].movedim(0, -1).cpu().numpy() for name, picture in painted.items()}
         row = {
             "image": images[0, :, :height, :width].movedim(0, -1).cpu().numpy(),
             "true": pictures.colored(truth, colors),
@@ -354,9 +353,14 @@ class _Trainer:
 
     def _save(self, name: str, step: int, **more: Any) -> None:
         said = Checkpoint(
-            self._recipe.method, dataclasses.asdict(self._recipe.config), list(self._classes),
-            self._channels, self._recipe.mpp, step, {**self._base, **more},
-        )  # fmt: skip
+            self._recipe.method,
+            dataclasses.asdict(self._recipe.config),
+            list(self._classes),
+            self._channels,
+            self._recipe.mpp,
+            step,
+            {**self._base, **more},
+        )
         checkpoint.save(self._folder / name, said, self._state, optimizers=name == "last")
 
     def _resume(self, start: Path | None) -> tuple[int, float, float]:
@@ -370,9 +374,7 @@ class _Trainer:
         if not (last / "checkpoint.safetensors").exists():
             return 0, math.inf, 0.0
         before = checkpoint.read(last)
-        if before.record.get("start", {}).get("sha256") != self._base.get("start", {}).get(
-            "sha256"
-        ):
+        if before.record.get("start", {}).get("sha256") != self._base.get("start", {}).get("sha256"):
             raise CheckpointError(
                 f"{last}: holds a run that started from other weights; "
                 "give --out a new folder, or name what that run started from"

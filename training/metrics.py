@@ -14,7 +14,7 @@ from typing import Literal, Self, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from histostream.wsi.sink import OUTSIDE  # 255: a pixel that nobody annotated or analysed
+from histostream.wsi.outputs.label_rows import NOT_ANALYSED
 
 Reduction = Literal["pooled", "per_image_mean"]
 Score = TypeVar("Score", float, NDArray[np.float64])
@@ -215,12 +215,11 @@ class SoftDice:
         shape = (*truth.shape[:1], classes, *truth.shape[1:])
         if truth.ndim != 3 or probabilities.shape != shape:
             raise ValueError(
-                f"probabilities are {probabilities.shape}, truth {truth.shape}: "
-                f"give (N, {classes}, H, W) and (N, H, W)"
+                f"probabilities are {probabilities.shape}, truth {truth.shape}: give (N, {classes}, H, W) and (N, H, W)"
             )
         if not np.issubdtype(probabilities.dtype, np.floating):
             raise ValueError(f"probabilities are {probabilities.dtype}: give floats in [0, 1]")
-        counted = truth != OUTSIDE
+        counted = truth != NOT_ANALYSED
         _check_labels("truth", truth[counted], classes)
         for label in range(classes):
             p, own = probabilities[:, label][counted], truth[counted] == label
@@ -254,8 +253,8 @@ class SoftDice:
 
 
 def _check_classes(classes: int) -> None:
-    if not 1 <= classes <= OUTSIDE:
-        raise ValueError(f"{classes} classes: use 1 to {OUTSIDE}, for {OUTSIDE} is no class")
+    if not 1 <= classes <= NOT_ANALYSED:
+        raise ValueError(f"{classes} classes: use 1 to {NOT_ANALYSED}, for {NOT_ANALYSED} is no class")
 
 
 def _annotated(
@@ -264,17 +263,14 @@ def _annotated(
     """Both maps, flat, without the pixels that nobody annotated."""
     if predicted.shape != truth.shape:
         raise ValueError(f"predicted is {predicted.shape}, truth {truth.shape}")
-    counted = truth != OUTSIDE
+    counted = truth != NOT_ANALYSED
     return predicted[counted], truth[counted]
 
 
 def _check_labels(name: str, labels: NDArray[np.integer], classes: int) -> None:
     if labels.size and not (labels.min() >= 0 and labels.max() < classes):
         wrong = labels[(labels < 0) | (labels >= classes)]
-        raise ValueError(
-            f"{name} has label {wrong[0]} on {wrong.size} pixels: "
-            f"{classes} classes are 0..{classes - 1}"
-        )
+        raise ValueError(f"{name} has label {wrong[0]} on {wrong.size} pixels: {classes} classes are 0..{classes - 1}")
 
 
 def _ratio(part: ArrayLike, whole: ArrayLike) -> NDArray[np.float64]:

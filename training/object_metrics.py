@@ -98,10 +98,7 @@ def score_objects(predicted: NDArray[np.integer], truth: NDArray[np.integer]) ->
         false_positives=len(found.areas_px) - hits,
         false_negatives=len(true.areas_px) - hits,
         dice=(_object_dice(found, true, to_true) + _object_dice(true, found, to_found)) / 2,
-        hausdorff_px=(
-            _object_hausdorff(found, true, to_true) + _object_hausdorff(true, found, to_found)
-        )
-        / 2,
+        hausdorff_px=(_object_hausdorff(found, true, to_true) + _object_hausdorff(true, found, to_found)) / 2,
         capped=False,
     )
 

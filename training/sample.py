@@ -23,12 +23,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from histostream.training import checkpoint, methods, pictures
+from histostream.training import checkpoint, methods
+from histostream.training import preview as pictures
 from histostream.training.batches import padded
 from histostream.training.checkpoint import Checkpoint, CheckpointError
 from histostream.training.data import DataError, DataSet, Sample
-from histostream.training.methods import pyramid_gan
-from histostream.training.methods.pyramid_gan import Config
+from histostream.training.methods.pyramid_gan import method as pyramid_gan
+from histostream.training.methods.pyramid_gan.method import Config
 from histostream.training.networks.pyramid import GeneratorPyramid, one_hot_levels
 from histostream.wsi.errors import HistoError, OutputError
 
@@ -82,20 +83,16 @@ def open_painter(run: Path, device: torch.device | None = None) -> Painter:
     said = checkpoint.read(folder)
     if said.method != METHOD:
         raise CheckpointError(
-            f"{folder}: trained by {said.method!r}, which paints no images from labels; "
-            f"use a run of {METHOD!r}"
+            f"{folder}: trained by {said.method!r}, which paints no images from labels; use a run of {METHOD!r}"
         )
     try:
         config = Config(**said.config)
     except (TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{folder}: its config does not fit {METHOD}: {error}; "
-            "use the version of HistoStream that trained it"
+            f"{folder}: its config does not fit {METHOD}: {error}; use the version of HistoStream that trained it"
         ) from error
     if not config.paints:
-        raise CheckpointError(
-            f'{folder}: trained with g_arch="none", it has no generator; use another run'
-        )
+        raise CheckpointError(f'{folder}: trained with g_arch="none", it has no generator; use another run')
     state = pyramid_gan.build(config, len(said.classes), said.channels)
     generators = tuple(name for name in state.modules if name.startswith("generator_"))
     wanted = {name: state.modules[name] for name in ("progress", *generators)}
@@ -132,10 +129,7 @@ def paint(painter: Painter, labels: NDArray[np.uint8], seed: Sequence[int]) -> N
     levels, channels = painter.config.levels, painter.said.channels
     rng = np.random.default_rng(seed)
     masks = one_hot_levels(truth, len(painter.said.classes), levels)[::-1]
-    noises = [
-        torch.from_numpy(rng.standard_normal((1, channels, *mask.shape[-2:]), np.float32))
-        for mask in masks
-    ]
+    noises = [torch.from_numpy(rng.standard_normal((1, channels, *mask.shape[-2:]), np.float32)) for mask in masks]
     device = next(painter.network.parameters()).device
     image = painter.network([m.to(device) for m in masks], [z.to(device) for z in noises])
     painted: NDArray[np.uint8] = image[0, :height, :width].cpu().numpy()
@@ -198,10 +192,7 @@ def sample(
     samples = found.at_mpp(painter.said.mpp).train
     samples = samples[:masks] if masks else samples
     if not samples:
-        raise SampleError(
-            f"{found.name}: no labelled image to train on, so nothing to paint; "
-            "use a set with labels"
-        )
+        raise SampleError(f"{found.name}: no labelled image to train on, so nothing to paint; use a set with labels")
     _check_labels(painter, found.name, samples)
     exchanged = _classes_of(painter, swap) if swap else None
     try:
@@ -215,9 +206,7 @@ def sample(
         finally:
             shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
-        raise OutputError(
-            f"{out}: cannot be written ({error.strerror}); check its permissions and room"
-        ) from error
+        raise OutputError(f"{out}: cannot be written ({error.strerror}); check its permissions and room") from error
     return len(samples) * per_mask
 
 

@@ -84,9 +84,7 @@ class Schedule:
         if min(self.epochs, self.crop_px, self.warmup, self.validate_every) < 0:
             raise ValueError("epochs, crop_px, warmup and validate_every must not be negative")
         if not (0 <= self.validation < 1 and 0 <= self.test < 1):
-            raise ValueError(
-                "validation and test are shares between 0 and 1: set 0 or more, less than 1"
-            )
+            raise ValueError("validation and test are shares between 0 and 1: set 0 or more, less than 1")
         if not 0 < self.labelled <= 1:
             raise ValueError(f"labelled={self.labelled}: a share, use more than 0, up to 1 (all)")
         if self.folds and not (self.folds > 1 and 0 <= self.fold < self.folds):

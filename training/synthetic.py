@@ -92,9 +92,7 @@ def _nuclei(name: str, side: int, rng: np.random.Generator, *, other: bool) -> S
     return StoredSample(name, name, image, labels, instances, low + high)
 
 
-def _of_another_laboratory(
-    pixels: NDArray[np.float64], rng: np.random.Generator
-) -> NDArray[np.float64]:
+def _of_another_laboratory(pixels: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
     """Turn the hue about the grey axis, then take contrast, focus and cleanness away."""
     c, s = np.cos(HUE_TURN), np.sin(HUE_TURN) / np.sqrt(3)
     third = (1 - c) / 3
@@ -192,9 +190,7 @@ def _micrograph(name: str, side: int, rng: np.random.Generator, *, target: bool)
     return StoredSample(name, name, image, labels)
 
 
-def _mitochondria(
-    side: int, rng: np.random.Generator
-) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
+def _mitochondria(side: int, rng: np.random.Generator) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
     """Brightness, about 0 to 1, and labels, (side, side) each."""
     y, x = np.mgrid[:side, :side].astype(np.float64)
     brightness = 0.62 + 0.05 * _grain(side, 5, rng) + 0.04 * _grain(side, 1.2, rng)

@@ -6,23 +6,25 @@ from histostream.wsi.lazy import import_on_use
 
 if TYPE_CHECKING:
     from histostream.wsi.errors import HistoError, OutputError, SlideError
-    from histostream.wsi.grid import Box, Strip, Tile, TileGrid
-    from histostream.wsi.reader import Level, SlideReader, open_slide
-    from histostream.wsi.resolution import SlideView, at_mpp, thumbnail
-    from histostream.wsi.sink import OUTSIDE, ClassInfo, OutputFolder, Segmented, Sink, SlideInfo
-    from histostream.wsi.strips import cut, read_strips
-    from histostream.wsi.tissue import RegionOfInterest, TissueMask, find_tissue, read_roi
+    from histostream.wsi.geometry import Box
+    from histostream.wsi.outputs.folder import OutputFolder
+    from histostream.wsi.outputs.label_rows import NOT_ANALYSED, ClassInfo, LabelRows, Sink, SlideInfo
+    from histostream.wsi.slides.reader import Level, SlideReader, open_slide
+    from histostream.wsi.slides.resolution import SlideView, at_mpp, thumbnail
+    from histostream.wsi.tiling.grid import Strip, Tile, TileGrid
+    from histostream.wsi.tiling.strips import cut, read_strips
+    from histostream.wsi.tiling.tissue import RegionOfInterest, TissueMask, find_tissue, read_roi
 
 __all__ = [
-    "OUTSIDE",
+    "NOT_ANALYSED",
     "Box",
     "ClassInfo",
     "HistoError",
+    "LabelRows",
     "Level",
     "OutputError",
     "OutputFolder",
     "RegionOfInterest",
-    "Segmented",
     "Sink",
     "SlideError",
     "SlideInfo",
@@ -43,11 +45,13 @@ __all__ = [
 
 _MODULES = {
     "errors": ("HistoError", "OutputError", "SlideError"),
-    "grid": ("Box", "Strip", "Tile", "TileGrid"),
-    "reader": ("Level", "SlideReader", "open_slide"),
-    "resolution": ("SlideView", "at_mpp", "thumbnail"),
-    "sink": ("OUTSIDE", "ClassInfo", "OutputFolder", "Segmented", "Sink", "SlideInfo"),
-    "strips": ("cut", "read_strips"),
-    "tissue": ("RegionOfInterest", "TissueMask", "find_tissue", "read_roi"),
+    "geometry": ("Box",),
+    "outputs.folder": ("OutputFolder",),
+    "outputs.label_rows": ("NOT_ANALYSED", "ClassInfo", "LabelRows", "Sink", "SlideInfo"),
+    "slides.reader": ("Level", "SlideReader", "open_slide"),
+    "slides.resolution": ("SlideView", "at_mpp", "thumbnail"),
+    "tiling.grid": ("Strip", "Tile", "TileGrid"),
+    "tiling.strips": ("cut", "read_strips"),
+    "tiling.tissue": ("RegionOfInterest", "TissueMask", "find_tissue", "read_roi"),
 }
 __getattr__ = import_on_use(__name__, _MODULES)

@@ -48,9 +48,7 @@ def memory_mib(text: str) -> int:
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Z]*)", text.strip().upper())
     unit = BYTES.get(found.group(2) or "MIB") if found else None
     if found is None or unit is None:
-        raise click.BadParameter(
-            f"{text!r} is no size of memory: write 1GiB, 900MiB, 2GB, or a number of MiB"
-        )
+        raise click.BadParameter(f"{text!r} is no size of memory: write 1GiB, 900MiB, 2GB, or a number of MiB")
     return int(float(found.group(1)) * unit / MIB)
 
 
@@ -123,9 +121,7 @@ def _read_defaults(command: click.Command, path: Path) -> dict[str, Any]:
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_SETTINGS_BYTES:
-            raise SettingsError(
-                f"{path}: is not a file of up to {MAX_SETTINGS_BYTES} bytes; name a TOML file"
-            )
+            raise SettingsError(f"{path}: is not a file of up to {MAX_SETTINGS_BYTES} bytes; name a TOML file")
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"{path}: cannot be read ({error.strerror}); check the path") from error

@@ -30,13 +30,13 @@ class StoppedError(Exception):
     """The user asked to stop; what was finished is kept."""
 
 
-LONGEST_REASON = 300  # characters; libraries quote whole files
+MAX_REASON = 300  # characters; libraries quote whole files
 
 
 def reason(error: BaseException) -> str:
     """Return what a library's exception says as one short line, or its name if it says nothing."""
     line = printable(" ".join(str(error).split())) or type(error).__name__
-    return line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]}..."
+    return line if len(line) <= MAX_REASON else f"{line[:MAX_REASON]}..."
 
 
 def printable(text: str) -> str:

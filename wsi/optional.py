@@ -20,9 +20,7 @@ DISTRIBUTION = "histostream"
 ENGINES = ("onnxruntime", "onnxruntime-gpu")
 
 
-def require(
-    module: str, purpose: str, extra: str, error: Callable[[str], HistoError] = OutputError
-) -> None:
+def require(module: str, purpose: str, extra: str, error: Callable[[str], HistoError] = OutputError) -> None:
     """Check that an optional package is installed, without importing it.
 
     Parameters

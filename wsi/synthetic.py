@@ -24,15 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histostream.wsi.errors import HistoError
-from histostream.wsi.pyramid import (
-    PyramidLayout,
-    PyramidWriter,
-    deflate_codec,
-    jpeg_codec,
-    mean,
-)
-from histostream.wsi.sink import ClassInfo, SlideInfo, writing
-from histostream.wsi.sinks.tiff import label_pyramid
+from histostream.wsi.files import writing
+from histostream.wsi.outputs.label_rows import ClassInfo, SlideInfo
+from histostream.wsi.outputs.pyramid import PyramidLayout, PyramidWriter, deflate_codec, jpeg_codec, mean
+from histostream.wsi.outputs.sinks.tiff import label_pyramid
 
 Pixels = NDArray[np.uint8]
 Field = NDArray[np.float32]
@@ -41,7 +36,7 @@ CLASSES = (ClassInfo("background", (255, 255, 255)), ClassInfo("nucleus", (60, 4
 BLOCK_PX = 512  # the slide is made in blocks of this
 PIECE_PX = 64  # and noise in pieces of this
 CELL_UM = 7.5  # at most one nucleus in each square of this: 17 800 per mm2 where crowded
-LONGEST_UM = 11.0  # nuclei are 6 to 11 um long
+MAX_UM = 11.0  # nuclei are 6 to 11 um long
 
 # Optical density per unit of stain, in R, G, B; fitted by eye to CMU-1-Small-Region.svs.
 HEMATOXYLIN = np.array([0.84, 1.02, 0.56], np.float32)
@@ -77,9 +72,7 @@ class SyntheticSlide:
     def region(self, x: int, y: int, w: int, h: int) -> tuple[Pixels, Pixels]:
         """Return pixels (h, w, 3) and labels (h, w), 0 background and 1 nucleus; both uint8."""
         if w < 1 or h < 1 or x < 0 or y < 0 or x + w > self.width or y + h > self.height:
-            raise ValueError(
-                f"region x={x} y={y} {w} x {h} does not lie in {self.width} x {self.height} px"
-            )
+            raise ValueError(f"region x={x} y={y} {w} x {h} does not lie in {self.width} x {self.height} px")
         pixels, labels = np.empty((h, w, 3), np.uint8), np.empty((h, w), np.uint8)
         for row in range(y // BLOCK_PX, (y + h - 1) // BLOCK_PX + 1):
             for column in range(x // BLOCK_PX, (x + w - 1) // BLOCK_PX + 1):
@@ -248,9 +241,7 @@ def _stains(window: _Window) -> tuple[Field, Field, Field]:
     return hematoxylin, np.maximum(eosin, np.float32(0.05)), space
 
 
-def _photograph(
-    window: _Window, hematoxylin: Field, eosin: Field, light: Field, present: Field
-) -> Pixels:
+def _photograph(window: _Window, hematoxylin: Field, eosin: Field, light: Field, present: Field) -> Pixels:
     """Beer-Lambert law, then the sensor's noise (none on glass, which stays cheap to compress)."""
     noise = window.white_noise() * (2.2 * present)
     pixels = np.empty((*light.shape, 3), np.uint8)
@@ -307,7 +298,7 @@ def _grown(
 
     found = np.zeros(len(cx), [(name, np.float64) for name in _NUCLEUS])
     found["x"], found["y"] = cx, cy
-    low, high = np.where(immune, 6.0, 6.5), np.where(immune, 7.5, LONGEST_UM)
+    low, high = np.where(immune, 6.0, 6.5), np.where(immune, 7.5, MAX_UM)
     found["major"] = (low + (high - low) * length) / slide.mpp
     thin = np.where(immune, 0.74, np.where(epithelial, 0.55, 0.26))
     found["minor"] = found["major"] * (thin + np.where(immune, 0.24, 0.22) * ratio)
@@ -320,9 +311,7 @@ def _grown(
     return found
 
 
-def _fibre_angle(
-    slide: SyntheticSlide, x_um: NDArray[np.float64], y_um: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def _fibre_angle(slide: SyntheticSlide, x_um: NDArray[np.float64], y_um: NDArray[np.float64]) -> NDArray[np.float64]:
     """Direction along the fibres: across the slope of their phase."""
     step = 3.0
     here = _sample_at(_FLOW, slide.seed, x_um, y_um)
@@ -333,11 +322,9 @@ def _fibre_angle(
 
 def _draw_nuclei(slide: SyntheticSlide, window: _Window) -> tuple[Field, Field]:
     """Hematoxylin of the nuclei, and how far each pixel is covered by one (0 to 1)."""
-    margin = int(LONGEST_UM / slide.mpp / 2) + 4
+    margin = int(MAX_UM / slide.mpp / 2) + 4
     side = 2 * margin
-    found = _nuclei(
-        slide, window.x - margin, window.y - margin, window.size + side, window.size + side
-    )
+    found = _nuclei(slide, window.x - margin, window.y - margin, window.size + side, window.size + side)
     depth = np.full((window.size + 2 * side,) * 2, -9, np.float32)
     strength, rim = np.zeros_like(depth), np.zeros_like(depth)
     # Each nucleus is drawn in a square around the pixel that holds its centre.
@@ -360,9 +347,7 @@ def _draw_nuclei(slide: SyntheticSlide, window: _Window) -> tuple[Field, Field]:
     return cover * strength * (1 + rim * (ring - np.float32(0.5))), cover
 
 
-def _depths(
-    found: NDArray[np.void], left: NDArray[np.int64], top: NDArray[np.int64], margin: int
-) -> Field:
+def _depths(found: NDArray[np.void], left: NDArray[np.int64], top: NDArray[np.int64], margin: int) -> Field:
     """Distance inside the border of n nuclei, in px and negative outside, (n, side, side)."""
     grid = np.arange(-margin, margin, dtype=np.float32) + np.float32(0.5)
     dx = grid - (found["x"] - left).astype(np.float32)[:, None]
@@ -409,9 +394,7 @@ class _Window:
                 layer.salt + k,
             )
             lattice = (weight * lattice).astype(np.float32)
-            pieces = lattice[
-                (rows - rows[0, 0])[:, None, :, None], (columns - columns[0, 0])[None, :, None, :]
-            ]
+            pieces = lattice[(rows - rows[0, 0])[:, None, :, None], (columns - columns[0, 0])[None, :, None, :]]
             left.append(row_weights[:, None] @ pieces)
             right.append(column_weights)
         knots_last = np.concatenate(right, axis=2).swapaxes(1, 2)
@@ -440,18 +423,14 @@ class _Window:
         return first - 1 + np.arange(count), weights
 
 
-def _sample_at(
-    layer: _Layer, seed: int, x_um: NDArray[np.float64], y_um: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def _sample_at(layer: _Layer, seed: int, x_um: NDArray[np.float64], y_um: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the layer at single points."""
     total = np.zeros(len(x_um))
     for k, (scale, weight) in enumerate(zip(layer.scales, layer.weights, strict=True)):
         at_x, at_y = x_um / scale, y_um / scale
         ix, iy = np.floor(at_x).astype(np.int64), np.floor(at_y).astype(np.int64)
         steps = np.arange(-1, 3)
-        knots = _lattice(
-            ix[:, None, None] + steps, iy[:, None, None] + steps[:, None], seed, layer.salt + k
-        )
+        knots = _lattice(ix[:, None, None] + steps, iy[:, None, None] + steps[:, None], seed, layer.salt + k)
         wx, wy = _cubic(at_x - ix), _cubic(at_y - iy)
         # Explicit sums: einsum's order of addition may depend on the number of points.
         for i, j in product(range(4), range(4)):
@@ -462,15 +441,11 @@ def _sample_at(
 def _cubic(t: NDArray[np.float64]) -> NDArray[np.float64]:
     """Weights of 4 knots around a point, (..., 4), times 1.8 to make up for the smoothing."""
     s = 1 - t
-    weights = np.stack(
-        [s * s * s, 4 - 3 * t * t * (2 - t), 4 - 3 * s * s * (2 - s), t * t * t], axis=-1
-    )
+    weights = np.stack([s * s * s, 4 - 3 * t * t * (2 - t), 4 - 3 * s * s * (2 - s), t * t * t], axis=-1)
     return weights * (1.8 / 6)
 
 
-def _lattice(
-    ix: NDArray[np.int64], iy: NDArray[np.int64], seed: int, salt: int
-) -> NDArray[np.float64]:
+def _lattice(ix: NDArray[np.int64], iy: NDArray[np.int64], seed: int, salt: int) -> NDArray[np.float64]:
     """Random values in [-1, 1) at knots."""
     return 2 * _unit(_hash(ix, iy, seed * 131 + salt)) - 1
 

@@ -46,7 +46,8 @@ import click
 
 from histostream.benchmarks.accuracy.cells import Cell, fill_table, options, settings_of
 from histostream.runtime.crf import CrfParams
-from histostream.training import command, data, methods, sets, synthetic
+from histostream.training import command, data, methods, synthetic
+from histostream.training import datasets as sets
 from histostream.training.data import DataSet, Sample, StoredSample
 from histostream.training.loop import Recipe
 from histostream.training.schedule import Schedule
@@ -146,9 +147,7 @@ def other_tnbc(root: Path, number: int) -> Domains:
 
 def _divided(found: DataSet, number: int) -> tuple[list[Sample], list[Sample], list[Sample]]:
     split = data.fold(found.train, folds=3, fold=number % 3, validation=0.1, seed=0)
-    target, validation, test = (
-        [found.train[i] for i in part] for part in (split.train, split.validation, split.test)
-    )
+    target, validation, test = ([found.train[i] for i in part] for part in (split.train, split.validation, split.test))
     return target, validation, test
 
 
@@ -227,10 +226,7 @@ class Pair:
     sizes: dict[str, Size]
 
 
-UDA_SMALL = Schedule(
-    steps=1200, batch=4, crop_px=96, validate_every=300, validation=0.1, select="last",
-    decay="cosine",
-)  # fmt: skip
+UDA_SMALL = Schedule(steps=1200, batch=4, crop_px=96, validate_every=300, validation=0.1, select="last", decay="cosine")
 UDA_NET = {"base_width": 8, "discriminator_width": 16, "learning_rate": 1e-3}
 UDA_RULE = ("uda-recalibrate",)
 UDA_JUDGED = {"statistics of the target": "best", "running statistics": "last"}
@@ -238,10 +234,7 @@ UDA_JUDGED = {"statistics of the target": "best", "running statistics": "last"}
 
 def uda_sizes(mpp: float, schedule: Schedule, *, paper: bool, **net: Any) -> dict[str, Size]:
     """Return a short size, and the paper's recipe as a whole."""
-    tables = {
-        "method": {**UDA_NET, **net}, "schedule": asdict(schedule),
-        "augmentation": {"flips": True},
-    }  # fmt: skip
+    tables = {"method": {**UDA_NET, **net}, "schedule": asdict(schedule), "augmentation": {"flips": True}}
     sizes = {"short": Size(mpp, (), UDA_RULE, tables)}
     if paper:
         sizes["paper"] = Size(0.25, ("uda-paper",), UDA_RULE)
@@ -249,14 +242,15 @@ def uda_sizes(mpp: float, schedule: Schedule, *, paper: bool, **net: Any) -> dic
 
 
 APMA_SOURCE = Schedule(
-    steps=3000, batch=4, crop_px=128, validate_every=200, validation=0.1, select="loss",
-    decay="poly",
-)  # fmt: skip
+    steps=3000, batch=4, crop_px=128, validate_every=200, validation=0.1, select="loss", decay="poly"
+)
 APMA_JOINT = replace(APMA_SOURCE, steps=1000, validate_every=50, select="jaccard")
 APMA_NET = {"base_width": 8, "discriminator_width": 16, "learning_rate": 1e-3}
 APMA_ROWS = {  # above `APMA_NET`, from a model that has converged
-    "learning_rate": 2e-4, "discriminator_learning_rate": 1e-3, "source_only_steps": 0.0,
-}  # fmt: skip
+    "learning_rate": 2e-4,
+    "discriminator_learning_rate": 1e-3,
+    "source_only_steps": 0.0,
+}
 APMA_JUDGED = {"chosen on the target": "best", "last": "last"}
 # What the paper leaves open, or a short run may need otherwise: methods.md 11.6.
 SWEEP: dict[str, dict[str, Any]] = {
@@ -290,31 +284,34 @@ PAIRS = {
     "tnbc-kirc": Pair("uda_self_ensembling", UDA, tnbc_kirc, UDA_JUDGED, UDA_SIZES),
     "tnbc-other": Pair("uda_self_ensembling", UDA, tnbc_other, UDA_JUDGED, UDA_SIZES),
     "other-tnbc": Pair("uda_self_ensembling", UDA, other_tnbc, UDA_JUDGED, UDA_SIZES),
-    "epfl-vnc": Pair(
-        "apma_net", APMA, epfl_vnc, APMA_JUDGED,
-        apma_sizes(0.02, APMA_SOURCE, APMA_JOINT, paper=True),
-    ),
+    "epfl-vnc": Pair("apma_net", APMA, epfl_vnc, APMA_JUDGED, apma_sizes(0.02, APMA_SOURCE, APMA_JOINT, paper=True)),
     "nuclei": Pair(
-        "uda_self_ensembling", UDA, drawn_nuclei, UDA_JUDGED,
+        "uda_self_ensembling",
+        UDA,
+        drawn_nuclei,
+        UDA_JUDGED,
         uda_sizes(DRAWN_MPP, DRAWN_NUCLEI, paper=False, base_width=16),
     ),
     "em": Pair(
-        "apma_net", APMA, drawn_em, APMA_JUDGED,
+        "apma_net",
+        APMA,
+        drawn_em,
+        APMA_JUDGED,
         apma_sizes(
-            DRAWN_MPP, replace(APMA_SOURCE, steps=400, crop_px=64),
-            replace(APMA_JOINT, steps=600, crop_px=64), paper=False,
+            DRAWN_MPP,
+            replace(APMA_SOURCE, steps=400, crop_px=64),
+            replace(APMA_JOINT, steps=600, crop_px=64),
+            paper=False,
         ),
     ),
-}  # fmt: skip
+}
 
 
 def cell(pair: str, size: str, algorithm: str, number: int, root: Path = Path()) -> Cell:
     """Return a cell; the number is the fold, and the seed."""
     of = PAIRS[pair]
     how = of.sizes[size]
-    recipe = _recipe(
-        of, how, (*how.recipes, *of.algorithms[algorithm], *how.rule), how.settings, number
-    )
+    recipe = _recipe(of, how, (*how.recipes, *of.algorithms[algorithm], *how.rule), how.settings, number)
     choosing = recipe.schedule.select not in ("last", "loss")
 
     def opened() -> DataSet:
@@ -326,10 +323,15 @@ def cell(pair: str, size: str, algorithm: str, number: int, root: Path = Path())
         crf = replace(usual, theta_alpha=usual.theta_alpha * px, theta_gamma=usual.theta_gamma * px)
     name = f"{pair}-{size}-{algorithm}-{number}".lower().replace(" ", "-").replace(",", "")
     return Cell(
-        name, algorithm, number, recipe, functools.cache(opened),
+        name,
+        algorithm,
+        number,
+        recipe,
+        functools.cache(opened),
         start=_source_model(pair, how, number, root) if how.source_recipes else None,
-        judged=of.judged, crf=crf,
-    )  # fmt: skip
+        judged=of.judged,
+        crf=crf,
+    )
 
 
 def _source_model(pair: str, how: Size, number: int, root: Path) -> Cell:
@@ -344,13 +346,10 @@ def _source_model(pair: str, how: Size, number: int, root: Path) -> Cell:
     return Cell(name, "source model", number, recipe, functools.cache(opened))
 
 
-def _recipe(
-    of: Pair, how: Size, recipes: tuple[str, ...], settings: dict[str, dict[str, Any]], seed: int
-) -> Recipe:
+def _recipe(of: Pair, how: Size, recipes: tuple[str, ...], settings: dict[str, dict[str, Any]], seed: int) -> Recipe:
     return command.read_recipe(
-        of.method, methods.load(of.method), recipes,
-        settings_of(settings, {"schedule": {"seed": seed}}), mpp=how.mpp,
-    )  # fmt: skip
+        of.method, methods.load(of.method), recipes, settings_of(settings, {"schedule": {"seed": seed}}), mpp=how.mpp
+    )
 
 
 @click.command()
@@ -359,9 +358,14 @@ def _recipe(
 def main(pair: str, **how: Any) -> None:
     """Make the cells of a pair that are not there yet."""
     fill_table(
-        cell, pair, algorithms=PAIRS[pair].algorithms, sizes=PAIRS[pair].sizes, repeats=3,
-        name=f"accuracy-{pair}", **how,
-    )  # fmt: skip
+        cell,
+        pair,
+        algorithms=PAIRS[pair].algorithms,
+        sizes=PAIRS[pair].sizes,
+        repeats=3,
+        name=f"accuracy-{pair}",
+        **how,
+    )
 
 
 if __name__ == "__main__":

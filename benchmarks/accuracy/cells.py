@@ -25,11 +25,11 @@ from histostream.runtime.crf import CrfParams
 from histostream.training import checkpoint, command, loop, methods
 from histostream.training.checkpoint import Checkpoint
 from histostream.training.choices import PRECISIONS
-from histostream.training.compute import Compute
 from histostream.training.data import DataSet, Sample
+from histostream.training.device import Compute
 from histostream.training.loop import Progress, Recipe
 from histostream.wsi.errors import HistoError
-from histostream.wsi.sink import json_text
+from histostream.wsi.files import json_text
 
 Plain = dict[str, Any]
 
@@ -86,20 +86,14 @@ def options(command: Callable[..., None]) -> Callable[..., None]:
     folder = click.Path(path_type=Path)
     for option in reversed(
         (
-            click.option(
-                "--data", "data_dir", required=True, type=click.Path(path_type=Path, exists=True)
-            ),
+            click.option("--data", "data_dir", required=True, type=click.Path(path_type=Path, exists=True)),
             click.option("--size", required=True, help="small, short, quarter, paper, ..."),
             click.option("--only", multiple=True, help="Algorithms; default: all."),
-            click.option(
-                "--number", "numbers", multiple=True, type=int, help="Seeds or folds; default: all."
-            ),
+            click.option("--number", "numbers", multiple=True, type=int, help="Seeds or folds; default: all."),
             click.option("--runs", required=True, type=folder, help="Folder for runs."),
             click.option("--out", required=True, type=folder, help="Of the result file."),
             click.option("--device", default="auto", show_default=True),
-            click.option(
-                "--precision", type=click.Choice(PRECISIONS), default="bf16", show_default=True
-            ),
+            click.option("--precision", type=click.Choice(PRECISIONS), default="bf16", show_default=True),
             click.option("--threads", default=1, show_default=True, help="CPU threads."),
         )
     ):
@@ -146,9 +140,7 @@ def fill_table(
     if size not in sizes:
         raise click.BadParameter(f"{table} has no size {size!r}: use {', '.join(sizes)}")
     if unknown := [one for one in only if one not in algorithms]:
-        raise click.BadParameter(
-            f"{unknown[0]!r} is none of {', '.join(algorithms)}; use one of them"
-        )
+        raise click.BadParameter(f"{unknown[0]!r} is none of {', '.join(algorithms)}; use one of them")
     torch.set_num_threads(threads)
     cells = [
         cell(table, size, algorithm, number, data_dir)
@@ -173,9 +165,7 @@ def fill(path: Path, cells: Sequence[Cell], runs: Path, how: Compute) -> None:
         except HistoError as error:
             raise click.ClickException(f"{cell.name}: {error}") from error
         with _held(path) as said:
-            said["cells"][cell.name] = {
-                "algorithm": cell.algorithm, "number": cell.number, **found,
-            }  # fmt: skip
+            said["cells"][cell.name] = {"algorithm": cell.algorithm, "number": cell.number, **found}
         pooled = found["scores"]["pooled"]
         click.echo(f"{cell.name}: mean F {pooled['mean_f']}, accuracy {pooled['accuracy']}")
 
@@ -205,9 +195,15 @@ def train(cell: Cell, found: DataSet, runs: Path, how: Compute) -> Checkpoint:
             )
 
     return loop.train(
-        cell.recipe, methods.load(cell.recipe.method), found, runs / cell.name, how=how,
-        start=begin, report=report, record={"commit": command.commit()},
-    )  # fmt: skip
+        cell.recipe,
+        methods.load(cell.recipe.method),
+        found,
+        runs / cell.name,
+        how=how,
+        start=begin,
+        report=report,
+        record={"commit": command.commit()},
+    )
 
 
 def judge(cell: Cell, found: DataSet, folder: Path) -> dict[str, Plain]:

@@ -34,9 +34,9 @@ from histostream.training.augment import Augmentation, draw_crop
 from histostream.training.batches import typical_object_px
 from histostream.training.data import Sample, read_folder, split
 from histostream.training.networks.unet import UNet
-from histostream.wsi.reader import open_slide
-from histostream.wsi.resolution import at_mpp
-from histostream.wsi.sink import ClassInfo
+from histostream.wsi.outputs.label_rows import ClassInfo
+from histostream.wsi.slides.reader import open_slide
+from histostream.wsi.slides.resolution import at_mpp
 
 CLASSES = (ClassInfo("background", (255, 255, 255)), ClassInfo("nucleus", (30, 100, 220)))
 MPP = 0.5
@@ -44,9 +44,8 @@ TILE_PX = 256
 WIDTH = 16
 BATCH, CROP_PX = 8, 128
 AUGMENTATION = Augmentation(
-    flips=True, object_px=11.0, zoom=1.5, stain=0.25, restain=0.65, light=0.25, focus=1.0,
-    noise=6.0, jpeg=0.3,
-)  # fmt: skip
+    flips=True, object_px=11.0, zoom=1.5, stain=0.25, restain=0.65, light=0.25, focus=1.0, noise=6.0, jpeg=0.3
+)
 
 
 class NormedUNet(nn.Module):
@@ -59,11 +58,7 @@ class NormedUNet(nn.Module):
             for name, conv in list(parent.named_children()):
                 if isinstance(conv, nn.Conv2d) and conv.kernel_size == (3, 3):
                     width = conv.out_channels
-                    layer = (
-                        nn.InstanceNorm2d(width, affine=True)
-                        if norm == "instance"
-                        else nn.GroupNorm(8, width)
-                    )
+                    layer = nn.InstanceNorm2d(width, affine=True) if norm == "instance" else nn.GroupNorm(8, width)
                     setattr(parent, name, nn.Sequential(conv, layer))
 
     def forward(self, tiles: Tensor) -> Tensor:
@@ -139,9 +134,8 @@ def main(data_dir: Path, out: Path, steps: int) -> None:
         train(module, chosen, steps)
         seconds = time.perf_counter() - start
         network = trained_network(
-            module, method=f"unet_{norm}_norm", classes=CLASSES, mpp=MPP, channels=3,
-            tile_px=TILE_PX,
-        )  # fmt: skip
+            module, method=f"unet_{norm}_norm", classes=CLASSES, mpp=MPP, channels=3, tile_px=TILE_PX
+        )
         rows: dict[str, dict[str, object]] = {}
         for kind in ("live", "frozen over training images", "frozen over what is scored"):
             rows[kind] = {}
@@ -149,9 +143,8 @@ def main(data_dir: Path, out: Path, steps: int) -> None:
                 freeze = {"live": None, "frozen over training images": folder}.get(kind, place)
                 with tempfile.TemporaryDirectory() as scratch:
                     options = Options(
-                        precisions=("fp32",), tensorrt="off", tile_px=TILE_PX, calibrate=slide,
-                        freeze=freeze,
-                    )  # fmt: skip
+                        precisions=("fp32",), tensorrt="off", tile_px=TILE_PX, calibrate=slide, freeze=freeze
+                    )
                     write_bundle(network, Path(scratch) / "bundle", options)
                     engine = open_engine(Path(scratch) / "bundle", backend="cpu")
                 if place == slide:

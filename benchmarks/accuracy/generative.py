@@ -30,16 +30,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from histostream.benchmarks.accuracy.cells import (
-    Cell,
-    Plain,
-    fill_table,
-    options,
-    settings_of,
-)
+from histostream.benchmarks.accuracy.cells import Cell, Plain, fill_table, options, settings_of
 from histostream.benchmarks.accuracy.score import Predict, score
 from histostream.export.trained import config_of, find_checkpoint
-from histostream.training import checkpoint, command, methods, sample, sets, synthetic
+from histostream.training import checkpoint, command, methods, sample, synthetic
+from histostream.training import datasets as sets
 from histostream.training.data import DataSet, Sample, StoredPicture
 from histostream.training.image_metrics import (
     MS_SSIM_MIN_PX,
@@ -48,7 +43,7 @@ from histostream.training.image_metrics import (
     ms_ssim_among,
     nuclei_encoder,
 )
-from histostream.training.methods import translation
+from histostream.training.methods.translation import method as translation
 from histostream.training.metrics import SoftDice
 
 PYRAMID, TRANSLATION = "pyramid_gan", "translation"
@@ -132,29 +127,37 @@ class Table:
 
 # What pix2pix and pix2pixHD take of 128 px; the first has one image a step in its paper.
 GLAS_QUARTER = Size(
-    2.4802, ("pyramid-paper", "pyramid-recommended", "pyramid-quarter"),
+    2.4802,
+    ("pyramid-paper", "pyramid-recommended", "pyramid-quarter"),
     {"schedule": {"batch": 4, "crop_px": 128, "validate_every": 250}},
     {
         "pix2pix": {"method": {"g_width": 16, "g_downs": 6}},
         "pix2pixHD": {"method": {"g_width": 16, "g_downs": 3, "g_blocks": 4}},
     },
     level_steps=1500,
-)  # fmt: skip
+)
 GLAS_SIZES = {"quarter": GLAS_QUARTER, "paper": Size(0.62005, ("pyramid-paper",), {})}
 GLAS = "glas:{data}/glands-glas"
 # Segmentation and reconstruction weigh alike in every row, as in the paper's AE baseline (its
 # proposed model has 0.01 : 50). D learns ten times as fast as G, as printed.
 DIGITS_SMALL = Size(
-    1.0, ("translation-paper",),
+    1.0,
+    ("translation-paper",),
     {
         "method": {
-            "width": 8, "unique_channels": 32, "mlp_width": 64, "discriminator_width": 16,
-            "learning_rate": 1e-3, "discriminator_learning_rate": 1e-2,
-            "lambda_rec": 50.0, "lambda_seg": 50.0, "labelled_share": 0.25,
+            "width": 8,
+            "unique_channels": 32,
+            "mlp_width": 64,
+            "discriminator_width": 16,
+            "learning_rate": 1e-3,
+            "discriminator_learning_rate": 1e-2,
+            "lambda_rec": 50.0,
+            "lambda_seg": 50.0,
+            "labelled_share": 0.25,
         },
         "schedule": {"steps": 8000, "batch": 8, "validate_every": 500},
     },
-)  # fmt: skip
+)
 
 
 def _digits(variant: str, *further: str) -> Table:
@@ -168,9 +171,7 @@ def _digits(variant: str, *further: str) -> Table:
 
 def _reduced(paper: Size) -> Size:
     """Return the run of 40,000 steps (methods.md 4.11.3), of all algorithms alike."""
-    recipe = command.read_recipe(
-        TRANSLATION, methods.load(TRANSLATION), (*paper.recipes, "translation-reduced")
-    )
+    recipe = command.read_recipe(TRANSLATION, methods.load(TRANSLATION), (*paper.recipes, "translation-reduced"))
     steps = {"steps": recipe.schedule.steps, "validate_every": recipe.schedule.validate_every}
     return dataclasses.replace(paper, settings={"schedule": steps})
 
@@ -182,24 +183,30 @@ def _cues(seed: int) -> DataSet:
 CUE_MPP = 1.0  # drawn images have no size
 # Networks whose reach is 40 px, on images of 128 px; three levels, the coarsest of 32 px.
 CUE_SMALL = Size(
-    CUE_MPP, (),
+    CUE_MPP,
+    (),
     {
         "method": {
-            "level_batches": "", "first_width": 8, "growth": 6, "layers": 2, "poolings": 2,
-            "dropout": 0.0, "segmenter_noise": 0.0, "segmenter_learning_rate": 5e-3, "beta1": 0.9,
+            "level_batches": "",
+            "first_width": 8,
+            "growth": 6,
+            "layers": 2,
+            "poolings": 2,
+            "dropout": 0.0,
+            "segmenter_noise": 0.0,
+            "segmenter_learning_rate": 5e-3,
+            "beta1": 0.9,
         },
-        "schedule": {"batch": 8, "crop_px": 128, "validation": 0.0, "select": "last",
-                     "validate_every": 500},
+        "schedule": {"batch": 8, "crop_px": 128, "validation": 0.0, "select": "last", "validate_every": 500},
     },
     {"m-FCDenseNet + pyramid": {"method": {"levels": 3}}},
     level_steps=400,
-)  # fmt: skip
+)
 TABLES = {
     "cue": Table(PYRAMID, {k: v for k, v in SUPERVISED.items() if v}, _cues, {"small": CUE_SMALL}),
     "glas": Table(PYRAMID, SUPERVISED, GLAS, GLAS_SIZES),
     **{
-        f"glas-{percent}": Table(PYRAMID, FEWER_LABELS, GLAS, GLAS_SIZES, percent / 100)
-        for percent in (20, 40, 60, 80)
+        f"glas-{percent}": Table(PYRAMID, FEWER_LABELS, GLAS, GLAS_SIZES, percent / 100) for percent in (20, 40, 60, 80)
     },
     "glas-painted": Table(PYRAMID, PAINTERS, GLAS, GLAS_SIZES),
     "mnist-simple": _digits("simple"),
@@ -312,20 +319,20 @@ def painted_scores(run: Path, samples: Sequence[Sample], *, each: int = 10) -> P
     halves = frechet_inception_distance(real[::2], real[1::2], extractor)
     similar = None
     if min(samples[0].labels.shape) >= MS_SSIM_MIN_PX:
-        several = torch.cat(
-            [_nchw(sample.paint(painter, samples[0].labels, (0, k))) for k in range(each)]
-        )
+        several = torch.cat([_nchw(sample.paint(painter, samples[0].labels, (0, k))) for k in range(each)])
         similar = {
             "to_true": round(float(ms_ssim(several, real[0].expand_as(several)).mean()), 4),
             "among": round(ms_ssim_among(several), 4),
         }
     return {
         "fid": {
-            "painted": round(to_real.distance, 5), "real_halves": round(halves.distance, 5),
-            "extractor": extractor.name, "images": len(samples),
+            "painted": round(to_real.distance, 5),
+            "real_halves": round(halves.distance, 5),
+            "extractor": extractor.name,
+            "images": len(samples),
         },
         "ms_ssim": similar,
-    }  # fmt: skip
+    }
 
 
 def _nchw(image: np.ndarray) -> Tensor:
@@ -343,9 +350,15 @@ def main(table: str, **how: Any) -> None:
         source = GLAS.format(data=how["data_dir"])
         scores = functools.partial(_references_of, source)
     fill_table(
-        cell, table, algorithms=of.algorithms, sizes=of.sizes, repeats=3,
-        name=f"accuracy-{table}", references=scores, **how,
-    )  # fmt: skip
+        cell,
+        table,
+        algorithms=of.algorithms,
+        sizes=of.sizes,
+        repeats=3,
+        name=f"accuracy-{table}",
+        references=scores,
+        **how,
+    )
 
 
 def _references_of(source: str) -> Plain:

@@ -20,8 +20,9 @@ from typing import Any
 import click
 
 from histostream.benchmarks.accuracy.cells import Cell, fill_table, options, settings_of
-from histostream.training import command, sets
-from histostream.training.methods import imems
+from histostream.training import command
+from histostream.training import datasets as sets
+from histostream.training.methods.imems import method as imems
 from histostream.training.schedule import Schedule
 
 # Name in the paper, and the shipped recipe that makes it (none: iMEMS as it is).
@@ -71,14 +72,20 @@ def _small(steps: int) -> dict[str, dict[str, Any]]:
 
 TABLES = {
     "glas": Table(
-        "glas:{data}/glands-glas", ALGORITHMS, 3, 0,
+        "glas:{data}/glands-glas",
+        ALGORITHMS,
+        3,
+        0,
         {"short": Size(2.5, (), _small(2400)), "paper": Size(0.62005, PAPER)},
     ),
     "nuclei": Table(
-        "dsb2018:{data}/nuclei-dsb2018", {**ALGORITHMS, **INVERTED}, 2, 5,
+        "dsb2018:{data}/nuclei-dsb2018",
+        {**ALGORITHMS, **INVERTED},
+        2,
+        5,
         {"short": Size(0.5, (), _small(1000)), "paper": Size(0.5, PAPER)},
     ),
-}  # fmt: skip
+}
 
 
 def cell(table: str, size: str, algorithm: str, number: int, data: Path = Path()) -> Cell:
@@ -87,9 +94,12 @@ def cell(table: str, size: str, algorithm: str, number: int, data: Path = Path()
     how = of.sizes[size]
     drawn = {"folds": of.folds, "fold": number} if of.folds else {"seed": number}
     recipe = command.read_recipe(
-        "imems", imems, (*how.recipes, *of.algorithms[algorithm]),
-        settings_of(how.settings, {"schedule": drawn}), mpp=how.mpp,
-    )  # fmt: skip
+        "imems",
+        imems,
+        (*how.recipes, *of.algorithms[algorithm]),
+        settings_of(how.settings, {"schedule": drawn}),
+        mpp=how.mpp,
+    )
     return Cell(
         f"{table}-{size}-{algorithm}-{number}".lower().replace(", ", "-").replace(" ", "-"),
         algorithm,
@@ -105,9 +115,14 @@ def cell(table: str, size: str, algorithm: str, number: int, data: Path = Path()
 def main(table: str, **how: Any) -> None:
     """Make the cells of a table that are not there yet."""
     fill_table(
-        cell, table, algorithms=TABLES[table].algorithms, sizes=TABLES[table].sizes,
-        repeats=TABLES[table].repeats, name=f"accuracy-imems-{table}", **how,
-    )  # fmt: skip
+        cell,
+        table,
+        algorithms=TABLES[table].algorithms,
+        sizes=TABLES[table].sizes,
+        repeats=TABLES[table].repeats,
+        name=f"accuracy-imems-{table}",
+        **how,
+    )
 
 
 if __name__ == "__main__":

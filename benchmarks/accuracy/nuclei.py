@@ -20,11 +20,11 @@ import numpy as np
 from PIL import Image
 
 from histostream.runtime import Engine, default_bundle, open_engine, segment_pixels
-from histostream.runtime.card import ModelCard, read_card
+from histostream.runtime.bundle.card import ModelCard, read_card
 from histostream.runtime.crf import CrfParams, dense_crf
 from histostream.runtime.crf.options import read_params
 from histostream.runtime.crf.stream import to_probabilities
-from histostream.runtime.infer import score_pixels
+from histostream.runtime.slide_run import score_pixels
 from histostream.training.augment import zoom
 from histostream.training.data import Sample, read_folder
 from histostream.training.metrics import Confusion
@@ -97,9 +97,12 @@ def outlined(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 @click.command()
 @click.option(
-    "--model", "models", multiple=True, metavar="[NAME=]BUNDLE",
+    "--model",
+    "models",
+    multiple=True,
+    metavar="[NAME=]BUNDLE",
     help="Default: the shipped. Several have names.",
-)  # fmt: skip
+)
 @click.option("--data", "data_dir", required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="JSON to write.")
 @click.option("--sheets", type=click.Path(path_type=Path), help="Folder for outlined images.")
@@ -112,8 +115,7 @@ def main(models: tuple[str, ...], data_dir: Path, out: Path, sheets: Path | None
         named = dict(_named(text) for text in models)
         said = {
             "models": {
-                name: score_bundle(bundle, samples, sheets / name if sheets else None)
-                for name, bundle in named.items()
+                name: score_bundle(bundle, samples, sheets / name if sheets else None) for name, bundle in named.items()
             }
         }
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -127,9 +129,7 @@ def _named(text: str) -> tuple[str, Path]:
     return name, Path(bundle)
 
 
-def score_bundle(
-    bundle: Path, sets: dict[str, list[Sample]], sheets: Path | None = None
-) -> dict[str, object]:
+def score_bundle(bundle: Path, sets: dict[str, list[Sample]], sheets: Path | None = None) -> dict[str, object]:
     """Score a model in every precision that it has, and with its CRF; see `score`."""
     card = read_card(bundle)
     scores: dict[str, object] = {}

@@ -21,16 +21,13 @@ from histostream.export.trained import export_checkpoint, find_checkpoint
 from histostream.runtime import Engine, open_engine, segment_pixels
 from histostream.runtime.crf import CrfParams, dense_crf
 from histostream.runtime.crf.stream import to_probabilities
-from histostream.runtime.infer import score_pixels
-from histostream.training import batches, checkpoint, data, sets
+from histostream.runtime.slide_run import score_pixels
+from histostream.training import batches, checkpoint, data
+from histostream.training import datasets as sets
 from histostream.training.augment import zoom
 from histostream.training.data import DataError, DataSet, Sample
 from histostream.training.metrics import Confusion, PerImage
-from histostream.training.object_metrics import (
-    MIN_GLAND_PX,
-    ObjectScores,
-    instances_from_labels,
-)
+from histostream.training.object_metrics import MIN_GLAND_PX, ObjectScores, instances_from_labels
 from histostream.training.schedule import Schedule
 from histostream.wsi.errors import HistoError
 
@@ -104,9 +101,10 @@ def score_set(
     if part == "auto":
         part = "all" if len(samples) == every else "test"
     classes = [name for name, _ in found.classes]
-    with predicting(
-        samples, mpp, bundle=bundle, run=run, labels=labels, backend=backend, precision=precision
-    ) as (predict, said):
+    with predicting(samples, mpp, bundle=bundle, run=run, labels=labels, backend=backend, precision=precision) as (
+        predict,
+        said,
+    ):
         classes = classes or list(said.get("classes", ()))
         if "classes" in said and len(said["classes"]) != len(classes):
             raise ScoreError(
@@ -178,9 +176,7 @@ def predicting(
         return
     place = run or bundle
     assert place is not None
-    with engine_for(
-        samples, mpp, bundle=bundle, run=run, backend=backend, precision=precision
-    ) as engine:
+    with engine_for(samples, mpp, bundle=bundle, run=run, backend=backend, precision=precision) as engine:
         yield predictor(engine, mpp), _model(engine, place)
 
 
@@ -247,8 +243,7 @@ def score(
         found = predict(sample)
         if found.shape != sample.labels.shape:
             raise ScoreError(
-                f"{sample.name}: its label map is {found.shape}, the image {sample.labels.shape}; "
-                "save it at that size"
+                f"{sample.name}: its label map is {found.shape}, the image {sample.labels.shape}; save it at that size"
             )
         found = np.where(found == NOT_ANALYSED, 0, found)
         if found.max() >= len(classes):
@@ -323,11 +318,13 @@ def markdown(said: dict[str, Any]) -> str:
         *(
             f"| {name} | {pooled[key]:.4f} | {means[key]:.4f} |"
             for name, key in (
-                ("mean F", "mean_f"), ("pixel accuracy", "accuracy"),
-                ("mean class accuracy", "mean_class_accuracy"), ("mean IoU", "mean_iou"),
+                ("mean F", "mean_f"),
+                ("pixel accuracy", "accuracy"),
+                ("mean class accuracy", "mean_class_accuracy"),
+                ("mean IoU", "mean_iou"),
             )
         ),
-    ]  # fmt: skip
+    ]
     if "objects" in said:
         o = said["objects"]
         lines += [
@@ -374,8 +371,7 @@ def predictor(engine: Engine, mpp: float | None, crf: CrfParams | None = None) -
         image, _ = zoom(sample.image, sample.labels, factor)
         if image.shape[2] != engine.card.channels:
             raise ScoreError(
-                f"{sample.name}: {image.shape[2]} channels; "
-                f"the model takes {engine.card.channels}: convert the images"
+                f"{sample.name}: {image.shape[2]} channels; the model takes {engine.card.channels}: convert the images"
             )
         if crf is None:
             return _resized(segment_pixels(image, engine), sample.labels.shape)
@@ -397,9 +393,7 @@ def _from_folder(folder: Path) -> Predict:
             if path.is_file():
                 found = data.read_labels(path)
                 if found.size and found.max() > NOT_ANALYSED:
-                    raise ScoreError(
-                        f"{path}: label {found.max()}; classes are 0 to 254: save it with those"
-                    )
+                    raise ScoreError(f"{path}: label {found.max()}; classes are 0 to 254: save it with those")
                 return found.astype(np.uint8)
         raise DataError(f"{folder}: no label map {stem}.png or {stem}.tif in it; add it")
 

@@ -1,4 +1,4 @@
-"""What these pages need beyond Sphinx: error messages, the commands' help, names in docstrings."""
+"""What these pages need beyond Sphinx: the commands' help, names in docstrings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 import click
 from docutils import nodes
 from docutils.statemachine import StringList
-from messages import PLACEHOLDER, Catalogue, Message, read_catalogue
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.directives.other import TocTree
@@ -22,53 +21,9 @@ from sphinx.util.docutils import SphinxDirective
 from sphinx.util.nodes import make_refnode
 
 ROOT = Path(__file__).parents[2]
-ARRAY = re.compile(
-    r"~?numpy\.ndarray\[tuple\[~?typing\.Any, \.\.\.\], ~?numpy\.dtype\[([^\]]*)\]\]"
-)
+ARRAY = re.compile(r"~?numpy\.ndarray\[tuple\[~?typing\.Any, \.\.\.\], ~?numpy\.dtype\[([^\]]*)\]\]")
 SHORT = r"~numpy.typing.NDArray[\1]"
 HELP_COLUMNS = 84  # of text in a page's block
-HEADINGS = {"usage": "The command line", "warning": "Warnings", "text": "Said in passing"}
-
-
-class ErrorMessages(SphinxDirective):
-    """``{error-messages} wsi``: all messages that a folder's code may print, by what they are."""
-
-    required_arguments = 1
-
-    def run(self) -> list[nodes.Node]:
-        """Return a heading and a list for each kind of error."""
-        for source in (ROOT / self.arguments[0]).rglob("*.py"):
-            self.env.note_dependency(str(source))
-        catalogue = read_catalogue(ROOT)
-        messages = [m for m in catalogue.messages if m.area == self.arguments[0]]
-        kinds = sorted({m.kind for m in messages}, key=lambda kind: (kind in HEADINGS, kind))
-        out: list[nodes.Node] = []
-        for kind in kinds:
-            out.append(_heading(kind, catalogue))
-            items = [_item(m) for m in messages if m.kind == kind]
-            out.append(nodes.bullet_list("", *items, classes=["messages"]))
-        return out
-
-
-def _heading(kind: str, catalogue: Catalogue) -> nodes.Node:
-    if kind in HEADINGS:
-        return nodes.rubric("", HEADINGS[kind])
-    said = catalogue.classes.get(kind, "A recipe's value.")  # the one not ours: ValueError
-    said = " ".join(said.replace("``", "").split())
-    if kind.startswith("_"):
-        return nodes.rubric("", said)
-    text = nodes.inline("", said, classes=["kind"])
-    return nodes.rubric("", "", nodes.literal("", kind), nodes.Text(" "), text)
-
-
-def _item(message: Message) -> nodes.list_item:
-    paragraph = nodes.paragraph()
-    for part in re.split(f"({PLACEHOLDER.pattern})", " ".join(message.text.split())):
-        if part.startswith("⟨"):
-            paragraph += nodes.emphasis("", part[1:-1])
-        elif part:
-            paragraph += nodes.Text(part)
-    return nodes.list_item("", paragraph)
 
 
 class PagesThere(TocTree):
@@ -97,9 +52,7 @@ class CommandHelp(SphinxDirective):
 
 
 def _helps(command: click.Command, name: str) -> list[nodes.Node]:
-    context = click.Context(
-        command, info_name=name, terminal_width=HELP_COLUMNS, **command.context_settings
-    )
+    context = click.Context(command, info_name=name, terminal_width=HELP_COLUMNS, **command.context_settings)
     text = command.get_help(context)
     out: list[nodes.Node] = [nodes.literal_block(text, text, language="text")]
     if isinstance(command, click.Group):
@@ -111,9 +64,7 @@ def _helps(command: click.Command, name: str) -> list[nodes.Node]:
     return out
 
 
-def keep_the_first_sentence(
-    app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
-) -> None:
+def keep_the_first_sentence(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     """Undo Napoleon's work on a property: it takes what stands before a colon for its type."""
     if what == "property" and "----" not in (text := getattr(obj, "__doc__", None) or ""):
         lines[:] = prepare_docstring(text)
@@ -174,7 +125,6 @@ def find_by_last_part(
 
 def setup(app: Sphinx) -> dict[str, Any]:
     """Register with Sphinx."""
-    app.add_directive("error-messages", ErrorMessages)
     app.add_directive("toctree-of-pages-there", PagesThere)
     app.add_directive("command-help", CommandHelp)
     app.connect("autodoc-process-signature", write_types_as_the_source_does)

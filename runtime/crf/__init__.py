@@ -40,7 +40,7 @@ __all__ = ["BACKENDS", "CrfError", "CrfParams", "dense_crf"]
 
 BACKENDS = ("auto", "exact", "lattice", "factorised")
 # A class that the network rules out keeps this probability: pixels around may still overrule it.
-SMALLEST_PROBABILITY = 1e-5
+MIN_PROBABILITY = 1e-5
 LEVELS = 255  # uint8 scores are probabilities times this
 
 log = logging.getLogger(__name__)
@@ -109,13 +109,15 @@ def dense_crf(
             landmarks = factorised.find_landmarks(image, params.theta_beta)
         psi = factorised.embed(image, landmarks, params.theta_beta)
         far = float((factorised.missed(psi) > factorised.FAR).mean())
-        if far <= factorised.MOST_FAR:
+        if far <= factorised.MAX_FAR:
             return factorised.mean_field(energies, params, origin, psi)
         log.warning(
             "%.2f %% of the pixels have a colour far from all %d landmarks (at most %.2f %% may): "
             "the CRF of this image runs on the lattice",
-            100 * far, len(landmarks), 100 * factorised.MOST_FAR,
-        )  # fmt: skip
+            100 * far,
+            len(landmarks),
+            100 * factorised.MAX_FAR,
+        )
     return _on_the_lattice(image, energies, params, origin)
 
 
@@ -166,21 +168,18 @@ def _log_probabilities(
         )
     if len(scores) < 2:
         raise CrfError(
-            f"scores of {len(scores)} classes: a CRF chooses among two or more; for one "
-            "probability p give (1 - p, p)"
+            f"scores of {len(scores)} classes: a CRF chooses among two or more; for one probability p give (1 - p, p)"
         )
     if scores.dtype == np.uint8:
         probabilities = scores.astype(np.float32) / LEVELS
     elif np.issubdtype(scores.dtype, np.floating):
         low, high = float(scores.min()), float(scores.max())
         if not (low >= 0 and high <= 1):
-            raise CrfError(
-                f"scores from {low:g} to {high:g}: give probabilities in 0..1, all of them finite"
-            )
+            raise CrfError(f"scores from {low:g} to {high:g}: give probabilities in 0..1, all of them finite")
         probabilities = scores.astype(np.float32)
     else:
         raise CrfError(f"scores of {scores.dtype}: give floating point in 0..1, or uint8")
-    return np.ascontiguousarray(np.log(np.clip(probabilities, SMALLEST_PROBABILITY, 1)))
+    return np.ascontiguousarray(np.log(np.clip(probabilities, MIN_PROBABILITY, 1)))
 
 
 def _whole(origin: tuple[int, int]) -> tuple[int, int]:

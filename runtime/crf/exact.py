@@ -14,9 +14,7 @@ CHUNK = 1 << 23  # pairs looked at together; 64 MiB
 Doubles = NDArray[np.float64]
 
 
-def mean_field(
-    image: NDArray[np.uint8], energies: NDArray[np.float32], params: CrfParams
-) -> NDArray[np.float32]:
+def mean_field(image: NDArray[np.uint8], energies: NDArray[np.float32], params: CrfParams) -> NDArray[np.float32]:
     """Run mean field with the sums over all pairs.
 
     Parameters

@@ -136,9 +136,7 @@ def iterate_block(
 
 
 @njit(cache=True)
-def slice_row(
-    filtered: tuple[int, ...], weights: Floats, slots: Slots, local: Floats, rows: Floats
-) -> None:
+def slice_row(filtered: tuple[int, ...], weights: Floats, slots: Slots, local: Floats, rows: Floats) -> None:
     """Slice the pixels of a row, (W, 6), into the first C of ``rows``, (K, W)."""
     channels = len(filtered)
     for x in range(len(weights)):
@@ -150,9 +148,7 @@ def slice_row(
 
 
 @njit(cache=True)
-def splat_row(
-    filtered: tuple[int, ...], weights: Floats, slots: Slots, rows: Floats, splat: Floats
-) -> None:
+def splat_row(filtered: tuple[int, ...], weights: Floats, slots: Slots, rows: Floats, splat: Floats) -> None:
     """Add the first C of ``rows``, (K, W), to the slots of their pixels."""
     channels = len(filtered)
     for x in range(len(weights)):

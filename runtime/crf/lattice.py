@@ -18,7 +18,7 @@ PERIOD = 6  # of the lattice, in each of its six coordinates
 # Elevation: coordinate j of a feature goes with (1, ..., 1, -j - 1, 0, ...) times this, which makes
 # the blur a Gaussian of deviation 1. Adams et al. 2010, section 3.1.
 ELEVATION = tuple(np.sqrt(2 / 3) * PERIOD / np.sqrt((j + 1.0) * (j + 2.0)) for j in range(5))
-SMALLEST_SUM = 1e-20  # under the square root of a norm; as the reference code
+MIN_SUM = 1e-20  # under the square root of a norm; as the reference code
 # Numba's simplest thread pool must not be entered by two Python threads at once.
 _one_at_a_time = threading.Lock()
 
@@ -54,9 +54,7 @@ class Lattice:
     neighbours: NDArray[np.int32]
 
 
-def mean_field(
-    image: NDArray[np.uint8], energies: Floats, params: CrfParams, origin: tuple[int, int]
-) -> Floats:
+def mean_field(image: NDArray[np.uint8], energies: Floats, params: CrfParams, origin: tuple[int, int]) -> Floats:
     """Run mean field with the appearance kernel on the lattice.
 
     Parameters
@@ -117,9 +115,7 @@ def build(image: NDArray[np.uint8], params: CrfParams, origin: tuple[int, int]) 
     vertices, vertex_of, vertex_starts = permutohedral.number_vertices(keys, order)
     # A step along an axis adds 1 to every coordinate, and takes 6 from its own.
     neighbours = permutohedral.find_neighbours(vertices, steps.sum() - PERIOD * steps)
-    return Lattice(
-        shape, weights, slots, firsts, starts, vertex_of, order, vertex_starts, neighbours
-    )
+    return Lattice(shape, weights, slots, firsts, starts, vertex_of, order, vertex_starts, neighbours)
 
 
 def axis_table(start: int, size: int, theta: float, scale: float) -> tuple[Floats, NDArray[Any]]:
@@ -145,8 +141,7 @@ def strides(column_periods: int, row_periods: int, colour_reach: Floats) -> NDAr
     x, y = PERIOD * column_periods, PERIOD * row_periods
     # Bounds of the coordinates, the outermost vertices and their neighbours included.
     margin = 4 * PERIOD
-    low_high = [(0, x + y + r + g + b), (-x, y + r + g + b), (-2 * y, r + g + b),
-                (-3 * r, g + b), (-4 * g, b)]  # fmt: skip
+    low_high = [(0, x + y + r + g + b), (-x, y + r + g + b), (-2 * y, r + g + b), (-3 * r, g + b), (-4 * g, b)]
     extents = [int(high - low) + 2 * margin for low, high in low_high]
     steps = np.zeros(6, np.int64)
     step = 1
@@ -169,7 +164,7 @@ def normalise(lattice: Lattice) -> Floats:
     -------
     (H, W).
     """
-    root = 1 / np.sqrt(_filter_ones(lattice) + SMALLEST_SUM)
+    root = 1 / np.sqrt(_filter_ones(lattice) + MIN_SUM)
     permutohedral.scale(lattice.weights, root)
     return _filter_ones(lattice)
 
@@ -197,9 +192,7 @@ def _blurred(lattice: Lattice, slot_values: Floats, values: Floats, spare: Float
     return values
 
 
-def _mean_field(
-    image: NDArray[np.uint8], energies: Floats, params: CrfParams, origin: tuple[int, int]
-) -> Floats:
+def _mean_field(image: NDArray[np.uint8], energies: Floats, params: CrfParams, origin: tuple[int, int]) -> Floats:
     filtered = tuple(range(len(energies) - 1))
     lattice = build(image, params, origin)
     ones = normalise(lattice)

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from histostream.runtime.crf.params import CrfError, CrfParams
-from histostream.runtime.memory import MIB, Further, MemoryLimitError, physical_bytes
+from histostream.runtime.stream.memory import MIB, MemoryLimitError, MemoryNeeds, physical_bytes
 
-SMALLEST_CELL_PX = 1024
+MIN_CELL_PX = 1024
 CELL_ALIGN_PX = 512  # column bands begin at multiples of it
 # Bytes of one pixel of a cell while it is refined, for a lattice with a vertex at every pixel:
 # pixels, vertices and neighbours of it; and for each class: scores, sums and the last result.
@@ -48,7 +48,7 @@ class CrfOptions:
     @property
     def cell_px(self) -> int:
         """Side of a cell: large enough that halos are not most of the work."""
-        least = max(SMALLEST_CELL_PX, 4 * self.halo_px)
+        least = max(MIN_CELL_PX, 4 * self.halo_px)
         return -(-least // CELL_ALIGN_PX) * CELL_ALIGN_PX
 
     def cell_bytes(self, classes: int) -> int:
@@ -56,10 +56,10 @@ class CrfOptions:
         side = self.cell_px + 2 * self.halo_px
         return side * side * (BYTES_PER_PX + classes * BYTES_PER_CLASS)
 
-    def needs(self, classes: int, channels: int, tile_px: int) -> Further:
+    def needs(self, classes: int, channels: int, tile_px: int) -> MemoryNeeds:
         """Say what it needs of a column band: whole cells, and rows that wait for their halo."""
         rows = self.cell_px + 2 * self.halo_px + tile_px
-        return Further(
+        return MemoryNeeds(
             align_px=self.cell_px,
             margin_px=self.halo_px,
             # Twice, while rows are added.

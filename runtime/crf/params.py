@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 
 from histostream.wsi.errors import HistoError
 
-LARGEST = 1_000_000  # of any weight or width
-MOST_ITERATIONS = 1000  # labels stop changing after some ten
+MAX_PARAMETER = 1_000_000  # of any weight or width
+MAX_ITERATIONS = 1000  # labels stop changing after some ten
 HALO_THETAS = 5  # context that a tile needs, in units of the widest kernel
 
 
@@ -43,10 +43,8 @@ class CrfParams:
     def __post_init__(self) -> None:
         for name in (field.name for field in fields(self)):
             value = getattr(self, name)
-            if not abs(value) <= LARGEST:  # nan is not, either
-                raise CrfError(
-                    f"{name}={value!r} is not a number up to {LARGEST}: give a smaller one"
-                )
+            if not abs(value) <= MAX_PARAMETER:  # nan is not, either
+                raise CrfError(f"{name}={value!r} is not a number up to {MAX_PARAMETER}: give a smaller one")
         for name in ("w1", "w2"):
             if (value := getattr(self, name)) < 0:
                 raise CrfError(f"{name}={value!r} is negative: use 0 to leave the kernel out")
@@ -54,13 +52,10 @@ class CrfParams:
             if (value := getattr(self, name)) <= 0:
                 kernel = "w2" if name == "theta_gamma" else "w1"
                 raise CrfError(
-                    f"{name}={value!r} is no width: use more than 0 (and {kernel}=0 to leave the "
-                    "kernel out)"
+                    f"{name}={value!r} is no width: use more than 0 (and {kernel}=0 to leave the kernel out)"
                 )
-        if self.n_iter != int(self.n_iter) or not 1 <= self.n_iter <= MOST_ITERATIONS:
-            raise CrfError(
-                f"n_iter={self.n_iter!r}: use a whole number, 1 to {MOST_ITERATIONS}; 5 is usual"
-            )
+        if self.n_iter != int(self.n_iter) or not 1 <= self.n_iter <= MAX_ITERATIONS:
+            raise CrfError(f"n_iter={self.n_iter!r}: use a whole number, 1 to {MAX_ITERATIONS}; 5 is usual")
 
     @property
     def halo_px(self) -> int:

@@ -285,15 +285,11 @@ def collect(slot_values: Floats, order: Longs, starts: Ints, values: Floats) -> 
     """Add up each vertex's slots."""
     count = len(starts) - 1
     for chunk in prange((count + CHUNK - 1) // CHUNK):
-        collect_part(
-            slot_values, order, starts, values, chunk * CHUNK, min((chunk + 1) * CHUNK, count)
-        )
+        collect_part(slot_values, order, starts, values, chunk * CHUNK, min((chunk + 1) * CHUNK, count))
 
 
 @njit(cache=True)
-def collect_part(
-    slot_values: Floats, order: Longs, starts: Ints, values: Floats, start: int, stop: int
-) -> None:
+def collect_part(slot_values: Floats, order: Longs, starts: Ints, values: Floats, start: int, stop: int) -> None:
     """Add up the slots of vertices ``start`` to ``stop``."""
     channels = slot_values.shape[1]
     for vertex in range(start, stop):
@@ -339,9 +335,7 @@ def splat_ones(weights: Floats, slots: Slots, starts: Longs, shape: tuple[int, i
 
 
 @njit(parallel=True, cache=True)
-def slice_ones(
-    values: Floats, vertex_of: Ints, weights: Floats, slots: Slots, starts: Longs, out: Floats
-) -> None:
+def slice_ones(values: Floats, vertex_of: Ints, weights: Floats, slots: Slots, starts: Longs, out: Floats) -> None:
     """Slice one channel into ``out``, (H, W) float32."""
     height, width = out.shape
     across = (width + BLOCK_PX - 1) // BLOCK_PX

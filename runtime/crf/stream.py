@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from histostream.runtime.crf import dense_crf
 from histostream.runtime.crf.options import CrfOptions
-from histostream.wsi.grid import Strip, Tile, TileGrid
-from histostream.wsi.sink import OUTSIDE, Segmented
-from histostream.wsi.strips import WHITE
+from histostream.wsi.outputs.label_rows import NOT_ANALYSED, LabelRows
+from histostream.wsi.tiling.grid import Strip, Tile, TileGrid
+from histostream.wsi.tiling.strips import WHITE
 
 
 class CrfStage:
@@ -63,7 +63,7 @@ class CrfStage:
         width, top = grid.x1 - grid.x0, max(start - options.halo_px, 0)
         self._image = _Rows(width, (channels,), WHITE, top)
         self._scores = _Rows(width, (classes,), 0, top)
-        self._labels = _Rows(width, (), OUTSIDE, top)
+        self._labels = _Rows(width, (), NOT_ANALYSED, top)
         self._done = start  # slide row up to which labels are refined
         self.cells = self.skipped = 0
 
@@ -78,7 +78,7 @@ class CrfStage:
                 pixels = strip.pixels[top - strip.y : bottom - strip.y]
                 self._image.put(top, left - grid.x0, pixels[:, left - strip.x : right - strip.x])
 
-    def take(self, parts: Iterable[Segmented]) -> Iterator[Segmented]:
+    def take(self, parts: Iterable[LabelRows]) -> Iterator[LabelRows]:
         """Take finished rows; yields refined rows."""
         for part in parts:
             assert part.probabilities is not None
@@ -90,7 +90,7 @@ class CrfStage:
         """Return what ``run.json`` says of it."""
         return {"cells": self.cells, "cells_skipped": self.skipped}
 
-    def _refined(self, bottom: int) -> Iterator[Segmented]:
+    def _refined(self, bottom: int) -> Iterator[LabelRows]:
         """Refine each row of cells whose halo ends above ``bottom``."""
         options, height = self._options, self._grid.height
         while self._done < height:
@@ -102,7 +102,7 @@ class CrfStage:
             for rows in (self._image, self._scores, self._labels):
                 rows.forget(end - options.halo_px)
 
-    def _row_of_cells(self, top: int, end: int) -> Segmented:
+    def _row_of_cells(self, top: int, end: int) -> LabelRows:
         (x0, x1), left = self._own, self._grid.x0
         labels = self._labels.get(top, end, x0 - left, x1 - left).copy()
         cell_px = self._options.cell_px
@@ -112,12 +112,12 @@ class CrfStage:
         scores = None
         if self._probabilities:
             scores = self._scores.get(top, end, x0 - left, x1 - left).copy()
-        return Segmented(x0, top, labels, scores)
+        return LabelRows(x0, top, labels, scores)
 
     def _refine(self, labels: NDArray[np.uint8], top: int, end: int, a: int, b: int) -> None:
         """Refine one cell, rows ``top:end`` and columns ``a:b``, in place."""
         options, grid = self._options, self._grid
-        free = labels != OUTSIDE
+        free = labels != NOT_ANALYSED
         if options.uncertain is not None:
             scores = self._scores.get(top, end, a - grid.x0, b - grid.x0)
             free &= _margin(scores) < round(255 * options.uncertain)
@@ -129,10 +129,8 @@ class CrfStage:
         y0, y1 = max(top - halo, 0), min(end + halo, grid.height)
         x0, x1 = max(a - halo, 0), min(b + halo, grid.width)
         place = (y0, y1, x0 - grid.x0, x1 - grid.x0)
-        p = to_probabilities(self._scores.get(*place), self._labels.get(*place) == OUTSIDE)
-        q = dense_crf(
-            self._image.get(*place), p, options.params, origin=(y0, x0), backend=options.backend
-        )
+        p = to_probabilities(self._scores.get(*place), self._labels.get(*place) == NOT_ANALYSED)
+        q = dense_crf(self._image.get(*place), p, options.params, origin=(y0, x0), backend=options.backend)
         core = q[:, top - y0 : end - y0, a - x0 : b - x0].argmax(axis=0)
         labels[free] = core[free]
 

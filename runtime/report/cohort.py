@@ -12,21 +12,19 @@ from typing import Any
 
 from histostream.runtime.report import REPORT
 from histostream.runtime.report.distribution import FLOOR, Distribution, distribution
+from histostream.runtime.report.json_view import JsonView, duration, figure
 from histostream.runtime.report.page import render
 from histostream.runtime.report.picture import THUMBNAIL_PX, Picture, read_picture
-from histostream.runtime.report.said import Said, duration, figure
 from histostream.runtime.report.slide import MM2, Share, shares_of
 
-# Statuses of `histostream.runtime.cohort`: what a reader has to see to comes first.
-WORST_FIRST = (
-    "failed", "damaged", "stopped", "elsewhere", "not begun", "done", "unchanged",
-)  # fmt: skip
+# Statuses of `histostream.runtime.cohort.worker`: what a reader has to see to comes first.
+WORST_FIRST = ("failed", "damaged", "stopped", "elsewhere", "not begun", "done", "unchanged")
 WELL = ("done", "unchanged")
-MOST_PICTURES = 200  # 10 kB each
+MAX_PICTURES = 200  # 10 kB each
 READERS = 2  # threads; an overview takes 60 ms and 12 MB
-MOST_TROUBLES = 100  # that are listed at the top; all are in the table
-MOST_CLASSES = 8  # that have columns and plots of their own
-MOST_SHARES = 16  # that a bar in the table shows
+MAX_TROUBLES = 100  # that are listed at the top; all are in the table
+MAX_CLASSES = 8  # that have columns and plots of their own
+MAX_SHARES = 16  # that a bar in the table shows
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +70,7 @@ class CohortSlide:
     def bar(self) -> str:
         """Shares of the classes from left to right, as a background in CSS."""
         stops, at = [], 0.0
-        for entry in self.classes[:MOST_SHARES]:
+        for entry in self.classes[:MAX_SHARES]:
             at += 100 * min(1.0, max(0.0, entry.share or 0.0))
             stops.append(f"{entry.color} 0 {at:.1f}%")
         return f"linear-gradient(90deg,{','.join([*stops, 'transparent 0'])})"
@@ -103,14 +101,21 @@ def cohort_slide(
     summary: Mapping[str, Any] | None,
 ) -> CohortSlide:
     """Return a slide of what its run.json and summary.json say, where there are any."""
-    ran, found = Said(run), Said(summary)
+    ran, found = JsonView(run), JsonView(summary)
     width, height = (int(found.number(f"{side}_px") or 0) for side in ("width", "height"))
     return CohortSlide(
-        name, source, status, " ".join(reason.split()), tuple(shares_of(found)),
-        found.number("analysed_mm2"), ran.number("mpx"), ran.number("seconds", "total"),
-        ran.number("mpx_per_s"), len(ran.at("damaged")),
+        name,
+        source,
+        status,
+        " ".join(reason.split()),
+        tuple(shares_of(found)),
+        found.number("analysed_mm2"),
+        ran.number("mpx"),
+        ran.number("seconds", "total"),
+        ran.number("mpx_per_s"),
+        len(ran.at("damaged")),
         (width, height) if ran and width > 0 and height > 0 else (0, 0),
-    )  # fmt: skip
+    )
 
 
 class CohortReport:
@@ -140,7 +145,7 @@ class CohortReport:
         ordered = sorted(slides, key=lambda slide: _rank(slide.status))
         results = [slide for slide in ordered if slide.has_result]
         classes = _classes(results)
-        shown = results[:MOST_PICTURES]
+        shown = results[:MAX_PICTURES]
         self._read_pictures(shown)
         self._find_reports(results)
         speeds = [1 / s.mpx_per_s for s in results if s.mpx_per_s and s.mpx_per_s > 0]
@@ -151,15 +156,15 @@ class CohortReport:
             name=self._folder.resolve().name or str(self._folder),
             headline_figures=_headlines(ordered, results),
             counts=_counts(ordered),
-            listed={slide.name for slide in troubles[:MOST_TROUBLES]},
+            listed={slide.name for slide in troubles[:MAX_TROUBLES]},
             well=WELL,
             with_report=self._with_report,
             damaged=any(slide.damaged for slide in slides),
             floor=FLOOR,
-            troubles=troubles[:MOST_TROUBLES],
-            troubles_left=max(0, len(troubles) - MOST_TROUBLES),
-            classes=classes[:MOST_CLASSES],
-            classes_left=max(0, len(classes) - MOST_CLASSES),
+            troubles=troubles[:MAX_TROUBLES],
+            troubles_left=max(0, len(troubles) - MAX_TROUBLES),
+            classes=classes[:MAX_CLASSES],
+            classes_left=max(0, len(classes) - MAX_CLASSES),
             speeds=distribution(speeds) if speeds else None,
             speed_median=median(speeds) if speeds else None,
             pictures=[(slide, self._pictures.get(slide.name)) for slide in shown],
@@ -175,8 +180,7 @@ class CohortReport:
         self._with_report |= {
             slide.name
             for slide in slides
-            if slide.name not in self._with_report
-            and (self._folder / slide.name / REPORT).is_file()
+            if slide.name not in self._with_report and (self._folder / slide.name / REPORT).is_file()
         }
 
     def _read_pictures(self, slides: Sequence[CohortSlide]) -> None:
@@ -201,9 +205,7 @@ def _counts(slides: Iterable[CohortSlide]) -> list[tuple[str, int]]:
     return sorted(counts.items(), key=lambda entry: _rank(entry[0]))
 
 
-def _headlines(
-    slides: Sequence[CohortSlide], results: Sequence[CohortSlide]
-) -> list[tuple[str, str, str]]:
+def _headlines(slides: Sequence[CohortSlide], results: Sequence[CohortSlide]) -> list[tuple[str, str, str]]:
     failed = sum(slide.status == "failed" for slide in slides)
     mpx, seconds = (sum(getattr(s, n) or 0.0 for s in results) for n in ("mpx", "seconds"))
     speeds = [s.mpx_per_s for s in results if s.mpx_per_s]
@@ -212,9 +214,8 @@ def _headlines(
         ("Slides", figure(len(slides)), f"{figure(len(results))} with results"),
         ("Failed", figure(failed), "reasons are below" if failed else "none"),
         ("Analysed", f"{figure(area)} {MM2}", f"{figure(mpx)} Mpx"),
-        ("Time on slides", duration(seconds),
-         f"{figure(median(speeds))} Mpx/s in the median" if speeds else ""),
-    ]  # fmt: skip
+        ("Time on slides", duration(seconds), f"{figure(median(speeds))} Mpx/s in the median" if speeds else ""),
+    ]
 
 
 def _classes(slides: Sequence[CohortSlide]) -> list[ClassOverSlides]:
@@ -226,9 +227,14 @@ def _classes(slides: Sequence[CohortSlide]) -> list[ClassOverSlides]:
         every = [c for slide in slides for c in slide.classes if c.name == name]
         shares = [c.share for c in every if c.share is not None]
         area = sum(c.area_mm2 or 0.0 for c in every)
-        found.append(ClassOverSlides(
-            name, entry.color, area, area / analysed if analysed > 0 else None,
-            median(shares) if shares else None,
-            distribution(shares, most=1.0) if shares else None,
-        ))  # fmt: skip
+        found.append(
+            ClassOverSlides(
+                name,
+                entry.color,
+                area,
+                area / analysed if analysed > 0 else None,
+                median(shares) if shares else None,
+                distribution(shares, most=1.0) if shares else None,
+            )
+        )
     return found

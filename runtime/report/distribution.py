@@ -55,9 +55,7 @@ def distribution(values: Sequence[float], most: float = math.inf) -> Distributio
         for i, count in enumerate(counts)
         if count
     )
-    ticks = "".join(
-        f"M{x} {HEIGHT - RUG}v{RUG}" for x in sorted({round(WIDTH * p) for p in places})
-    )
+    ticks = "".join(f"M{x} {HEIGHT - RUG}v{RUG}" for x in sorted({round(WIDTH * p) for p in places}))
     return Distribution(bars, ticks, WIDTH * min(max(median(values) / end, 0.0), 1.0), end)
 
 

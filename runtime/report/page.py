@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from histostream.runtime.report.said import duration, figure, percent, size
+from histostream.runtime.report.json_view import duration, figure, percent, size
 from histostream.wsi.errors import printable
 
 if TYPE_CHECKING:

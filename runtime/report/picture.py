@@ -9,10 +9,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from histostream.wsi.sinks.overview import LEGEND_PX, OVERVIEW_PX, overview_size
+from histostream.wsi.outputs.sinks.overview import LEGEND_PX, OVERVIEW_PX, overview_size
 
 PICTURE_PX = 1400  # longer side in a slide's report: sharp on a page, at twice its pixels on paper
-LARGEST_BYTES = 1_000_000  # of a picture; base64 makes a third more of it
+MAX_BYTES = 1_000_000  # of a picture; base64 makes a third more of it
 QUALITIES = (88, 80, 70, 55, 35)  # of JPEG, until it is no larger
 THUMBNAIL_PX = 220
 THUMBNAIL_QUALITY = 72
@@ -67,7 +67,7 @@ def read_picture(path: Path, width: int, height: int, longest_px: int) -> Pictur
     encoded = b""
     for quality in qualities:
         encoded = _jpeg(picture, quality)
-        if len(encoded) <= LARGEST_BYTES:
+        if len(encoded) <= MAX_BYTES:
             break
     uri = "data:image/jpeg;base64," + base64.b64encode(encoded).decode()
     return Picture(uri, *picture.size)

@@ -11,13 +11,13 @@ from typing import Any
 from histostream.runtime.choices import PRECISIONS
 from histostream.runtime.options import Options
 from histostream.runtime.record import bound_by, plain
+from histostream.runtime.report.json_view import JsonView, duration, figure, percent, size
 from histostream.runtime.report.page import render
 from histostream.runtime.report.picture import PICTURE_PX, Picture, read_picture
-from histostream.runtime.report.said import Said, duration, figure, percent, size
-from histostream.wsi.sinks.overview import BACKGROUND, scale_bar
+from histostream.wsi.outputs.sinks.overview import BACKGROUND, scale_bar
 
-MOST_BOXES = 40  # damaged places that are listed
-MOST_OUTLINED = 4000  # of them, in the picture
+MAX_BOXES = 40  # damaged places that are listed
+MAX_OUTLINED = 4000  # of them, in the picture
 UPSAMPLED = 0.98  # stored pixels for one of the result, along a side: fewer were made up
 STAGES = {
     "prepare": ("Prepare", "open the slide, find its tissue"),
@@ -30,10 +30,15 @@ STAGES = {
     "finish": ("Finish", "complete the files"),
 }
 BOUNDS = {
-    "prepare": "opening the slide", "read": "reading the slide", "copy": "copying to the device",
-    "infer": "the network", "blend": "joining tiles", "crf": "the CRF", "write": "writing",
+    "prepare": "opening the slide",
+    "read": "reading the slide",
+    "copy": "copying to the device",
+    "infer": "the network",
+    "blend": "joining tiles",
+    "crf": "the CRF",
+    "write": "writing",
     "finish": "completing the files",
-}  # fmt: skip
+}
 FILES = {
     "labels.tif": "class of each pixel, a pyramid: QuPath, OpenSlide, tifffile",
     "overview.png": "the slide with its classes painted over it",
@@ -158,7 +163,7 @@ def slide_report(run: Mapping[str, Any], summary: Mapping[str, Any], overview: P
         ``overview.png``; the page does without if there is none.
     """
     # As it will be read back, so that a report that is made again is the same.
-    said, found = (Said(json.loads(json.dumps(plain(dict(part))))) for part in (run, summary))
+    said, found = (JsonView(json.loads(json.dumps(plain(dict(part))))) for part in (run, summary))
     width, height = (int(found.number(f"{side}_px") or 0) for side in ("width", "height"))
     picture = read_picture(overview, width, height, PICTURE_PX)
     return render(
@@ -193,28 +198,25 @@ def slide_report(run: Mapping[str, Any], summary: Mapping[str, Any], overview: P
     )
 
 
-def shares_of(summary: Said) -> list[Share]:
+def shares_of(summary: JsonView) -> list[Share]:
     """Return the classes of a summary.json, in the order of their labels."""
     return [
-        Share(
-            entry.text("name"), _css(entry.at("color")), entry.number("area_mm2"),
-            entry.number("share"),
-        )
+        Share(entry.text("name"), _css(entry.at("color")), entry.number("area_mm2"), entry.number("share"))
         for entry in summary.at("classes")
-    ]  # fmt: skip
+    ]
 
 
-def _css(color: Said) -> str:
+def _css(color: JsonView) -> str:
     values = [min(255, max(0, round(v.number() or 0))) for v in color]
     return f"rgb({values[0]} {values[1]} {values[2]})" if len(values) == 3 else "gray"
 
 
-def _name(run: Said, summary: Said) -> str:
+def _name(run: JsonView, summary: JsonView) -> str:
     source = run.text("slide", "source") or run.text("slide", "path")
     return summary.text("slide") or source.replace("\\", "/").rpartition("/")[2] or "a slide"
 
 
-def _subtitle(run: Said, summary: Said) -> list[str]:
+def _subtitle(run: JsonView, summary: JsonView) -> list[str]:
     model, mpp = run.text("model", "method"), summary.number("mpp")
     parts = [", ".join(c.name for c in shares_of(summary) if c.name != BACKGROUND)]
     if mpp is not None:
@@ -224,28 +226,34 @@ def _subtitle(run: Said, summary: Said) -> list[str]:
     return [part for part in parts if part]
 
 
-def _headlines(run: Said, summary: Said) -> list[tuple[str, str, str]]:
+def _headlines(run: JsonView, summary: JsonView) -> list[tuple[str, str, str]]:
     """(name, value, what it is of) of the figures at the top."""
     total, rate = run.number("seconds", "total"), run.number("mpx_per_s")
     peak, bound = run.number("peak_memory_mib"), run.number("options", "max_memory_mib")
     whole = summary.number("slide_mm2")
     painted = [c for c in shares_of(summary) if c.name != BACKGROUND and c.share is not None]
-    found = [(
-        "Analysed", f"{figure(summary.number('analysed_mm2'))} {MM2}",
-        f"of {figure(whole)} {MM2} of slide" if whole else "",
-    )]  # fmt: skip
+    found = [
+        (
+            "Analysed",
+            f"{figure(summary.number('analysed_mm2'))} {MM2}",
+            f"of {figure(whole)} {MM2} of slide" if whole else "",
+        )
+    ]
     if painted:
         most = max(painted, key=lambda c: c.share or 0)
         found.append((most.name, percent(most.share), f"{figure(most.area_mm2)} {MM2}"))
     found.append(("Time", duration(total), f"{figure(rate)} Mpx/s" if rate is not None else ""))
-    found.append((
-        "Peak memory", f"{figure(round(peak))} MiB" if peak is not None else figure(None),
-        f"of {figure(bound)} MiB allowed" if bound else "no bound was asked for",
-    ))  # fmt: skip
+    found.append(
+        (
+            "Peak memory",
+            f"{figure(round(peak))} MiB" if peak is not None else figure(None),
+            f"of {figure(bound)} MiB allowed" if bound else "no bound was asked for",
+        )
+    )
     return found
 
 
-def _warnings(run: Said, summary: Said) -> list[Warned]:
+def _warnings(run: JsonView, summary: JsonView) -> list[Warned]:
     found = []
     damaged, runs = len(run.at("damaged")), run.number("resumed", "runs")
     scale, own = run.number("slide", "scale"), run.number("slide", "mpp")
@@ -253,32 +261,38 @@ def _warnings(run: Said, summary: Said) -> list[Warned]:
     if damaged:
         places = f"{damaged} blocks" if damaged > 1 else "1 block"
         background = any(c.name == BACKGROUND for c in shares_of(summary))
-        found.append(Warned(
-            f"{places} of the slide could not be decoded: "
-            f"{'background in the labels' if background else 'not analysed'}."
-        ))  # fmt: skip
+        found.append(
+            Warned(
+                f"{places} of the slide could not be decoded: "
+                f"{'background in the labels' if background else 'not analysed'}."
+            )
+        )
     if summary.number("analysed_mm2") == 0:
-        found.append(Warned(
-            "No tissue was found, and nothing was analysed. --no-tissue analyses all of the slide."
-        ))  # fmt: skip
+        found.append(Warned("No tissue was found, and nothing was analysed. --no-tissue analyses all of the slide."))
     if scale is not None and 0 < scale < UPSAMPLED:
         at = f" of {figure(mpp / scale)} {UM}" if mpp else ""
-        found.append(Warned(
-            f"The slide is coarser than the model: its pixels{at} were enlarged "
-            f"{figure(1 / scale)} times, and what is lost cannot be found."
-        ))  # fmt: skip
+        found.append(
+            Warned(
+                f"The slide is coarser than the model: its pixels{at} were enlarged "
+                f"{figure(1 / scale)} times, and what is lost cannot be found."
+            )
+        )
     if given is not None:
         says = f"the file says {figure(own)}" if own is not None else "the file says none"
-        found.append(Warned(
-            f"The resolution, {figure(given)} {UM} per pixel, was given by hand ({says}). Areas "
-            "are right if it is."
-        ))  # fmt: skip
+        found.append(
+            Warned(
+                f"The resolution, {figure(given)} {UM} per pixel, was given by hand ({says}). Areas are right if it is."
+            )
+        )
     if runs is not None and runs > 1:
         before = run.number("resumed", "mpx_before")
-        found.append(Warned(
-            f"The run was broken off and went on {_times(runs - 1)}; the labels are those of an "
-            f"unbroken run. {figure(before)} Mpx were done before, and are not in the times."
-        , mild=True))  # fmt: skip
+        found.append(
+            Warned(
+                f"The run was broken off and went on {_times(runs - 1)}; the labels are those of an "
+                f"unbroken run. {figure(before)} Mpx were done before, and are not in the times.",
+                mild=True,
+            )
+        )
     if run.text("options", "roi"):
         found.append(Warned("Only the region of interest was analysed.", mild=True))
     return found
@@ -288,7 +302,7 @@ def _times(count: float) -> str:
     return "once" if count == 1 else f"{figure(count)} times"
 
 
-def _scale_bar(picture: Picture | None, summary: Said) -> ScaleBar | None:
+def _scale_bar(picture: Picture | None, summary: JsonView) -> ScaleBar | None:
     mpp, width = summary.number("mpp"), summary.number("width_px")
     if picture is None or not mpp or not width or mpp < 0:
         return None
@@ -296,13 +310,13 @@ def _scale_bar(picture: Picture | None, summary: Said) -> ScaleBar | None:
     return ScaleBar(length_px / picture.width, text.replace("um", UM))
 
 
-def _full_mpp(run: Said) -> float | None:
+def _full_mpp(run: JsonView) -> float | None:
     """Resolution of the slide's level 0."""
     mpp = run.number("options", "mpp") or run.number("slide", "mpp")
     return mpp if mpp is not None and mpp > 0 else None
 
 
-def _damaged(run: Said, summary: Said) -> Damaged | None:
+def _damaged(run: JsonView, summary: JsonView) -> Damaged | None:
     sides = ("level", "x", "y", "width", "height")
     every = [[box.number(side) for side in sides] for box in run.at("damaged")]
     boxes = [tuple(v for v in box if v is not None) for box in every]
@@ -316,23 +330,21 @@ def _damaged(run: Said, summary: Said) -> Damaged | None:
     if mpp is not None:
         scale = (summary.number("mpp") or 0) / mpp
         shape = [(summary.number(f"{side}_px") or 0) * scale for side in ("width", "height")]
-    outline = "".join(
-        f"M{x:.0f} {y:.0f}h{w:.0f}v{h:.0f}h{-w:.0f}z" for _, x, y, w, h in boxes[:MOST_OUTLINED]
-    )
-    return Damaged(boxes[:MOST_BOXES], outline, len(boxes), area, share, *shape)
+    outline = "".join(f"M{x:.0f} {y:.0f}h{w:.0f}v{h:.0f}h{-w:.0f}z" for _, x, y, w, h in boxes[:MAX_OUTLINED])
+    return Damaged(boxes[:MAX_BOXES], outline, len(boxes), area, share, *shape)
 
 
-def _seconds(run: Said) -> dict[str, float]:
+def _seconds(run: JsonView) -> dict[str, float]:
     found = {name: run.number("seconds", name) for name in STAGES}
     return {name: value for name, value in found.items() if value is not None and value >= 0}
 
 
-def _bound(run: Said) -> str:
+def _bound(run: JsonView) -> str:
     seconds = _seconds(run)
     return run.text("bound_by") or (bound_by(seconds) if seconds else "")
 
 
-def _stages(run: Said) -> list[Stage]:
+def _stages(run: JsonView) -> list[Stage]:
     seconds, bound = _seconds(run), _bound(run)
     if not seconds:
         return []
@@ -349,7 +361,7 @@ def _stages(run: Said) -> list[Stage]:
     return found
 
 
-def _time(run: Said) -> list[Fact]:
+def _time(run: JsonView) -> list[Fact]:
     wait = run.number("seconds", "wait")
     found = [
         ("In all", duration(run.number("seconds", "total"))),
@@ -361,13 +373,13 @@ def _time(run: Said) -> list[Fact]:
     return [Fact(*fact) for fact in found]
 
 
-def _memory(run: Said) -> tuple[float, float] | None:
+def _memory(run: JsonView) -> tuple[float, float] | None:
     """Return (peak, bound) in MiB where both are known."""
     peak, bound = run.number("peak_memory_mib"), run.number("options", "max_memory_mib")
     return (peak, bound) if peak and bound and peak > 0 and bound > 0 else None
 
 
-def _run_facts(run: Said) -> list[Fact]:
+def _run_facts(run: JsonView) -> list[Fact]:
     tiles, done = run.number("grid", "tiles"), run.number("grid", "tiles_inferred")
     found = []
     if tiles is not None and done is not None:
@@ -396,7 +408,7 @@ def _run_facts(run: Said) -> list[Fact]:
     return [fact for fact in found if fact.value]
 
 
-def _crf_facts(run: Said) -> list[Fact]:
+def _crf_facts(run: JsonView) -> list[Fact]:
     crf = run.at("options", "crf")
     if not crf:
         return []
@@ -411,7 +423,7 @@ def _crf_facts(run: Said) -> list[Fact]:
     return found
 
 
-def _options(run: Said) -> list[Fact]:
+def _options(run: JsonView) -> list[Fact]:
     """Options that are not as they are by default."""
     usual = json.loads(json.dumps(plain(asdict(Options())))) | {"crf": None}
     found = [
@@ -426,7 +438,7 @@ def _options(run: Said) -> list[Fact]:
     return found
 
 
-def _model_facts(run: Said) -> list[Fact]:
+def _model_facts(run: JsonView) -> list[Fact]:
     card = run.at("model", "card")
     found = [("Method", run.text("model", "method"))]
     if classes := [c.shown() for c in card.at("classes")]:
@@ -447,25 +459,30 @@ def _model_facts(run: Said) -> list[Fact]:
     return [Fact(*fact) for fact in found if fact[1]]
 
 
-def _used_file(run: Said) -> str:
+def _used_file(run: JsonView) -> str:
     """Return which graph was run; the engine's name ends with its precision."""
     precision = run.text("model", "engine").rpartition(" ")[2]
     return PRECISIONS.get("fp32" if precision == "bf16" else precision, "")
 
 
-def _parity(run: Said) -> list[Parity]:
+def _parity(run: JsonView) -> list[Parity]:
     used = _used_file(run)
     return [
         Parity(
-            file, file == used, entry.text("engine"), entry.at("tiles").shown(),
-            entry.number("label_agreement"), entry.number("max_difference"),
-            entry.number("mean_difference"), entry.number("dice_change"),
+            file,
+            file == used,
+            entry.text("engine"),
+            entry.at("tiles").shown(),
+            entry.number("label_agreement"),
+            entry.number("max_difference"),
+            entry.number("mean_difference"),
+            entry.number("dice_change"),
         )
         for file, entry in run.items("model", "card", "parity")
-    ]  # fmt: skip
+    ]
 
 
-def _slide_facts(run: Said) -> list[Fact]:
+def _slide_facts(run: JsonView) -> list[Fact]:
     slide = run.at("slide")
     width, height = slide.number("width"), slide.number("height")
     mpp, own = slide.number("result_mpp"), slide.number("mpp")
@@ -488,7 +505,7 @@ def _slide_facts(run: Said) -> list[Fact]:
     return [fact for fact in found if fact.value]
 
 
-def _hashes(run: Said) -> list[Fact]:
+def _hashes(run: JsonView) -> list[Fact]:
     used = _used_file(run)
     found = [Fact("slide", run.text("slide", "sha256"), code=True)]
     for file, value in run.items("model", "sha256"):
@@ -500,7 +517,7 @@ def _hashes(run: Said) -> list[Fact]:
     return [fact for fact in found if fact.value]
 
 
-def _outputs(run: Said) -> list[str]:
+def _outputs(run: JsonView) -> list[str]:
     """Return the files beside the report; what is not a plain name is no file of ours."""
     names = [entry.text() for entry in run.at("outputs")]
     return sorted({name for name in (*names, "run.json") if name in FILES})

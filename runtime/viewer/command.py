@@ -18,18 +18,19 @@ COMMAND = "histo-infer view"
 
 
 @click.command(context_settings={"show_default": True})
-@click.argument(
-    "folders", metavar="OUT...", nargs=-1, required=True, type=click.Path(path_type=Path)
-)
+@click.argument("folders", metavar="OUT...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
-    "--port", type=click.IntRange(1, 65535),
+    "--port",
+    type=click.IntRange(1, 65535),
     help=f"Port on 127.0.0.1; default: {DEFAULT_PORT}, or a free one.",
-)  # fmt: skip
+)
 @click.option("--browser/--no-browser", default=True, help="Open the page, or only say where.")
 @click.option(
-    "--slides", type=click.Path(path_type=Path), metavar="DIR",
+    "--slides",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
     help="Where slides are that are no longer where they were.",
-)  # fmt: skip
+)
 def view(folders: tuple[Path, ...], port: int | None, browser: bool, slides: Path | None) -> None:
     """Look at results in a browser, also while they are being written.
 
@@ -57,9 +58,7 @@ def view(folders: tuple[Path, ...], port: int | None, browser: bool, slides: Pat
 
 def _has_screen() -> bool:
     """Whether a browser may open a window; one in the terminal would not run the page."""
-    return not sys.platform.startswith("linux") or bool(
-        os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    )
+    return not sys.platform.startswith("linux") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
 def _listening(viewer: Viewer, port: int | None) -> ViewServer:

@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histostream.runtime.result import ResultError
-from histostream.wsi.journal import JOURNAL, Record, watched_strips
-from histostream.wsi.pyramid import level_sizes
-from histostream.wsi.raster import Raster
-from histostream.wsi.sink import OUTSIDE, Segmented, SlideInfo
-from histostream.wsi.sinks.summary import Summary
+from histostream.wsi.outputs.journal import JOURNAL, Record, watched_strips
+from histostream.wsi.outputs.label_rows import NOT_ANALYSED, LabelRows, SlideInfo
+from histostream.wsi.outputs.pyramid import level_sizes
+from histostream.wsi.outputs.raster import Raster
+from histostream.wsi.outputs.sinks.summary import Summary
 
 TILE_PX = 512
 KEPT_PX = 32 << 20  # pixels of the finest level of a journal that is kept in memory
@@ -53,9 +53,7 @@ class LabelMap(Protocol):
         """Return ``round(255 p)`` of each class at a pixel; None where none were written."""
 
 
-def tile_box(
-    sizes: Sequence[tuple[int, int]], level: int, column: int, row: int
-) -> tuple[int, int, int, int]:
+def tile_box(sizes: Sequence[tuple[int, int]], level: int, column: int, row: int) -> tuple[int, int, int, int]:
     """Return x0, y0, x1, y1 of a tile in pixels of its level.
 
     Raises
@@ -89,9 +87,7 @@ class FinishedLabels:
         If a file is not what it should be.
     """
 
-    def __init__(
-        self, labels: Path, scores: Path | None, width: int, height: int, classes: int
-    ) -> None:
+    def __init__(self, labels: Path, scores: Path | None, width: int, height: int, classes: int) -> None:
         self.sizes = level_sizes(width, height)
         self._labels = self._checked(labels, ())
         self._scores = None if scores is None else self._checked(scores, (classes,))
@@ -109,10 +105,7 @@ class FinishedLabels:
         found = Raster(path)
         wanted = tuple((height, width) for width, height in self.sizes)
         if found.levels != wanted or found.shape[2:] != samples:
-            raise ResultError(
-                f"{path.parent.name}: {path.name} is damaged, or of another run; "
-                "run the slide again"
-            )
+            raise ResultError(f"{path.parent.name}: {path.name} is damaged, or of another run; run the slide again")
         return found
 
 
@@ -129,7 +122,7 @@ class _Strip:
 
 
 class UnfinishedLabels:
-    """The strips that a run has finished, as a label map; what is missing is `OUTSIDE`.
+    """The strips that a run has finished, as a label map; what is missing is `NOT_ANALYSED`.
 
     Coarse levels are kept in memory, `KEPT_PX` pixels at most; finer ones are read from the
     journal, of which the last used strips are kept decoded.
@@ -160,8 +153,8 @@ class UnfinishedLabels:
         self._ends = [0] * len(bands)
         self._strips: list[list[_Strip]] = [[] for _ in bands]
         self._kept_from = next(k for k, (w, h) in enumerate(self.sizes) if w * h <= KEPT_PX)
-        self._kept = [np.full((h, w), OUTSIDE, np.uint8) for w, h in self.sizes[self._kept_from :]]
-        self._decoded: OrderedDict[_Strip, Segmented] = OrderedDict()
+        self._kept = [np.full((h, w), NOT_ANALYSED, np.uint8) for w, h in self.sizes[self._kept_from :]]
+        self._decoded: OrderedDict[_Strip, LabelRows] = OrderedDict()
         self._lock = threading.Lock()
 
     def refresh(self) -> None:
@@ -178,9 +171,8 @@ class UnfinishedLabels:
             for number, (x0, x1) in enumerate(self._bands):
                 path, height = self._paths[number], self.sizes[0][1]
                 found = watched_strips(
-                    path, x0, x1, height, offset=self._ends[number], y=self.rows[number],
-                    scores=False,
-                )  # fmt: skip
+                    path, x0, x1, height, offset=self._ends[number], y=self.rows[number], scores=False
+                )
                 for record, end in found:
                     self._take(number, record, end)
 
@@ -190,7 +182,7 @@ class UnfinishedLabels:
         with self._lock:
             if level >= self._kept_from:
                 return self._kept[level - self._kept_from][y0:y1, x0:x1].copy()
-            out = np.full((y1 - y0, x1 - x0), OUTSIDE, np.uint8)
+            out = np.full((y1 - y0, x1 - x0), NOT_ANALYSED, np.uint8)
             for strips in self._strips:
                 for strip in strips:
                     if strip.x0 < x1 << level and strip.x1 > x0 << level:
@@ -215,10 +207,7 @@ class UnfinishedLabels:
             self.summary.write(part)
         except ValueError as error:
             raise ResultError(f"the journal does not fit the run: {error}") from error
-        strip = _Strip(
-            self._paths[number], self._ends[number],
-            part.x, part.x + width, part.y, part.y + height,
-        )  # fmt: skip
+        strip = _Strip(self._paths[number], self._ends[number], part.x, part.x + width, part.y, part.y + height)
         self._strips[number].append(strip)
         self._ends[number], self.rows[number] = end, strip.y1
         for k, kept in enumerate(self._kept, self._kept_from):
@@ -229,7 +218,7 @@ class UnfinishedLabels:
         if strip.y0 < (y0 + len(out)) << level and strip.y1 > y0 << level:
             _paste(self._segmented(strip), level, x0, y0, out)
 
-    def _segmented(self, strip: _Strip) -> Segmented:
+    def _segmented(self, strip: _Strip) -> LabelRows:
         """Return a strip's labels, decoded once while it is in use."""
         if strip not in self._decoded:
             self._decoded[strip] = self._read(strip, scores=False)
@@ -238,22 +227,21 @@ class UnfinishedLabels:
         self._decoded.move_to_end(strip)
         return self._decoded[strip]
 
-    def _read(self, strip: _Strip, *, scores: bool) -> Segmented:
+    def _read(self, strip: _Strip, *, scores: bool) -> LabelRows:
         found = watched_strips(
-            strip.path, strip.x0, strip.x1, self.sizes[0][1], offset=strip.offset, y=strip.y0,
-            scores=scores,
-        )  # fmt: skip
+            strip.path, strip.x0, strip.x1, self.sizes[0][1], offset=strip.offset, y=strip.y0, scores=scores
+        )
         for record, _ in found:
             return record.part
         # The run was finished, or begun anew; the page will hear of it.
-        return Segmented.outside(strip.x0, strip.y0, strip.x1 - strip.x0, strip.y1 - strip.y0)
+        return LabelRows.outside(strip.x0, strip.y0, strip.x1 - strip.x0, strip.y1 - strip.y0)
 
 
-def _bytes(parts: Iterable[Segmented]) -> int:
+def _bytes(parts: Iterable[LabelRows]) -> int:
     return sum(part.labels.nbytes for part in parts if not part.all_outside)
 
 
-def _paste(part: Segmented, level: int, x0: int, y0: int, out: Labels) -> None:
+def _paste(part: LabelRows, level: int, x0: int, y0: int, out: Labels) -> None:
     """Copy every 2^level-th pixel of a strip to where it belongs in ``out``.
 
     ``out`` begins at ``x0``, ``y0`` of the level, and shows its own height and width.

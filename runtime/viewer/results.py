@@ -14,17 +14,18 @@ from typing import Any
 from histostream.runtime.record import read_run
 from histostream.runtime.result import ResultError
 from histostream.wsi.errors import HistoError
-from histostream.wsi.journal import BEGUN, JOURNAL, Begun, Journal
-from histostream.wsi.lock import holder_of
-from histostream.wsi.place import SlidePlace
-from histostream.wsi.resolution import MAX_MPP, MIN_MPP
-from histostream.wsi.sink import LOCK_FILE, OUTSIDE, RUN_FILE, ClassInfo
-from histostream.wsi.staging import SlideVersion, is_plain
+from histostream.wsi.outputs.folder import LOCK_FILE, RUN_FILE
+from histostream.wsi.outputs.journal import BEGUN, JOURNAL, Journal, RunManifest
+from histostream.wsi.outputs.label_rows import NOT_ANALYSED, ClassInfo
+from histostream.wsi.outputs.lock import holder_of
+from histostream.wsi.slides.resolution import MAX_MPP, MIN_MPP
+from histostream.wsi.slides.slide_locator import SlidePlace
+from histostream.wsi.slides.staging import SlideVersion, is_plain
 
 DONE = "done"
 RUNNING = "running"
 BROKEN_OFF = "broken off"
-MOST_PX = 1 << 24  # side of a slide; four times that of the largest scanners
+MAX_PX = 1 << 24  # side of a slide; four times that of the largest scanners
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +200,7 @@ def seen_in_result(run: Run) -> Seen:
         raise _strange(run, RUN_FILE) from error
 
 
-def begun_in(run: Run) -> Begun:
+def begun_in(run: Run) -> RunManifest:
     """Return what an unfinished run began.
 
     Raises
@@ -219,7 +220,7 @@ def begun_in(run: Run) -> Begun:
     return begun
 
 
-def seen_in_journal(run: Run, begun: Begun) -> Seen:
+def seen_in_journal(run: Run, begun: RunManifest) -> Seen:
     """Return how the label map of an unfinished run lies on its slide.
 
     Raises
@@ -253,11 +254,11 @@ def _seen(said: Mapping[str, Any], slide: Mapping[str, Any]) -> Seen:
     width, height = int(said["width"]), int(said["height"])
     mpp, downsample = float(said["result_mpp"]), float(said["downsample"])
     classes = tuple(ClassInfo(str(c["name"]), _color(c["color"])) for c in said["classes"])
-    if not (0 < width <= MOST_PX and 0 < height <= MOST_PX):
+    if not (0 < width <= MAX_PX and 0 < height <= MAX_PX):
         raise ValueError(f"{width} x {height} px")
     if not (MIN_MPP <= mpp <= 4 * MAX_MPP and math.isfinite(downsample) and 0 < downsample < 1e4):
         raise ValueError(f"{mpp} um, downsample {downsample}")
-    if not 1 <= len(classes) <= OUTSIDE:
+    if not 1 <= len(classes) <= NOT_ANALYSED:
         raise ValueError(f"{len(classes)} classes")
     version = SlideVersion(int(slide["bytes"]), str(slide["modified"]))
     source, sha256 = str(slide.get("source", "")), str(slide.get("sha256", ""))

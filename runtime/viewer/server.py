@@ -36,12 +36,7 @@ import numpy as np
 
 from histostream.runtime.result import ResultError
 from histostream.runtime.viewer import slide as slide_tiles
-from histostream.runtime.viewer.labels import (
-    TILE_PX,
-    FinishedLabels,
-    LabelMap,
-    UnfinishedLabels,
-)
+from histostream.runtime.viewer.labels import TILE_PX, FinishedLabels, LabelMap, UnfinishedLabels
 from histostream.runtime.viewer.results import (
     DONE,
     Results,
@@ -54,7 +49,7 @@ from histostream.runtime.viewer.results import (
 )
 from histostream.runtime.viewer.slide import SlideTiles
 from histostream.wsi.errors import HistoError, SlideError
-from histostream.wsi.sink import OUTSIDE, SlideInfo
+from histostream.wsi.outputs.label_rows import NOT_ANALYSED, SlideInfo
 
 LOCAL = "127.0.0.1"
 DEFAULT_PORT = 8737
@@ -62,7 +57,7 @@ OPEN_SLIDES = 4
 OPEN_LABELS = 4
 IDLE_S = 60.0  # a connection without a request is closed
 COMPARED_PX = 1 << 27  # above that, two label maps are compared at a coarser level
-LONGEST_URL = 2000
+MAX_URL = 2000
 STATIC = {
     "viewer.css": "text/css; charset=utf-8",
     "viewer.js": "text/javascript; charset=utf-8",
@@ -204,9 +199,7 @@ class Viewer:
 
     def _entry(self, run: Run) -> dict[str, Any]:
         """Say what the list of results shows of one."""
-        said: dict[str, Any] = {
-            "key": run.key, "name": run.name, "status": run.status, "in": run.folder.parent.name
-        }  # fmt: skip
+        said: dict[str, Any] = {"key": run.key, "name": run.name, "status": run.status, "in": run.folder.parent.name}
         try:
             said["overview"] = bool(run.file("overview.png"))
         except ResultError:
@@ -224,16 +217,19 @@ class Viewer:
         """Say all that the page needs to show a run."""
         labels, seen = self._labels(run)
         said = self._entry(run) | {
-            "width": seen.width, "height": seen.height, "mpp": seen.mpp,
-            "downsample": seen.downsample, "levels": len(labels.sizes), "tile_px": TILE_PX,
-            "outside": OUTSIDE,
-        }  # fmt: skip
+            "width": seen.width,
+            "height": seen.height,
+            "mpp": seen.mpp,
+            "downsample": seen.downsample,
+            "levels": len(labels.sizes),
+            "tile_px": TILE_PX,
+            "outside": NOT_ANALYSED,
+        }
         if isinstance(labels, UnfinishedLabels):
             begun = begun_in(run)
             said["version"] = f"begun-{begun.runs}"
             said["bands"] = [
-                {"x0": x0, "x1": x1, "rows": rows}
-                for (x0, x1), rows in zip(begun.bands, labels.rows, strict=False)
+                {"x0": x0, "x1": x1, "rows": rows} for (x0, x1), rows in zip(begun.bands, labels.rows, strict=False)
             ]
             said["classes"] = _areas(labels.summary.as_dict(), seen)
             done = sum((b["x1"] - b["x0"]) * b["rows"] for b in said["bands"])
@@ -245,9 +241,12 @@ class Viewer:
         try:
             slide = self._slide(run, seen)
             said["image"] = {
-                "width": slide.width, "height": slide.height, "levels": slide.levels,
-                "tile_px": slide_tiles.TILE_PX, "overlap_px": slide_tiles.OVERLAP_PX,
-            }  # fmt: skip
+                "width": slide.width,
+                "height": slide.height,
+                "levels": slide.levels,
+                "tile_px": slide_tiles.TILE_PX,
+                "overlap_px": slide_tiles.OVERLAP_PX,
+            }
         except HistoError as error:
             said["image"], said["why"] = None, str(error)
         return said
@@ -260,9 +259,12 @@ class Viewer:
         scores = labels.scores(x, y)
         named = label < len(seen.classes)
         return {
-            "x": x, "y": y, "label": label, "name": seen.classes[label].name if named else None,
-            "scores": None if scores is None or label == OUTSIDE else [s / 255 for s in scores],
-        }  # fmt: skip
+            "x": x,
+            "y": y,
+            "label": label,
+            "name": seen.classes[label].name if named else None,
+            "scores": None if scores is None or label == NOT_ANALYSED else [s / 255 for s in scores],
+        }
 
     def _difference(self, one: Run, other: Run) -> dict[str, Any]:
         labels, seen = self._labels(one)
@@ -270,9 +272,7 @@ class Viewer:
         if isinstance(labels, UnfinishedLabels) or isinstance(others, UnfinishedLabels):
             raise ResultError("differences are counted when both runs are finished; wait for it")
         if labels.sizes != others.sizes or seen.downsample != its.downsample:
-            raise ResultError(
-                "the label maps have different pixels; compare runs at one resolution"
-            )
+            raise ResultError("the label maps have different pixels; compare runs at one resolution")
         if [c.name for c in seen.classes] != [c.name for c in its.classes]:
             raise ResultError("the runs have different classes; compare runs of the same ones")
 
@@ -286,12 +286,9 @@ class Viewer:
             for row in range(-(-height // TILE_PX)):
                 for column in range(-(-width // TILE_PX)):
                     a, b = labels.tile(level, column, row), others.tile(level, column, row)
-                    both += int(np.count_nonzero((a != OUTSIDE) & (b != OUTSIDE)))
-                    differ += int(np.count_nonzero((a != b) & (a != OUTSIDE) & (b != OUTSIDE)))
-            return {
-                "pixels": differ, "of": both, "share": differ / both if both else None,
-                "every": 1 << level,
-            }  # fmt: skip
+                    both += int(np.count_nonzero((a != NOT_ANALYSED) & (b != NOT_ANALYSED)))
+                    differ += int(np.count_nonzero((a != b) & (a != NOT_ANALYSED) & (b != NOT_ANALYSED)))
+            return {"pixels": differ, "of": both, "share": differ / both if both else None, "every": 1 << level}
 
         return self._compared.get((labels, others), count)
 
@@ -300,12 +297,10 @@ class Viewer:
         if run.status != DONE:
             begun = begun_in(run)
             seen = seen_in_journal(run, begun)
-            # Begun anew, a run counts from 1 again; going on, it keeps what is finished.
+            # RunManifest anew, a run counts from 1 again; going on, it keeps what is finished.
             key = (run.key, json.dumps(dict(begun.what), sort_keys=True), begun.runs)
             info = SlideInfo(run.name, seen.width, seen.height, seen.mpp, seen.classes)
-            found = self._open_labels.get(
-                key, lambda: UnfinishedLabels(run.folder, begun.bands, info)
-            )
+            found = self._open_labels.get(key, lambda: UnfinishedLabels(run.folder, begun.bands, info))
             if isinstance(found, UnfinishedLabels):
                 found.refresh()
             return found, seen
@@ -340,9 +335,7 @@ class Viewer:
             for side, labels in ((slide.width, seen.width), (slide.height, seen.height)):
                 # The last pixel of the label map may be covered in part.
                 if abs(side / seen.downsample - labels) > 1:
-                    raise SlideError(
-                        f"{slide.path}: the label map is not of this slide; run it again"
-                    )
+                    raise SlideError(f"{slide.path}: the label map is not of this slide; run it again")
             return slide
 
         return self._open_slides.get((place, seen.downsample), opened)
@@ -392,7 +385,7 @@ class _Handler(BaseHTTPRequestHandler):
         elsewhere = self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin")
         if elsewhere and self.path != "/":  # a link may lead to the page, but to nothing else
             return _error(HTTPStatus.FORBIDDEN, "only requests of the page itself")
-        if len(self.path) > LONGEST_URL:
+        if len(self.path) > MAX_URL:
             return _error(HTTPStatus.REQUEST_URI_TOO_LONG, "the address is too long")
         try:
             return self.server.viewer.answer(self.path)
@@ -496,8 +489,10 @@ def _areas(summary: dict[str, Any], seen: Seen) -> list[dict[str, Any]]:
     total, pixel_mm2 = sum(pixels), (seen.mpp / 1000) ** 2
     return [
         {
-            "name": entry.name, "color": entry.hex,
-            "area_mm2": count * pixel_mm2, "share": count / total if total else None,
+            "name": entry.name,
+            "color": entry.hex,
+            "area_mm2": count * pixel_mm2,
+            "share": count / total if total else None,
         }
         for entry, count in zip(seen.classes, pixels, strict=True)
-    ]  # fmt: skip
+    ]

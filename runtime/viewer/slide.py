@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from histostream.runtime.result import ResultError
 from histostream.wsi.errors import SlideError, reason
-from histostream.wsi.grid import Box
-from histostream.wsi.reader import open_slide, read_from_blocks
-from histostream.wsi.readers.large_image import open_source, without_alpha
+from histostream.wsi.geometry import Box
+from histostream.wsi.slides.reader import open_slide, read_from_blocks
+from histostream.wsi.slides.readers.large_image import open_source, without_alpha
 
 TILE_PX = 510
 # Without it OpenSeadragon stretches each tile by a pixel of the screen, so that no seams are seen.
@@ -55,13 +55,9 @@ class SlideTiles:
             self._block_px = int(source.tileWidth), int(source.tileHeight)
             self.levels, size = int(source.levels), (int(source.sizeX), int(source.sizeY))
         except Exception as error:  # its sources have no common base for what may go wrong
-            raise SlideError(
-                f"{path}: large-image cannot open it ({reason(error)}); try it there"
-            ) from error
+            raise SlideError(f"{path}: large-image cannot open it ({reason(error)}); try it there") from error
         if size != (self.width, self.height):
-            raise SlideError(
-                f"{path}: large-image sees {size} px, not {self.width, self.height}; report it"
-            )
+            raise SlideError(f"{path}: large-image sees {size} px, not {self.width, self.height}; report it")
         self._source = source
 
     def tile(self, level: int, column: int, row: int) -> NDArray[np.uint8]:
@@ -96,9 +92,11 @@ class SlideTiles:
         width = min(right, max(1, self.width >> down)) - x
         height = min(bottom, max(1, self.height >> down)) - y
         pixels = read_from_blocks(
-            Box(x, y, width, height), self._block_px, self._channels,
+            Box(x, y, width, height),
+            self._block_px,
+            self._channels,
             lambda row, column: self._block(level, column, row),
-        )  # fmt: skip
+        )
         return np.pad(pixels, ((0, bottom - y - height), (0, right - x - width), (0, 0)), "edge")
 
     def _block(self, level: int, column: int, row: int) -> NDArray[np.uint8]:

@@ -16,10 +16,11 @@ from histostream.benchmarks.accuracy.cells import Cell, fill
 from histostream.benchmarks.accuracy.score import ScoreError, choose, score
 from histostream.benchmarks.cli import main
 from histostream.benchmarks.tables import accuracy_imems
-from histostream.training import checkpoint, command, loop, sets
-from histostream.training.compute import Compute
+from histostream.training import checkpoint, command, loop
+from histostream.training import datasets as sets
 from histostream.training.data import DataSet, StoredSample
-from histostream.training.methods import imems
+from histostream.training.device import Compute
+from histostream.training.methods.imems import method as imems
 from histostream.training.schedule import Schedule
 
 TOML = """
@@ -60,9 +61,16 @@ def blobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(blobs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A U-Net that has learnt the discs."""
-    settings = ("method.base_width=6", "method.depth=2", "method.learning_rate=5e-3",
-                "schedule.steps=60", "schedule.batch=4", "schedule.crop_px=64",
-                "schedule.validate_every=30", "method.dropout=0")  # fmt: skip
+    settings = (
+        "method.base_width=6",
+        "method.depth=2",
+        "method.learning_rate=5e-3",
+        "schedule.steps=60",
+        "schedule.batch=4",
+        "schedule.crop_px=64",
+        "schedule.validate_every=30",
+        "method.dropout=0",
+    )
     recipe = command.read_recipe("imems", imems, ("unet-c-single",), settings, mpp=0.5)
     folder = tmp_path_factory.mktemp("runs") / "blobs"
     loop.train(recipe, imems, sets.open_set(str(blobs)), folder)
@@ -122,10 +130,8 @@ def flat(side: int, label: int) -> Image.Image:
         (lambda maps: flat(96, 7).save(maps / "b5.png"), "label 7"),
         (lambda maps: shutil.rmtree(maps), "no such folder"),
     ],
-)  # fmt: skip
-def test_label_maps_that_do_not_fit_are_one_clear_line(
-    blobs: Path, tmp_path: Path, spoil: object, words: str
-) -> None:
+)
+def test_label_maps_that_do_not_fit_are_one_clear_line(blobs: Path, tmp_path: Path, spoil: object, words: str) -> None:
     maps = tmp_path / "maps"
     maps.mkdir()
     for i in range(6):
@@ -139,9 +145,7 @@ def test_label_maps_that_do_not_fit_are_one_clear_line(
 
 
 @pytest.mark.full
-def test_two_things_at_once_or_other_classes_are_refused(
-    blobs: Path, tiny_bundle: Path, run: Path
-) -> None:
+def test_two_things_at_once_or_other_classes_are_refused(blobs: Path, tiny_bundle: Path, run: Path) -> None:
     both = accuracy("--data", blobs, "--model", tiny_bundle, "--checkpoint", run)
     assert both.exit_code == 1
     assert "give one of" in both.stderr
@@ -175,8 +179,7 @@ def test_scores_pool_or_average_as_they_say() -> None:
     big, small = np.zeros((40, 40), np.uint8), np.zeros((40, 40), np.uint8)
     big[:30, :30], small[:10, :10] = 1, 1
     both = [
-        StoredSample(n, n, image, labels, labels.astype(np.int32))
-        for n, labels in (("big", big), ("small", small))
+        StoredSample(n, n, image, labels, labels.astype(np.int32)) for n, labels in (("big", big), ("small", small))
     ]
 
     def found(sample: object) -> np.ndarray:
@@ -206,9 +209,7 @@ def test_cells_fill_a_result_file_once(blobs: Path, run: Path, tmp_path: Path) -
     said = checkpoint.read(run / "best").record["recipe"]["schedule"]
     settings = [f"schedule.{k}={json.dumps(v)}" for k, v in said.items()]
     settings += ["schedule.steps=4", "schedule.validate_every=2", "method.base_width=4"]
-    recipe = command.read_recipe(
-        "imems", imems, ("unet-c-single",), (*settings, "method.depth=2"), mpp=0.5
-    )
+    recipe = command.read_recipe("imems", imems, ("unet-c-single",), (*settings, "method.depth=2"), mpp=0.5)
     opened: list[int] = []
 
     def data() -> DataSet:

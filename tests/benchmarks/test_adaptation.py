@@ -15,8 +15,8 @@ from histostream.benchmarks.accuracy.adaptation import ORACLE, PAIRS, cell
 from histostream.benchmarks.accuracy.cells import Cell, fill, train
 from histostream.benchmarks.tables import accuracy_variants
 from histostream.training import command, methods
-from histostream.training.compute import Compute
 from histostream.training.data import DataSet
+from histostream.training.device import Compute
 
 
 def opened(pair: str, algorithm: str, number: int, root: Path) -> DataSet:
@@ -88,16 +88,13 @@ def test_every_row_of_an_apma_table_starts_from_one_source_model(pair: str) -> N
         ("epfl-vnc", ("apma-paper", "apma-from-source"), ()),
     ],
 )
-def test_the_papers_size_is_the_recipe_that_ships(
-    pair: str, base: tuple[str, ...], rule: tuple[str, ...]
-) -> None:
+def test_the_papers_size_is_the_recipe_that_ships(pair: str, base: tuple[str, ...], rule: tuple[str, ...]) -> None:
     of = PAIRS[pair]
     for name, own in of.algorithms.items():
         mine = cell(pair, "paper", name, 3)
         shipped = command.read_recipe(
-            of.method, methods.load(of.method), (*base, *own, *rule), ("schedule.seed=3",),
-            mpp=mine.recipe.mpp,
-        )  # fmt: skip
+            of.method, methods.load(of.method), (*base, *own, *rule), ("schedule.seed=3",), mpp=mine.recipe.mpp
+        )
         assert mine.recipe == shipped
 
 
@@ -113,9 +110,7 @@ def test_the_papers_size_is_the_recipe_that_ships(
         ("em", ""),
     ],
 )
-def test_images_that_are_scored_are_never_trained_on(
-    pair: str, folder: str, data_dir: Path
-) -> None:
+def test_images_that_are_scored_are_never_trained_on(pair: str, folder: str, data_dir: Path) -> None:
     if not (data_dir / folder).is_dir():
         pytest.skip(f"{data_dir / folder} is not there")
     method = next(name for name in PAIRS[pair].algorithms if name != ORACLE)
@@ -158,9 +153,7 @@ def shortened(one: Cell, steps: int) -> Cell:
 @pytest.mark.full
 def test_a_method_and_its_oracle_fill_a_result_file(tmp_path: Path) -> None:
     pytest.importorskip("numba", reason="the dense CRF's fast backend")
-    one, oracle = (
-        shortened(cell("nuclei", "short", name, 0), 2) for name in ("self-ensembling", ORACLE)
-    )
+    one, oracle = (shortened(cell("nuclei", "short", name, 0), 2) for name in ("self-ensembling", ORACLE))
     cells = [one, replace(oracle, crf=None, judged={"statistics of the target": "best"})]
     fill(tmp_path / "table.json", cells, tmp_path / "runs", Compute("cpu"))
     found = json.loads((tmp_path / "table.json").read_text())["cells"]
@@ -170,9 +163,7 @@ def test_a_method_and_its_oracle_fill_a_result_file(tmp_path: Path) -> None:
         assert 0 <= said["scores"]["pooled"]["mean_f"] <= 1
         assert said["judged"] == "statistics of the target"
     first, second = found.values()
-    assert list(first["variants"]) == [
-        "statistics of the target, CRF", "running statistics", "running statistics, CRF",
-    ]  # fmt: skip
+    assert list(first["variants"]) == ["statistics of the target, CRF", "running statistics", "running statistics, CRF"]
     assert first["crf"]["theta_alpha"] == 15
     assert (second["variants"], "crf" in second) == ({}, False)
     del found["nuclei-short-oracle-0"]
@@ -185,19 +176,17 @@ def test_a_method_and_its_oracle_fill_a_result_file(tmp_path: Path) -> None:
 def test_rows_share_the_source_model_that_is_trained_once(tmp_path: Path) -> None:
     none, full = (
         train(one, one.data(), tmp_path, Compute("cpu")).record
-        for one in (
-            shortened(cell("em", "short", name, 0), 2) for name in ("no adaptation", "APMA-Net")
-        )
+        for one in (shortened(cell("em", "short", name, 0), 2) for name in ("no adaptation", "APMA-Net"))
     )
     assert none["start"]["sha256"] == full["start"]["sha256"]
     assert none["start"]["left"] == []
     assert full["start"]["left"] == ["reconstructor", "discriminator_feat", "discriminator_pred"]
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == [
-        "em-short-apma-net-0", "em-short-no-adaptation-0", "em-short-source-model-0",
-    ]  # fmt: skip
-    assert cell("em", "short", "APMA-Net", 0).judged == {
-        "chosen on the target": "best", "last": "last",
-    }  # fmt: skip
+        "em-short-apma-net-0",
+        "em-short-no-adaptation-0",
+        "em-short-source-model-0",
+    ]
+    assert cell("em", "short", "APMA-Net", 0).judged == {"chosen on the target": "best", "last": "last"}
 
 
 @pytest.mark.parametrize(
@@ -210,9 +199,7 @@ def test_rows_share_the_source_model_that_is_trained_once(tmp_path: Path) -> Non
         ),
     ],
 )
-def test_what_a_pair_does_not_have_is_named(
-    arguments: tuple[str, ...], said: str, tmp_path: Path
-) -> None:
+def test_what_a_pair_does_not_have_is_named(arguments: tuple[str, ...], said: str, tmp_path: Path) -> None:
     where = ("--data", tmp_path, "--runs", tmp_path / "runs", "--out", tmp_path / "out")
     done = CliRunner().invoke(adaptation.main, [*arguments, *map(str, where)])
     assert done.exit_code == 2

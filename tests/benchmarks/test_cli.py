@@ -18,17 +18,19 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from histostream.benchmarks import ceilings, doctor, speed
+from histostream.benchmarks import peak_rates as ceilings
+from histostream.benchmarks import speed
 from histostream.benchmarks.cli import main
-from histostream.benchmarks.doctor import ABSENT, BROKEN, MISSING, OK, Finding, examine
+from histostream.benchmarks.flops import count_work
 from histostream.benchmarks.hardware import Gpus, hardware
 from histostream.benchmarks.plots import roofline_png, spread, stages_png
 from histostream.benchmarks.report import write_together
 from histostream.benchmarks.stages import ALONE, Contender, Setup
-from histostream.benchmarks.work import count_work
-from histostream.export.precision import multiply_accumulates
-from histostream.runtime.card import default_bundle
-from histostream.runtime.engine import open_engine
+from histostream.export.convert.fp16 import multiply_accumulates
+from histostream.runtime import doctor
+from histostream.runtime.bundle.card import default_bundle
+from histostream.runtime.doctor import ABSENT, BROKEN, MISSING, OK, Finding, examine
+from histostream.runtime.engines.base import open_engine
 from histostream.runtime.options import Options
 from histostream.wsi.errors import OutputError
 from histostream.wsi.optional import install_command
@@ -69,9 +71,21 @@ def measured(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """Return the folder of one sweep over batches, backends and tiles."""
     out = tmp_path_factory.mktemp("bench") / "out"
     done = bench(
-        "--model", tiny_bundle, "--synthetic", "x".join(map(str, SLIDE_PX)), "--backend",
-        "cpu,openvino", "--batch", "1,3", "--tile", "auto,64", "--repeats", 2, "--out", out,
-    )  # fmt: skip
+        "--model",
+        tiny_bundle,
+        "--synthetic",
+        "x".join(map(str, SLIDE_PX)),
+        "--backend",
+        "cpu,openvino",
+        "--batch",
+        "1,3",
+        "--tile",
+        "auto,64",
+        "--repeats",
+        2,
+        "--out",
+        out,
+    )
     assert done.exit_code == 0, done.output
     return out
 
@@ -93,9 +107,8 @@ def test_all_files_are_there_and_nothing_half_written(measured: Path) -> None:
 def test_every_combination_is_measured(found: dict[str, Any]) -> None:
     runs = found["runs"]
     assert {(r["engine"].split()[0], r["batch"], r["tile_px"]) for r in runs} == {
-        (engine, batch, tile)
-        for engine in ("onnxruntime", "openvino") for batch in (1, 3) for tile in (128, 64)
-    }  # fmt: skip
+        (engine, batch, tile) for engine in ("onnxruntime", "openvino") for batch in (1, 3) for tile in (128, 64)
+    }
     assert len(set(speed.labels(runs))) == len(runs) == 8
 
 
@@ -189,13 +202,22 @@ def test_pictures_are_drawn_without_ceilings(found: dict[str, Any], tmp_path: Pa
 
 
 @pytest.mark.full
-def test_a_backend_that_is_not_usable_is_listed_with_the_reason(
-    tiny_bundle: Path, tmp_path: Path
-) -> None:
+def test_a_backend_that_is_not_usable_is_listed_with_the_reason(tiny_bundle: Path, tmp_path: Path) -> None:
     done = bench(
-        "run", "--model", tiny_bundle, "--synthetic", "256x256", "--backend", "cpu", "--precision",
-        "fp32,int8", "--repeats", 1, "--out", tmp_path,
-    )  # fmt: skip
+        "run",
+        "--model",
+        tiny_bundle,
+        "--synthetic",
+        "256x256",
+        "--backend",
+        "cpu",
+        "--precision",
+        "fp32,int8",
+        "--repeats",
+        1,
+        "--out",
+        tmp_path,
+    )
     assert done.exit_code == 0, done.output
     said = json.loads((tmp_path / "bench.json").read_text())
     (refused,) = said["not_usable"]
@@ -277,12 +299,8 @@ def test_a_bad_option_is_one_clear_line(arguments: list[str], said: str, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_a_tile_that_the_network_cannot_take_is_one_clear_line(
-    tiny_bundle: Path, tmp_path: Path
-) -> None:
-    done = bench(
-        "--model", tiny_bundle, "--synthetic", "256x256", "--tile", 99, "--out", tmp_path / "out"
-    )
+def test_a_tile_that_the_network_cannot_take_is_one_clear_line(tiny_bundle: Path, tmp_path: Path) -> None:
+    done = bench("--model", tiny_bundle, "--synthetic", "256x256", "--tile", 99, "--out", tmp_path / "out")
     assert "--tile 99: this model takes multiples of 4" in one_clear_line(done)
 
 
@@ -298,13 +316,9 @@ def test_a_missing_package_is_one_line_with_what_to_install(
         f"from histostream.benchmarks.cli import main; main([{command!r}, '--out', 'out'])"
     )
     monkeypatch.chdir(tmp_path)  # where the advice is given
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.splitlines() == [
-        f"histo-bench: {missing} is not installed: {install_command(extra)}"
-    ]
+    assert done.stderr.splitlines() == [f"histo-bench: {missing} is not installed: {install_command(extra)}"]
     assert not list(tmp_path.iterdir())
 
 
@@ -344,9 +358,7 @@ def test_operations_and_bytes_are_those_of_a_calculation_by_hand() -> None:
     product = 2 * 8 * 5 * 8  # outputs, times the length of a row
     flops = 2 * (conv + transposed + product)
     pixels, small, large, scores = 8 * 8 * 3, 4 * 4 * 4, 2 * 8 * 8, 2 * 8 * 5
-    per_tile = (
-        (pixels + pixels) + (pixels + small) + (small + small) + (small + large) + (large + scores)
-    )
+    per_tile = (pixels + pixels) + (pixels + small) + (small + small) + (small + large) + (large + scores)
     weights = 4 * 27 + 4 + 4 * 2 * 2 * 2 + 8 * 5
     for batch in (1, 4):
         work = count_work(model, batch)
@@ -397,9 +409,7 @@ def test_probes_measure_something_and_say_what_is_missing() -> None:
     ("wanted", "sizes"),
     [([5.0, 4.9, 4.8], [1, 1, 1]), ([5.0, 1.0], [1, 2]), ([9.9, 9.8, 2.0, 1.9], [2, 1, 1, 1])],
 )
-def test_texts_beside_a_plot_never_cover_each_other(
-    wanted: list[float], sizes: list[float]
-) -> None:
+def test_texts_beside_a_plot_never_cover_each_other(wanted: list[float], sizes: list[float]) -> None:
     placed = spread(wanted, sizes, 10)
     ends = [(at + size / 2, at - size / 2) for at, size in zip(placed, sizes, strict=True)]
     assert ends[0][0] <= 10
@@ -415,9 +425,20 @@ def compared(
 ) -> tuple[dict[str, Any], str]:
     out = tmp_path_factory.mktemp("compare")
     done = bench(
-        "compare", "--model", tiny_bundle, "--checkpoint", tiny_checkpoint, "--tiles", 3,
-        "--batch", 2, "--repeats", 2, "--out", out,
-    )  # fmt: skip
+        "compare",
+        "--model",
+        tiny_bundle,
+        "--checkpoint",
+        tiny_checkpoint,
+        "--tiles",
+        3,
+        "--batch",
+        2,
+        "--repeats",
+        2,
+        "--out",
+        out,
+    )
     assert done.exit_code == 0, done.output
     assert {p.name for p in out.iterdir()} == {"compare.json", "compare.md"}
     return json.loads((out / "compare.json").read_text()), done.stdout
@@ -432,10 +453,15 @@ def test_compare_has_a_number_or_a_reason_for_every_contender(
     refused = {c["name"]: c["reason"] for c in said["not_usable"]}
     assert not ran & set(refused)
     assert ran | set(refused) == {
-        "torch eager fp32", "torch AMP", "torch compile",
-        *(f"{b} {p}" for b in ("onnxruntime cpu", "onnxruntime cuda", "openvino", "tensorrt")
-          for p in ("fp32", "fp16", "int8")),
-    }  # fmt: skip
+        "torch eager fp32",
+        "torch AMP",
+        "torch compile",
+        *(
+            f"{b} {p}"
+            for b in ("onnxruntime cpu", "onnxruntime cuda", "openvino", "tensorrt")
+            for p in ("fp32", "fp16", "int8")
+        ),
+    }
     assert {"torch eager fp32", "onnxruntime cpu fp32", "openvino fp32"} <= ran
     assert refused["openvino int8"] == "the bundle has no int8 graph"
     assert "--compile" in refused["torch compile"]
@@ -493,8 +519,16 @@ def test_doctor_finds_this_machine_whole() -> None:
     assert {line.split()[0] for line in lines} <= {OK, ABSENT, MISSING}
     names = [line[8:].split(":")[0] for line in lines]
     assert len(names) == len(set(names)), "one thing, one line"
-    assert {"Python", "processor", "NVIDIA driver", "ONNX Runtime", "OpenVINO", "large-image",
-            "decoding", "cache folder"} <= set(names)  # fmt: skip
+    assert {
+        "Python",
+        "processor",
+        "NVIDIA driver",
+        "ONNX Runtime",
+        "OpenVINO",
+        "large-image",
+        "decoding",
+        "cache folder",
+    } <= set(names)
     for line in lines:
         if line.startswith(MISSING):
             assert "; " in line, f"no advice: {line}"
@@ -515,8 +549,9 @@ def test_doctor_looks_for_what_a_gpu_needs_only_where_a_gpu_could_be(
     if driver:
         libraries = found["CUDA libraries"]
         assert (libraries.status, libraries.said) == (
-            MISSING, "no cublas, cublasLt, cufft, curand, nvrtc, cudnn; found cudart.so",
-        )  # fmt: skip
+            MISSING,
+            "no cublas, cublasLt, cufft, curand, nvrtc, cudnn; found cudart.so",
+        )
     assert found["verdict"].said == "ready: CPU"
     assert "pip" in found["verdict"].advice
     assert "[cuda]" in found["verdict"].advice
@@ -548,9 +583,7 @@ def test_doctor_goes_without_everything_that_is_optional(without: Any) -> None:
     assert found["CPUExecutionProvider"].status == OK
 
 
-def test_doctor_says_that_it_is_broken_without_what_is_needed(
-    without: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_doctor_says_that_it_is_broken_without_what_is_needed(without: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     without("onnxruntime", "large_image")
     found = by_name(examine())
     assert found["ONNX Runtime"].status == found["large-image"].status == BROKEN
@@ -562,9 +595,7 @@ def test_doctor_finds_two_packages_that_overwrite_each_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     real = metadata.version
-    monkeypatch.setattr(
-        metadata, "version", lambda n: "1.22.0" if n.startswith("onnxruntime") else real(n)
-    )
+    monkeypatch.setattr(metadata, "version", lambda n: "1.22.0" if n.startswith("onnxruntime") else real(n))
     found = {f.name: f for f in doctor._onnxruntime()}
     assert found["ONNX Runtime"].status == BROKEN
     assert "onnxruntime 1.22.0 and onnxruntime-gpu 1.22.0" in found["ONNX Runtime"].said

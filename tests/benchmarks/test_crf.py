@@ -3,14 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from histostream.benchmarks.crf import (
-    TILE_PX,
-    TISSUE,
-    make_input,
-    run_reference,
-    run_uncertain,
-    uncertain_tiles,
-)
+from histostream.benchmarks.crf import TILE_PX, TISSUE, make_input, run_reference, run_uncertain, uncertain_tiles
 from histostream.runtime.crf import CrfParams, dense_crf
 
 pytestmark = pytest.mark.full

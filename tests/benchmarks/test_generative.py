@@ -18,9 +18,9 @@ from histostream.benchmarks.accuracy.cells import Cell, fill, refer
 from histostream.benchmarks.accuracy.generative import TABLES, cell
 from histostream.export.trained import find_checkpoint
 from histostream.training import batches, checkpoint, synthetic
-from histostream.training.compute import Compute
 from histostream.training.data import DataSet, StoredPicture, StoredSample
-from histostream.training.methods import translation
+from histostream.training.device import Compute
+from histostream.training.methods.translation import method as translation
 from tests.commands import call
 
 
@@ -75,15 +75,12 @@ def test_the_papers_size_is_the_shipped_recipes_as_they_are(table: str) -> None:
                     wanted[key] |= values
         wanted["schedule"] |= {"seed": 3, "labelled": of.labelled}
         recipe = cell(table, "paper", algorithm, 3).recipe
-        parts = {"method": recipe.config, "schedule": recipe.schedule,
-                 "augmentation": recipe.augmentation}  # fmt: skip
+        parts = {"method": recipe.config, "schedule": recipe.schedule, "augmentation": recipe.augmentation}
         for key, part in parts.items():
             assert part == type(part)(**wanted[key]), (algorithm, key)
 
 
-def test_the_coarsest_level_of_a_small_pyramid_is_32_px_and_nothing_is_held_back_for_nothing() -> (
-    None
-):
+def test_the_coarsest_level_of_a_small_pyramid_is_32_px_and_nothing_is_held_back_for_nothing() -> None:
     for one in small_cells():
         config, schedule = one.recipe.config, one.recipe.schedule
         if one.recipe.method == "pyramid_gan":
@@ -92,8 +89,7 @@ def test_the_coarsest_level_of_a_small_pyramid_is_32_px_and_nothing_is_held_back
 
 
 def test_rows_of_the_small_digits_weigh_segmentation_and_reconstruction_alike() -> None:
-    assert [name for name in TABLES if name.startswith("mnist") and "small" in TABLES[name].sizes
-            ] == ["mnist-hard"]  # fmt: skip
+    assert [name for name in TABLES if name.startswith("mnist") and "small" in TABLES[name].sizes] == ["mnist-hard"]
     configs = [c.recipe.config for c in small_cells() if c.recipe.method == "translation"]
     assert len(configs) == len(TABLES["mnist-hard"].algorithms)
     assert {c.lambda_seg / c.lambda_rec for c in configs} == {1}
@@ -165,29 +161,26 @@ def digits() -> DataSet:
 
     classes = (("background", (0, 0, 0)), ("digit", (255, 200, 60)))
     return DataSet(
-        "drawn", classes, None,
+        "drawn",
+        classes,
+        None,
         tuple(drawn(f"t{i}", digit=True) for i in range(4)),
         (drawn("v", digit=True),),
         (drawn("e", digit=True), drawn("f", digit=True)),
         {"presence": pool("p", digit=True), "absence": pool("a", digit=False)},
-    )  # fmt: skip
+    )
 
 
 def short(one: Cell, found: DataSet, **config: object) -> Cell:
     steps = 2 * getattr(one.recipe.config, "levels", 1)
-    schedule = dataclasses.replace(
-        one.recipe.schedule, steps=steps, batch=2, validate_every=steps, validation=0.2
-    )
-    recipe = dataclasses.replace(
-        one.recipe, schedule=schedule, config=dataclasses.replace(one.recipe.config, **config)
-    )
+    schedule = dataclasses.replace(one.recipe.schedule, steps=steps, batch=2, validate_every=steps, validation=0.2)
+    recipe = dataclasses.replace(one.recipe, schedule=schedule, config=dataclasses.replace(one.recipe.config, **config))
     return dataclasses.replace(one, recipe=recipe, data=lambda: found)
 
 
 @pytest.mark.full
 def test_a_translation_is_scored_by_its_probabilities_too(tmp_path: Path) -> None:
-    one = short(cell("mnist-hard", "small", "AE baseline", 0), digits(), width=4,
-                unique_channels=16)  # fmt: skip
+    one = short(cell("mnist-hard", "small", "AE baseline", 0), digits(), width=4, unique_channels=16)
     fill(tmp_path / "out.json", [one], tmp_path / "runs", Compute("cpu"))
     scores = json.loads((tmp_path / "out.json").read_text())["cells"][one.name]["scores"]
     assert 0 < scores["soft_dice"] < 1
@@ -198,8 +191,7 @@ def test_a_translation_is_scored_by_its_probabilities_too(tmp_path: Path) -> Non
 @pytest.mark.full
 def test_a_residual_is_measured_on_the_digit_and_elsewhere(tmp_path: Path) -> None:
     found = digits()
-    one = short(cell("mnist-hard", "small", "proposed", 0), found, width=4, unique_channels=16,
-                discriminator_width=4)  # fmt: skip
+    one = short(cell("mnist-hard", "small", "proposed", 0), found, width=4, unique_channels=16, discriminator_width=4)
     fill(tmp_path / "out.json", [one], tmp_path / "runs", Compute("cpu"))
     scores = json.loads((tmp_path / "out.json").read_text())["cells"][one.name]["scores"]
     folder = find_checkpoint(tmp_path / "runs" / one.name)
@@ -226,8 +218,17 @@ def test_a_drawn_set_is_another_with_another_seed() -> None:
 @pytest.mark.full
 def test_what_is_painted_is_compared_with_the_true_images(tmp_path: Path) -> None:
     found = synthetic.colored_regions(6, 4, side_px=192, seed=1)
-    one = short(cell("glas-painted", "quarter", "pyramid GAN", 0), found, levels=2, g_width=4,
-                d_width=2, d_scales=1, first_width=4, growth=2, layers=1)  # fmt: skip
+    one = short(
+        cell("glas-painted", "quarter", "pyramid GAN", 0),
+        found,
+        levels=2,
+        g_width=4,
+        d_width=2,
+        d_scales=1,
+        first_width=4,
+        growth=2,
+        layers=1,
+    )
     fill(tmp_path / "out.json", [one], tmp_path / "runs", Compute("cpu"))
     scores = json.loads((tmp_path / "out.json").read_text())["cells"][one.name]["scores"]
     assert scores["fid"]["painted"] > 0
@@ -238,24 +239,16 @@ def test_what_is_painted_is_compared_with_the_true_images(tmp_path: Path) -> Non
 
 def test_a_table_refuses_what_it_does_not_have(tmp_path: Path) -> None:
     given = ["--data", str(tmp_path), "--runs", str(tmp_path), "--out", str(tmp_path)]
-    done = CliRunner().invoke(
-        generative.main, [*given, "--table", "glas", "--size", "quarter", "--only", "U-Net"]
-    )
+    done = CliRunner().invoke(generative.main, [*given, "--table", "glas", "--size", "quarter", "--only", "U-Net"])
     assert "'U-Net' is none of m-FCDenseNet" in done.output
-    done = CliRunner().invoke(
-        generative.main, [*given, "--table", "mnist-large", "--size", "small"]
-    )
+    done = CliRunner().invoke(generative.main, [*given, "--table", "mnist-large", "--size", "small"])
     assert "mnist-large has no size 'small': use paper, reduced" in done.output
 
 
-def test_floors_are_in_the_file_of_the_cells(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_floors_are_in_the_file_of_the_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the training, which other tests do; the command itself makes the file's name."""
     monkeypatch.setattr(generative, "_references_of", lambda source: {"floor": {"source": source}})
-    monkeypatch.setattr(
-        cells, "_run", lambda *_: {"scores": {"pooled": {"mean_f": 0, "accuracy": 0}}}
-    )
+    monkeypatch.setattr(cells, "_run", lambda *_: {"scores": {"pooled": {"mean_f": 0, "accuracy": 0}}})
     arguments = ["--table", "glas", "--size", "quarter", "--only", "full", "--number", "0"]
     folders = ["--data", tmp_path, "--runs", tmp_path / "runs", "--out", tmp_path / "out"]
     done = call(generative.main, *arguments, *folders)

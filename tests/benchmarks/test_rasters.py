@@ -9,8 +9,8 @@ import pytest
 
 from histostream.benchmarks import rasters
 from histostream.benchmarks.rasters import FIRST, write
-from histostream.runtime.memory import SLACK
-from histostream.wsi.sinks.rasters import RASTERS, column_bytes, memory_bytes
+from histostream.runtime.stream.memory import SLACK
+from histostream.wsi.outputs.sinks.rasters import RASTERS, column_bytes, memory_bytes
 
 RESULT = Path(rasters.__file__).parent / "results" / "rasters-cpu.json"
 MIB = 1 << 20

@@ -19,9 +19,10 @@ FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # A block whose first line names a file of the project is that file, found as if it lay there.
 FILE = re.compile(r"# ((?:wsi|runtime|training)/[\w/]+\.py)\n")
 PAGES = [
-    page for page in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
+    page
+    for page in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")))
     if FENCE.search(page.read_text(encoding="utf-8"))
-]  # fmt: skip
+]
 MODULES = [
     f"histostream.{source.relative_to(REPOSITORY).with_suffix('').as_posix().replace('/', '.')}"
     for folder in ("wsi", "runtime", "export", "training", "benchmarks")
@@ -52,9 +53,7 @@ def run(source: str, page: Path, line: int, names: dict[str, Any]) -> None:
         return
     test = doctest.DocTestParser().get_doctest(source, names, page.name, str(page), line)
     said: list[str] = []
-    result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(
-        test, out=said.append, clear_globs=False
-    )
+    result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=said.append, clear_globs=False)
     names.update(test.globs)
     assert not result.failed, "".join(said)
 

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from histostream.runtime.card import ModelCard
+from histostream.runtime.bundle.card import ModelCard
 from histostream.runtime.cli import main
-from histostream.runtime.engine_file import EngineHeader
-from histostream.runtime.inputs import COLUMNS
+from histostream.runtime.cohort.inputs import COLUMNS
+from histostream.runtime.engines.tensorrt.file import EngineHeader
 from histostream.training.checkpoint import Checkpoint
-from histostream.wsi.journal import Begun
-from histostream.wsi.lock import Holder
-from histostream.wsi.sinks import table
+from histostream.wsi.outputs.journal import RunManifest
+from histostream.wsi.outputs.lock import Holder
+from histostream.wsi.outputs.sinks import table
 from histostream.wsi.synthetic import SyntheticSlide
 from tests.conftest import REPOSITORY
 
@@ -38,11 +38,23 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
         SyntheticSlide(300, 200, 0.5, 1).write(folder / f"{name}.tif")
     said = CliRunner().invoke(
         main,
-        [str(folder), "--out", str(folder / "out"), "--probabilities", "--geojson",
-         "--annotations", "dsa", "--objects", "csv,parquet",
-         "--rasters", "ome-tiff,ome-tiff-rgb,ome-zarr,dicom-seg", "--backend", "cpu",
-         "--no-tissue"],
-    )  # fmt: skip
+        [
+            str(folder),
+            "--out",
+            str(folder / "out"),
+            "--probabilities",
+            "--geojson",
+            "--annotations",
+            "dsa",
+            "--objects",
+            "csv,parquet",
+            "--rasters",
+            "ome-tiff,ome-tiff-rgb,ome-zarr,dicom-seg",
+            "--backend",
+            "cpu",
+            "--no-tissue",
+        ],
+    )
     assert said.exit_code == 0, said.output
     return folder / "out"
 
@@ -79,9 +91,8 @@ def test_every_file_is_named(results: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "section"),
-    [("one/run.json", "run.json"), ("one/summary.json", "summary.json, summary.csv"),
-     ("cohort.json", "A cohort")],
-)  # fmt: skip
+    [("one/run.json", "run.json"), ("one/summary.json", "summary.json, summary.csv"), ("cohort.json", "A cohort")],
+)
 def test_every_field_is_named(results: Path, name: str, section: str) -> None:
     written = set(fields(json.loads((results / name).read_text(encoding="utf-8"))))
     classes = {f"{name}_mm2" for name in ("background", "nucleus")}  # CLASS_mm2
@@ -90,9 +101,14 @@ def test_every_field_is_named(results: Path, name: str, section: str) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "section"),
-    [(ModelCard, "card.json"), (EngineHeader, "An engine file"),
-     (Checkpoint, "A run of histo-train"), (Begun, "The journal"), (Holder, "The lock")],
-)  # fmt: skip
+    [
+        (ModelCard, "card.json"),
+        (EngineHeader, "An engine file"),
+        (Checkpoint, "A run of histo-train"),
+        (RunManifest, "The journal"),
+        (Holder, "The lock"),
+    ],
+)
 def test_every_attribute_is_named(kind: Any, section: str) -> None:
     assert {field.name for field in dataclasses.fields(kind)} <= named(section)
 

@@ -74,9 +74,7 @@ class DenseBlock(nn.Module):
 
     def __init__(self, in_channels: int, growth: int, layers: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            bn_relu_conv(in_channels + i * growth, growth, 3) for i in range(layers)
-        )
+        self.layers = nn.ModuleList(bn_relu_conv(in_channels + i * growth, growth, 3) for i in range(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         made: list[Tensor] = []
@@ -114,9 +112,7 @@ class PyramidNet(TileNetwork):
     def __init__(self, levels: int = 2, classes: int = 2, growth: int = 3, layers: int = 2) -> None:
         super().__init__()
         self.channels, self.classes = 3, classes
-        self.levels = nn.ModuleList(
-            DenseUNet(3 + classes, classes, growth, layers) for _ in range(levels)
-        )
+        self.levels = nn.ModuleList(DenseUNet(3 + classes, classes, growth, layers) for _ in range(levels))
         self.softmax = nn.Softmax(dim=1)
         with_running_statistics(self)
 
@@ -153,9 +149,7 @@ class EncoderBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.norm = nn.InstanceNorm2d(in_channels)
-        self.conv = nn.Conv2d(
-            in_channels, out_channels, 3, stride=2, padding=1, padding_mode="reflect"
-        )
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1, padding_mode="reflect")
         self.short = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -184,15 +178,11 @@ class TranslationNet(TileNetwork):
             nn.Sequential(nn.InstanceNorm2d(width), nn.Conv2d(width, 1, 1)) for width in widths[:-1]
         )
         up = list(zip((widths[-1], widths[-2] + 1), widths[-2::-1], strict=True))
-        self.up = nn.ModuleList(
-            nn.Conv2d(a, b, 5, padding=2, padding_mode="reflect") for a, b in up
-        )
+        self.up = nn.ModuleList(nn.Conv2d(a, b, 5, padding=2, padding_mode="reflect") for a, b in up)
         self.normed = tuple(b + 1 for _, b in up)
         if norm == "adain":
             code = widths[-1] * (tile_px // 4) ** 2
-            self.mlp = nn.Sequential(
-                nn.Linear(code, 8), nn.ReLU(), nn.Linear(8, 2 * sum(self.normed))
-            )
+            self.mlp = nn.Sequential(nn.Linear(code, 8), nn.ReLU(), nn.Linear(8, 2 * sum(self.normed)))
             last = self.mlp[-1]
             assert isinstance(last, nn.Linear)
             nn.init.constant_(last.bias[: sum(self.normed)], 1.0)
@@ -260,9 +250,7 @@ class GroupNormNet(TileNetwork):
         super().__init__()
         self.channels, self.classes = 1, 2
         widths = tuple(width << i for i in range(depth + 1))
-        self.down = nn.ModuleList(
-            double_conv_group_norm(a, b, 2) for a, b in zip((1, *widths), widths, strict=False)
-        )
+        self.down = nn.ModuleList(double_conv_group_norm(a, b, 2) for a, b in zip((1, *widths), widths, strict=False))
         pairs = list(zip(widths[:0:-1], widths[-2::-1], strict=True))
         self.halve = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in pairs)
         self.up = nn.ModuleList(double_conv_group_norm(2 * b, b, 2) for _, b in pairs)
@@ -300,9 +288,7 @@ class TransposedNet(TileNetwork):
         super().__init__()
         self.channels, self.classes = 3, classes
         widths = tuple(width << i for i in range(depth + 1))
-        self.down = nn.ModuleList(
-            double_conv_batch_norm(a, b) for a, b in zip((3, *widths), widths, strict=False)
-        )
+        self.down = nn.ModuleList(double_conv_batch_norm(a, b) for a, b in zip((3, *widths), widths, strict=False))
         pairs = list(zip(widths[:0:-1], widths[-2::-1], strict=True))
         self.enlarge = nn.ModuleList(nn.ConvTranspose2d(a, a, 2, stride=2) for a, _ in pairs)
         self.up = nn.ModuleList(double_conv_batch_norm(a + b, b) for a, b in pairs)

@@ -19,21 +19,20 @@ from torch import nn
 
 from histostream.export import bundle as bundles
 from histostream.export.bundle import OptionError, Options, write_bundle
-from histostream.export.graph import GraphError, check_graph
+from histostream.export.graph.model import GraphError, check_graph
 from histostream.export.parity import LIMITS, Limits, ParityError
 from histostream.export.tiles import collect_tiles
 from histostream.export.trained import export_checkpoint, trained_network
-from histostream.runtime.card import CardError, default_bundle, read_card, read_file
-from histostream.runtime.engine import EngineError, open_engine
-from histostream.runtime.engine_file import read_engine
+from histostream.runtime.bundle.card import CardError, default_bundle, read_card, read_file
+from histostream.runtime.engines.base import EngineError, open_engine
+from histostream.runtime.engines.tensorrt.file import read_engine
 from histostream.training import checkpoint
 from histostream.training.checkpoint import CheckpointError
-from histostream.training.methods import imems
+from histostream.training.methods.imems import method as imems
 from histostream.wsi.errors import OutputError
 from histostream.wsi.optional import install_command
-from histostream.wsi.sink import ClassInfo
-
-from .networks import (
+from histostream.wsi.outputs.label_rows import ClassInfo
+from tests.export.networks import (
     GroupNormNet,
     PyramidNet,
     TileNetwork,
@@ -88,17 +87,15 @@ def test_forbidden_nodes_are_named() -> None:
 
 def taught(network: TileNetwork, tile_px: int = 64) -> bundles.Network:
     tiles = collect_tiles(
-        None, tile_px=tile_px, channels=network.channels, mpp=0.5,
-        classes=tuple(c.name for c in CLASSES), count=8,
-    )  # fmt: skip
+        None, tile_px=tile_px, channels=network.channels, mpp=0.5, classes=tuple(c.name for c in CLASSES), count=8
+    )
     assert tiles.truth is not None
     train_briefly(network, torch.from_numpy(tiles.gate), torch.from_numpy(tiles.truth))
     if isinstance(network, TranslationNet):
         network.fold()
     return trained_network(
-        network, method="operators", classes=CLASSES, mpp=0.5, channels=network.channels,
-        tile_px=tile_px,
-    )  # fmt: skip
+        network, method="operators", classes=CLASSES, mpp=0.5, channels=network.channels, tile_px=tile_px
+    )
 
 
 NETWORKS: dict[str, Callable[[], TileNetwork]] = {
@@ -117,24 +114,18 @@ def network(request: pytest.FixtureRequest) -> bundles.Network:
 
 
 @pytest.mark.full
-def test_every_method_s_operators_export_in_every_precision_and_build(
-    network: bundles.Network, tmp_path: Path
-) -> None:
+def test_every_method_s_operators_export_in_every_precision_and_build(network: bundles.Network, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="no TensorRT-RTX to build with")
     said: list[str] = []
     export = write_bundle(network, tmp_path / "out", Options(tile_px=64), say=said.append)
     assert export.failures == ()
     card = read_card(tmp_path / "out")
     assert card.digest() == export.card.digest()
-    assert list(card.files) == [
-        "model.onnx", "model.fp16.onnx", "model.int8.onnx", "engines/model.fp16.rtx.engine",
-    ]  # fmt: skip
+    assert list(card.files) == ["model.onnx", "model.fp16.onnx", "model.int8.onnx", "engines/model.fp16.rtx.engine"]
     for name, sha256 in card.files.items():
         content = (tmp_path / "out" / name).read_bytes()
         assert hashlib.sha256(content).hexdigest() == sha256
-    tiles = collect_tiles(
-        None, tile_px=64, channels=card.channels, mpp=0.5, classes=(), count=8
-    ).gate
+    tiles = collect_tiles(None, tile_px=64, channels=card.channels, mpp=0.5, classes=(), count=8).gate
     wanted = network.reference(tiles).argmax(axis=1)
     assert 0.01 < wanted.mean() < 0.99  # it learnt to see both classes
     for precision, limits in LIMITS.items():
@@ -170,9 +161,7 @@ def test_two_exports_are_the_same_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_frozen_statistics_make_tiles_agree_and_the_card_says_what_it_cost(
-    wsi_slides: Path, tmp_path: Path
-) -> None:
+def test_frozen_statistics_make_tiles_agree_and_the_card_says_what_it_cost(wsi_slides: Path, tmp_path: Path) -> None:
     torch.manual_seed(4)
     network = taught(GroupNormNet())
     slide = wsi_slides / "CMU-1-Small-Region.svs"
@@ -204,9 +193,7 @@ def test_where_there_is_nothing_to_freeze_nothing_is_changed(
     said: list[str] = []
     slide = wsi_slides / "CMU-1-Small-Region.svs"
     plain = write_bundle(imems_network, tmp_path / "plain", QUICK).card
-    frozen = write_bundle(
-        imems_network, tmp_path / "frozen", replace(QUICK, freeze=slide), say=said.append
-    ).card
+    frozen = write_bundle(imems_network, tmp_path / "frozen", replace(QUICK, freeze=slide), say=said.append).card
     assert any("nothing to freeze" in line for line in said)
     assert frozen.files == plain.files
     assert frozen.precision == {}
@@ -221,15 +208,11 @@ def imems_network(tiny_checkpoint: Path) -> bundles.Network:
     state = imems.build(imems.Config(**said.config), 3)
     checkpoint.load(tiny_checkpoint, state)
     classes = tuple(ClassInfo(name, color) for name, color in said.classes)
-    return trained_network(
-        imems.deployed(state), method="imems", classes=classes, mpp=0.5, channels=3, tile_px=64
-    )
+    return trained_network(imems.deployed(state), method="imems", classes=classes, mpp=0.5, channels=3, tile_px=64)
 
 
 @pytest.mark.full
-def test_a_graph_that_is_not_the_network_is_never_written(
-    imems_network: bundles.Network, tmp_path: Path
-) -> None:
+def test_a_graph_that_is_not_the_network_is_never_written(imems_network: bundles.Network, tmp_path: Path) -> None:
     def other(tiles: np.ndarray) -> np.ndarray:
         return imems_network.reference(tiles)[:, ::-1].copy()
 
@@ -260,9 +243,7 @@ def test_a_precision_that_cannot_be_healed_is_left_out_and_said(
     precision: str,
 ) -> None:
     monkeypatch.setitem(LIMITS, precision, Limits(1.1, 0.0))
-    export = write_bundle(
-        imems_network, tmp_path / "out", replace(QUICK, precisions=("fp32", precision))
-    )
+    export = write_bundle(imems_network, tmp_path / "out", replace(QUICK, precisions=("fp32", precision)))
     (failure,) = export.failures
     assert failure.startswith(f"{precision}: ")
     assert f"model.{precision}.onnx was not written" in failure
@@ -350,9 +331,7 @@ def test_without_tensorrt_an_engine_is_left_out_unless_it_was_demanded(
     for name in ("tensorrt", "tensorrt_rtx"):
         monkeypatch.setitem(sys.modules, name, None)  # which is how Python says: not installed
     said: list[str] = []
-    export = write_bundle(
-        imems_network, tmp_path / "out", replace(QUICK, tensorrt="auto"), say=said.append
-    )
+    export = write_bundle(imems_network, tmp_path / "out", replace(QUICK, tensorrt="auto"), say=said.append)
     assert export.failures == ()
     assert any("no engine: " in line and install_command("rtx") in line for line in said)
     with pytest.raises(EngineError, match=r"\[rtx\]"):

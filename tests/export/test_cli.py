@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from histostream.export.cli import main as export_main
-from histostream.runtime.card import read_card
+from histostream.runtime.bundle.card import read_card
 from histostream.runtime.cli import main as infer_main
-from histostream.runtime.engine import open_engine
-from histostream.runtime.infer import segment_pixels
+from histostream.runtime.engines.base import open_engine
+from histostream.runtime.slide_run import segment_pixels
 from histostream.wsi.optional import install_command
-from histostream.wsi.reader import open_slide
+from histostream.wsi.slides.reader import open_slide
 from tests.commands import call
 
 MEAN, STD = "0.5,0.4,0.5", "0.2,0.25,0.2"
@@ -75,16 +75,26 @@ def test_histo_infer_runs_the_graph_that_is_asked_for(
     }
     (tmp_path / "roi.geojson").write_text(json.dumps(roi))
     done = run(
-        "infer", wsi_slides / "CMU-1-Small-Region.svs", "--model", exported, "--precision",
-        precision, "--backend", "cpu", "--roi", tmp_path / "roi.geojson", "--out", tmp_path / "out",
-    )  # fmt: skip
+        "infer",
+        wsi_slides / "CMU-1-Small-Region.svs",
+        "--model",
+        exported,
+        "--precision",
+        precision,
+        "--backend",
+        "cpu",
+        "--roi",
+        tmp_path / "roi.geojson",
+        "--out",
+        tmp_path / "out",
+    )
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "out" / "CMU-1-Small-Region" / "run.json").read_text())
     assert record["model"]["engine"].endswith(f"cpu {precision}")
 
 
 def test_a_precision_that_the_bundle_does_not_have_is_one_clear_line(tmp_path: Path) -> None:
-    from histostream.runtime.card import default_bundle
+    from histostream.runtime.bundle.card import default_bundle
 
     missing = {"fp32", "fp16", "int8"} - set(read_card(default_bundle()).precisions)
     (tmp_path / "slide.svs").write_bytes(b"")
@@ -143,14 +153,26 @@ def monai_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_monai_network_is_wrapped_and_runs_on_a_slide(
-    monai_model: Path, wsi_slides: Path, tmp_path: Path
-) -> None:
+def test_a_monai_network_is_wrapped_and_runs_on_a_slide(monai_model: Path, wsi_slides: Path, tmp_path: Path) -> None:
     done = run(
-        "export", "wrap", monai_model, "--classes", "ground,gland,nucleus", "--mpp", 1.0,
-        "--mean", MEAN, "--std", STD, "--tile", 128, "--out", tmp_path / "wrapped",
-        "--calibrate", wsi_slides / "CMU-1-Small-Region.svs",
-    )  # fmt: skip
+        "export",
+        "wrap",
+        monai_model,
+        "--classes",
+        "ground,gland,nucleus",
+        "--mpp",
+        1.0,
+        "--mean",
+        MEAN,
+        "--std",
+        STD,
+        "--tile",
+        128,
+        "--out",
+        tmp_path / "wrapped",
+        "--calibrate",
+        wsi_slides / "CMU-1-Small-Region.svs",
+    )
     card = read_card(tmp_path / "wrapped")
     assert (card.method, card.mpp, card.tile_px, card.align_px) == ("foreign", 1.0, 128, 4)
     assert [c.name for c in card.classes] == ["ground", "gland", "nucleus"]
@@ -162,9 +184,15 @@ def test_a_monai_network_is_wrapped_and_runs_on_a_slide(
     assert card.training["file"] == "unet.onnx"
     assert card.training["wrapped_with"]["mean"] == [0.5, 0.4, 0.5]
     ran = run(
-        "infer", wsi_slides / "CMU-1-Small-Region.svs", "--model", tmp_path / "wrapped",
-        "--out", tmp_path / "out", "--backend", "cpu",
-    )  # fmt: skip
+        "infer",
+        wsi_slides / "CMU-1-Small-Region.svs",
+        "--model",
+        tmp_path / "wrapped",
+        "--out",
+        tmp_path / "out",
+        "--backend",
+        "cpu",
+    )
     assert ran.returncode == 0, ran.stderr
     assert "gland" in ran.stdout
 
@@ -190,9 +218,7 @@ def test_a_monai_network_is_wrapped_and_runs_on_a_slide(
         (["wrap", "gone.onnx", "--classes", "a", "--mpp", 1], "2 to 254 names"),
     ],
 )
-def test_a_wrong_option_is_one_clear_line(
-    tmp_path: Path, arguments: list[object], words: str
-) -> None:
+def test_a_wrong_option_is_one_clear_line(tmp_path: Path, arguments: list[object], words: str) -> None:
     done = run("export", *arguments, "--out", tmp_path / "bundle")
     assert done.returncode == 1
     assert words in done.stderr
@@ -206,9 +232,7 @@ def test_without_a_method_usage_is_shown() -> None:
     assert "--method is missing" in done.stderr
 
 
-def test_a_missing_package_is_named_with_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_package_is_named_with_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # where the advice is given
     (tmp_path / "onnx.py").write_text("raise ImportError('no', name='onnx')")
     code = (
@@ -216,18 +240,12 @@ def test_a_missing_package_is_named_with_what_to_install(
         "from histostream.export.cli import main\n"
         "main(['--method', 'imems'])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 1
-    assert done.stderr.strip() == (
-        f"histo-export: onnx is not installed: {install_command('export')}"
-    )
+    assert done.stderr.strip() == (f"histo-export: onnx is not installed: {install_command('export')}")
 
 
-def test_a_checkpoint_that_is_damaged_is_one_clear_line(
-    tiny_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_a_checkpoint_that_is_damaged_is_one_clear_line(tiny_checkpoint: Path, tmp_path: Path) -> None:
     import shutil
 
     broken = shutil.copytree(tiny_checkpoint, tmp_path / "broken")

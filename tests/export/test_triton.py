@@ -15,9 +15,9 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from histostream.export.triton import write_triton
-from histostream.runtime.card import CardError, ModelCard, read_card
+from histostream.runtime.bundle.card import CardError, ModelCard, read_card
 from histostream.wsi.errors import OutputError
-from histostream.wsi.sink import ClassInfo
+from histostream.wsi.outputs.label_rows import ClassInfo
 
 pytestmark = pytest.mark.full
 
@@ -55,9 +55,7 @@ def repository(tmp_path: Path) -> Path:
     return tmp_path / "models"
 
 
-def test_triton_s_own_schema_reads_every_field(
-    bundle: tuple[Path, ModelCard], repository: Path
-) -> None:
+def test_triton_s_own_schema_reads_every_field(bundle: tuple[Path, ModelCard], repository: Path) -> None:
     folder, card = bundle
     models = write_triton(*bundle, repository, plan=b"a plan")
     assert [m.name for m in models] == ["bundle_fp32", "bundle_fp16", "bundle_tensorrt"]
@@ -80,26 +78,25 @@ def test_triton_s_own_schema_reads_every_field(
         assert group.kind == model_config_pb2.ModelInstanceGroup.KIND_AUTO
         assert group.count == 1
         found = parameters(config)
-        assert json.loads(found.pop("classes")) == [
-            {"name": c.name, "color": list(c.color)} for c in card.classes
-        ]
+        assert json.loads(found.pop("classes")) == [{"name": c.name, "color": list(c.color)} for c in card.classes]
         assert found == {
-            "method": "imems", "mpp": "0.5", "tile_px": "128", "halo_px": str(card.halo_px),
-            "align_px": "4", "tile_statistics": "false", "score_kind": "embedding",
+            "method": "imems",
+            "mpp": "0.5",
+            "tile_px": "128",
+            "halo_px": str(card.halo_px),
+            "align_px": "4",
+            "tile_statistics": "false",
+            "score_kind": "embedding",
             "card_sha256": card.digest(),
-        }  # fmt: skip
+        }
         assert (model / "labels.txt").read_text() == "ground\ngland\nnucleus\n"
-        assert [p.name for p in sorted(model.rglob("*")) if p.is_file()] == [
-            said[2], "config.pbtxt", "labels.txt",
-        ]  # fmt: skip
+        assert [p.name for p in sorted(model.rglob("*")) if p.is_file()] == [said[2], "config.pbtxt", "labels.txt"]
     assert (models[0] / "1/model.onnx").read_bytes() == (folder / "model.onnx").read_bytes()
     assert (models[2] / "1/model.plan").read_bytes() == b"a plan"
     assert sorted(p.name for p in repository.parent.iterdir()) == ["bundle", "models"]
 
 
-def test_the_graph_that_is_served_has_exactly_the_tensors_of_the_config(
-    tiny_bundle: Path, repository: Path
-) -> None:
+def test_the_graph_that_is_served_has_exactly_the_tensors_of_the_config(tiny_bundle: Path, repository: Path) -> None:
     (model,) = write_triton(tiny_bundle, read_card(tiny_bundle), repository)
     config = parse(model)
     path = model / "1" / config.default_model_filename
@@ -136,9 +133,7 @@ def test_a_batch_limit_also_limits_the_preferred_sizes(tiny_bundle: Path, reposi
         assert list(config.dynamic_batching.preferred_batch_size) == sizes
 
 
-def test_a_model_that_was_written_before_is_replaced_and_others_stay(
-    tiny_bundle: Path, repository: Path
-) -> None:
+def test_a_model_that_was_written_before_is_replaced_and_others_stay(tiny_bundle: Path, repository: Path) -> None:
     card = read_card(tiny_bundle)
     (repository / "other").mkdir(parents=True)
     (repository / "other" / "config.pbtxt").write_text('name: "other"')
@@ -222,9 +217,7 @@ def test_a_graph_that_the_card_does_not_vouch_for_is_not_served(
     assert not repository.exists()
 
 
-@pytest.mark.parametrize(
-    ("folder", "model"), [("a b", "a_b_fp32"), (".hidden", "hidden_fp32"), ("ä", "imems_fp32")]
-)
+@pytest.mark.parametrize(("folder", "model"), [("a b", "a_b_fp32"), (".hidden", "hidden_fp32"), ("ä", "imems_fp32")])
 def test_a_folder_whose_name_triton_would_not_take_gets_one_that_it_does(
     tiny_bundle: Path, tmp_path: Path, repository: Path, folder: str, model: str
 ) -> None:
@@ -233,9 +226,7 @@ def test_a_folder_whose_name_triton_would_not_take_gets_one_that_it_does(
     assert (written.name, parse(written).name) == (model, model)
 
 
-def test_a_repository_that_cannot_be_written_is_one_clear_line(
-    tiny_bundle: Path, tmp_path: Path
-) -> None:
+def test_a_repository_that_cannot_be_written_is_one_clear_line(tiny_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be written"):
         write_triton(tiny_bundle, read_card(tiny_bundle), tmp_path / "file" / "models")

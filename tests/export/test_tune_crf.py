@@ -15,7 +15,7 @@ from scipy.ndimage import gaussian_filter
 
 from histostream.export import tune_crf as tuning
 from histostream.export.tune_crf import AXES, START, TuneError, keep_params, search, tune_crf
-from histostream.runtime.card import read_card
+from histostream.runtime.bundle.card import read_card
 from histostream.runtime.crf import CrfParams, dense_crf
 from histostream.training.data import StoredSample
 
@@ -92,13 +92,10 @@ def test_the_command_tunes_a_bundle(tiny_bundle: Path, tmp_path: Path) -> None:
         Image.fromarray(image).save(folder / "images" / f"{seed}.png")
         Image.fromarray(truth).save(folder / "labels" / f"{seed}.png")
     (folder / "dataset.toml").write_text(
-        "mpp = 0.5\n"
-        + "".join(f'[[classes]]\nname = "c{k}"\ncolor = [{k}, 0, 0]\n' for k in (0, 1, 2))
+        "mpp = 0.5\n" + "".join(f'[[classes]]\nname = "c{k}"\ncolor = [{k}, 0, 0]\n' for k in (0, 1, 2))
     )
     command = [sys.executable, "-m", "histostream.export.cli", "tune-crf", str(bundle)]
-    done = subprocess.run(
-        [*command, "--data", str(folder)], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([*command, "--data", str(folder)], capture_output=True, text=True, check=False)
     card = read_card(bundle)
     # An untrained network may or may not be helped; either is said, and the card agrees.
     if done.returncode == 0:

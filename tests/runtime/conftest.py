@@ -11,13 +11,12 @@ import pytest
 import tifffile
 from numpy.typing import NDArray
 
-from histostream.runtime.card import ModelCard
-from histostream.wsi.sink import ClassInfo
+from histostream.runtime.bundle.card import ModelCard
+from histostream.wsi.outputs.label_rows import ClassInfo
 
 CARD = ModelCard(
     method="identity",
-    classes=tuple(ClassInfo(n, c) for n, c in (
-        ("red", (255, 0, 0)), ("green", (0, 255, 0)), ("blue", (0, 0, 255)))),
+    classes=tuple(ClassInfo(n, c) for n, c in (("red", (255, 0, 0)), ("green", (0, 255, 0)), ("blue", (0, 0, 255)))),
     mpp=0.5,
     channels=3,
     tile_px=64,
@@ -27,7 +26,7 @@ CARD = ModelCard(
     score_kind="probability",
     files={},
     opset=18,
-)  # fmt: skip
+)
 
 
 @dataclass
@@ -64,12 +63,11 @@ def identity_engine(tile_px: int = 64, align_px: int = 1) -> IdentityEngine:
     return IdentityEngine(replace(CARD, tile_px=tile_px, align_px=align_px))
 
 
-def write_slide(
-    path: Path, pixels: NDArray[np.uint8], mpp: float | None = 0.5, tile_px: int = 64
-) -> Path:
+def write_slide(path: Path, pixels: NDArray[np.uint8], mpp: float | None = 0.5, tile_px: int = 64) -> Path:
     """Write a tiled, uncompressed TIFF: what comes back is what went in."""
-    resolution: dict[str, Any] = {} if mpp is None else {
-        "resolution": (1e4 / mpp, 1e4 / mpp), "resolutionunit": "CENTIMETER"}  # fmt: skip
+    resolution: dict[str, Any] = (
+        {} if mpp is None else {"resolution": (1e4 / mpp, 1e4 / mpp), "resolutionunit": "CENTIMETER"}
+    )
     tifffile.imwrite(path, pixels, tile=(tile_px, tile_px), photometric="rgb", **resolution)
     return path
 

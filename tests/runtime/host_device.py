@@ -29,9 +29,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from histostream.runtime.card import ModelCard
-from histostream.runtime.device_stream import BatchBuffers, infer_arrays
-from histostream.runtime.devices import (
+from histostream.runtime.bundle.card import ModelCard
+from histostream.runtime.cuda.base import (
     Device,
     DeviceMemoryError,
     Event,
@@ -41,7 +40,8 @@ from histostream.runtime.devices import (
     kernel_signatures,
     kernel_source,
 )
-from histostream.runtime.engine import Engine
+from histostream.runtime.engines.base import Engine
+from histostream.runtime.engines.device_engine import BatchBuffers, infer_arrays
 
 SHIM = """
 #include <algorithm>
@@ -88,12 +88,8 @@ def shim_source() -> str:
     """The kernels, and for each a plain function ``run_<kernel>(size, seed, arguments)``."""
     text = SHIM + kernel_source()
     for name, signature in kernel_signatures().items():
-        declared = ", ".join(
-            f"{'void*' if letter == 'P' else 'int'} a{i}" for i, letter in enumerate(signature)
-        )
-        given = ", ".join(
-            f"Any{{a{i}}}" if letter == "P" else f"a{i}" for i, letter in enumerate(signature)
-        )
+        declared = ", ".join(f"{'void*' if letter == 'P' else 'int'} a{i}" for i, letter in enumerate(signature))
+        given = ", ".join(f"Any{{a{i}}}" if letter == "P" else f"a{i}" for i, letter in enumerate(signature))
         text += (
             f'\nextern "C" void run_{name}(const unsigned* size, unsigned seed, {declared}) {{\n'
             f"    each_thread(size, seed, [&] {{ {name}({given}); }});\n}}\n"
@@ -132,10 +128,7 @@ def run_kernel(
     seed: int = 0,
 ) -> None:
     """Run a kernel on host memory, its threads in order, or shuffled by a seed."""
-    types = [
-        ctypes.c_void_p if letter == "P" else ctypes.c_int
-        for letter in kernel_signature(name, arguments)
-    ]
+    types = [ctypes.c_void_p if letter == "P" else ctypes.c_int for letter in kernel_signature(name, arguments)]
     size = (ctypes.c_uint * 6)(*grid, *block)
     given = [kind(value) for kind, value in zip(types, arguments, strict=True)]
     getattr(host_kernels(), f"run_{name}")(size, ctypes.c_uint(seed), *given)
@@ -381,8 +374,7 @@ class HostDevice:
         at = array.ctypes.data
         assert array.flags.c_contiguous
         assert any(
-            start <= at and at + array.nbytes <= start + whole.nbytes
-            for start, whole in self._pinned.items()
+            start <= at and at + array.nbytes <= start + whole.nbytes for start, whole in self._pinned.items()
         ), "this array is not pinned"
 
 
@@ -605,12 +597,10 @@ def fake_driver() -> Path:
     launchers, table = "", []
     for name, signature in kernel_signatures().items():
         given = ", ".join(
-            f"*(void**)given[{i}]" if letter == "P" else f"*(int*)given[{i}]"
-            for i, letter in enumerate(signature)
+            f"*(void**)given[{i}]" if letter == "P" else f"*(int*)given[{i}]" for i, letter in enumerate(signature)
         )
         launchers += (
-            f"static void launch_{name}(const unsigned* size, void** given) "
-            f"{{ run_{name}(size, 0, {given}); }}\n"
+            f"static void launch_{name}(const unsigned* size, void** given) {{ run_{name}(size, 0, {given}); }}\n"
         )
         table.append(f'{{"{name}", launch_{name}}}')
     driver = FAKE_DRIVER.replace("LAUNCHERS", ", ".join(table)).replace(

@@ -16,7 +16,7 @@ import openslide
 import pytest
 import tifffile
 
-from .conftest import random_pixels, write_slide
+from tests.runtime.conftest import random_pixels, write_slide
 
 
 def infer(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
@@ -39,16 +39,19 @@ def slide(tmp_path: Path) -> Path:
 
 
 @pytest.mark.full
-def test_a_real_slide_becomes_a_label_map(
-    wsi_slides: Path, tiny_bundle: Path, tmp_path: Path
-) -> None:
+def test_a_real_slide_becomes_a_label_map(wsi_slides: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     source = wsi_slides / "CMU-1-Small-Region.svs"
     done = infer(source, "--model", tiny_bundle, "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "out" / "CMU-1-Small-Region"
     assert {p.name for p in folder.iterdir()} == {
-        "labels.tif", "overview.png", "summary.json", "summary.csv", "run.json", "report.html",
-    }  # fmt: skip
+        "labels.tif",
+        "overview.png",
+        "summary.json",
+        "summary.csv",
+        "run.json",
+        "report.html",
+    }
     with openslide.OpenSlide(str(folder / "labels.tif")) as labels:
         assert labels.dimensions == (2220, 2967)
         assert labels.level_count > 2
@@ -58,9 +61,7 @@ def test_a_real_slide_becomes_a_label_map(
 
 
 @pytest.mark.full
-def test_dicom_and_svs_of_one_slide_agree(
-    wsi_slides: Path, tiny_bundle: Path, tmp_path: Path
-) -> None:
+def test_dicom_and_svs_of_one_slide_agree(wsi_slides: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     """The DICOM is another coding of the same pixels, so labels agree, but not everywhere."""
     maps = []
     for name in ("CMU-1-Small-Region.svs", "dicom-cmu-1-small-region-ybr"):
@@ -71,9 +72,7 @@ def test_dicom_and_svs_of_one_slide_agree(
     assert (maps[0] == maps[1]).mean() > 0.9
 
 
-def test_a_failed_slide_does_not_stop_the_others(
-    slide: Path, tiny_bundle: Path, tmp_path: Path
-) -> None:
+def test_a_failed_slide_does_not_stop_the_others(slide: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.svs"
     bad.write_text("not a slide")
     done = infer(bad, slide, "--model", tiny_bundle, "--out", tmp_path / "out", "--no-tissue")
@@ -85,9 +84,7 @@ def test_a_failed_slide_does_not_stop_the_others(
     assert not (tmp_path / "out" / "bad").exists()
 
 
-def test_a_missing_resolution_names_the_option(
-    wsi_slides: Path, tiny_bundle: Path, tmp_path: Path
-) -> None:
+def test_a_missing_resolution_names_the_option(wsi_slides: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     source = wsi_slides / "TCGA-CR-7395-01A-01-TS1.svs"
     line = one_clear_line(infer(source, "--model", tiny_bundle, "--out", tmp_path / "out"))
     assert source.name in line
@@ -95,9 +92,7 @@ def test_a_missing_resolution_names_the_option(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    "kind", ["missing", "empty", "text", "truncated", "unreadable", "below a file"]
-)
+@pytest.mark.parametrize("kind", ["missing", "empty", "text", "truncated", "unreadable", "below a file"])
 def test_a_broken_slide_is_one_clear_line(
     kind: str, slide: Path, tiny_bundle: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -156,22 +151,17 @@ def test_a_full_disk_leaves_nothing_under_a_final_name(tiny_bundle: Path, tmp_pa
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
     done = infer(
-        slide, "--model", tiny_bundle, "--out", tmp_path / "out", "--no-tissue",
-        "--probabilities", preexec_fn=limit,
-    )  # fmt: skip
+        slide, "--model", tiny_bundle, "--out", tmp_path / "out", "--no-tissue", "--probabilities", preexec_fn=limit
+    )
     assert "no room" in one_clear_line(done)
     folder = tmp_path / "out" / "big"
     assert not [p for p in folder.glob("*") if p.name != ".journal"]  # with which it goes on
-    done = infer(
-        slide, "--model", tiny_bundle, "--out", tmp_path / "out", "--no-tissue", "--probabilities"
-    )
+    done = infer(slide, "--model", tiny_bundle, "--out", tmp_path / "out", "--no-tissue", "--probabilities")
     assert done.returncode == 0, done.stderr
     assert json.loads((folder / "run.json").read_text())["resumed"]["runs"] == 2
 
 
-def test_slides_that_would_overwrite_each_other_are_refused(
-    slide: Path, tiny_bundle: Path, tmp_path: Path
-) -> None:
+def test_slides_that_would_overwrite_each_other_are_refused(slide: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     other = tmp_path / "other" / slide.name
     other.parent.mkdir()
     shutil.copy(slide, other)
@@ -210,9 +200,7 @@ def test_running_again_replaces_the_result(slide: Path, tiny_bundle: Path, tmp_p
 
 @pytest.mark.full
 @pytest.mark.xdist_group("fleet")
-def test_several_devices_share_slides_or_the_columns_of_one(
-    tiny_bundle: Path, tmp_path: Path
-) -> None:
+def test_several_devices_share_slides_or_the_columns_of_one(tiny_bundle: Path, tmp_path: Path) -> None:
     from histostream.wsi.synthetic import SyntheticSlide
 
     for name, seed in (("a", 1), ("b", 2)):
@@ -226,9 +214,7 @@ def test_several_devices_share_slides_or_the_columns_of_one(
     assert one.returncode == 0, one.stderr
     alone = infer(slides[0], "--model", tiny_bundle, "--no-tissue", "--out", tmp_path / "alone")
     assert alone.returncode == 0
-    found = [
-        (tmp_path / folder / "a" / "labels.tif").read_bytes() for folder in ("both", "one", "alone")
-    ]
+    found = [(tmp_path / folder / "a" / "labels.tif").read_bytes() for folder in ("both", "one", "alone")]
     assert found[0] == found[1] == found[2]
     wrong = infer(slides[0], "--model", tiny_bundle, "--devices", "0,0", "--out", tmp_path / "x")
     assert wrong.returncode == 1
@@ -236,9 +222,7 @@ def test_several_devices_share_slides_or_the_columns_of_one(
 
 
 @pytest.mark.full
-def test_rasters_are_written_where_they_are_asked_for(
-    slide: Path, tiny_bundle: Path, tmp_path: Path
-) -> None:
+def test_rasters_are_written_where_they_are_asked_for(slide: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     command = (slide, "--model", tiny_bundle, "--out", tmp_path / "out", "--no-tissue")
     done = infer(*command, "--rasters", "dicom-seg, ome-zarr,ome-tiff")
     assert done.returncode == 0, done.stderr
@@ -251,16 +235,18 @@ def test_rasters_are_written_where_they_are_asked_for(
 
 
 @pytest.mark.full
-def test_objects_are_written_where_they_are_asked_for(
-    slide: Path, tiny_bundle: Path, tmp_path: Path
-) -> None:
+def test_objects_are_written_where_they_are_asked_for(slide: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     command = (slide, "--model", tiny_bundle, "--out", tmp_path / "out", "--no-tissue")
     asked = ("--geojson", "--annotations", "dsa", "--objects", "csv, parquet", "--simplify", "0.5")
     done = infer(*command, *asked)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "out" / "slide"
     assert {p.name for p in folder.iterdir()} > {
-        "objects.geojson.gz", "annotations.json", "objects.csv", "objects.parquet"}  # fmt: skip
+        "objects.geojson.gz",
+        "annotations.json",
+        "objects.csv",
+        "objects.parquet",
+    }
     other_words = ("--annotations", "dsa", "--annotations", "qupath", "--objects", "parquet,csv")
     again = infer(*command, *other_words, "--simplify", "0.5")
     assert "done before" in again.stdout

@@ -16,13 +16,12 @@ import pytest
 import tifffile
 from numpy.typing import NDArray
 
-from histostream.runtime.infer import segment_slide
 from histostream.runtime.options import Options
+from histostream.runtime.slide_run import segment_slide
 from histostream.wsi.errors import DamagedError, SlideError
-from histostream.wsi.reader import open_slide
-from histostream.wsi.sink import OUTSIDE, ClassInfo
-
-from .conftest import CARD, IdentityEngine, random_pixels
+from histostream.wsi.outputs.label_rows import NOT_ANALYSED, ClassInfo
+from histostream.wsi.slides.reader import open_slide
+from tests.runtime.conftest import CARD, IdentityEngine, random_pixels
 
 ALL = Options(tissue=False, overlap_px=16, probabilities=True)
 CLASSES = tuple(ClassInfo(n, (9, 9, 9)) for n in ("tumour", "background", "stroma"))
@@ -31,9 +30,14 @@ NAMED = replace(CARD, classes=CLASSES)
 
 def write_compressed(path: Path, pixels: NDArray[np.uint8]) -> Path:
     tifffile.imwrite(
-        path, pixels, tile=(64, 64), photometric="rgb", compression="zlib",
-        resolution=(2e4, 2e4), resolutionunit="CENTIMETER",
-    )  # fmt: skip
+        path,
+        pixels,
+        tile=(64, 64),
+        photometric="rgb",
+        compression="zlib",
+        resolution=(2e4, 2e4),
+        resolutionunit="CENTIMETER",
+    )
     return path
 
 
@@ -83,7 +87,7 @@ def test_a_damaged_block_is_background_and_listed(
 def test_without_a_background_class_it_is_not_analysed(damaged: Path, tmp_path: Path) -> None:
     result = segment_slide(damaged, IdentityEngine(), tmp_path / "out", ALL)
     labels = tifffile.imread(result.folder / "labels.tif", level=0)
-    assert (labels == OUTSIDE).sum() == 64 * 64
+    assert (labels == NOT_ANALYSED).sum() == 64 * 64
 
 
 def test_strict_stops_at_it(damaged: Path, tmp_path: Path) -> None:
@@ -194,14 +198,20 @@ def test_a_file_that_vanishes_is_not_taken_for_damage(
         assert not isinstance(gone.value, DamagedError)
 
 
-def test_the_exit_status_says_that_a_slide_has_damaged_places(
-    damaged: Path, tiny_bundle: Path, tmp_path: Path
-) -> None:
+def test_the_exit_status_says_that_a_slide_has_damaged_places(damaged: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     def run(*more: str) -> subprocess.CompletedProcess[str]:
         line = [
-            sys.executable, "-m", "histostream.runtime.cli", str(damaged), "--model",
-            str(tiny_bundle), "--out", str(tmp_path / "out"), "--no-tissue", *more,
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "histostream.runtime.cli",
+            str(damaged),
+            "--model",
+            str(tiny_bundle),
+            "--out",
+            str(tmp_path / "out"),
+            "--no-tissue",
+            *more,
+        ]
         return subprocess.run(line, capture_output=True, text=True, check=False)
 
     done = run()

@@ -19,17 +19,16 @@ import pytest
 import tifffile
 from numpy.typing import NDArray
 
-from histostream.runtime import infer
+from histostream.runtime import slide_run as infer
 from histostream.runtime.crf.options import CrfOptions
 from histostream.runtime.crf.params import CrfParams
-from histostream.runtime.infer import segment_slide
 from histostream.runtime.options import Options
 from histostream.runtime.result import SlideResult
+from histostream.runtime.slide_run import segment_slide
 from histostream.wsi.errors import StoppedError
-from histostream.wsi.grid import TileGrid
-from histostream.wsi.journal import JournalError
-
-from .conftest import CARD, PlaceDependentEngine, random_pixels, write_slide
+from histostream.wsi.outputs.journal import JournalError
+from histostream.wsi.tiling.grid import TileGrid
+from tests.runtime.conftest import CARD, PlaceDependentEngine, random_pixels, write_slide
 
 ALL = Options(tissue=False, overlap_px=16, probabilities=True)
 Array = NDArray[np.uint8]
@@ -149,7 +148,7 @@ def test_only_the_row_above_is_inferred_again(slide: Path, tmp_path: Path) -> No
     engine = PlaceDependentEngine()
     result = segment_slide(slide, engine, tmp_path, replace(ALL, batch=1))
     assert engine.tiles == (rows - 5 + 1) * in_a_row
-    assert result.run["resumed"]["mpx_before"] == pytest.approx(1100 * grid.tile(3, 0).write.bottom / 1e6, abs=1e-3)  # fmt: skip  # noqa: E501
+    assert result.run["resumed"]["mpx_before"] == pytest.approx(1100 * grid.tile(3, 0).write.bottom / 1e6, abs=1e-3)
 
 
 def test_a_region_of_interest_and_glass_are_gone_on_with_too(tmp_path: Path) -> None:
@@ -229,9 +228,7 @@ def test_a_journal_of_another_run_is_refused_by_name(
     assert (out / "slide" / ".journal" / "begun.json").exists()
 
 
-def test_the_journal_of_a_run_killed_after_publishing_is_forgotten(
-    slide: Path, tmp_path: Path
-) -> None:
+def test_the_journal_of_a_run_killed_after_publishing_is_forgotten(slide: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(Broken):
         segment_slide(slide, Breaking(after=200), out, ALL)
@@ -243,9 +240,7 @@ def test_the_journal_of_a_run_killed_after_publishing_is_forgotten(
     assert not list(other.folder.glob(".*"))
 
 
-def test_memory_and_batch_may_change_between_runs(
-    slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_and_batch_may_change_between_runs(slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wide, narrow = [(0, 1024), (1024, 1100)], [(0, 512), (512, 1024), (1024, 1100)]
     unbroken = segment_slide(slide, PlaceDependentEngine(), tmp_path / "unbroken", ALL)
     monkeypatch.setattr(infer, "plan_bands", lambda *_, **__: narrow)
@@ -278,10 +273,7 @@ def test_a_stop_finishes_the_row_in_hand(slide: Path, tmp_path: Path) -> None:
     grid = TileGrid.cover(1100, 500, tile_px=64, overlap_px=16)
     in_a_row = len(grid.xs)
     with pytest.raises(StoppedError):
-        segment_slide(
-            slide, engine, tmp_path, replace(ALL, batch=1),
-            stopping=lambda: engine.tiles > 2 * in_a_row + 3,
-        )  # fmt: skip
+        segment_slide(slide, engine, tmp_path, replace(ALL, batch=1), stopping=lambda: engine.tiles > 2 * in_a_row + 3)
     assert engine.tiles == 3 * in_a_row
     again = PlaceDependentEngine()
     segment_slide(slide, again, tmp_path, ALL)
@@ -293,9 +285,20 @@ def test_a_stop_finishes_the_row_in_hand(slide: Path, tmp_path: Path) -> None:
 
 def command(slide: Path, bundle: Path, out: Path) -> list[str]:
     return [
-        sys.executable, "-m", "histostream.runtime.cli", str(slide), "--model", str(bundle),
-        "--out", str(out), "--no-tissue", "--batch", "1", "--threads", "1",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "histostream.runtime.cli",
+        str(slide),
+        "--model",
+        str(bundle),
+        "--out",
+        str(out),
+        "--no-tissue",
+        "--batch",
+        "1",
+        "--threads",
+        "1",
+    ]
 
 
 def strips_in(out: Path) -> int:
@@ -305,9 +308,8 @@ def strips_in(out: Path) -> int:
 def begun(arguments: list[str], out: Path, more_than: int) -> subprocess.Popen[str]:
     """Start a run and wait until it has finished some strips."""
     process = subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     deadline = time.monotonic() + 60
     while strips_in(out) <= more_than and process.poll() is None:
         assert time.monotonic() < deadline, "no strip was finished"
@@ -321,9 +323,7 @@ def large(tmp_path: Path) -> Path:
 
 
 @pytest.mark.full
-def test_a_killed_command_goes_on_and_gives_the_same_bits(
-    large: Path, tiny_bundle: Path, tmp_path: Path
-) -> None:
+def test_a_killed_command_goes_on_and_gives_the_same_bits(large: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = command(large, tiny_bundle, out)
     size = 0
@@ -347,9 +347,7 @@ def test_a_killed_command_goes_on_and_gives_the_same_bits(
 
 @pytest.mark.full
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_says_how_to_go_on(
-    large: Path, tiny_bundle: Path, tmp_path: Path, number: signal.Signals
-) -> None:
+def test_ctrl_c_says_how_to_go_on(large: Path, tiny_bundle: Path, tmp_path: Path, number: signal.Signals) -> None:
     arguments = command(large, tiny_bundle, tmp_path / "out")
     process = begun(arguments, tmp_path / "out", 0)
     process.send_signal(number)

@@ -21,10 +21,9 @@ from numpy.typing import NDArray
 
 from histostream.runtime import Options, ResultError, Segmenter, SlideResult, segment_slide
 from histostream.runtime.cli import main
-from histostream.runtime.engine import Engine
+from histostream.runtime.engines.base import Engine
 from histostream.wsi.errors import HistoError, SlideError
-
-from .conftest import CARD, IdentityEngine, identity_engine, random_pixels, write_slide
+from tests.runtime.conftest import CARD, IdentityEngine, identity_engine, random_pixels, write_slide
 
 mpl.use("agg")
 ALL = Options(tissue=False, overlap_px=16, blend="crop", probabilities=True)
@@ -109,9 +108,7 @@ def test_a_result_that_is_there_is_not_computed_again(
 def test_it_is_the_result_of_the_command(
     tiny_bundle: Path, slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said = CliRunner().invoke(
-        main, [str(slide), "--model", str(tiny_bundle), "--out", str(tmp_path), "--no-tissue"]
-    )
+    said = CliRunner().invoke(main, [str(slide), "--model", str(tiny_bundle), "--out", str(tmp_path), "--no-tissue"])
     assert said.exit_code == 0, said.output
     theirs = SlideResult.read(tmp_path / "slide")
 
@@ -157,9 +154,7 @@ def test_an_interrupt_keeps_what_is_finished(slide: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("step", [1, 2, 4])
-def test_a_region_shows_each_place_with_its_label(
-    segmenter: Segmenter, tmp_path: Path, step: int
-) -> None:
+def test_a_region_shows_each_place_with_its_label(segmenter: Segmenter, tmp_path: Path, step: int) -> None:
     coarse = np.kron(random_pixels(90, 70), np.ones((8, 8, 1), np.uint8))
     slide = write_slide(tmp_path / "coarse.tif", coarse)
     result = segmenter.run(slide, tmp_path / "out", ALL)
@@ -197,9 +192,7 @@ def test_a_plot_goes_on_without_a_slide_that_is_gone(
     assert "without it" in caplog.text
 
 
-def test_a_slide_that_moved_is_opened_where_it_is(
-    result: SlideResult, slide: Path, tmp_path: Path
-) -> None:
+def test_a_slide_that_moved_is_opened_where_it_is(result: SlideResult, slide: Path, tmp_path: Path) -> None:
     (tmp_path / "archive").mkdir()
     slide.rename(tmp_path / "archive" / slide.name)
     with result.open_slide(tmp_path / "archive") as opened:
@@ -243,9 +236,7 @@ def test_what_cannot_be_segmented_is_said_in_a_line(segmenter: Segmenter, tmp_pa
         segmenter.run(f"{tmp_path}/slides*.tif", tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    "place", [(0, 0, 701, 9), (-1, 0, 9, 9), (700, 0, None, None), (0, 0, 0, 9)]
-)
+@pytest.mark.parametrize("place", [(0, 0, 701, 9), (-1, 0, 9, 9), (700, 0, None, None), (0, 0, 0, 9)])
 def test_places_off_the_slide_are_refused(result: SlideResult, place: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="no place on a label map of 700x500 px"):
         result.region(*place)

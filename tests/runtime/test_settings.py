@@ -11,9 +11,8 @@ from click.testing import CliRunner, Result
 from histostream.runtime import messages
 from histostream.runtime.choices import ANNOTATIONS
 from histostream.runtime.cli import main
-from histostream.wsi.sinks import objects
-
-from .conftest import random_pixels, write_slide
+from histostream.wsi.outputs.sinks import objects
+from tests.runtime.conftest import random_pixels, write_slide
 
 
 @pytest.fixture
@@ -36,9 +35,7 @@ def test_the_words_of_annotations_are_those_of_the_sink() -> None:
     assert tuple(objects.ANNOTATIONS) == ANNOTATIONS
 
 
-def test_a_file_gives_options_and_the_command_line_counts_more(
-    slide: Path, tiny_bundle: Path
-) -> None:
+def test_a_file_gives_options_and_the_command_line_counts_more(slide: Path, tiny_bundle: Path) -> None:
     file = settings(
         f"""
         slides = ["slide.tif"]
@@ -75,9 +72,7 @@ def test_a_file_gives_options_and_the_command_line_counts_more(
         ("overlap = ", "is not a TOML file"),
     ],
 )
-def test_a_wrong_file_is_one_line_and_nothing_is_written(
-    text: str, complaint: str, slide: Path
-) -> None:
+def test_a_wrong_file_is_one_line_and_nothing_is_written(text: str, complaint: str, slide: Path) -> None:
     done = infer(slide, "--config", settings(text))
     assert done.exit_code == 2
     assert done.stderr.startswith("histo-infer: run.toml: ")
@@ -152,9 +147,7 @@ def test_a_log_of_json_has_one_object_a_line(slide: Path, tiny_bundle: Path) -> 
     assert (said[3]["done"], said[3]["failed"]) == (1, 1)
 
 
-def test_a_log_file_shows_how_far_a_slide_is(
-    slide: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_log_file_shows_how_far_a_slide_is(slide: Path, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(messages, "PROGRESS_S", 1e-9)
     done = infer(slide, "--model", tiny_bundle, "--no-tissue", "--batch", "1")
     assert done.exit_code == 0, done.stderr

@@ -10,7 +10,7 @@ import tifffile
 
 from histostream.runtime import Options, default_bundle, open_engine, segment_slide
 from histostream.training.metrics import Confusion
-from histostream.wsi.sink import OUTSIDE
+from histostream.wsi.outputs.label_rows import NOT_ANALYSED
 from histostream.wsi.synthetic import SyntheticSlide
 
 
@@ -23,7 +23,7 @@ def test_nuclei_of_the_demo_slide_are_found_where_they_are(tmp_path: Path) -> No
     engine = open_engine(default_bundle(), backend="cpu")
     result = segment_slide(tmp_path / "slide.tif", engine, tmp_path / "out", Options())
     labels = np.asarray(tifffile.imread(result.folder / "labels.tif", level=0))
-    analysed = labels != OUTSIDE
+    analysed = labels != NOT_ANALYSED
     assert truth[analysed].sum() > 1000
     assert truth[~analysed].sum() == 0
     confusion = Confusion(2)

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from histostream.runtime import default_bundle
-
-from .conftest import random_pixels, write_slide
+from tests.runtime.conftest import random_pixels, write_slide
 
 MODEL = default_bundle() / "model.onnx"
 OPEN = f"import onnxruntime; onnxruntime.InferenceSession({str(MODEL)!r})"
@@ -22,15 +21,12 @@ def run_at_home(home: Path, *command: str) -> list[str]:
     home.mkdir()
     silencers = {"CI", "GITHUB_ACTIONS", "TF_BUILD", "ORT_DISABLE_TELEMETRY"}
     environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in silencers and not name.startswith("XDG_")
+        name: value for name, value in os.environ.items() if name not in silencers and not name.startswith("XDG_")
     }
     environment |= {"HOME": str(home), "TMPDIR": str(home.parent)}
     done = subprocess.run(
-        [sys.executable, *command], env=environment, cwd=home.parent, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, *command], env=environment, cwd=home.parent, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return sorted(p.relative_to(home).as_posix() for p in home.rglob("*") if p.is_file())
 

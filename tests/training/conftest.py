@@ -20,10 +20,7 @@ def nuclei_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     slide = SyntheticSlide(1600, 1600, seed=2)
     pixels, labels = slide.region(0, 0, 1600, 1600)
     tissue = [
-        (y, x)
-        for y in range(0, 1600, 80)
-        for x in range(0, 1600, 80)
-        if labels[y : y + 80, x : x + 80].mean() > 0.05
+        (y, x) for y in range(0, 1600, 80) for x in range(0, 1600, 80) if labels[y : y + 80, x : x + 80].mean() > 0.05
     ]
     assert len(tissue) >= 8
     for i, (y, x) in enumerate(tissue[:8]):

@@ -21,21 +21,17 @@ from histostream.runtime import open_engine, segment_pixels
 from histostream.training import checkpoint, command, loop, synthetic
 from histostream.training.augment import Augmentation
 from histostream.training.batches import Batches, divide
-from histostream.training.compute import Compute, prepare
 from histostream.training.data import DataError, DataSet, StoredSample
+from histostream.training.device import Compute, prepare
 from histostream.training.loop import Recipe
-from histostream.training.methods import Batch, State, apma_net
-from histostream.training.methods.apma_net import Config
-from histostream.training.networks.domain_classifier import (
-    damt_classifier,
-    ganin_classifier,
-    reverse_gradient,
-)
+from histostream.training.methods import Batch, State
+from histostream.training.methods.apma_net import method as apma_net
+from histostream.training.methods.apma_net.method import Config
+from histostream.training.networks.domain_classifier import damt_classifier, ganin_classifier, reverse_gradient
 from histostream.training.networks.group_norm_unet import GroupNormUNet, ReconstructionDecoder
 from histostream.training.schedule import Schedule, set_rates
-from histostream.wsi.reader import open_slide
-
-from .resuming import killed_and_resumed, logged, weights_of
+from histostream.wsi.slides.reader import open_slide
+from tests.training.resuming import killed_and_resumed, logged, weights_of
 
 TERMS = {
     "apma-paper": (True, "adversarial", True),
@@ -60,10 +56,7 @@ def tiny_config(**more: Any) -> Config:
 
 def adapting(terms: tuple[bool, str, bool], **more: Any) -> dict[str, Any]:
     reconstruct, features, predictions = terms
-    return {
-        "reconstruct": reconstruct, "adapt_features": features, "adapt_predictions": predictions,
-        **more,
-    }  # fmt: skip
+    return {"reconstruct": reconstruct, "adapt_features": features, "adapt_predictions": predictions, **more}
 
 
 @pytest.fixture
@@ -111,8 +104,9 @@ def test_the_papers_networks_have_their_parameters() -> None:
         assert ganin_classifier(64, 512).layers[21].weight.shape == (128, 16 * 16 * 16)
         state = apma_net.build(Config(), 2, 1)
     assert count(state.modules["discriminator_pred"]) == 2_763_713
-    shapes = [tuple(m.weight.shape) for m in state.modules["discriminator_feat"].modules()
-              if isinstance(m, torch.nn.Conv2d)]  # fmt: skip
+    shapes = [
+        tuple(m.weight.shape) for m in state.modules["discriminator_feat"].modules() if isinstance(m, torch.nn.Conv2d)
+    ]
     assert shapes == [(64, 64, 4, 4), (128, 64, 4, 4), (256, 128, 4, 4), (1, 256, 4, 4)]
     groups = {m.num_groups for m in network.modules() if isinstance(m, torch.nn.GroupNorm)}
     assert groups == {32}
@@ -180,10 +174,14 @@ def test_the_generator_learns_to_pass_the_target_for_source(
 ) -> None:
     """One step with the adversarial term alone: D(target) rises; with the slip, it falls."""
     state = tiny(
-        reconstruct=False, adapt_features="adversarial" if term == "feat" else "none",
-        adapt_predictions=term == "pred", lambda_feat=1.0, lambda_pred=1.0, learning_rate=1e-4,
+        reconstruct=False,
+        adapt_features="adversarial" if term == "feat" else "none",
+        adapt_predictions=term == "pred",
+        lambda_feat=1.0,
+        lambda_pred=1.0,
+        learning_rate=1e-4,
         discriminator_learning_rate=0.0,
-    )  # fmt: skip
+    )
     monkeypatch.setattr(apma_net, "segmentation_loss", lambda config, s, labels: 0 * s.sum())
     if slip:
 
@@ -258,9 +256,11 @@ def test_the_generators_gradient_is_that_of_equation_6(batch: Batch, name: str) 
     total.backward()
     expected = {
         f"{part}.{key}": p.grad.clone()
-        for part in ("generator", "reconstructor") if part in state.modules
-        for key, p in state.modules[part].named_parameters() if p.grad is not None
-    }  # fmt: skip
+        for part in ("generator", "reconstructor")
+        if part in state.modules
+        for key, p in state.modules[part].named_parameters()
+        if p.grad is not None
+    }
     seen = gradients(tiny(**options), batch)
     assert seen.keys() == expected.keys()
     for key, wanted in expected.items():
@@ -283,8 +283,9 @@ def test_the_reversal_grows_over_the_joint_steps() -> None:
 def test_reversal_trains_its_classifier_forwards(batch: Batch) -> None:
     """The classifier descends on the loss that the generator ascends, at either place."""
     for place, side in (("last", 32), ("bottleneck", 256)):
-        state = tiny(**adapting((False, "reversal", False)), grl_at=place, learning_rate=0.0,
-                     discriminator_learning_rate=2e-2)  # fmt: skip
+        state = tiny(
+            **adapting((False, "reversal", False)), grl_at=place, learning_rate=0.0, discriminator_learning_rate=2e-2
+        )
         sized = resized(batch, side)
         losses = [float(apma_net.step(state, sized)["discriminator_feat"]) for _ in range(12)]
         assert losses[-1] < 0.8 * losses[0]
@@ -330,9 +331,7 @@ def test_the_two_phases_ship_as_two_recipes() -> None:
 
 
 @pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS)
-def test_the_first_steps_train_the_segmentation_alone(
-    batch: Batch, terms: tuple[bool, str, bool]
-) -> None:
+def test_the_first_steps_train_the_segmentation_alone(batch: Batch, terms: tuple[bool, str, bool]) -> None:
     state = tiny(**adapting(terms))
     before = {name: weights(module) for name, module in state.modules.items()}
     early = apma_net.step(state, replace(batch, step=0))
@@ -372,14 +371,17 @@ def test_each_network_is_moved_by_its_own_equation_only(batch: Batch) -> None:
 @pytest.mark.parametrize(
     "more",
     [
-        {"feat_disc": "damt", "feat_crop": 32}, {"feat_disc": "ganin", "feat_crop": 32},
-        {"pred_disc_norm": "group"}, {"norm": "none"}, {"seg_loss": "dice"},
+        {"feat_disc": "damt", "feat_crop": 32},
+        {"feat_disc": "ganin", "feat_crop": 32},
+        {"pred_disc_norm": "group"},
+        {"norm": "none"},
+        {"seg_loss": "dice"},
         {"normalise": "per_image"},
         {"adapt_features": "reversal", "feat_disc": "ganin", "feat_crop": 64},
         {"adapt_features": "reversal", "grl_at": "bottleneck"},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_every_switch_trains(batch: Batch, more: dict[str, Any]) -> None:
     side = 256 if "grl_at" in more else int(str(more.get("feat_crop", 64)))
     state = tiny(**more)
@@ -401,12 +403,14 @@ def test_a_crop_of_another_size_is_named(batch: Batch) -> None:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"feat_disc": "vgg"}, "feat_disc='vgg'"), ({"adapt_features": "mmd"}, "'mmd'"),
-        ({"source_only_steps": 2.0}, "source_only_steps=2.0"), ({"lambda_rec": -1.0}, "negative"),
+        ({"feat_disc": "vgg"}, "feat_disc='vgg'"),
+        ({"adapt_features": "mmd"}, "'mmd'"),
+        ({"source_only_steps": 2.0}, "source_only_steps=2.0"),
+        ({"lambda_rec": -1.0}, "negative"),
         ({"feat_disc": "ganin", "feat_crop": 100}, "feat_crop=100: use a multiple of 32"),
         ({"base_width": 0}, "at least 1"),
     ],
-)  # fmt: skip
+)
 def test_settings_that_cannot_be_are_named(more: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         tiny_config(**more)
@@ -471,10 +475,11 @@ def test_each_image_can_be_scaled_by_its_own_range() -> None:
 def test_the_deployed_network_has_the_targets_scale(batch: Batch) -> None:
     tiles = batch.images.permute(0, 2, 3, 1).contiguous()
     for more, domain in (
-        ({}, "target"), ({"validation_domain": "source"}, "target"),
+        ({}, "target"),
+        ({"validation_domain": "source"}, "target"),
         (adapting(TERMS["apma-none"]), "target"),
         (adapting(TERMS["apma-none"], validation_domain="source"), "source"),
-    ):  # fmt: skip
+    ):
         state = tiny(**more)
         assert apma_net.pools(state.config) == (("target",) if domain == "target" else ())
         scale = state.modules["scale"]
@@ -536,10 +541,16 @@ def test_the_oracle_needs_no_target_but_its_own_data() -> None:
 
 
 TINY = (
-    "method.base_width=4", "method.discriminator_width=4", "method.source_only_steps=0.34",
-    "schedule.steps=6", "schedule.crop_px=32", "schedule.validate_every=3",
-    "method.learning_rate=2e-3", "augmentation.elastic=0", "schedule.validation=0.25",
-)  # fmt: skip
+    "method.base_width=4",
+    "method.discriminator_width=4",
+    "method.source_only_steps=0.34",
+    "schedule.steps=6",
+    "schedule.crop_px=32",
+    "schedule.validate_every=3",
+    "method.learning_rate=2e-3",
+    "augmentation.elastic=0",
+    "schedule.validation=0.25",
+)
 
 
 @pytest.mark.full
@@ -559,8 +570,14 @@ def test_a_killed_run_goes_on_as_if_it_never_stopped(tmp_path: Path, stop: int) 
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a run of a tiny network that has learned something."""
     run = tmp_path_factory.mktemp("apma") / "run"
-    recipe = read("apma-paper", *TINY, "schedule.steps=60", "schedule.validate_every=60",
-                  "augmentation.rotate=0", "augmentation.motion_blur=0")  # fmt: skip
+    recipe = read(
+        "apma-paper",
+        *TINY,
+        "schedule.steps=60",
+        "schedule.validate_every=60",
+        "augmentation.rotate=0",
+        "augmentation.motion_blur=0",
+    )
     loop.train(recipe, apma_net, em(), run)
     return run
 
@@ -574,9 +591,7 @@ def images_folder(folder: Path, found: DataSet) -> Path:
 
 @pytest.mark.full
 def test_a_bundle_gives_torchs_labels_in_every_precision(trained: Path, tmp_path: Path) -> None:
-    options = Options(
-        tensorrt="off", tile_px=64, calibrate=images_folder(tmp_path / "images", em(seed=5))
-    )
+    options = Options(tensorrt="off", tile_px=64, calibrate=images_folder(tmp_path / "images", em(seed=5)))
     done = export_checkpoint("apma_net", trained, tmp_path / "bundle", options)
     assert {"model.onnx", "model.fp16.onnx"} <= set(done.card.files)
     assert done.card.channels == 1
@@ -648,18 +663,34 @@ def test_grey_micrographs_go_from_a_folder_to_labels_of_a_tiff(tmp_path: Path) -
     # Fewer steps leave a network whose two probabilities are nearly equal in many pixels.
     more = ("schedule.steps=60", "schedule.validate_every=60")
     settings = [f"--set={setting}" for setting in (*TINY, *more)]
-    done = run("histostream.training.cli", "--method", "apma_net", "--data", tmp_path / "set",
-               "--out", tmp_path / "run", "--config", "apma-paper", *settings)  # fmt: skip
+    done = run(
+        "histostream.training.cli",
+        "--method",
+        "apma_net",
+        "--data",
+        tmp_path / "set",
+        "--out",
+        tmp_path / "run",
+        "--config",
+        "apma-paper",
+        *settings,
+    )
     assert done.returncode == 0, done.stderr
     assert checkpoint.read(tmp_path / "run" / "best").channels == 1
-    options = Options(
-        precisions=("fp32",), tensorrt="off", tile_px=64, calibrate=tmp_path / "set" / "target"
-    )
+    options = Options(precisions=("fp32",), tensorrt="off", tile_px=64, calibrate=tmp_path / "set" / "target")
     export_checkpoint("apma_net", tmp_path / "run", tmp_path / "bundle", options)
     section = found.test[0].image[..., 0]
     Image.fromarray(section).save(tmp_path / "section.tif")
-    done = run("histostream.runtime.cli", tmp_path / "section.tif", "--model", tmp_path / "bundle",
-               "--out", tmp_path / "out", "--mpp", 0.005)  # fmt: skip
+    done = run(
+        "histostream.runtime.cli",
+        tmp_path / "section.tif",
+        "--model",
+        tmp_path / "bundle",
+        "--out",
+        tmp_path / "out",
+        "--mpp",
+        0.005,
+    )
     assert done.returncode == 0, done.stderr
     assert "no tissue" not in done.stderr
     with open_slide(tmp_path / "out" / "section" / "labels.tif") as labels:
@@ -672,9 +703,15 @@ def test_grey_micrographs_go_from_a_folder_to_labels_of_a_tiff(tmp_path: Path) -
 def learn(found: DataSet, terms: tuple[bool, str, bool]) -> float:
     """Train 60 steps on the source and 150 joint ones; DSC in percent, pooled, on the target."""
     config = Config(
-        **adapting(terms), base_width=8, discriminator_width=16, source_only_steps=60 / 210,
-        learning_rate=2e-3, discriminator_learning_rate=1e-3, lambda_feat=0.1, lambda_pred=0.1,
-    )  # fmt: skip
+        **adapting(terms),
+        base_width=8,
+        discriminator_width=16,
+        source_only_steps=60 / 210,
+        learning_rate=2e-3,
+        discriminator_learning_rate=1e-3,
+        lambda_feat=0.1,
+        lambda_pred=0.1,
+    )
     schedule = Schedule(steps=210, batch=4, crop_px=64, decay="poly", validation=0.1)
     parts = divide(found, schedule)
     torch.manual_seed(0)

@@ -14,16 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from histostream.training import data
-from histostream.training.data import (
-    DataError,
-    DataSet,
-    Picture,
-    Split,
-    StoredPicture,
-    StoredSample,
-)
-from histostream.wsi.resolution import at_mpp
-from tests.wsi.test_resolution import ArraySlide
+from histostream.training.data import DataError, DataSet, Picture, Split, StoredPicture, StoredSample
+from histostream.wsi.slides.resolution import at_mpp
+from tests.wsi.slides.test_resolution import ArraySlide
 
 
 def pictures(groups: list[str]) -> list[StoredPicture]:
@@ -59,9 +52,7 @@ def check_division(split: Split, samples: list[StoredPicture]) -> None:
 
 @pytest.mark.parametrize("shares", [(0.12, 0.2), (0.2, 0.0), (0.25, 0.25), (0.0, 0.5)])
 @pytest.mark.parametrize("count", [4, 8, 50, 107])
-def test_images_of_their_own_are_divided_as_the_shipped_model_was(
-    count: int, shares: tuple[float, float]
-) -> None:
+def test_images_of_their_own_are_divided_as_the_shipped_model_was(count: int, shares: tuple[float, float]) -> None:
     """The division of the first release, written out; the shipped weights' test images need it."""
     validation, test = shares
     for seed in range(10):
@@ -205,12 +196,21 @@ def test_the_checksum_tells_every_change() -> None:
     label[3, 3] ^= 1
     object_[3, 3] ^= 1
     changed = [
-        [sample, more], [more, sample], [sample],
-        *([replace(sample, **change), more] for change in (
-            {"image": pixel}, {"labels": label}, {"instances": object_}, {"instances": None},
-            {"name": "c.png"}, {"group": "h"},
-        )),
-    ]  # fmt: skip
+        [sample, more],
+        [more, sample],
+        [sample],
+        *(
+            [replace(sample, **change), more]
+            for change in (
+                {"image": pixel},
+                {"labels": label},
+                {"instances": object_},
+                {"instances": None},
+                {"name": "c.png"},
+                {"group": "h"},
+            )
+        ),
+    ]
     assert len({data.checksum(samples) for samples in changed}) == len(changed)
     assert data.checksum([noise(20, 20), more]) == data.checksum([sample, more])
     picture: Picture = StoredPicture("a.png", "g", sample.image)
@@ -297,9 +297,7 @@ def test_a_file_that_is_no_image_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limit", [300, 150], ids=["warning", "error"])
-def test_an_image_that_is_too_large_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
-) -> None:
+def test_an_image_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     """Pillow warns above its limit, and raises above twice the limit."""
     Image.new("L", (20, 20)).save(tmp_path / "large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)

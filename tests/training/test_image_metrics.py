@@ -69,9 +69,7 @@ def test_the_distance_is_that_of_the_equation() -> None:
     assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("a", "b"), [((1, 4), (9, 4)), ((9, 4), (9, 5)), ((9,), (9,)), ((9, 4), (0, 4))]
-)
+@pytest.mark.parametrize(("a", "b"), [((1, 4), (9, 4)), ((9, 4), (9, 5)), ((9,), (9,)), ((9, 4), (0, 4))])
 def test_features_of_other_shapes_are_refused(a: tuple[int, ...], b: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=re.escape(f"features are {a} and {b}")):
         frechet_distance(torch.zeros(a), torch.zeros(b))
@@ -81,9 +79,7 @@ def test_fid_is_the_distance_of_the_features_whatever_the_batches() -> None:
     real, generated = noise(20), noise(30, seed=1) // 2
     extractor = Extractor("mean colour", MeanColor(), 3)
     score = frechet_inception_distance(real.split(7), [generated], extractor)
-    assert score.distance == pytest.approx(
-        frechet_distance(extractor(real), extractor(generated)), rel=1e-9
-    )
+    assert score.distance == pytest.approx(frechet_distance(extractor(real), extractor(generated)), rel=1e-9)
     assert (score.extractor, score.real, score.generated) == ("mean colour", 20, 30)
 
 

@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from histostream.export.bundle import Options
 from histostream.export.trained import export_checkpoint
 from histostream.runtime import open_engine, segment_pixels
-from histostream.training import checkpoint, command, loop, sets, synthetic
+from histostream.training import checkpoint, command, loop, synthetic
+from histostream.training import datasets as sets
 from histostream.training.augment import Augmentation
 from histostream.training.batches import Batches, divide
-from histostream.training.compute import Compute, prepare
-from histostream.training.methods import Batch, State, imems
+from histostream.training.device import Compute, prepare
+from histostream.training.methods import Batch, State
+from histostream.training.methods.imems import method as imems
 from histostream.training.networks.unet import TwoDecoderUNet
 from histostream.training.schedule import Schedule, set_rates
 
@@ -69,9 +71,7 @@ def tiny(**more: object) -> State:
 
 
 @pytest.mark.parametrize("discriminator", ["encoder", "pix2pix70"])
-def test_the_adversarial_gradient_reaches_the_first_convolution(
-    batch: Batch, discriminator: str
-) -> None:
+def test_the_adversarial_gradient_reaches_the_first_convolution(batch: Batch, discriminator: str) -> None:
     state = tiny(discriminator=discriminator, dropout=0.0)
     x = batch.images.float() / imems.HALF_RANGE - 1
     generator = state.modules["generator"]
@@ -151,9 +151,7 @@ def test_an_unknown_discriminator_is_named() -> None:
 
 
 def algorithm(name: str) -> imems.Config:
-    config: imems.Config = command.read_recipe(
-        "imems", imems, ALGORITHMS[name], TINY, mpp=0.5
-    ).config
+    config: imems.Config = command.read_recipe("imems", imems, ALGORITHMS[name], TINY, mpp=0.5).config
     return config
 
 
@@ -172,9 +170,7 @@ def test_the_papers_algorithms_ship_as_recipes(
     name: str, target: str, adversarial: bool, second_task: str, score_kind: str
 ) -> None:
     config = algorithm(name)
-    assert (config.target, config.adversarial, config.second_task) == (
-        target, adversarial, second_task,
-    )  # fmt: skip
+    assert (config.target, config.adversarial, config.second_task) == (target, adversarial, second_task)
     assert imems.score_kind(config) == score_kind
     state = imems.build(config, 2)
     assert ("discriminator" in state.modules) == adversarial
@@ -192,13 +188,18 @@ def test_contradicting_settings_are_named() -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_every_algorithm_trains_exports_and_runs(
-    name: str, nuclei_folder: Path, tmp_path: Path
-) -> None:
+def test_every_algorithm_trains_exports_and_runs(name: str, nuclei_folder: Path, tmp_path: Path) -> None:
     """From images to the label map of the streaming runtime, equal to torch's."""
-    settings = (*TINY, "method.dropout=0", "schedule.steps=30", "schedule.batch=2",
-                "schedule.crop_px=32", "schedule.validate_every=15", "schedule.test=0.25",
-                "method.learning_rate=2e-3")  # fmt: skip
+    settings = (
+        *TINY,
+        "method.dropout=0",
+        "schedule.steps=30",
+        "schedule.batch=2",
+        "schedule.crop_px=32",
+        "schedule.validate_every=15",
+        "schedule.test=0.25",
+        "method.learning_rate=2e-3",
+    )
     recipe = command.read_recipe("imems", imems, ALGORITHMS[name], settings, mpp=0.5)
     found = sets.open_set(str(nuclei_folder))
     logged: list[dict[str, float]] = []
@@ -378,15 +379,11 @@ def test_cgan_c_learns_by_cross_entropy_beside_its_discriminator(batch: Batch) -
     state = tiny(target="labels", dropout=0.0)
     x = batch.images.float() / imems.HALF_RANGE - 1
     scores = state.modules["generator"](x)
-    loss = 100 * F.cross_entropy(scores, batch.labels) + imems.adversarial_loss(
-        state, x, scores.softmax(dim=1)
-    )
+    loss = 100 * F.cross_entropy(scores, batch.labels) + imems.adversarial_loss(state, x, scores.softmax(dim=1))
     wanted = torch.autograd.grad(loss, list(state.modules["generator"].parameters()))
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other)
-    assert gradients(label_loss="l1")[0] == gradients(label_loss="auto")[0] == {
-        "l1", "adversarial", "discriminator",
-    }  # fmt: skip
+    assert gradients(label_loss="l1")[0] == gradients(label_loss="auto")[0] == {"l1", "adversarial", "discriminator"}
 
 
 @pytest.mark.parametrize("name", ["unet-c-multi", "unet-c-multi-int"])

@@ -9,22 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from histostream.training import checkpoint, data, loop, methods, sets
+from histostream.training import checkpoint, data, loop, methods
+from histostream.training import datasets as sets
 from histostream.training.augment import Augmentation, draw_crop
 from histostream.training.checkpoint import CheckpointError
 from histostream.training.cli import main
 from histostream.training.loop import Recipe
-from histostream.training.methods import imems
-from histostream.training.methods.imems import Config
+from histostream.training.methods.imems import method as imems
+from histostream.training.methods.imems.method import Config
 from histostream.training.schedule import Schedule
 from tests.commands import call
-
-from .resuming import killed_and_resumed, logged
+from tests.training.resuming import killed_and_resumed, logged
 
 ALL_ON = Augmentation(
-    flips=True, object_px=9.0, zoom=1.3, stain=0.2, restain=0.5, light=0.2, focus=1.0,
-    noise=4.0, jpeg=0.3,
-)  # fmt: skip
+    flips=True, object_px=9.0, zoom=1.3, stain=0.2, restain=0.5, light=0.2, focus=1.0, noise=4.0, jpeg=0.3
+)
 
 
 def recipe(steps: int = 6, **more: object) -> Recipe:
@@ -33,12 +32,18 @@ def recipe(steps: int = 6, **more: object) -> Recipe:
         config=Config(base_width=4, depth=2, discriminator_width=4, learning_rate=2e-3),
         mpp=0.5,
         schedule=Schedule(
-            steps=steps, batch=2, crop_px=32, validate_every=3, validation=0.25, test=0.25,
-            decay="cosine", **more,  # type: ignore[arg-type]
+            steps=steps,
+            batch=2,
+            crop_px=32,
+            validate_every=3,
+            validation=0.25,
+            test=0.25,
+            decay="cosine",
+            **more,  # type: ignore[arg-type]
         ),
         augmentation=ALL_ON,
         classes=(("background", (255, 255, 255)), ("nucleus", (30, 100, 220))),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(
@@ -64,9 +69,7 @@ def test_a_killed_run_goes_on_as_if_it_never_stopped(
     assert steps == [str(i) for i in range(1, 7)]
 
 
-def test_a_run_of_another_recipe_or_other_data_is_not_continued(
-    nuclei_folder: Path, tmp_path: Path
-) -> None:
+def test_a_run_of_another_recipe_or_other_data_is_not_continued(nuclei_folder: Path, tmp_path: Path) -> None:
     found = sets.open_set(str(nuclei_folder))
     loop.train(recipe(3), imems, found, tmp_path)
     with pytest.raises(CheckpointError, match="another recipe"):
@@ -142,8 +145,14 @@ def train(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_command_trains_and_scores(nuclei_folder: Path, tmp_path: Path) -> None:
-    settings = ["schedule.steps=2", "schedule.batch=1", "schedule.crop_px=32", "method.depth=2",
-                "method.base_width=4", "method.discriminator_width=4"]  # fmt: skip
+    settings = [
+        "schedule.steps=2",
+        "schedule.batch=1",
+        "schedule.crop_px=32",
+        "method.depth=2",
+        "method.base_width=4",
+        "method.discriminator_width=4",
+    ]
     arguments = ["--data", nuclei_folder, "--out", tmp_path / "run", "--config", "nuclei"]
     done = train(*arguments, *(word for s in settings for word in ("--set", s)))
     assert done.returncode == 0, done.stderr

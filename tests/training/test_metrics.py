@@ -80,8 +80,12 @@ def test_mean_dice_is_the_plain_mean_whatever_the_areas() -> None:
     predicted[[5, 1005, 1405, 1465, 1495]] = [1, 2, 3, 4, 0]
     confusion = counted(predicted, truth, 5)
     pairs = [  # 2TP, FP + FN
-        (2 * 999, 2), (2 * 399, 2), (2 * 59, 2), (2 * 29, 2), (2 * 9, 2),
-    ]  # fmt: skip
+        (2 * 999, 2),
+        (2 * 399, 2),
+        (2 * 59, 2),
+        (2 * 29, 2),
+        (2 * 9, 2),
+    ]
     assert confusion.mean_dice() == pytest.approx(sum(a / (a + b) for a, b in pairs) / 5)
 
 
@@ -217,9 +221,7 @@ def test_soft_dice_of_an_absent_class_is_nan() -> None:
         (np.ones((1, 2, 1, 1)), np.full((1, 1, 1), 2), "truth has label 2"),
     ],
 )
-def test_what_is_no_probability_or_label_is_refused(
-    probabilities: np.ndarray, truth: np.ndarray, message: str
-) -> None:
+def test_what_is_no_probability_or_label_is_refused(probabilities: np.ndarray, truth: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SoftDice(2).add(probabilities, truth)
 

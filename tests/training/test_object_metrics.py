@@ -10,11 +10,7 @@ import pytest
 from PIL import Image
 from scipy.spatial.distance import cdist, directed_hausdorff
 
-from histostream.training.object_metrics import (
-    ObjectScores,
-    instances_from_labels,
-    score_objects,
-)
+from histostream.training.object_metrics import ObjectScores, instances_from_labels, score_objects
 
 
 def square(y: int, x: int, side: int = 10, shape: tuple[int, int] = (40, 50)) -> np.ndarray:
@@ -37,9 +33,7 @@ def scattered(shape: tuple[int, int], objects: int, seed: int, largest: int = 9)
 # The rules, written from their words and without any hurry.
 
 
-def oracle_partner(
-    own: np.ndarray, other: np.ndarray, number: int, *, nearest: bool
-) -> tuple[int, int]:
+def oracle_partner(own: np.ndarray, other: np.ndarray, number: int, *, nearest: bool) -> tuple[int, int]:
     shared = [int(v) for v in other[own == number] if v != 0]
     if shared:
         most = max(Counter(shared).values())
@@ -210,9 +204,7 @@ def test_one_empty_map_is_infinitely_far_and_capped(predicted_is_empty: bool) ->
     maps = [np.zeros((30, 40), np.int32), square(3, 3, shape=(30, 40))]
     score = score_objects(*(maps if predicted_is_empty else maps[::-1]))
     assert (score.f1, score.dice, score.hausdorff_px, score.capped) == (0.0, 0.0, 50.0, True)
-    assert (score.false_negatives, score.false_positives) == (
-        (1, 0) if predicted_is_empty else (0, 1)
-    )
+    assert (score.false_negatives, score.false_positives) == ((1, 0) if predicted_is_empty else (0, 1))
 
 
 def test_a_map_without_background_is_scored() -> None:
@@ -230,9 +222,7 @@ def test_a_map_without_background_is_scored() -> None:
         (np.zeros((2, 3), int), np.full((2, 3), -1), "truth has the negative"),
     ],
 )
-def test_what_is_no_pair_of_instance_maps_is_refused(
-    predicted: np.ndarray, truth: np.ndarray, message: str
-) -> None:
+def test_what_is_no_pair_of_instance_maps_is_refused(predicted: np.ndarray, truth: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         score_objects(predicted, truth)
 

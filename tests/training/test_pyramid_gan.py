@@ -21,19 +21,22 @@ from safetensors.torch import save_file
 from histostream.export import cli as export_cli
 from histostream.export import generator
 from histostream.export.bundle import Options
-from histostream.export.graph import FORBIDDEN_NODES, GraphError
+from histostream.export.graph.model import FORBIDDEN_NODES, GraphError
 from histostream.export.parity import open_session
 from histostream.export.trained import export_checkpoint
 from histostream.runtime import open_engine, segment_pixels
-from histostream.training import checkpoint, cli, command, loop, pictures, sample, sets, synthetic
+from histostream.training import checkpoint, cli, command, loop, sample, synthetic
+from histostream.training import datasets as sets
+from histostream.training import preview as pictures
 from histostream.training.augment import Augmentation
 from histostream.training.batches import Batches, Parts, check_pools, divide
 from histostream.training.checkpoint import Checkpoint, CheckpointError
-from histostream.training.compute import Compute, prepare
 from histostream.training.data import DataError, DataSet, Picture
+from histostream.training.device import Compute, prepare
 from histostream.training.loop import Recipe
-from histostream.training.methods import Batch, State, pyramid_gan
-from histostream.training.methods.pyramid_gan import Config
+from histostream.training.methods import Batch, State
+from histostream.training.methods.pyramid_gan import method as pyramid_gan
+from histostream.training.methods.pyramid_gan.method import Config
 from histostream.training.networks.fc_densenet import FCDenseNet
 from histostream.training.networks.pyramid import (
     Generator,
@@ -50,13 +53,18 @@ from histostream.training.networks.pyramid import (
 from histostream.training.networks.vgg import LAYERS, VGG19Features, WeightsError
 from histostream.training.schedule import Schedule, set_rates
 from histostream.wsi.errors import OutputError
-
-from .resuming import killed_and_resumed, logged, weights_of
+from tests.training.resuming import killed_and_resumed, logged, weights_of
 
 SMALL: dict[str, Any] = {
-    "levels": 2, "poolings": 2, "layers": 1, "first_width": 4, "growth": 4, "g_width": 4,
-    "d_width": 4, "d_scales": 2,
-}  # fmt: skip
+    "levels": 2,
+    "poolings": 2,
+    "layers": 1,
+    "first_width": 4,
+    "growth": 4,
+    "g_width": 4,
+    "d_width": 4,
+    "d_scales": 2,
+}
 SEGMENTERS: dict[str, Any] = {"g_arch": "none", "judge_segmenter": False}
 STEPS = 8  # of a run of two levels: 0 to 3 are level 1, 4 to 7 level 0
 FINE = 7  # the last step: painted pairs and pseudo-positives are on
@@ -209,9 +217,7 @@ def test_discriminators_judge_the_pair_at_three_sizes() -> None:
     pair = torch.rand(2, 5, 64, 64)
     judged = judge(pair)
     assert [len(maps) for maps in judged] == [5, 5, 5]
-    assert [tuple(maps[-1].shape) for maps in judged] == [
-        (2, 1, 11, 11), (2, 1, 7, 7), (2, 1, 5, 5)
-    ]  # fmt: skip
+    assert [tuple(maps[-1].shape) for maps in judged] == [(2, 1, 11, 11), (2, 1, 7, 7), (2, 1, 5, 5)]
     smaller = F.avg_pool2d(pair, 3, 2, 1, count_include_pad=False)
     for found, wanted in zip(judged[1], judge.scales[1](smaller), strict=True):
         assert torch.equal(found, wanted)
@@ -233,10 +239,7 @@ def test_levels_follow_one_another_and_pass_as_often_over_the_images(batches: st
     assert order == list(range(levels - 1, -1, -1))
     assert [p.level for p in phases] == sorted((p.level for p in phases), reverse=True)
     sizes = config.batches or (1,) * levels
-    images = [
-        size * sum(p.level == level for p in phases)
-        for size, level in zip(sizes, order, strict=True)
-    ]
+    images = [size * sum(p.level == level for p in phases) for size, level in zip(sizes, order, strict=True)]
     assert max(images) - min(images) <= 2 * max(sizes)
     for a, b in pairwise(phases):
         assert b.progress > a.progress or b.first
@@ -293,8 +296,7 @@ def test_a_level_takes_the_first_images_of_the_batch() -> None:
 
 def test_painted_pairs_are_withheld_from_the_segmenter_at_first() -> None:
     state = tiny()
-    said = [float(pyramid_gan.step(state, batch_of(2, 32, step=step))["synthetic"])
-            for step in range(STEPS)]  # fmt: skip
+    said = [float(pyramid_gan.step(state, batch_of(2, 32, step=step))["synthetic"]) for step in range(STEPS)]
     assert [value > 0 for value in said] == [False, False, True, True] * 2
 
 
@@ -303,9 +305,7 @@ def running(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("moved_by_painted", [True, False])
-def test_painted_images_move_the_batch_statistics_only_where_they_are_to(
-    batch: Batch, moved_by_painted: bool
-) -> None:
+def test_painted_images_move_the_batch_statistics_only_where_they_are_to(batch: Batch, moved_by_painted: bool) -> None:
     """With weight 0 no painted image is seen: the statistics are those of the true ones."""
     still_: dict[str, Any] = {**QUIET, "segmenter_learning_rate": 0.0}
     alone, both = (
@@ -398,9 +398,7 @@ def test_rates_fall_within_each_level_alone(kind: str) -> None:
         pyramid_gan.before_step(state, parts, step, STEPS)
         level = 1 - step // 4
         for name, base in (("segmenter", 5e-4), ("generator", 1e-4), ("discriminator", 5e-4)):
-            rate, other = (
-                state.optimizers[f"{name}_{n}"].param_groups[0]["lr"] for n in (level, 1 - level)
-            )
+            rate, other = (state.optimizers[f"{name}_{n}"].param_groups[0]["lr"] for n in (level, 1 - level))
             assert rate == pytest.approx(0.5 * base * falls[kind][step % 4])
             assert other == 0.5 * base
 
@@ -421,9 +419,7 @@ class Painter(torch.nn.Module):
     ("share", "error", "admitted"),
     [(0.0, 1, False), (0.25, 0.75, False), (0.35, 0.65, True), (1.0, 0, True)],
 )
-def test_painted_pairs_are_admitted_by_their_quality(
-    batch: Batch, share: float, error: float, admitted: bool
-) -> None:
+def test_painted_pairs_are_admitted_by_their_quality(batch: Batch, share: float, error: float, admitted: bool) -> None:
     """The RMSE of mean + a (x - mean) is 1 - a deviations; a constant has 1."""
     state = tiny(synthetic_rule="quality", synthetic_from=0.0)
     before = pyramid_gan.step(state, batch)  # an untrained painter, at the end of the level
@@ -524,9 +520,11 @@ def test_adversarial_losses_are_means_of_the_scales() -> None:
     for kind, real, formula in (
         ("bce", True, lambda x: -x.sigmoid().log()),
         ("bce", False, lambda x: -(1 - x.sigmoid()).log()),
-        ("lsgan", True, lambda x: (x - 1) ** 2), ("lsgan", False, lambda x: x**2),
-        ("wgan-gp", True, lambda x: -x), ("wgan-gp", False, lambda x: x),
-    ):  # fmt: skip
+        ("lsgan", True, lambda x: (x - 1) ** 2),
+        ("lsgan", False, lambda x: x**2),
+        ("wgan-gp", True, lambda x: -x),
+        ("wgan-gp", False, lambda x: x),
+    ):
         found = pyramid_gan.adversarial_loss(kind, judged, real=real)
         torch.testing.assert_close(found, of(formula))
 
@@ -595,17 +593,19 @@ def test_the_perceptual_loss_reads_its_weights_and_no_checkpoint_holds_them(
     images = torch.rand(2, 3, 32, 32) * 2 - 1
     maps = one(images)
     assert [tuple(m.shape) for m in maps] == [
-        (2, 64, 32, 32), (2, 128, 16, 16), (2, 256, 8, 8), (2, 512, 4, 4), (2, 512, 2, 2)
-    ]  # fmt: skip
+        (2, 64, 32, 32),
+        (2, 128, 16, 16),
+        (2, 256, 8, 8),
+        (2, 512, 4, 4),
+        (2, 512, 2, 2),
+    ]
     assert all(torch.equal(a, b) for a, b in zip(maps, other(images), strict=True))
     grey = images[:, :1]
     assert torch.equal(one(grey)[0], one(grey.repeat(1, 3, 1, 1))[0])
     painted = torch.rand(2, 3, 32, 32, requires_grad=True)
     loss = pyramid_gan.perceptual_loss(one, painted, images)
     scale = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1)
-    wanted = sum(
-        w * (a - b).abs().mean() for w, a, b in zip(scale, one(painted), maps, strict=True)
-    )
+    wanted = sum(w * (a - b).abs().mean() for w, a, b in zip(scale, one(painted), maps, strict=True))
     torch.testing.assert_close(loss, torch.as_tensor(wanted))
     assert float(pyramid_gan.perceptual_loss(one, images, images)) == 0
     state = tiny(levels=1, perceptual="vgg19", vgg_weights=str(tmp_path / "vgg19.safetensors"))
@@ -631,9 +631,7 @@ def test_the_perceptual_loss_reads_its_weights_and_no_checkpoint_holds_them(
     ids=["missing", "damaged", "another", "other shape", "a list"],
 )
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_weights_that_cannot_be_read_are_named(
-    tmp_path: Path, content: Any, said: str, suffix: str
-) -> None:
+def test_weights_that_cannot_be_read_are_named(tmp_path: Path, content: Any, said: str, suffix: str) -> None:
     path = tmp_path / f"weights{suffix}"
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -669,8 +667,9 @@ GAME: dict[str, Any] = {
 @pytest.mark.full
 @pytest.mark.parametrize("gan", ["bce", "lsgan", "wgan-gp"])
 def test_the_discriminator_learns_to_tell_pairs_apart(batch: Batch, gan: str) -> None:
-    state = tiny(gan=gan, generator_learning_rate=0.0, segmenter_learning_rate=0.0,
-                 discriminator_learning_rate=2e-3, **QUIET)  # fmt: skip
+    state = tiny(
+        gan=gan, generator_learning_rate=0.0, segmenter_learning_rate=0.0, discriminator_learning_rate=2e-3, **QUIET
+    )
     losses = [float(pyramid_gan.step(state, batch)["discriminator"]) for _ in range(25)]
     assert losses[-1] < losses[0] - 0.2 * abs(losses[0])
 
@@ -680,8 +679,12 @@ def test_the_discriminator_learns_to_tell_pairs_apart(batch: Batch, gan: str) ->
 @pytest.mark.parametrize("gan", ["bce", "lsgan", "wgan-gp"])
 def test_the_players_learn_to_pass_for_true(batch: Batch, gan: str, player: str) -> None:
     """The adversarial term alone: what D believes of their pairs rises."""
-    rates: dict[str, Any] = {"generator_learning_rate": 0.0, "segmenter_learning_rate": 0.0,
-             "discriminator_learning_rate": 0.0, f"{player}_learning_rate": 2e-3}  # fmt: skip
+    rates: dict[str, Any] = {
+        "generator_learning_rate": 0.0,
+        "segmenter_learning_rate": 0.0,
+        "discriminator_learning_rate": 0.0,
+        f"{player}_learning_rate": 2e-3,
+    }
     state = still(tiny(gan=gan, **GAME, **rates))
     name = f"{player}_adversarial"
     losses = [float(pyramid_gan.step(state, batch)[name]) for _ in range(12)]
@@ -701,8 +704,7 @@ def gradients(state: State, name: str, batch: Batch) -> list[torch.Tensor]:
 
 
 def by_hand(loss: torch.Tensor, module: torch.nn.Module) -> list[torch.Tensor]:
-    return [g for g in torch.autograd.grad(loss, list(module.parameters()), allow_unused=True)
-            if g is not None]  # fmt: skip
+    return [g for g in torch.autograd.grad(loss, list(module.parameters()), allow_unused=True) if g is not None]
 
 
 def yes(judged: Judged) -> torch.Tensor:
@@ -717,15 +719,20 @@ def no(judged: Judged) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ALL_KINDS)
 @pytest.mark.parametrize("semi", [False, True], ids=["supervised", "semi-supervised"])
 @pytest.mark.parametrize("mask", ["softmax", "straight_through"])
-def test_the_gradients_are_those_of_equation_8(
-    batch: Batch, kind: str, semi: bool, mask: str
-) -> None:
+def test_the_gradients_are_those_of_equation_8(batch: Batch, kind: str, semi: bool, mask: str) -> None:
     """All terms of level 0, by hand: the coarser level is frozen, its images are for S alone."""
     options: dict[str, Any] = {
-        **QUIET, "lambda_rec": 0.5, "lambda_feat": 2.0, "lambda_ce": 0.7,
-        "synthetic_weight": 0.3, "discriminator_learning_rate": 0.0, "generator_learning_rate": 0.0,
-        "segmenter_learning_rate": 0.0, "semi_supervised": semi, "mask_for_discriminator": mask,
-    }  # fmt: skip
+        **QUIET,
+        "lambda_rec": 0.5,
+        "lambda_feat": 2.0,
+        "lambda_ce": 0.7,
+        "synthetic_weight": 0.3,
+        "discriminator_learning_rate": 0.0,
+        "generator_learning_rate": 0.0,
+        "segmenter_learning_rate": 0.0,
+        "semi_supervised": semi,
+        "mask_for_discriminator": mask,
+    }
     state = still(tiny(**options))
     m = state.modules
     for name, module in m.items():
@@ -834,9 +841,7 @@ def test_the_discriminator_is_shown_masks_of_the_kind_asked_for(
     assert sum(float(g.abs().sum()) for g in slopes) > 0  # all of it through D
 
 
-def test_pairs_without_labels_join_the_true_ones_by_and_by(
-    batch: Batch, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pairs_without_labels_join_the_true_ones_by_and_by(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
     state = tiny(semi_supervised=True, pseudo_positives=0.25)
     sizes: list[int] = []
     original = pyramid_gan._step_discriminator
@@ -903,15 +908,29 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "one level": {**SEGMENTERS, "levels": 1},
     "consistency": {**SEGMENTERS, "levels": 1, "lambda_consistency": 1.0},
     "consistency, two levels": {"lambda_consistency": 1.0},
-    "pix2pix": {"g_arch": "unet", "g_downs": 3, "d_arch": "patch", "lambda_feat": 0.0,
-                "rec_loss": "l1", "lambda_rec": 100.0, "levels": 1, "judge_segmenter": False},
-    "pix2pixHD": {"g_arch": "resnet", "g_downs": 2, "g_blocks": 2, "gan": "lsgan", "levels": 1,
-                  "judge_segmenter": False},
+    "pix2pix": {
+        "g_arch": "unet",
+        "g_downs": 3,
+        "d_arch": "patch",
+        "lambda_feat": 0.0,
+        "rec_loss": "l1",
+        "lambda_rec": 100.0,
+        "levels": 1,
+        "judge_segmenter": False,
+    },
+    "pix2pixHD": {
+        "g_arch": "resnet",
+        "g_downs": 2,
+        "g_blocks": 2,
+        "gan": "lsgan",
+        "levels": 1,
+        "judge_segmenter": False,
+    },
     "three levels": {"levels": 3},
     "admitted by quality": {"synthetic_rule": "quality", "synthetic_quality": 9.0},
     "clean statistics": {"reestimate": True, "painted_statistics": False},
     "straight through": {"mask_for_discriminator": "straight_through", "gan": "wgan-gp"},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SWITCHES)
@@ -971,10 +990,12 @@ def test_comparators_of_as_many_levels_start_from_the_same_segmenters() -> None:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"g_arch": "vgg"}, "g_arch='vgg': use 'singan'"), ({"gan": "hinge"}, "gan='hinge'"),
+        ({"g_arch": "vgg"}, "g_arch='vgg': use 'singan'"),
+        ({"gan": "hinge"}, "gan='hinge'"),
         ({"mask_for_discriminator": "hard"}, "use 'softmax' or 'straight_through'"),
         ({"level_decay": "step"}, "use 'none' or 'cosine' or 'poly'"),
-        ({"levels": 0}, "levels=0: use 1"), ({"noise": -1.0}, "noise=-1.0: use 0"),
+        ({"levels": 0}, "levels=0: use 1"),
+        ({"noise": -1.0}, "noise=-1.0: use 0"),
         ({"level_batches": "8,6"}, "level_batches='8,6': give 4 whole numbers"),
         ({"level_batches": "8,6,4,0"}, "give 4 whole numbers from 1"),
         ({"level_batches": "8;6"}, "level_batches='8;6': write numbers"),
@@ -984,19 +1005,18 @@ def test_comparators_of_as_many_levels_start_from_the_same_segmenters() -> None:
         ({"perceptual": "vgg19"}, "needs vgg_weights=PATH"),
         ({"synthetic_rule": "all"}, "use 'epochs' or 'quality'"),
         ({"synthetic_from": 1.5}, "synthetic_from=1.5: a share"),
-        ({"pseudo_positives": 0.6}, "use 0 to 0.5"), ({"dropout": 1.0}, "dropout=1.0"),
+        ({"pseudo_positives": 0.6}, "use 0 to 0.5"),
+        ({"dropout": 1.0}, "dropout=1.0"),
         ({"pseudo_from": 0.5, "pseudo_to": 0.2}, "pseudo_from <= pseudo_to"),
     ],
-)  # fmt: skip
+)
 def test_settings_that_cannot_be_are_named(more: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Config(**more)
 
 
 def test_crops_that_the_levels_cannot_take_are_named() -> None:
-    assert [pyramid_gan.align_px(c) for c in (Config(), Config(levels=5), tiny_config())] == [
-        64, 128, 8
-    ]  # fmt: skip
+    assert [pyramid_gan.align_px(c) for c in (Config(), Config(levels=5), tiny_config())] == [64, 128, 8]
     assert pyramid_gan.align_px(Config(levels=1, g_arch="unet", g_downs=8)) == 256
     with pytest.raises(DataError, match="crops are 36 x 36 px, 2 levels take multiples of 8 px"):
         pyramid_gan.step(tiny(), batch_of(2, 36))
@@ -1076,8 +1096,7 @@ RECIPES = {
 def test_the_papers_comparators_ship_as_recipes(name: str) -> None:
     recipe = read(*(() if name == "pyramid-paper" else (name,)))
     config, schedule = recipe.config, recipe.schedule
-    terms = (config.levels, config.g_arch, config.judge_segmenter, config.semi_supervised,
-             config.lambda_consistency)  # fmt: skip
+    terms = (config.levels, config.g_arch, config.judge_segmenter, config.semi_supervised, config.lambda_consistency)
     assert terms == RECIPES[name]
     weights_ = (config.lambda_ce, config.beta1, config.beta2, config.segmenter_learning_rate)
     assert weights_ == (1.0, 0.5, 0.999, 5e-4)
@@ -1098,11 +1117,16 @@ def test_the_papers_comparators_ship_as_recipes(name: str) -> None:
 
 
 TINY = (
-    *(f"method.{key}={value}" for key, value in SMALL.items()), "method.level_batches=",
-    "schedule.steps=8", "schedule.crop_px=32", "schedule.batch=2", "schedule.validate_every=3",
-    "schedule.validation=0.25", "augmentation.color_jitter=0",
+    *(f"method.{key}={value}" for key, value in SMALL.items()),
+    "method.level_batches=",
+    "schedule.steps=8",
+    "schedule.crop_px=32",
+    "schedule.batch=2",
+    "schedule.validate_every=3",
+    "schedule.validation=0.25",
+    "augmentation.color_jitter=0",
     "method.segmenter_learning_rate=3e-3",
-)  # fmt: skip
+)
 
 
 @pytest.mark.full
@@ -1110,16 +1134,19 @@ TINY = (
 @pytest.mark.parametrize(
     "more",
     [
-        (), ("method.semi_supervised=true", "schedule.labelled=0.5"),
-        ("method.g_arch=none", "method.judge_segmenter=false", "method.lambda_consistency=1.0",
-         "schedule.labelled=0.5"),
+        (),
+        ("method.semi_supervised=true", "schedule.labelled=0.5"),
+        (
+            "method.g_arch=none",
+            "method.judge_segmenter=false",
+            "method.lambda_consistency=1.0",
+            "schedule.labelled=0.5",
+        ),
         ("method.gan=wgan-gp", "method.g_arch=resnet", "method.g_blocks=1"),
     ],
     ids=["full", "semi-supervised", "consistency", "wgan-gp, resnet"],
-)  # fmt: skip
-def test_a_killed_run_goes_on_as_if_it_never_stopped(
-    tmp_path: Path, more: tuple[str, ...], stop: int
-) -> None:
+)
+def test_a_killed_run_goes_on_as_if_it_never_stopped(tmp_path: Path, more: tuple[str, ...], stop: int) -> None:
     recipe = read(settings=(*TINY, *more, f"schedule.validate_every={stop}"))
     found = synthetic.colored_regions(6, 2, side_px=48)
     killed_and_resumed(recipe, pyramid_gan, found, tmp_path, step=stop + 1)
@@ -1175,8 +1202,7 @@ def test_the_best_checkpoint_is_one_of_the_finest_level(
         return value, torch.where(kept, labels, 1 - labels)
 
     monkeypatch.setattr(pyramid_gan, "validate", judged)
-    settings = (*TINY, f"schedule.select={select}", "schedule.validate_every=1",
-                "schedule.validation=0.01")  # fmt: skip
+    settings = (*TINY, f"schedule.select={select}", "schedule.validate_every=1", "schedule.validation=0.01")
     best = loop.train(read(settings=settings), pyramid_gan, found, tmp_path)
     assert best.step == (8 if select == "last" else 6)
     assert int(weights_of(tmp_path, "best")["progress.level"]) == 0
@@ -1197,15 +1223,17 @@ def test_no_image_is_held_back_where_the_last_checkpoint_counts(tmp_path: Path) 
     # Where one is chosen, a group is held back, whatever the share; an official part stays.
     chosen = divide(found, replace(recipe.schedule, select="dice"))
     assert len(chosen.split.validation) == 1
-    official = divide(replace(found, validation=found.test[:1], test=found.test[1:]),
-                      recipe.schedule)  # fmt: skip
+    official = divide(replace(found, validation=found.test[:1], test=found.test[1:]), recipe.schedule)
     assert [len(part) for part in (official.split.train, official.split.validation)] == [6, 1]
 
 
 def test_a_run_needs_images_without_labels_only_where_it_says_so() -> None:
     found = synthetic.colored_regions(4, 1, side_px=32)
-    for config, needs in ((Config(), False), (Config(semi_supervised=True), True),
-                          (Config(lambda_consistency=1.0), True)):  # fmt: skip
+    for config, needs in (
+        (Config(), False),
+        (Config(semi_supervised=True), True),
+        (Config(lambda_consistency=1.0), True),
+    ):
         assert pyramid_gan.pools(config) == (("unlabelled",) if needs else ())
     with pytest.raises(DataError, match=r"--pool unlabelled=SET, or set schedule.labelled below"):
         check_pools(parts_of(found), ("unlabelled",), "pyramid_gan")
@@ -1308,9 +1336,7 @@ def test_the_seed_alone_says_how_an_image_looks(trained: Path, tmp_path: Path) -
     found = synthetic.colored_regions(2, 1, side_px=48, seed=2)
     for name, count, seed in (("a", 1, 0), ("b", 3, 0), ("c", 1, 1)):
         sample.sample(painter, found, tmp_path / name, per_mask=count, seed=seed)
-    a, b, c = (
-        {p.name: p.read_bytes() for p in (tmp_path / name / "images").iterdir()} for name in "abc"
-    )
+    a, b, c = ({p.name: p.read_bytes() for p in (tmp_path / name / "images").iterdir()} for name in "abc")
     assert len(b) == 3 * len(a) == 6
     assert all(b[name] == content for name, content in a.items())
     assert all(c[name] != content for name, content in a.items())
@@ -1352,9 +1378,7 @@ def saved_run(folder: Path, state: State, method: str = "pyramid_gan") -> Path:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_a_users_mistake_is_one_line(
-    trained: Path, tmp_path: Path, arguments: tuple[str, ...], said: str
-) -> None:
+def test_a_users_mistake_is_one_line(trained: Path, tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path)
         for name, values in (("set", 2), ("many", 3)):
@@ -1429,9 +1453,7 @@ def test_the_exported_generators_paint_what_torch_paints(trained: Path, tmp_path
     assert (seen[0] != seen[2]).any()
     with pytest.raises(GraphError, match="tile of 30 px: these generators take multiples of 8"):
         generator.export_generator(trained, path, tile_px=30)
-    done = CliRunner().invoke(
-        export_cli.main, ["generator", str(tmp_path), str(tmp_path / "x.onnx")]
-    )
+    done = CliRunner().invoke(export_cli.main, ["generator", str(tmp_path), str(tmp_path / "x.onnx")])
     assert done.exit_code == 1
     assert "no checkpoint in it" in done.stderr
 
@@ -1464,9 +1486,18 @@ def disc_accuracy(levels: int, steps: int, batches: str = "") -> float:
     """Train segmenters of a reach of 40 px; share of the discs' pixels of the right class."""
     found = synthetic.long_range_cue(400, 40, side_px=64, seed=3)
     config = Config(
-        **SEGMENTERS, levels=levels, level_batches=batches, poolings=2, layers=2, first_width=8,
-        growth=6, dropout=0.0, segmenter_noise=0.0, segmenter_learning_rate=5e-3, beta1=0.9,
-    )  # fmt: skip
+        **SEGMENTERS,
+        levels=levels,
+        level_batches=batches,
+        poolings=2,
+        layers=2,
+        first_width=8,
+        growth=6,
+        dropout=0.0,
+        segmenter_noise=0.0,
+        segmenter_learning_rate=5e-3,
+        beta1=0.9,
+    )
     state = learned(found, config, Schedule(steps=steps, batch=8, crop_px=64, validation=0.02))
     images = torch.from_numpy(np.stack([s.image for s in found.test])).movedim(-1, 1)
     truth = torch.from_numpy(np.stack([s.labels for s in found.test]).astype(np.int64))
@@ -1476,9 +1507,7 @@ def disc_accuracy(levels: int, steps: int, batches: str = "") -> float:
     return float((labels == truth)[disc].float().mean())
 
 
-def learned(
-    found: DataSet, config: Config, schedule: Schedule, augmentation: Augmentation | None = None
-) -> State:
+def learned(found: DataSet, config: Config, schedule: Schedule, augmentation: Augmentation | None = None) -> State:
     parts = divide(found, schedule)
     torch.manual_seed(0)
     state = pyramid_gan.build(config, len(found.classes), 3)
@@ -1504,9 +1533,7 @@ def test_a_cue_beyond_the_reach_of_one_level_is_seen_by_the_pyramid() -> None:
 def test_generators_paint_the_colours_of_the_labels() -> None:
     """methods.md 3.13.3 at 32 px, two levels: colours, exchanged classes, noise."""
     found = synthetic.colored_regions(64, 8, side_px=32, seed=3)
-    config = tiny_config(
-        g_width=16, d_width=8, generator_learning_rate=2e-3, discriminator_learning_rate=5e-4
-    )
+    config = tiny_config(g_width=16, d_width=8, generator_learning_rate=2e-3, discriminator_learning_rate=5e-4)
     schedule = Schedule(steps=360, batch=4, crop_px=32, validation=0.05, decay="cosine")
     state = learned(found, config, schedule, Augmentation(flips=True))
     network = pyramid_gan.generators(state).eval()

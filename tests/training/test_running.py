@@ -20,22 +20,30 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from histostream.training import checkpoint, compute, loop, sets
+from histostream.training import checkpoint, loop
+from histostream.training import datasets as sets
+from histostream.training import device as compute
 from histostream.training.augment import Augmentation, warp
 from histostream.training.batches import Batches, divide
 from histostream.training.checkpoint import CheckpointError
-from histostream.training.compute import Compute, ComputeError
 from histostream.training.data import DataError, DataSet
+from histostream.training.device import Compute, ComputeError
 from histostream.training.loop import Recipe, TrainError
-from histostream.training.methods import State, imems
-from histostream.training.methods.imems import Config
+from histostream.training.methods import State
+from histostream.training.methods.imems import method as imems
+from histostream.training.methods.imems.method import Config
 from histostream.training.schedule import Schedule
 
 STEPS = 12
 TINY = (
-    "schedule.batch=2", "schedule.crop_px=32", "schedule.validate_every=4", "method.depth=2",
-    "method.base_width=4", "method.discriminator_width=4", f"schedule.steps={STEPS}",
-)  # fmt: skip
+    "schedule.batch=2",
+    "schedule.crop_px=32",
+    "schedule.validate_every=4",
+    "method.depth=2",
+    "method.base_width=4",
+    "method.discriminator_width=4",
+    f"schedule.steps={STEPS}",
+)
 
 
 def recipe(**schedule: Any) -> Recipe:
@@ -60,9 +68,7 @@ def environment() -> dict[str, str]:
 
 
 def start(words: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen(words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def finish(words: list[str]) -> str:
@@ -175,8 +181,7 @@ def test_processes_share_the_crops_of_one_batch(found: DataSet) -> None:
     parts = divide(found, schedule)
 
     def drawn(rank: int, processes: int) -> list[np.ndarray]:
-        draw = Batches(parts, schedule, Augmentation(flips=True), (), align_px=4, rank=rank,
-                       processes=processes)  # fmt: skip
+        draw = Batches(parts, schedule, Augmentation(flips=True), (), align_px=4, rank=rank, processes=processes)
         return [batch.images.numpy() for batch in draw(0, 2)]
 
     for whole, even, odd in zip(drawn(0, 1), drawn(0, 2), drawn(1, 2), strict=True):
@@ -250,9 +255,7 @@ def test_processes_share_the_batches_of_one(found: DataSet) -> None:
     parts = divide(found, schedule)
     whole = batch_contents(Batches(parts, schedule, Augmentation(), (), align_px=16), 3)
     shares = [
-        batch_contents(
-            Batches(parts, schedule, Augmentation(), (), align_px=16, rank=rank, processes=2), 3
-        )
+        batch_contents(Batches(parts, schedule, Augmentation(), (), align_px=16, rank=rank, processes=2), 3)
         for rank in (0, 1)
     ]
     assert shares == [whole[0::2], whole[1::2]]
@@ -274,9 +277,7 @@ def test_a_schedule_in_epochs_validates_after_each(found: DataSet, tmp_path: Pat
     assert [s for s in range(1, 2001) if steps.validates(s, 6)] == [500, 1000, 1500, 2000]
 
 
-def test_the_checkpoint_with_the_best_jaccard_of_the_things_is_kept(
-    found: DataSet, tmp_path: Path
-) -> None:
+def test_the_checkpoint_with_the_best_jaccard_of_the_things_is_kept(found: DataSet, tmp_path: Path) -> None:
     """A method whose answers are made up: the ground's score must not choose."""
     answers = iter((0.2, 0.9, 0.5))
 
@@ -298,9 +299,7 @@ def test_the_checkpoint_with_the_best_jaccard_of_the_things_is_kept(
     assert loop.train(steps, method, found, tmp_path).step == 4
 
 
-def test_what_is_judged_is_settled_and_kept_and_training_goes_on_with_its_own(
-    found: DataSet, tmp_path: Path
-) -> None:
+def test_what_is_judged_is_settled_and_kept_and_training_goes_on_with_its_own(found: DataSet, tmp_path: Path) -> None:
     """Buffers: the checkpoint that ships has the settled ones, the run its own."""
     judged: list[float] = []
 
@@ -323,10 +322,7 @@ def test_what_is_judged_is_settled_and_kept_and_training_goes_on_with_its_own(
 
     method = method_that(step, build=build, settle=settle, validate=validate)
     loop.train(recipe(steps=4, select="last"), method, found, tmp_path)
-    seen = {
-        name: load_file(tmp_path / name / "checkpoint.safetensors")["generator.seen"]
-        for name in ("best", "last")
-    }
+    seen = {name: load_file(tmp_path / name / "checkpoint.safetensors")["generator.seen"] for name in ("best", "last")}
     assert seen == {"best": 104, "last": 4}
     assert set(judged) == {102, 104}
 
@@ -362,9 +358,7 @@ def test_a_run_goes_on_with_the_start_it_had_only(found: DataSet, tmp_path: Path
 
 
 @pytest.mark.full
-def test_the_checkpoint_can_be_chosen_by_dice_or_be_the_last(
-    found: DataSet, tmp_path: Path
-) -> None:
+def test_the_checkpoint_can_be_chosen_by_dice_or_be_the_last(found: DataSet, tmp_path: Path) -> None:
     rows: list[loop.Progress] = []
     dice = recipe(steps=10, select="dice")
     best = loop.train(dice, imems, found, tmp_path / "dice", report=rows.append)
@@ -398,8 +392,7 @@ def test_learning_rates_fall_as_named(name: str) -> None:
 
 def method_that(step: Any, pools: tuple[str, ...] = (), **more: Any) -> ModuleType:
     """iMEMS with another step, and maybe other functions."""
-    names = ("build", "validate", "paint", "align_px", "deployed", "score_kind", "Config",
-             "before_step", "finish")  # fmt: skip
+    names = ("build", "validate", "paint", "align_px", "deployed", "score_kind", "Config", "before_step", "finish")
     kept = {name: getattr(imems, name) for name in names}
     mine = {**kept, "step": step, "pools": lambda _: pools, **more}
     return cast(ModuleType, SimpleNamespace(**mine))
@@ -442,9 +435,7 @@ def test_the_deterministic_mode_trains_every_algorithm(found: DataSet, tmp_path:
     """On a CPU this shows only that no operation is refused that is refused everywhere."""
     try:
         for i, second in enumerate(("none", "image+features")):
-            config = replace(
-                recipe().config, target="labels", adversarial=False, second_task=second
-            )
+            config = replace(recipe().config, target="labels", adversarial=False, second_task=second)
             mine = replace(recipe(), config=config)
             how = Compute("cpu", deterministic=True)
             loop.train(mine, imems, found, tmp_path / str(i), how=how)

@@ -19,17 +19,19 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
-from histostream.training import command, data, sets
+from histostream.training import command, data
+from histostream.training import datasets as sets
 from histostream.training.data import DataError, StoredSample
-from histostream.training.sets import _layout, _slides, folder, open_pool, open_set
-from histostream.training.sets._slides import SlideSample, filled
+from histostream.training.datasets import _layout, _slides, folder, open_pool, open_set
+from histostream.training.datasets._slides import SlideSample, filled
 from histostream.wsi.errors import SlideError
-from histostream.wsi.grid import Box, TileGrid
-from histostream.wsi.reader import open_slide
-from histostream.wsi.resolution import at_mpp
-from histostream.wsi.strips import cut, read_strips
+from histostream.wsi.geometry import Box
+from histostream.wsi.slides.reader import open_slide
+from histostream.wsi.slides.resolution import at_mpp
 from histostream.wsi.synthetic import SyntheticSlide
-from histostream.wsi.tissue import find_tissue
+from histostream.wsi.tiling.grid import TileGrid
+from histostream.wsi.tiling.strips import cut, read_strips
+from histostream.wsi.tiling.tissue import find_tissue
 from tests.conftest import REPOSITORY
 
 
@@ -77,9 +79,7 @@ name = "lumen"
 def test_a_folder_is_read_with_nothing_said_about_it(root: Path) -> None:
     found = open_set(str(root))
     assert (found.name, found.classes, found.mpp, found.channels) == ("mine", (), None, 3)
-    assert [s.name for s in found.train] == [
-        f"{n}.png" for n in ("a1", "a2", "b1", "b2", "c1", "c2")
-    ]
+    assert [s.name for s in found.train] == [f"{n}.png" for n in ("a1", "a2", "b1", "b2", "c1", "c2")]
     assert [s.group for s in found.train] == ["a1", "a2", "b1", "b2", "c1", "c2"]
     assert not found.validation
     assert not found.test
@@ -330,9 +330,7 @@ def break_empty_pool(root: Path) -> None:
         (break_empty_pool, r"unlabelled: no image and no slide in it"),
     ],
 )
-def test_a_broken_set_is_refused_by_file(
-    root: Path, spoil: Callable[[Path], None], words: str
-) -> None:
+def test_a_broken_set_is_refused_by_file(root: Path, spoil: Callable[[Path], None], words: str) -> None:
     spoil(root)
     with pytest.raises(DataError, match=words) as error:
         open_set(str(root))
@@ -346,9 +344,7 @@ def test_only_the_first_of_many_problems_are_told(root: Path) -> None:
         open_set(str(root))
 
 
-def test_an_image_above_the_limit_is_refused_without_a_warning(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_image_above_the_limit_is_refused_without_a_warning(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1500)
     with pytest.raises(DataError, match=r"a1\.png: too large"):
         open_set(str(root))
@@ -383,7 +379,7 @@ def test_an_image_above_the_limit_is_refused_without_a_warning(
         ("[splits]\ntest = ['a*']\nvalidation = ['a1']", "in two splits: a1"),
         ("group = '(.)'\n[splits]\ntest = ['a1']", "group 'a' is in train and in test"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_word_in_the_file_is_named(root: Path, text: str, words: str) -> None:
     say(root, text)
     with pytest.raises(DataError, match=words) as error:
@@ -628,9 +624,13 @@ def test_a_small_slide_is_one_tile_of_its_size(tmp_path: Path) -> None:
     pixels = SyntheticSlide(SIDE_PX, SIDE_PX, seed=2).region(0, 0, 300, 200)[0]
     tissue = np.minimum(pixels, 180)
     tifffile.imwrite(
-        tmp_path / "slides" / "s.tif", tissue, photometric="rgb", tile=(64, 64),
-        resolution=(20000, 20000), resolutionunit="CENTIMETER",
-    )  # fmt: skip
+        tmp_path / "slides" / "s.tif",
+        tissue,
+        photometric="rgb",
+        tile=(64, 64),
+        resolution=(20000, 20000),
+        resolutionunit="CENTIMETER",
+    )
     annotate(tmp_path, "s", polygon("gland", rectangle(0, 0, 150, 200)))
     say(tmp_path, f"mpp = 0.5\n{THREE}")
     (sample,) = open_set(str(tmp_path)).train
@@ -638,9 +638,7 @@ def test_a_small_slide_is_one_tile_of_its_size(tmp_path: Path) -> None:
     assert sample.shape == (200, 300)
 
 
-def test_tiles_are_read_by_many_threads_and_few_slides_stay_open(
-    slides: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tiles_are_read_by_many_threads_and_few_slides_stay_open(slides: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (annotations,) = (slides / "annotations").iterdir()
     for name in ("two", "three", "four"):
         shutil.copy(slides / "slides" / "one.tif", slides / "slides" / f"{name}.tif")
@@ -652,9 +650,7 @@ def test_tiles_are_read_by_many_threads_and_few_slides_stay_open(
     first = {s.name.partition("_")[2]: s.image for s in samples if s.group == "one"}
     order = np.random.default_rng(0).permutation(np.repeat(np.arange(len(samples)), 3))
     with ThreadPoolExecutor(8) as pool:
-        read = list(
-            pool.map(lambda i: (samples[i].name.partition("_")[2], samples[i].image), order)
-        )
+        read = list(pool.map(lambda i: (samples[i].name.partition("_")[2], samples[i].image), order))
     for place, image in read:
         np.testing.assert_array_equal(image, first[place])
     assert isinstance(samples[0], SlideSample)
@@ -720,9 +716,13 @@ def refuse_glass(root: Path) -> None:
     SyntheticSlide(300, 300, 0.5).write(root / "slides" / "one.tif")
     glass = np.full((300, 300, 3), 243, np.uint8)
     tifffile.imwrite(
-        root / "slides" / "one.tif", glass, photometric="rgb", tile=(64, 64),
-        resolution=(20000, 20000), resolutionunit="CENTIMETER",
-    )  # fmt: skip
+        root / "slides" / "one.tif",
+        glass,
+        photometric="rgb",
+        tile=(64, 64),
+        resolution=(20000, 20000),
+        resolutionunit="CENTIMETER",
+    )
 
 
 @pytest.mark.parametrize(
@@ -741,9 +741,7 @@ def refuse_glass(root: Path) -> None:
         (refuse_glass, r"one\.tif: no tissue found on it"),
     ],
 )
-def test_a_slide_that_cannot_be_trained_on_is_refused(
-    slides: Path, spoil: Callable[[Path], None], words: str
-) -> None:
+def test_a_slide_that_cannot_be_trained_on_is_refused(slides: Path, spoil: Callable[[Path], None], words: str) -> None:
     spoil(slides)
     with pytest.raises(DataError, match=words) as error:
         open_set(str(slides))
@@ -941,8 +939,7 @@ def test_a_digit_is_whole_under_its_clutter(tmp_path: Path) -> None:
 def test_absence_images_have_clutter_and_no_digit(tmp_path: Path) -> None:
     write_mnist(tmp_path)
     found = open_set(f"mnist:{tmp_path}?count=200")
-    bright = {name: np.mean([(p.image > 200).mean() for p in found.pools[name]])
-              for name in ("presence", "absence")}  # fmt: skip
+    bright = {name: np.mean([(p.image > 200).mean() for p in found.pools[name]]) for name in ("presence", "absence")}
     assert bright["absence"] > 0.01
     digit = 120 / 48**2
     assert bright["presence"] - bright["absence"] == pytest.approx(digit, rel=0.35)
@@ -1026,9 +1023,12 @@ def test_a_slide_is_a_pool(wsi_slides: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("notes.txt", "no image or slide that is known"), ("none", "there is no such folder"),
-     ("empty", "no folder 'images'")],
-)  # fmt: skip
+    [
+        ("notes.txt", "no image or slide that is known"),
+        ("none", "there is no such folder"),
+        ("empty", "no folder 'images'"),
+    ],
+)
 def test_what_is_no_pool_is_named(tmp_path: Path, name: str, said: str) -> None:
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "empty").mkdir()
@@ -1042,9 +1042,7 @@ def test_grey_and_coloured_sets_are_not_mixed(root: Path, tmp_path: Path) -> Non
         command.with_pools(open_set(str(root)), (f"target={tmp_path / 'grey'}",), 0.5)
 
 
-def test_sets_that_know_no_resolution_are_met_at_that_of_the_run(
-    root: Path, tmp_path: Path
-) -> None:
+def test_sets_that_know_no_resolution_are_met_at_that_of_the_run(root: Path, tmp_path: Path) -> None:
     save(tmp_path / "t.png", noise(9, 40, 60, 3))
     (tmp_path / "dataset.toml").write_text("mpp = 0.25\n")
     assert open_set(str(root)).mpp is None

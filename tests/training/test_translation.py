@@ -19,18 +19,20 @@ from torch import Tensor, nn
 from histostream.export import cli as export_cli
 from histostream.export.bundle import Export, Options
 from histostream.export.explanation import export_explanation
-from histostream.export.graph import GraphError
+from histostream.export.graph.model import GraphError
 from histostream.export.trained import export_checkpoint
 from histostream.runtime import open_engine, segment_pixels
-from histostream.training import checkpoint, command, loop, sets
+from histostream.training import checkpoint, command, loop
+from histostream.training import datasets as sets
 from histostream.training.augment import Augmentation
 from histostream.training.batches import Batches, Parts, divide
 from histostream.training.checkpoint import CheckpointError
-from histostream.training.compute import Compute, prepare
 from histostream.training.data import DataError, DataSet, Split, StoredPicture, StoredSample
+from histostream.training.device import Compute, prepare
 from histostream.training.loop import Recipe
-from histostream.training.methods import Batch, State, translation
-from histostream.training.methods.translation import Config, Translated
+from histostream.training.methods import Batch, State
+from histostream.training.methods.translation import method as translation
+from histostream.training.methods.translation.method import Config, Translated
 from histostream.training.metrics import SoftDice
 from histostream.training.networks.translation import (
     AdaptiveNorms,
@@ -44,8 +46,7 @@ from histostream.training.networks.translation import (
     mirrored,
 )
 from histostream.training.schedule import Schedule, set_rates
-
-from .resuming import killed_and_resumed, logged, weights_of
+from tests.training.resuming import killed_and_resumed, logged, weights_of
 
 CLASSES = (("background", (0, 0, 0)), ("digit", (255, 200, 60)))
 # Width and depth of the networks for 48 px, and for 128 px and BraTS.
@@ -70,8 +71,7 @@ def drawn(count: int, side: int = 48, channels: int = 1, seed: int = 0) -> Tenso
 
 def batch_of(side: int = 48, channels: int = 1, **more: Any) -> Batch:
     images = drawn(4, side, channels)
-    pools = {name: drawn(4, side, channels, seed) for seed, name in enumerate(
-        ("presence", "absence"), start=1)}  # fmt: skip
+    pools = {name: drawn(4, side, channels, seed) for seed, name in enumerate(("presence", "absence"), start=1)}
     return Batch(images, (images[:, 0] > 127).long(), pools, **more)
 
 
@@ -193,18 +193,39 @@ def test_the_discriminators_are_tables_8_and_9() -> None:
         brats = MultiScaleDiscriminator(4, 64, 4, spectral=False)
         authors = MultiScaleDiscriminator(1, 128, 3, layout="authors_code", spectral=False)
     assert len(mnist.scales) == len(brats.scales) == 3
-    table_8 = [((128, 1, 4, 4), 1), ((128, 128, 4, 4), 2), ((256, 128, 4, 4), 2),
-               ((512, 256, 4, 4), 2), ((1, 512, 1, 1), 1)]  # fmt: skip
-    table_9 = [((64, 4, 4, 4), 1), ((64, 64, 4, 4), 2), ((128, 64, 4, 4), 2),
-               ((256, 128, 4, 4), 2), ((512, 256, 4, 4), 2), ((1, 512, 1, 1), 1)]  # fmt: skip
+    table_8 = [
+        ((128, 1, 4, 4), 1),
+        ((128, 128, 4, 4), 2),
+        ((256, 128, 4, 4), 2),
+        ((512, 256, 4, 4), 2),
+        ((1, 512, 1, 1), 1),
+    ]
+    table_9 = [
+        ((64, 4, 4, 4), 1),
+        ((64, 64, 4, 4), 2),
+        ((128, 64, 4, 4), 2),
+        ((256, 128, 4, 4), 2),
+        ((512, 256, 4, 4), 2),
+        ((1, 512, 1, 1), 1),
+    ]
     for scales, wanted in ((mnist.scales, table_8), (brats.scales, table_9)):
         assert all(shapes(scale) == wanted for scale in scales)
     assert len(shapes(authors.scales[0])) == len(table_8) - 1
     assert shapes(authors.scales[0])[0] == ((128, 1, 4, 4), 2)
     # Layer norm everywhere but before the first halving.
     kinds = [type(m).__name__ for m in mnist.scales[0].children()]
-    assert kinds == ["Conv", "LeakyReLU", "Conv", "LayerNorm", "LeakyReLU", "Conv", "LayerNorm",
-                     "LeakyReLU", "Conv", "Conv"]  # fmt: skip
+    assert kinds == [
+        "Conv",
+        "LeakyReLU",
+        "Conv",
+        "LayerNorm",
+        "LeakyReLU",
+        "Conv",
+        "LayerNorm",
+        "LeakyReLU",
+        "Conv",
+        "Conv",
+    ]
 
 
 def test_a_discriminator_sees_the_image_its_half_and_its_quarter() -> None:
@@ -243,9 +264,7 @@ def test_long_skips_attach_the_map_of_the_same_size(skips: str) -> None:
 
 def test_the_authors_plain_skips_are_not_normalised() -> None:
     torch.manual_seed(0)
-    decoder = Decoder(
-        64, 1, 4, 4, kernel=3, short_skips=True, skips="sum", normalise_skips=False
-    )  # fmt: skip
+    decoder = Decoder(64, 1, 4, 4, kernel=3, short_skips=True, skips="sum", normalise_skips=False)
     encoder = Encoder(1, 4, 4, spectral=False)
     with torch.no_grad():
         code, maps = encoder(torch.rand(1, 1, 48, 48))
@@ -286,17 +305,13 @@ def test_layer_norm_is_of_a_whole_image_with_the_unbiased_deviation() -> None:
 
 
 @pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 1), (3, 2), (4, 1), (4, 2), (5, 1)])
-def test_a_convolution_mirrors_the_border_and_keeps_or_halves_the_sides(
-    kernel: int, stride: int
-) -> None:
+def test_a_convolution_mirrors_the_border_and_keeps_or_halves_the_sides(kernel: int, stride: int) -> None:
     torch.manual_seed(0)
     conv, x = Conv(2, 3, kernel, stride=stride), torch.rand(1, 2, 12, 9)
     before, after = (kernel - 1) // 2, {(4, 1): 2, (4, 2): 1}.get((kernel, stride), kernel // 2)
     padded = np.pad(x.numpy(), [(0, 0), (0, 0), *[(before, after)] * 2], mode="reflect")
     found = conv(x)
-    torch.testing.assert_close(
-        found, F.conv2d(torch.from_numpy(padded), conv.weight, conv.bias, stride)
-    )
+    torch.testing.assert_close(found, F.conv2d(torch.from_numpy(padded), conv.weight, conv.bias, stride))
     if (kernel, stride) != (4, 2):  # which loses the last of an odd number
         assert found.shape[2:] == (-(-12 // stride), -(-9 // stride))
     small = torch.rand(1, 2, 2, 2)  # too small for the mirror of 5, or of 4 with stride 1
@@ -488,8 +503,9 @@ def gradients(state: State, batch: Batch) -> dict[str, Tensor]:
     def look(*_: object) -> None:
         for name, module in state.modules.items():
             if not name.startswith("discriminator"):
-                seen.update({f"{name}.{key}": p.grad.clone() for key, p in
-                             module.named_parameters() if p.grad is not None})  # fmt: skip
+                seen.update(
+                    {f"{name}.{key}": p.grad.clone() for key, p in module.named_parameters() if p.grad is not None}
+                )
 
     state.optimizers["generator"].register_step_pre_hook(look)
     torch.manual_seed(3)
@@ -501,9 +517,15 @@ def gradients(state: State, batch: Batch) -> dict[str, Tensor]:
 def test_the_generator_sides_gradient_is_that_of_equation_7(batch: Batch, shared: bool) -> None:
     """Written out image by image as equations 1 to 12, with u sampled alike."""
     options: dict[str, Any] = {
-        "spectral_norm": False, "shared_decoder": shared, "lambda_adv": 0.7, "lambda_rec": 3.0,
-        "lambda_lat": 0.5, "lambda_cyc": 2.0, "lambda_seg": 1.5, "discriminator_learning_rate": 0.0,
-    }  # fmt: skip
+        "spectral_norm": False,
+        "shared_decoder": shared,
+        "lambda_adv": 0.7,
+        "lambda_rec": 3.0,
+        "lambda_lat": 0.5,
+        "lambda_cyc": 2.0,
+        "lambda_seg": 1.5,
+        "discriminator_learning_rate": 0.0,
+    }
     state = tiny(**options)
     f, g_com, g_res = (state.modules[name] for name in ("encoder", "common", "residual"))
     x_p, x_a = batch.images / 255, batch.pools["absence"] / 255  # every P image has a mask
@@ -529,8 +551,9 @@ def test_the_generator_sides_gradient_is_that_of_equation_7(batch: Batch, shared
     p, y = logits.sigmoid()[:, 0], batch.labels
     seg = -(2 * (p * y).sum() + 1) / (p.sum() + y.sum() + 1)
     rec = (x_p - x_pp).abs().mean() + (x_a - x_aa).abs().mean()
-    lat = sum((a - b).abs().mean() for a, b in (
-        (c_p, c_pa), (c_a, c_ap), (c_a, c_aa), (c_p, c_pp), (u_p, u_pp), (u, u_ap)))  # fmt: skip
+    lat = sum(
+        (a - b).abs().mean() for a, b in ((c_p, c_pa), (c_a, c_ap), (c_a, c_aa), (c_p, c_pp), (u_p, u_pp), (u, u_ap))
+    )
     cyc = (x_a - g_com(c_ap, maps_ap)).abs().mean()
     fooled = [
         torch.stack([m.mean() for m in state.modules[f"discriminator_{name}"](x)]).mean()
@@ -632,9 +655,7 @@ def test_an_images_result_does_not_depend_on_its_batch(norm: str) -> None:
         whole = translation.translate(state, x_p, x_p)
         one = translation.translate(state, x_p[:1], x_p[:1])
     for name in ("x_pa", "d_pa", "x_aa"):
-        torch.testing.assert_close(
-            getattr(whole, name)[:1], getattr(one, name), rtol=0, atol=1e-5
-        )  # fmt: skip
+        torch.testing.assert_close(getattr(whole, name)[:1], getattr(one, name), rtol=0, atol=1e-5)
 
 
 # ----------------------------------------------------------------------------- labelled images
@@ -658,9 +679,7 @@ def picture(name: str) -> StoredPicture:
     [(range(8), 0.0, 0.5), (range(4, 12), 0.0, 1 / 3), (range(8), 0.25, 0.25)],
     ids=["in the pool", "beside it", "as configured"],
 )
-def test_the_share_of_labelled_images_is_counted_once(
-    names: range, chosen: float, share: float
-) -> None:
+def test_the_share_of_labelled_images_is_counted_once(names: range, chosen: float, share: float) -> None:
     labels = np.zeros((48, 48), np.uint8)
     samples = tuple(StoredSample(f"{i}", f"{i}", picture("").image, labels) for i in range(5))
     pools = {"presence": [picture(str(i)) for i in names], "absence": [picture("a")]}
@@ -681,9 +700,7 @@ def shared_out(state: State, share: float) -> State:
     return state
 
 
-def test_labelled_images_take_the_place_of_others(
-    batch: Batch, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_labelled_images_take_the_place_of_others(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
     state, real = shared_out(tiny(), 0.5), translation.translate
     seen: list[tuple[Tensor, Tensor]] = []
 
@@ -800,8 +817,10 @@ def test_the_baselines_reconstruction_has_no_long_skips(batch: Batch) -> None:
     ("more", "said"),
     [
         ({"objective": "cycle"}, "objective='cycle': use 'translation' or 'autoencoder'"),
-        ({"skips": "pool"}, "skips='pool'"), ({"head": "mine"}, "head='mine'"),
-        ({"mlp": "none"}, "mlp='none'"), ({"hinge": "soft"}, "hinge='soft'"),
+        ({"skips": "pool"}, "skips='pool'"),
+        ({"head": "mine"}, "head='mine'"),
+        ({"mlp": "none"}, "mlp='none'"),
+        ({"hinge": "soft"}, "hinge='soft'"),
         ({"discriminator": "patch"}, "discriminator='patch'"),
         ({"segmentation_norm": "batch"}, "segmentation_norm='batch'"),
         ({"pixel_range": "0..255"}, "pixel_range='0..255'"),
@@ -810,19 +829,19 @@ def test_the_baselines_reconstruction_has_no_long_skips(batch: Batch) -> None:
         ({"image_px": 16}, "image_px=16: use a multiple of 16, 32 or more"),
         ({"image_px": 64, "depth": 5, "discriminator_stages": 5, "width": 2}, "128 or more"),
         ({"unique_channels": 64}, "unique_channels=64: the code has 64 channels, use 1 to 63"),
-        ({"lambda_cyc": -1.0}, "lambda_cyc=-1.0: use 0"), ({"width": 0}, "width=0: use 1"),
+        ({"lambda_cyc": -1.0}, "lambda_cyc=-1.0: use 0"),
+        ({"width": 0}, "width=0: use 1"),
         ({"labelled_share": 1.5}, "labelled_share=1.5"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_settings_that_cannot_be_are_named(more: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         tiny_config(**more)
 
 
 def test_image_px_counts_only_where_a_size_is_fixed() -> None:
-    for more in ({"segmentation_norm": "layer"}, {"shared_decoder": False},
-                 {"objective": "autoencoder"}):  # fmt: skip
+    for more in ({"segmentation_norm": "layer"}, {"shared_decoder": False}, {"objective": "autoencoder"}):
         config = tiny_config(image_px=50, **more)
         assert (config.fixed_px, translation.align_px(config)) == (0, 1)
     assert translation.align_px(tiny_config()) == 48
@@ -884,8 +903,7 @@ def test_several_steps_of_channels_last_on_a_cpu_are_sound(batch: Batch) -> None
         for _ in range(3):
             losses = translation.step(state, batch)
         assert float(losses["reconstruction"]) > 0
-    for a, b in zip(one.modules["encoder"].parameters(), other.modules["encoder"].parameters(),
-                    strict=True):  # fmt: skip
+    for a, b in zip(one.modules["encoder"].parameters(), other.modules["encoder"].parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-3)
 
 
@@ -900,8 +918,7 @@ def test_a_larger_image_is_segmented_in_the_tiles_of_the_deployed_model() -> Non
     assert found.shape == (2, 1, 96, 48)
     for top in (0, 48):
         tile = image[:, :, top : top + 48]
-        torch.testing.assert_close(found[:, :, top : top + 48],
-                                   translation.probabilities(state, tile))  # fmt: skip
+        torch.testing.assert_close(found[:, :, top : top + 48], translation.probabilities(state, tile))
     loss, predicted = translation.validate(state, image, labels)
     assert loss == pytest.approx(float(translation.dice_loss(found, labels)))
     assert torch.equal(predicted, (found[:, 0] > 0.5).long())
@@ -913,8 +930,7 @@ def test_a_larger_image_is_segmented_in_the_tiles_of_the_deployed_model() -> Non
 
 def test_validation_leaves_the_model_in_training_as_it_was(batch: Batch) -> None:
     state = tiny()
-    before = {n: {k: v.clone() for k, v in m.state_dict().items()}
-              for n, m in state.modules.items()}  # fmt: skip
+    before = {n: {k: v.clone() for k, v in m.state_dict().items()} for n, m in state.modules.items()}
     translation.validate(state, batch.images, batch.labels)
     translation.paint(state, batch.images)
     for name, module in state.modules.items():
@@ -973,20 +989,25 @@ RECIPES: dict[str, dict[str, Any]] = {
     "translation-reduced": {},
     "translation-128": {"width": 16, "depth": 5, "image_px": 128},
     "translation-brats": {
-        "width": 16, "depth": 5, "segmentation_norm": "layer", "pixel_range": "-1..1",
-        "discriminator_width": 64, "discriminator_stages": 4,
+        "width": 16,
+        "depth": 5,
+        "segmentation_norm": "layer",
+        "pixel_range": "-1..1",
+        "discriminator_width": 64,
+        "discriminator_stages": 4,
     },
     "translation-separate": {"shared_decoder": False},
     "translation-skip-concat": {"skips": "concat"},
     "translation-skip-sum": {"skips": "sum"},
     "translation-skip-none": {"skips": "none"},
     "translation-autoencoder": {
-        "objective": "autoencoder", "spectral_norm": False, "lambda_rec": 1.0, "lambda_seg": 1.0,
+        "objective": "autoencoder",
+        "spectral_norm": False,
+        "lambda_rec": 1.0,
+        "lambda_seg": 1.0,
     },
-    "translation-segmentation-only": {
-        "objective": "segmentation", "spectral_norm": False, "lambda_seg": 1.0,
-    },
-}  # fmt: skip
+    "translation-segmentation-only": {"objective": "segmentation", "spectral_norm": False, "lambda_seg": 1.0},
+}
 
 
 def read(*names: str, settings: tuple[str, ...] = (), mpp: float | None = None) -> Recipe:
@@ -1026,22 +1047,32 @@ def digits(count: int = 8, side: int = 48, channels: int = 1) -> DataSet:
         return image, disc.astype(np.uint8)
 
     def samples(prefix: str, n: int) -> tuple[StoredSample, ...]:
-        return tuple(StoredSample(f"{prefix}{i}.png", f"{prefix}{i}", *drawing(True))
-                     for i in range(n))  # fmt: skip
+        return tuple(StoredSample(f"{prefix}{i}.png", f"{prefix}{i}", *drawing(True)) for i in range(n))
 
     present = samples("p", count)
     absent = tuple(StoredPicture(f"a{i}.png", f"a{i}", drawing(False)[0]) for i in range(count))
     return DataSet(
-        "digits", CLASSES, None, present[: count // 2], validation=samples("v", 2),
-        test=samples("t", 4), pools={"presence": present, "absence": absent},
-    )  # fmt: skip
+        "digits",
+        CLASSES,
+        None,
+        present[: count // 2],
+        validation=samples("v", 2),
+        test=samples("t", 4),
+        pools={"presence": present, "absence": absent},
+    )
 
 
 TINY = (
-    "method.width=4", "method.unique_channels=16", "method.mlp_width=16",
-    "method.discriminator_width=4", "schedule.batch=4", "schedule.steps=4",
-    "schedule.validate_every=2", "method.learning_rate=2e-3", "method.lambda_seg=10",
-)  # fmt: skip
+    "method.width=4",
+    "method.unique_channels=16",
+    "method.mlp_width=16",
+    "method.discriminator_width=4",
+    "schedule.batch=4",
+    "schedule.steps=4",
+    "schedule.validate_every=2",
+    "method.learning_rate=2e-3",
+    "method.lambda_seg=10",
+)
 
 
 @pytest.mark.full
@@ -1064,8 +1095,7 @@ def test_a_killed_run_goes_on_as_if_it_never_stopped(tmp_path: Path, other: str 
 def test_tissue_goes_from_folders_to_labels(tmp_path: Path) -> None:
     """RGB tiles in images/, labels/, presence/ and absence/; a larger picture is segmented."""
     found = digits(4, side=64, channels=3)
-    named = {"images": found.train, "presence": found.pools["presence"][2:],
-             "absence": found.pools["absence"]}  # fmt: skip
+    named = {"images": found.train, "presence": found.pools["presence"][2:], "absence": found.pools["absence"]}
     for folder, pictures in named.items():
         (tmp_path / "set" / folder).mkdir(parents=True)
         for p in pictures:
@@ -1073,15 +1103,11 @@ def test_tissue_goes_from_folders_to_labels(tmp_path: Path) -> None:
     (tmp_path / "set" / "labels").mkdir()
     for sample in found.train:
         Image.fromarray(sample.labels).save(tmp_path / "set" / "labels" / sample.name)
-    more = ("schedule.crop_px=64", "method.discriminator_stages=3", "method.depth=4",
-            "schedule.validation=0.5")  # fmt: skip
+    more = ("schedule.crop_px=64", "method.discriminator_stages=3", "method.depth=4", "schedule.validation=0.5")
     recipe = read("translation-tissue", settings=(*TINY, *more), mpp=0.5)
     opened = sets.open_set(str(tmp_path / "set"))
     loop.train(recipe, translation, opened, tmp_path / "run")
-    options = Options(
-        precisions=("fp32", "fp16"), tensorrt="off", tile_px=64,
-        calibrate=tmp_path / "set" / "presence",
-    )  # fmt: skip
+    options = Options(precisions=("fp32", "fp16"), tensorrt="off", tile_px=64, calibrate=tmp_path / "set" / "presence")
     done = export_checkpoint("translation", tmp_path / "run", tmp_path / "bundle", options)
     assert not done.failures
     assert (done.card.channels, done.card.align_px) == (3, 16)
@@ -1089,9 +1115,7 @@ def test_tissue_goes_from_folders_to_labels(tmp_path: Path) -> None:
     engine = open_engine(tmp_path / "bundle", backend="cpu", precision="fp32")
     assert segment_pixels(large, engine).shape == (64, 128)
     with pytest.raises(GraphError, match="multiples of 16; use 48 or 64"):
-        export_checkpoint(
-            "translation", tmp_path / "run", tmp_path / "no", replace(options, tile_px=60)
-        )  # fmt: skip
+        export_checkpoint("translation", tmp_path / "run", tmp_path / "no", replace(options, tile_px=60))
 
 
 # ----------------------------------------------------------------------------- export
@@ -1129,12 +1153,8 @@ def stored(run: Path) -> State:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(
-    ("precision", "least"), [("fp32", 0.9999), ("fp16", 0.999), ("int8", 0.98)]
-)
-def test_a_bundle_gives_torchs_labels(
-    run: Path, exported: tuple[Path, Export], precision: str, least: float
-) -> None:
+@pytest.mark.parametrize(("precision", "least"), [("fp32", 0.9999), ("fp16", 0.999), ("int8", 0.98)])
+def test_a_bundle_gives_torchs_labels(run: Path, exported: tuple[Path, Export], precision: str, least: float) -> None:
     bundle, done = exported
     if precision == "int8" and "model.int8.onnx" not in done.card.files:
         assert any(f.startswith("int8") for f in done.failures)  # with its reason
@@ -1170,9 +1190,7 @@ def test_the_bundle_has_the_only_tile_that_the_network_takes(
 @pytest.mark.full
 def test_the_folded_graph_is_the_network(run: Path) -> None:
     state = stored(run)
-    images = torch.from_numpy(
-        np.stack([s.image for s in digits(24).test]).transpose(0, 3, 1, 2).copy()
-    )
+    images = torch.from_numpy(np.stack([s.image for s in digits(24).test]).transpose(0, 3, 1, 2).copy())
     module = translation.deployed(state)
     assert not any(name.endswith((".u", ".v")) for name in module.state_dict())
     assert isinstance(module, translation.Deployed)
@@ -1209,9 +1227,7 @@ def test_the_translated_image_is_a_graph_of_its_own(run: Path, tmp_path: Path) -
 
 
 @pytest.mark.full
-def test_what_cannot_explain_itself_is_named(
-    run: Path, tmp_path: Path, tiny_checkpoint: Path
-) -> None:
+def test_what_cannot_explain_itself_is_named(run: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
     with pytest.raises(CheckpointError, match="imems has no graph that explains its labels"):
         export_explanation(tiny_checkpoint, tmp_path / "no.onnx")
     with pytest.raises(DataError, match='objective="segmentation": the model does not translate'):
@@ -1235,10 +1251,7 @@ def trained(config: Config, found: DataSet, steps: int, batch: int) -> State:
     torch.manual_seed(0)
     state = translation.build(config, 2, 1)
     prepare(state, torch.device("cpu"), Compute("cpu"))
-    draw = Batches(
-        parts, schedule, Augmentation(), translation.pools(config),
-        align_px=translation.align_px(config),
-    )  # fmt: skip
+    draw = Batches(parts, schedule, Augmentation(), translation.pools(config), align_px=translation.align_px(config))
     for b in draw(0, steps):
         torch.manual_seed(b.step)
         set_rates(state.optimizers, schedule.rate(b.step, steps))
@@ -1268,9 +1281,8 @@ def test_the_residual_is_on_the_digit_and_the_digit_is_found(data_dir: Path) -> 
         pytest.skip(f"no MNIST files: {data_dir / 'mnist'} does not exist")
     found = sets.open_set(f"mnist:{data_dir / 'mnist'}?variant=simple&count=2000")
     config = Config(
-        width=4, unique_channels=16, mlp_width=32, discriminator_width=8, learning_rate=2e-3,
-        lambda_seg=10.0,
-    )  # fmt: skip
+        width=4, unique_channels=16, mlp_width=32, discriminator_width=8, learning_rate=2e-3, lambda_seg=10.0
+    )
     images = torch.from_numpy(np.stack([s.image for s in found.test[:200]])).permute(0, 3, 1, 2)
     truth = np.stack([s.labels for s in found.test[:200]])
     torch.manual_seed(0)

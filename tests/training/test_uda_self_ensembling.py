@@ -19,15 +19,14 @@ from histostream.runtime import open_engine, segment_pixels
 from histostream.training import checkpoint, command, loop, synthetic
 from histostream.training.augment import Augmentation
 from histostream.training.batches import Batches, Parts, divide
-from histostream.training.compute import Compute, prepare
 from histostream.training.data import DataError, DataSet, StoredPicture
+from histostream.training.device import Compute, prepare
 from histostream.training.methods import Batch, State
-from histostream.training.methods import uda_self_ensembling as uda
+from histostream.training.methods.uda_self_ensembling import method as uda
 from histostream.training.networks.bn_unet import BatchNormUNet
 from histostream.training.networks.discriminator import DomainDiscriminator
 from histostream.training.schedule import Schedule, set_rates
-
-from .resuming import killed_and_resumed, weights_of
+from tests.training.resuming import killed_and_resumed, weights_of
 
 TINY = ("method.base_width=2", "method.discriminator_width=2")
 FULL = ("dice", "discriminator", "adversarial", "reconstruction", "entropy", "consistency")
@@ -46,13 +45,9 @@ ALGORITHMS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] 
     "da-adv": (("uda-da-adv",), FULL[:3], ("discriminator",)),
     "cellseguda": (("uda-cellseguda",), FULL[:4], ("discriminator", "reconstructor")),
     "cbst": (("uda-cbst",), ("dice", "pseudo"), ("labeller",)),
-    "no-entropy": (
-        ("uda-no-entropy",), (*FULL[:4], "consistency"), ("discriminator", "reconstructor"),
-    ),
-    "no-self-ensembling": (
-        ("uda-no-self-ensembling",), FULL[:5], ("discriminator", "reconstructor"),
-    ),
-}  # fmt: skip
+    "no-entropy": (("uda-no-entropy",), (*FULL[:4], "consistency"), ("discriminator", "reconstructor")),
+    "no-self-ensembling": (("uda-no-self-ensembling",), FULL[:5], ("discriminator", "reconstructor")),
+}
 
 
 def tiny(channels: int = 3, **more: Any) -> State:
@@ -69,9 +64,7 @@ def algorithm(name: str, *settings: str) -> loop.Recipe:
 @pytest.fixture
 def batch() -> Batch:
     generator = torch.Generator().manual_seed(0)
-    images, target = torch.randint(
-        0, 256, (2, 2, 3, 32, 32), dtype=torch.uint8, generator=generator
-    )
+    images, target = torch.randint(0, 256, (2, 2, 3, 32, 32), dtype=torch.uint8, generator=generator)
     return Batch(images, (images[:, 0] > 127).long(), {"target": target})
 
 
@@ -289,21 +282,34 @@ def gradients(batch: Batch, **config: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     "change",
     [
-        {"em_form": "binary"}, {"em_domains": "both"}, {"entropy_weight": 0.0},
-        {"consistency_domains": "source"}, {"consistency_weight": 0.0}, {"stop_gradient": False},
-        {"flips": True}, {"ramp": "none"}, {"ramp_epochs": 60}, {"lambda_adv": 0.0},
-        {"lambda_rec": 0.0}, {"lambda_adv": 0.002}, {"lambda_rec": 0.02}, {"entropy_ramp": True},
+        {"em_form": "binary"},
+        {"em_domains": "both"},
+        {"entropy_weight": 0.0},
+        {"consistency_domains": "source"},
+        {"consistency_weight": 0.0},
+        {"stop_gradient": False},
+        {"flips": True},
+        {"ramp": "none"},
+        {"ramp_epochs": 60},
+        {"lambda_adv": 0.0},
+        {"lambda_rec": 0.0},
+        {"lambda_adv": 0.002},
+        {"lambda_rec": 0.02},
+        {"entropy_ramp": True},
         {"forward_target": True},
-        {"self_training": True}, {"validation_domain": "target"}, {"bn_recalibrate": True},
+        {"self_training": True},
+        {"validation_domain": "target"},
+        {"bn_recalibrate": True},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_each_switch_changes_what_s_learns_from(batch: Batch, change: dict[str, Any]) -> None:
     """In the third epoch of the ramp; what is for the end or for other steps changes nothing."""
     late = replace(batch, step=20)
-    one, other = gradients(late, **{"consistency_weight": 2.0}), gradients(
-        late, **{"consistency_weight": 2.0, **change}
-    )  # fmt: skip
+    one, other = (
+        gradients(late, **{"consistency_weight": 2.0}),
+        gradients(late, **{"consistency_weight": 2.0, **change}),
+    )
     same = all(torch.equal(one[name], other[name]) for name in one)
     idle = {"self_training", "validation_domain", "bn_recalibrate", "forward_target"}
     assert same == bool(idle & change.keys())
@@ -337,8 +343,7 @@ def test_the_entropys_weight_can_rise_with_the_consistencys(batch: Batch) -> Non
     only = {**OFF, "entropy_weight": 0.1}
     late = replace(batch, step=15)
     nothing, ramped, full = (
-        gradients(late, **{**only, **more})
-        for more in ({"entropy_weight": 0.0}, {"entropy_ramp": True}, {})
+        gradients(late, **{**only, **more}) for more in ({"entropy_weight": 0.0}, {"entropy_ramp": True}, {})
     )
     for name, grad in full.items():
         wanted = nothing[name] + 0.2865048 * (grad - nothing[name])
@@ -358,10 +363,17 @@ def test_a_target_that_is_only_seen_moves_the_running_statistics_alone(batch: Ba
 @pytest.mark.full
 def test_what_is_judged_is_what_ships(found: DataSet, tmp_path: Path) -> None:
     """The best checkpoint has the target's statistics, and the loss they give; last its own."""
-    recipe = algorithm("recommended", "schedule.epochs=0", "schedule.steps=4", "schedule.batch=2",
-                       "schedule.crop_px=32", "schedule.validate_every=2",
-                       "schedule.validation=0.2", "schedule.select=loss",
-                       "method.validation_domain=target")  # fmt: skip
+    recipe = algorithm(
+        "recommended",
+        "schedule.epochs=0",
+        "schedule.steps=4",
+        "schedule.batch=2",
+        "schedule.crop_px=32",
+        "schedule.validate_every=2",
+        "schedule.validation=0.2",
+        "schedule.select=loss",
+        "method.validation_domain=target",
+    )
     best = loop.train(recipe, uda, found, tmp_path)
     parts = divide(found, recipe.schedule)
     state = uda.build(recipe.config, 2)
@@ -369,11 +381,10 @@ def test_what_is_judged_is_what_ships(found: DataSet, tmp_path: Path) -> None:
     images = [parts.samples[i] for i in parts.split.validation]
     losses = [
         uda.validate(
-            state, torch.from_numpy(s.image[None]).movedim(-1, 1),
-            torch.from_numpy(s.labels[None].astype(np.int64)),
+            state, torch.from_numpy(s.image[None]).movedim(-1, 1), torch.from_numpy(s.labels[None].astype(np.int64))
         )[0]
         for s in images
-    ]  # fmt: skip
+    ]
     assert np.mean(losses) == pytest.approx(best.record["validation_loss"], rel=1e-5)
     settled = {k: v.clone() for k, v in state.modules["segmenter"].state_dict().items()}
     uda.settle(state, parts)
@@ -470,9 +481,7 @@ def test_validation_images_are_of_the_configured_set_until_the_end(found: DataSe
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_the_sheets_show_the_probability_and_the_repainted_image(
-    batch: Batch, channels: int
-) -> None:
+def test_the_sheets_show_the_probability_and_the_repainted_image(batch: Batch, channels: int) -> None:
     images = batch.images[:, :channels]
     painted = uda.paint(tiny(channels), images)
     assert painted["probability"].shape == (2, 1, 32, 32)
@@ -587,16 +596,18 @@ def test_the_papers_schedule_ships() -> None:
 @pytest.mark.parametrize(
     ("switches", "uses"),
     [
-        ({}, False), ({"entropy_weight": 1.0}, False), ({"lambda_adv": 0.1}, True),
-        ({"entropy_weight": 1.0, "em_domains": "both"}, True), ({"lambda_rec": 0.1}, True),
-        ({"consistency_weight": 1.0}, True), ({"self_training": True}, True),
+        ({}, False),
+        ({"entropy_weight": 1.0}, False),
+        ({"lambda_adv": 0.1}, True),
+        ({"entropy_weight": 1.0, "em_domains": "both"}, True),
+        ({"lambda_rec": 0.1}, True),
+        ({"consistency_weight": 1.0}, True),
+        ({"self_training": True}, True),
         ({"consistency_weight": 1.0, "consistency_domains": "source"}, False),
     ],
     ids=str,
-)  # fmt: skip
-def test_only_what_uses_the_target_asks_for_it(
-    switches: dict[str, Any], uses: bool, batch: Batch
-) -> None:
+)
+def test_only_what_uses_the_target_asks_for_it(switches: dict[str, Any], uses: bool, batch: Batch) -> None:
     state = tiny(**{**OFF, **switches})
     assert uda.pools(state.config) == (("target",) if uses else ())
     if not uses:
@@ -604,9 +615,7 @@ def test_only_what_uses_the_target_asks_for_it(
 
 
 @pytest.mark.parametrize("switches", [{"ema": 0.9}, {**OFF, "self_training": True}], ids=str)
-def test_mixed_precision_needs_nothing_of_the_method(
-    switches: dict[str, Any], found: DataSet, batch: Batch
-) -> None:
+def test_mixed_precision_needs_nothing_of_the_method(switches: dict[str, Any], found: DataSet, batch: Batch) -> None:
     state, parts = tiny(**switches), parts_of(found)
     prepare(state, torch.device("cpu"), Compute("cpu", "bf16"))
     for number in range(9, 12):
@@ -618,13 +627,17 @@ def test_mixed_precision_needs_nothing_of_the_method(
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["recommended", "cbst", "mean teacher"])
-def test_a_killed_run_goes_on_as_if_it_never_stopped(
-    name: str, found: DataSet, tmp_path: Path
-) -> None:
+def test_a_killed_run_goes_on_as_if_it_never_stopped(name: str, found: DataSet, tmp_path: Path) -> None:
     """Bit for bit, the buffers too: statistics, epochs, CBST's labeller, thresholds and round."""
-    settings = ["schedule.epochs=0", "schedule.steps=8", "schedule.batch=2",
-                "schedule.crop_px=32", "schedule.validate_every=3", "schedule.validation=0.2",
-                "method.ramp_epochs=2"]  # fmt: skip
+    settings = [
+        "schedule.epochs=0",
+        "schedule.steps=8",
+        "schedule.batch=2",
+        "schedule.crop_px=32",
+        "schedule.validate_every=3",
+        "schedule.validation=0.2",
+        "method.ramp_epochs=2",
+    ]
     if name == "mean teacher":
         name, settings = "paper", [*settings, "method.ema=0.9"]
     recipe = algorithm(name, *settings)
@@ -637,9 +650,16 @@ def test_a_killed_run_goes_on_as_if_it_never_stopped(
 @pytest.fixture(scope="module")
 def trained(found: DataSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run of the whole method, by the loop."""
-    recipe = algorithm("recommended", "method.base_width=4", "method.learning_rate=1e-2",
-                       "schedule.epochs=0", "schedule.steps=60", "schedule.batch=2",
-                       "schedule.crop_px=48", "schedule.validate_every=30")  # fmt: skip
+    recipe = algorithm(
+        "recommended",
+        "method.base_width=4",
+        "method.learning_rate=1e-2",
+        "schedule.epochs=0",
+        "schedule.steps=60",
+        "schedule.batch=2",
+        "schedule.crop_px=48",
+        "schedule.validate_every=30",
+    )
     run = tmp_path_factory.mktemp("uda") / "run"
     loop.train(recipe, uda, found, run)
     return run
@@ -650,9 +670,7 @@ def check_bundle(run: Path, bundle: Path, precision: str, picture: StoredPicture
     engine = open_engine(bundle, backend="cpu", precision=precision)
     assert engine.card.score_kind == "probability"
     image = np.pad(picture.image, ((0, 16), (0, 16), (0, 0)), mode="reflect")
-    scores = load_deployed(run / "best", checkpoint.read(run / "best"))(
-        torch.from_numpy(image[None])
-    )
+    scores = load_deployed(run / "best", checkpoint.read(run / "best"))(torch.from_numpy(image[None]))
     assert (scores.int().sum(dim=1) - 255).abs().max() <= 1  # 2 classes, each rounded
     wanted = scores[0].numpy().argmax(axis=0)
     assert 0.01 < wanted.mean() < 0.99
@@ -681,9 +699,7 @@ def test_tensorrt_rtx_builds_the_network(trained: Path, tmp_path: Path) -> None:
 
 def learn(found: DataSet, **config: Any) -> float:
     """Train 120 steps; the mean Dice of the deployed network over the target's test images."""
-    schedule = Schedule(
-        steps=120, batch=4, crop_px=64, validation=0.1, decay="cosine", warmup=10, seed=1
-    )
+    schedule = Schedule(steps=120, batch=4, crop_px=64, validation=0.1, decay="cosine", warmup=10, seed=1)
     torch.manual_seed(1)
     small = uda.Config(base_width=8, discriminator_width=8, learning_rate=1e-2, **config)
     state, parts = uda.build(small, 2), divide(found, schedule)
@@ -713,8 +729,7 @@ def test_adaptation_recovers_part_of_what_the_other_stain_costs() -> None:
     found = synthetic.nuclei_pair(32, 32, 16, seed=1)
     there = replace(found, train=found.pools["target"], pools={})  # type: ignore[arg-type]
     source_only, oracle = learn(found, **OFF), learn(there, **OFF)
-    full = learn(found, em_form="binary", em_domains="both", entropy_weight=0.1, lambda_rec=0.1,
-                 ramp_epochs=5)  # fmt: skip
+    full = learn(found, em_form="binary", em_domains="both", entropy_weight=0.1, lambda_rec=0.1, ramp_epochs=5)
     assert oracle >= 0.9
     assert source_only <= oracle - 0.2
     assert full >= source_only + 0.05

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from histostream.runtime.engine import EngineError
+from histostream.runtime.engines.base import EngineError
 from histostream.wsi import optional
 from histostream.wsi.errors import OutputError
 from tests.conftest import REPOSITORY
@@ -73,16 +73,12 @@ def test_the_command_names_where_histostream_came_from(
     assert optional.install_command("crf") == f"pip install {requirement}"
 
 
-def test_another_pip_on_the_path_is_not_advised(
-    pip_on_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_pip_on_the_path_is_not_advised(pip_on_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     assert optional.install_command("crf").startswith(f"{sys.executable} -m pip install ")
 
 
-def test_an_engine_is_exchanged_by_one_pip(
-    pip_on_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engine_is_exchanged_by_one_pip(pip_on_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")  # another environment's pip would remove another's
     installed = {"onnxruntime": [Distribution(None)]}
     monkeypatch.setattr(metadata, "distributions", lambda name: installed.get(name, []))

@@ -79,7 +79,7 @@ class Batch:
     images, labels
         (N, C, H, W) uint8 and (N, H, W) int64.
     pools
-        Further images without labels, (N, C, H, W) uint8, by the name of their pool.
+        MemoryNeeds images without labels, (N, C, H, W) uint8, by the name of their pool.
     step, steps
         Number of this step, from 0, and of all steps: for ramps.
     """
@@ -113,4 +113,4 @@ def load(name: str) -> ModuleType:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}?" if near else f"known methods: {', '.join(known)}"
         raise MethodError(f"no method is called {name!r}: {hint}")
-    return importlib.import_module(f"{__name__}.{name}")
+    return importlib.import_module(f"{__name__}.{name}.method")

@@ -22,9 +22,7 @@ class CropClassifier(nn.Module):
         Channels after each convolution, outputs of each full connection but the last.
     """
 
-    def __init__(
-        self, in_channels: int, side_px: int, conv: tuple[int, ...], full: tuple[int, ...]
-    ) -> None:
+    def __init__(self, in_channels: int, side_px: int, conv: tuple[int, ...], full: tuple[int, ...]) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for a, b in pairwise((in_channels, *conv)):

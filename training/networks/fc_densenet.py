@@ -50,15 +50,12 @@ class FCDenseNet(nn.Module):
         skips = [first_width + added * (i + 1) for i in range(poolings)]
         risen = [added + skip for skip in reversed(skips)]
         self.first = nn.Conv2d(in_channels, first_width, 3, padding=1)
-        self.down = nn.ModuleList(
-            DenseBlock(skip - added, growth, layers, dropout) for skip in skips
-        )
+        self.down = nn.ModuleList(DenseBlock(skip - added, growth, layers, dropout) for skip in skips)
         self.shrink = nn.ModuleList(_transition_down(skip, dropout) for skip in skips)
         self.middle = DenseBlock((first_width, *skips)[-1], growth, layers, dropout)
         # Stride 2 with these paddings doubles H and W exactly: nothing has to be cropped.
         self.rise = nn.ModuleList(
-            nn.ConvTranspose2d(added, added, 3, stride=2, padding=1, output_padding=1)
-            for _ in skips
+            nn.ConvTranspose2d(added, added, 3, stride=2, padding=1, output_padding=1) for _ in skips
         )
         self.up = nn.ModuleList(DenseBlock(width, growth, layers, dropout) for width in risen)
         self.head = nn.Conv2d((first_width, *risen)[-1] + added, out_channels, 1)

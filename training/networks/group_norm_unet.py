@@ -50,9 +50,7 @@ class Encoder(nn.Module):
     def __init__(self, in_channels: int, base_width: int, norm: str) -> None:
         super().__init__()
         widths = widths_of(base_width)
-        self.stages = nn.ModuleList(
-            double_conv(a, b, norm) for a, b in pairwise((in_channels, *widths))
-        )
+        self.stages = nn.ModuleList(double_conv(a, b, norm) for a, b in pairwise((in_channels, *widths)))
         self.pool = nn.MaxPool2d(2)
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -100,9 +98,7 @@ class GroupNormUNet(nn.Module):
 
     stride_px = 1 << POOLINGS
 
-    def __init__(
-        self, in_channels: int, classes: int, *, base_width: int, norm: str = "group"
-    ) -> None:
+    def __init__(self, in_channels: int, classes: int, *, base_width: int, norm: str = "group") -> None:
         super().__init__()
         self.encoder = Encoder(in_channels, base_width, norm)
         self.segmenter = SegmentationDecoder(base_width, classes, norm)

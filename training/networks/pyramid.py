@@ -96,9 +96,7 @@ def singan_trunk(in_channels: int, out_channels: int, width: int) -> nn.Sequenti
     return nn.Sequential(*layers, nn.Conv2d(width, out_channels, 3, padding=1), nn.Tanh())
 
 
-def resnet_trunk(
-    in_channels: int, out_channels: int, width: int, downs: int, blocks: int
-) -> nn.Sequential:
+def resnet_trunk(in_channels: int, out_channels: int, width: int, downs: int, blocks: int) -> nn.Sequential:
     """Make the global generator of pix2pixHD (Wang et al. 2018): down, residual blocks, up.
 
     H and W must be multiples of ``2 ** downs``.
@@ -174,9 +172,7 @@ class Pix2PixUNet(nn.Module):
             )
             into = 2 * b
         self.down, self.up = nn.ModuleList(down), nn.ModuleList(up)
-        self.head = nn.Sequential(
-            nn.ReLU(), nn.ConvTranspose2d(into, out_channels, 4, stride=2, padding=1), nn.Tanh()
-        )
+        self.head = nn.Sequential(nn.ReLU(), nn.ConvTranspose2d(into, out_channels, 4, stride=2, padding=1), nn.Tanh())
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, K + C, H, W) to an image (N, C, H, W) in [-1, 1]."""

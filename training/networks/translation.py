@@ -40,9 +40,8 @@ class Conv(nn.Conv2d):
     v: Tensor
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel: int, *, stride: int = 1,
-        spectral: bool = False,
-    ) -> None:  # fmt: skip
+        self, in_channels: int, out_channels: int, kernel: int, *, stride: int = 1, spectral: bool = False
+    ) -> None:
         super().__init__(in_channels, out_channels, kernel, stride=stride)
         nn.init.kaiming_normal_(self.weight)
         # An even kernel has one pixel more behind, unless the stride takes it away.
@@ -175,9 +174,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.stride_px = 1 << depth
         self.first = Conv(channels, width, 3, spectral=spectral)
-        self.blocks = nn.ModuleList(
-            DownBlock(width << i, width << (i + 1), spectral=spectral) for i in range(depth)
-        )
+        self.blocks = nn.ModuleList(DownBlock(width << i, width << (i + 1), spectral=spectral) for i in range(depth))
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Map (N, C, H, W) to its code, and to the maps before each halving.
@@ -235,22 +232,29 @@ class Decoder(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, width: int, depth: int, *, kernel: int,
-        short_skips: bool, skips: str = "compress", normalise_skips: bool = True,
-        head: str = "paper", bounded: bool = False, spectral: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        in_channels: int,
+        out_channels: int,
+        width: int,
+        depth: int,
+        *,
+        kernel: int,
+        short_skips: bool,
+        skips: str = "compress",
+        normalise_skips: bool = True,
+        head: str = "paper",
+        bounded: bool = False,
+        spectral: bool = False,
+    ) -> None:
         super().__init__()
         widths = [width << i for i in reversed(range(depth))]
         more = {"compress": [1] * depth, "concat": widths}.get(skips, [0] * depth)
         self.merged = [a + b for a, b in zip(widths, more, strict=True)]
         inputs = [in_channels, *self.merged[:-1]]
-        self.convs = nn.ModuleList(
-            Conv(a, b, kernel, spectral=spectral) for a, b in zip(inputs, widths, strict=True)
-        )
+        self.convs = nn.ModuleList(Conv(a, b, kernel, spectral=spectral) for a, b in zip(inputs, widths, strict=True))
         self.shorts = nn.ModuleList(
-            Conv(a, b, 1, spectral=spectral)
-            for a, b in zip(inputs[1:], widths[1:], strict=True) if short_skips
-        )  # fmt: skip
+            Conv(a, b, 1, spectral=spectral) for a, b in zip(inputs[1:], widths[1:], strict=True) if short_skips
+        )
         self.compress = nn.ModuleList(
             Conv(channels, 1, 1, spectral=spectral) for channels in widths if skips == "compress"
         )
@@ -319,9 +323,7 @@ class AdaptiveNorms(nn.Module):
         (ours). "authors_code": no activation, and the two inner layers are one.
     """
 
-    def __init__(
-        self, code_channels: int, code_px: int, channels: list[int], *, width: int, layout: str
-    ) -> None:
+    def __init__(self, code_channels: int, code_px: int, channels: list[int], *, width: int, layout: str) -> None:
         super().__init__()
         self.counts = [2 * c for c in channels]
         inner = 2 if layout == "paper" else 1
@@ -385,9 +387,8 @@ class ResidualDecoder(nn.Module):
     """
 
     def __init__(
-        self, image: Decoder, norms: AdaptiveNorms | SeparateNorms, targets: int, *, head: str,
-        channels: int,
-    ) -> None:  # fmt: skip
+        self, image: Decoder, norms: AdaptiveNorms | SeparateNorms, targets: int, *, head: str, channels: int
+    ) -> None:
         super().__init__()
         self.image = image
         self.norms = norms
@@ -444,15 +445,11 @@ class MultiScaleDiscriminator(nn.Module):
         Whether the convolutions are normalised.
     """
 
-    def __init__(
-        self, channels: int, width: int, stages: int, *, layout: str = "paper", spectral: bool
-    ) -> None:
+    def __init__(self, channels: int, width: int, stages: int, *, layout: str = "paper", spectral: bool) -> None:
         super().__init__()
         widths = [width << i for i in range(stages)]
         make = _layers if layout == "paper" else _authors_layers
-        self.scales = nn.ModuleList(
-            nn.Sequential(*make(channels, widths, spectral)) for _ in range(SCALES)
-        )
+        self.scales = nn.ModuleList(nn.Sequential(*make(channels, widths, spectral)) for _ in range(SCALES))
         self.pool = nn.AvgPool2d(3, stride=2, padding=1, count_include_pad=False)
 
     def forward(self, x: Tensor) -> list[Tensor]:

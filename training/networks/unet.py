@@ -8,9 +8,7 @@ from torch import Tensor, nn
 NORMS = ("none", "instance")
 
 
-def double_conv(
-    in_channels: int, out_channels: int, dropout: float, norm: str = "none"
-) -> nn.Sequential:
+def double_conv(in_channels: int, out_channels: int, dropout: float, norm: str = "none") -> nn.Sequential:
     """conv3-ReLU, dropout, conv3-ReLU; zero padding keeps H and W.
 
     With ``norm="instance"`` an affine instance normalisation follows each convolution.
@@ -37,14 +35,10 @@ class Encoder(nn.Module):
     (N, width * 2^i, H / 2^i, W / 2^i).
     """
 
-    def __init__(
-        self, in_channels: int, widths: tuple[int, ...], dropout: float, norm: str = "none"
-    ) -> None:
+    def __init__(self, in_channels: int, widths: tuple[int, ...], dropout: float, norm: str = "none") -> None:
         super().__init__()
         inputs = (in_channels, *widths)
-        self.stages = nn.ModuleList(
-            double_conv(a, b, dropout, norm) for a, b in zip(inputs, widths, strict=False)
-        )
+        self.stages = nn.ModuleList(double_conv(a, b, dropout, norm) for a, b in zip(inputs, widths, strict=False))
         self.pool = nn.MaxPool2d(2)
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -152,10 +146,7 @@ class TwoDecoderUNet(nn.Module):
         norm: str = "none",
     ) -> None:
         super().__init__()
-        self.segmenter = UNet(
-            in_channels, out_channels, base_width=base_width, depth=depth, dropout=dropout,
-            norm=norm,
-        )  # fmt: skip
+        self.segmenter = UNet(in_channels, out_channels, base_width=base_width, depth=depth, dropout=dropout, norm=norm)
         widths = tuple(base_width << i for i in range(depth + 1))
         self.image_decoder = Decoder(widths, dropout, norm)
         self.image_head = nn.Conv2d(base_width, in_channels, 1)
@@ -186,8 +177,7 @@ def check_sides(x: Tensor, stride_px: int) -> None:
     """Raise ValueError unless height and width are multiples of ``stride_px``."""
     if x.shape[-2] % stride_px or x.shape[-1] % stride_px:
         raise ValueError(
-            f"input is {tuple(x.shape)}; this network takes multiples of {stride_px}: "
-            "pad height and width"
+            f"input is {tuple(x.shape)}; this network takes multiples of {stride_px}: pad height and width"
         )
 
 

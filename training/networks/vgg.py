@@ -20,10 +20,24 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)  # RGB in [0, 1]; torchvision's pretrained
 IMAGENET_STD = (0.229, 0.224, 0.225)
 # (number in torchvision's "features", input and output channels) up to relu5_1; 0 channels: pooling
 LAYERS = (
-    (0, 3, 64), (2, 64, 64), (4, 0, 0), (5, 64, 128), (7, 128, 128), (9, 0, 0),
-    (10, 128, 256), (12, 256, 256), (14, 256, 256), (16, 256, 256), (18, 0, 0),
-    (19, 256, 512), (21, 512, 512), (23, 512, 512), (25, 512, 512), (27, 0, 0), (28, 512, 512),
-)  # fmt: skip
+    (0, 3, 64),
+    (2, 64, 64),
+    (4, 0, 0),
+    (5, 64, 128),
+    (7, 128, 128),
+    (9, 0, 0),
+    (10, 128, 256),
+    (12, 256, 256),
+    (14, 256, 256),
+    (16, 256, 256),
+    (18, 0, 0),
+    (19, 256, 512),
+    (21, 512, 512),
+    (23, 512, 512),
+    (25, 512, 512),
+    (27, 0, 0),
+    (28, 512, 512),
+)
 SHOWN = (0, 5, 10, 19, 28)  # relu1_1 to relu5_1
 STRIDE_PX = 16  # of the last of them
 
@@ -93,17 +107,14 @@ class VGG19Features(nn.Module):
 def _state_dict(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise WeightsError(
-            f"{path}: no such file; save the weights of torchvision's vgg19 there, or set "
-            'method.perceptual="none"'
+            f'{path}: no such file; save the weights of torchvision\'s vgg19 there, or set method.perceptual="none"'
         )
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise WeightsError(
-            f"{path}: damaged, or not a state dict in .safetensors or .pth; save it again"
-        ) from error
+        raise WeightsError(f"{path}: damaged, or not a state dict in .safetensors or .pth; save it again") from error
     if not (isinstance(found, dict) and all(isinstance(v, Tensor) for v in found.values())):
         raise WeightsError(f"{path}: not a state dict (names and tensors); save it again")
     return found

@@ -1,0 +1,1 @@
+"""Networks from elsewhere: wrap a foreign ONNX file into a model bundle."""

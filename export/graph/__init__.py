@@ -1,0 +1,1 @@
+"""ONNX graphs: made from torch, read, and their shapes."""

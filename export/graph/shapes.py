@@ -1,0 +1,178 @@
+"""Shapes of the tensors of a graph, and the constants that steer them, for one number of tiles."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, inliner, numpy_helper, reference, shape_inference
+
+from histostream.export.graph.model import GraphError
+
+Shape = tuple[int, ...]
+TILES = "tiles"
+SMALL = 4096  # elements; a constant that steers a node (a shape, pads, indices) has fewer
+# Nodes with which exporters compute shapes.
+SHAPE_ARITHMETIC = frozenset(
+    {
+        "Add",
+        "Cast",
+        "Ceil",
+        "Concat",
+        "ConstantOfShape",
+        "Div",
+        "Equal",
+        "Expand",
+        "Floor",
+        "Gather",
+        "Identity",
+        "Max",
+        "Min",
+        "Mod",
+        "Mul",
+        "Neg",
+        "Range",
+        "ReduceProd",
+        "Reshape",
+        "Slice",
+        "Squeeze",
+        "Sub",
+        "Unsqueeze",
+        "Where",
+    }
+)
+
+
+def with_shapes(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
+    """Copy the model with a fixed N, every shape inferred and computed shapes made constants.
+
+    Raises
+    ------
+    GraphError
+        If height or width are not fixed.
+    """
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    if copy.functions:
+        copy = inliner.inline_local_functions(copy)
+    tiles = tiles_input(copy)
+    (value,) = (value for value in copy.graph.input if value.name == tiles)
+    dims = value.type.tensor_type.shape.dim
+    if len(dims) != 4 or not (dims[1].dim_value and dims[2].dim_value and dims[3].dim_value):
+        raise GraphError(f"input {tiles!r} is not (N, H, W, C) with fixed H, W and C: export for one tile size")
+    if not dims[0].dim_value:
+        dims[0].dim_value = batch
+    # What the exporter noted of the shapes holds for any N and may be incomplete.
+    del copy.graph.value_info[:]
+    for out in copy.graph.output:
+        out.type.tensor_type.ClearField("shape")
+    while True:
+        inferred = shape_inference.infer_shapes(copy, data_prop=True)
+        found, unsaid = _folded(inferred), _left_by_inference(inferred)
+        if not found and not unsaid:
+            return inferred
+        copy.graph.value_info.extend(unsaid)
+        kept = [node for node in copy.graph.node if node.output[0] not in found]
+        del copy.graph.node[:]
+        copy.graph.node.extend(kept)
+        copy.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in found.items())
+
+
+def tiles_input(model: onnx.ModelProto) -> str:
+    """Return the name of the input with the pixels."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    names = [value.name for value in model.graph.input if value.name not in weights]
+    return TILES if TILES in names else names[0]
+
+
+def known_shapes(model: onnx.ModelProto) -> dict[str, Shape]:
+    """Return the shape of every tensor of which all lengths are known."""
+    graph = model.graph
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        kind = value.type.tensor_type
+        dims = kind.shape.dim
+        if kind.HasField("shape") and all(d.HasField("dim_value") for d in dims):
+            shapes.setdefault(value.name, tuple(d.dim_value for d in dims))
+    return shapes
+
+
+def small_constants(model: onnx.ModelProto) -> dict[str, NDArray[Any]]:
+    """Return the constants of a graph that have at most `SMALL` elements."""
+    values = {
+        tensor.name: numpy_helper.to_array(tensor)
+        for tensor in model.graph.initializer
+        if math.prod(tensor.dims) <= SMALL and tensor.data_type != TensorProto.STRING
+    }
+    for node in model.graph.node:
+        for attribute in node.attribute if node.op_type == "Constant" else ():
+            if attribute.name == "value" and math.prod(attribute.t.dims) <= SMALL:
+                values[node.output[0]] = numpy_helper.to_array(attribute.t)
+            elif attribute.name in ("value_int", "value_ints", "value_float", "value_floats"):
+                values[node.output[0]] = np.array(helper.get_attribute_value(attribute))
+    return values
+
+
+def resize_scale(source: int, target: int) -> np.float32:
+    """Scale with which ONNX's Resize, which rounds down, makes ``target`` of ``source``."""
+    scale = np.float32(target / source)
+    while math.floor(np.float32(source) * scale) < target:
+        scale = np.nextafter(scale, np.float32(math.inf))
+    return scale
+
+
+def _left_by_inference(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    """Return the outputs that have the type of their input, of nodes that onnx does not infer."""
+    graph = model.graph
+    known = {value.name: value.type for value in (*graph.input, *graph.value_info, *graph.output)}
+    return [
+        helper.make_value_info(node.output[0], known[node.input[0]])
+        for node in graph.node
+        if node.op_type in ("GroupNormalization", "RMSNormalization")
+        and node.input[0] in known
+        and node.output[0] not in known
+    ]
+
+
+def _folded(model: onnx.ModelProto) -> dict[str, NDArray[Any]]:
+    """Return the value of every shape that the graph computes from known shapes and constants."""
+    known, shapes = small_constants(model), known_shapes(model)
+    found: dict[str, NDArray[Any]] = {}
+    for node in model.graph.node:
+        value = None
+        if node.op_type == "Shape" and node.input[0] in shapes:
+            ends = {a.name: a.i for a in node.attribute}
+            part = shapes[node.input[0]][ends.get("start", 0) : ends.get("end")]
+            value = np.array(part, np.int64)
+        elif node.op_type == "Size" and node.input[0] in shapes:
+            value = np.array(math.prod(shapes[node.input[0]]), np.int64)
+        elif (
+            node.op_type in SHAPE_ARITHMETIC
+            and all(name in known for name in node.input if name)
+            and math.prod(shapes.get(node.output[0], (1,))) <= SMALL
+        ):
+            value = _evaluated(node, known, model.opset_import)
+        if value is not None and value.size <= SMALL:
+            found[node.output[0]] = known[node.output[0]] = value
+    return found
+
+
+def _evaluated(
+    node: onnx.NodeProto,
+    known: dict[str, NDArray[Any]],
+    opsets: Sequence[onnx.OperatorSetIdProto],
+) -> NDArray[Any]:
+    inputs = {name: known[name] for name in node.input if name}
+    values = [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), None)
+        for name, value in inputs.items()
+    ]
+    out = helper.make_empty_tensor_value_info(node.output[0])
+    graph = helper.make_graph([node], "shape", values, [out])
+    session = reference.ReferenceEvaluator(helper.make_model(graph, opset_imports=opsets))
+    (value,) = cast("list[Any]", session.run(None, inputs))
+    return np.asarray(value)

@@ -1,0 +1,352 @@
+"""What ``histo-infer`` is given: files, folders, patterns, lists and URLs become slides."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import io
+import math
+import os
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path, PurePath, PurePosixPath
+
+from histostream.wsi.errors import HistoError, SlideError
+from histostream.wsi.outputs.folder import RUN_FILE
+from histostream.wsi.slides.resolution import LIGHT_MPP, MAX_MPP
+from histostream.wsi.slides.staging import file_name, is_plain, is_remote, list_files, shown
+
+SUFFIXES = frozenset(
+    [
+        ".svs",
+        ".tif",
+        ".tiff",
+        ".ptif",
+        ".ptiff",
+        ".qptiff",
+        ".ndpi",
+        ".scn",
+        ".mrxs",
+        ".bif",
+        ".svslide",
+        ".vms",
+        ".vmu",
+        ".czi",
+    ]
+)
+DICOM = ".dcm"
+IMAGES = frozenset({".png", ".jpg", ".jpeg"})  # in folders they are mostly thumbnails and masks
+LIST = ".csv"
+RESULTS = frozenset({RUN_FILE, ".journal"})  # in a folder of results, finished or not
+COLUMNS = ("path", "mpp", "roi", "name")
+DELIMITERS = (",", ";", "\t")
+
+
+class InputError(HistoError, ValueError):
+    """What was named as input cannot be a cohort of slides."""
+
+
+@dataclass(frozen=True, slots=True)
+class SlideInput:
+    """One slide of a cohort.
+
+    Attributes
+    ----------
+    source
+        Local path or URL; that of a remote DICOM series ends with ``/``.
+    name
+        Plain name of the folder of its results.
+    mpp
+        Micrometres per pixel of level 0, where the file's own is not to be used.
+    roi
+        Path of a GeoJSON file with the regions to analyse.
+    further
+        Other columns of the list that named it.
+    """
+
+    source: str
+    name: str
+    mpp: float | None = None
+    roi: str | None = None
+    further: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+
+def find_inputs(arguments: Sequence[str]) -> list[SlideInput]:
+    """Find the slides that arguments of the command line stand for, in their order.
+
+    An argument is one of
+
+    - a slide file, or a URL of one. Whether it exists is not asked: a missing slide fails alone;
+    - a folder: one slide if ``.dcm`` files lie in it (a DICOM series); else every slide below it,
+      sorted. Hidden files, folders of results, and PNG and JPEG files are left out;
+    - a pattern such as ``/data/**/*.svs``, where no file has that very name. PNG and JPEG files
+      count if they match; a ``.dcm`` file stands for its folder, if no other slides lie in it;
+    - a list, ``.csv``: UTF-8 with a header; the columns are ``path``, and if wanted ``mpp``,
+      ``roi``, ``name``; others are handed through. Relative paths begin at the list's folder;
+    - ``s3://`` and ``gs://`` folders (they end with ``/``) and patterns.
+
+    Equal inputs are taken once. A slide may be named twice under different names.
+
+    Raises
+    ------
+    InputError
+        If a list, folder or pattern cannot be used or holds no slide, a name is not plain, or two
+        inputs would write to the same folder.
+    SlideError
+        If a bucket cannot be listed.
+
+    Examples
+    --------
+    >>> [slide.name for slide in find_inputs(["slide.svs", "elsewhere/other.ndpi"])]
+    ['slide', 'other']
+    """
+    found: dict[str, tuple[SlideInput, str]] = {}  # by folder of results
+    for slide in (slide for argument in arguments for slide in _inputs_of(argument)):
+        folder, place = os.path.normcase(slide.name), _place(slide.source)
+        other, its_place = found.setdefault(folder, (slide, place))
+        if its_place != place:
+            raise InputError(
+                f"{shown(other.source)} and {shown(slide.source)} would both write to "
+                f"{slide.name}/: give one another name (column `name` of a .csv), "
+                "or run them with different --out folders"
+            )
+        if (other.mpp, other.roi, other.further) != (slide.mpp, slide.roi, slide.further):
+            raise InputError(
+                f"{shown(slide.source)} is named twice, and not with the same mpp, roi and further "
+                "columns: name it once, or give one another name (column `name` of a .csv)"
+            )
+    return [slide for slide, _ in found.values()]
+
+
+def stem_of(source: str) -> str:
+    """Name of a slide's result folder: the file's without suffix, or the folder's.
+
+    Raises
+    ------
+    SlideError
+        If the URL of a slide ends with something that is no file name.
+    """
+    if is_remote(source):
+        name = file_name(source)
+        return name if source.endswith("/") else PurePosixPath(name).stem
+    path = Path(source)
+    return path.resolve().name if _is_folder(source) else path.stem
+
+
+def _inputs_of(argument: str) -> Iterator[SlideInput]:
+    if _suffix(argument) == LIST and not _is_folder(argument):
+        yield from _read_list(argument)
+        return
+    for source in _sources_of(argument):
+        yield SlideInput(source, _plain_name(source))
+
+
+def _sources_of(argument: str) -> list[str]:
+    if is_remote(argument):
+        found = _remote_sources(argument)
+    elif _is_folder(argument):
+        found = _sources_below(argument)
+    elif glob.has_magic(argument) and not os.path.lexists(argument):
+        found = _matches(argument)
+    else:
+        return [argument]
+    if not found:
+        raise InputError(
+            f"{shown(argument)}: no slide is found there; check it (PNG and JPEG files have to be "
+            "named or matched by a pattern, results of earlier runs are left out)"
+        )
+    return list(dict.fromkeys(found))
+
+
+def _sources_below(top: str) -> list[str]:
+    """Return the slides below a local folder, in the order of a walk."""
+    found, seen = [], set()
+    for folder, folders, names in os.walk(top, onerror=_refuse_folder, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen or not RESULTS.isdisjoint((*folders, *names)):
+            folders.clear()  # a link led here before; or results of an earlier run
+            continue
+        seen.add(real)
+        slides = _slides_among(folder, names)
+        found += slides
+        folders[:] = sorted(n for n in folders if not n.startswith(".")) * (slides != [folder])
+    return found
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise InputError(
+        f"{error.filename}: the folder cannot be listed ({error.strerror}); change its permissions, or name the slides"
+    ) from error
+
+
+def _slides_among(folder: str, names: Iterable[str]) -> list[str]:
+    """Return the slides among the files of one folder, or the folder if it is a DICOM series."""
+    visible = sorted(name for name in names if not name.startswith("."))
+    slides = [name for name in visible if _suffix(name) in SUFFIXES]
+    if all(_suffix(name) != DICOM for name in visible):
+        return [os.path.join(folder, name) for name in slides]  # noqa: PTH118
+    if slides:
+        raise InputError(
+            f"{folder}: holds DICOM files and other slides ({slides[0]}); "
+            "name the slides, or use a pattern such as '*.svs'"
+        )
+    return [folder]
+
+
+def _matches(pattern: str) -> list[str]:
+    """Return what matches a local pattern, as if the shell had put it there."""
+    found: dict[str, None] = {}
+    for match in sorted(glob.glob(pattern, recursive=True)):  # noqa: PTH207
+        folder = str(Path(match).parent)
+        if _is_folder(match):
+            found |= dict.fromkeys(_sources_below(match))
+        elif any(os.path.lexists(Path(folder, name)) for name in RESULTS):
+            continue
+        elif _suffix(match) == DICOM and (folder in found or not _has_other_slides(folder)):
+            found[folder] = None
+        elif _suffix(match) in SUFFIXES | IMAGES | {DICOM}:
+            found[match] = None
+    return list(found)
+
+
+def _has_other_slides(folder: str) -> bool:
+    return any(_suffix(name) in SUFFIXES for name in os.listdir(folder))  # noqa: PTH208
+
+
+def _remote_sources(url: str) -> list[str]:
+    is_folder, is_web = url.endswith("/"), url.lower().startswith(("http:", "https:"))
+    if is_web or not (is_folder or glob.has_magic(url)):
+        return [url]
+    folders: dict[str, list[str]] = {}
+    for file in list_files(url):
+        folder, _, name = file.rpartition("/")
+        folders.setdefault(folder + "/", []).append(name)
+    results = {folder for folder, names in folders.items() if not RESULTS.isdisjoint(names)}
+    found = []
+    for folder in sorted(folders):
+        if not any(folder.startswith(result) for result in results) and "/." not in folder:
+            found += _slides_among(folder, folders[folder])
+    return found
+
+
+def _read_list(path: str) -> Iterator[SlideInput]:
+    """Read a .csv of slides; see `find_inputs`."""
+    rows = _rows(path)
+    line, header = next(rows, (1, []))
+    names = [name.lower() if name.lower() in COLUMNS else name for name in header]
+    if "path" not in names:
+        raise InputError(
+            f"{path}, line {line}: no column `path` (found: {', '.join(header) or 'nothing'}); "
+            "the first line names the columns: path,mpp,roi,name"
+        )
+    twice = {name for name in names if name and names.count(name) > 1}
+    if twice:
+        raise InputError(f"{path}, line {line}: two columns {twice.pop()!r}; rename one")
+    empty = True
+    for line, row in rows:
+        empty = False
+        if any(cell for name, cell in zip_longest(names, row) if not name):
+            raise InputError(f"{path}, line {line}: a cell without a column; quote cells with the delimiter in")
+        row += [""] * (len(names) - len(row))
+        yield _listed(f"{path}, line {line}", Path(path).parent, dict(zip(names, row, strict=False)))
+    if empty:
+        raise InputError(f"{path}: no slides after the header; add a line for each")
+
+
+def _listed(line: str, folder: Path, cells: dict[str, str]) -> SlideInput:
+    """Make a slide of the cells of a line; ``line`` is what errors begin with."""
+    source, roi, name = cells["path"], cells.get("roi") or None, cells.get("name")
+    if not source or "\0" in source:
+        raise InputError(f"{line}: no path of a slide ({source!r}); fill it in or remove the line")
+    if roi and is_remote(roi):
+        raise InputError(f"{line}: roi {roi!r} is not a local file; download it")
+    if not is_remote(source):
+        source = str(folder / source)
+    return SlideInput(
+        source,
+        _plain_name(source, name, f"{line}: "),
+        mpp=_mpp(line, cells.get("mpp", "")),
+        roi=str(folder / roi) if roi else None,
+        further={key: cell for key, cell in cells.items() if key and key not in COLUMNS},
+    )
+
+
+def _mpp(line: str, cell: str) -> float | None:
+    if not cell:
+        return None
+    try:
+        mpp = float(cell)
+    except ValueError:
+        mpp = math.nan
+    if not LIGHT_MPP <= mpp <= MAX_MPP:
+        raise InputError(
+            f"{line}: mpp {cell!r} is not a number from {LIGHT_MPP:g} to {MAX_MPP:g}; "
+            "it is in um per pixel, written with a point (40x is usually 0.25)"
+        )
+    return mpp
+
+
+def _rows(path: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line number, stripped cells) of the lines of a .csv that are not empty."""
+    text = _text(path)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text), strict=True)
+    try:
+        for row in reader:
+            if any(cell.strip() for cell in row):
+                yield reader.line_num, [cell.strip() for cell in row]
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num}: not a .csv ({error}); check the quotes") from error
+
+
+def _text(path: str) -> str:
+    try:
+        with Path(path).open(encoding="utf-8-sig", newline="") as file:
+            return file.read()
+    except FileNotFoundError:
+        raise InputError(f"{shown(path)}: there is no such local list; check the path") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}, line {line}: not UTF-8; save it as CSV UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check it") from error
+
+
+def _delimiter(text: str) -> str:
+    header = text.lstrip().partition("\n")[0]
+
+    def columns(delimiter: str) -> list[str]:
+        return [name.strip(' \t\r"').lower() for name in header.split(delimiter)]
+
+    return max(DELIMITERS, key=lambda d: ("path" in columns(d), len(columns(d))))
+
+
+def _plain_name(source: str, name: str | None = None, line: str = "") -> str:
+    try:
+        name = name or _printable(stem_of(source))
+    except SlideError as error:
+        raise InputError(f"{line}{error}") from None
+    if not is_plain(name):
+        raise InputError(
+            f"{line}{shown(source)}: {name!r} cannot name a folder of results; give it another "
+            "name (column `name` of a .csv: no separators, no dot in front)"
+        )
+    return name
+
+
+def _printable(name: str) -> str:
+    """Put _ for control characters, and for bytes that are no text: file names hold any."""
+    return "".join("_" if unicodedata.category(c) in {"Cc", "Cs"} else c for c in name)
+
+
+def _place(source: str) -> str:
+    return source if is_remote(source) else os.path.normcase(os.path.abspath(source))  # noqa: PTH100
+
+
+def _is_folder(path: str) -> bool:
+    return os.path.isdir(path)  # noqa: PTH112  (Path's raises where a parent is not to be searched)
+
+
+def _suffix(name: str) -> str:
+    return PurePath(name).suffix.lower()

@@ -1,0 +1,1 @@
+"""The calls to the CUDA driver that HistoStream needs, over cuda-python or PyCUDA."""

@@ -1,0 +1,429 @@
+"""The file of a built TensorRT engine: a header that says what it was built from, then the plan.
+
+A plan runs only on the library version and the GPUs that it was built for, and does not say so
+itself before it is loaded. The layout is 8 magic bytes, the header's length (uint64, little
+endian), the header (JSON, UTF-8) and the plan. There is no time and no host name in it: the same
+plan gives the same file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import struct
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from histostream.runtime.choices import PRECISIONS
+from histostream.wsi.errors import HistoError
+from histostream.wsi.files import writing
+
+MAGIC = b"\x89HSENG\r\n"  # as in PNG: a transfer as text breaks it
+LENGTH = struct.Struct("<Q")
+MAX_HEADER_BYTES = 1 << 20  # a header is a few kB; its precision map names nodes
+SCHEMA = 1
+LIBRARIES = ("tensorrt", "tensorrt-rtx")
+COMPATIBILITIES = ("none", "ampere_plus")
+AGAIN = "build the engine again"
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_TARGET = re.compile(r"sm[0-9]{2,3}")
+
+log = logging.getLogger(__name__)
+
+
+class EngineFileError(HistoError, ValueError):
+    """A file is not an engine, or is damaged, or of another schema."""
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """The shapes that an engine takes: tiles (N, height, width, channels), N from min to max.
+
+    The library tunes for ``opt_batch``. Where all three are equal the engine is static, and only
+    then is a build for Ampere or later repeatable byte for byte (TensorRT-RTX 1.7.1).
+    """
+
+    min_batch: int
+    opt_batch: int
+    max_batch: int
+    height: int
+    width: int
+    channels: int
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not _is_int(value) or value < 1:
+                raise EngineFileError(f"profile: {name}={value!r} is not a positive number")
+        if not self.min_batch <= self.opt_batch <= self.max_batch:
+            raise EngineFileError(f"profile: batch {self.batches} is not min <= opt <= max; order them")
+
+    @property
+    def batches(self) -> str:
+        """Smallest, best and largest batch, as "1/8/16"."""
+        return f"{self.min_batch}/{self.opt_batch}/{self.max_batch}"
+
+    @property
+    def tile(self) -> str:
+        """Shape of one tile, as "512 x 512 x 3"."""
+        return f"{self.height} x {self.width} x {self.channels}"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineHeader:
+    """What an engine was built from, by what, and for what.
+
+    Attributes
+    ----------
+    card
+        `ModelCard.digest` of the bundle's card.
+    onnx
+        Name of the ONNX file in the bundle.
+    onnx_sha256
+        Its SHA-256.
+    precision
+        "fp32", "fp16" or "int8".
+    library
+        "tensorrt" or "tensorrt-rtx".
+    library_version
+        Its version, all parts: a plan is bound to it.
+    targets
+        Compute capabilities it was built for, as "sm86". For "tensorrt" this is the GPU that it
+        was built on, unless ``compatibility`` says more.
+    compatibility
+        "ampere_plus" if it runs on every GPU from Ampere on, else "none".
+    profile
+        Tile shapes that it takes.
+    precision_map
+        What the card says under ``precision`` of how this graph was converted.
+    plan_sha256, plan_bytes
+        Of the plan; empty and 0 before there is one.
+    """
+
+    card: str
+    onnx: str
+    onnx_sha256: str
+    precision: str
+    library: str
+    library_version: str
+    targets: tuple[str, ...]
+    compatibility: str
+    profile: Profile
+    precision_map: dict[str, Any] = field(default_factory=dict)
+    plan_sha256: str = ""
+    plan_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        for name, valid, wanted in (
+            ("card", _matches(_SHA256, self.card), "a SHA-256"),
+            ("precision", _is_text(self.precision) and self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
+            ("onnx", self.onnx in PRECISIONS.values(), f"one of {', '.join(PRECISIONS.values())}"),
+            ("onnx_sha256", _matches(_SHA256, self.onnx_sha256), "a SHA-256"),
+            ("library", self.library in LIBRARIES, f"one of {', '.join(LIBRARIES)}"),
+            ("library_version", _is_text(self.library_version), "a version"),
+            (
+                "targets",
+                isinstance(self.targets, tuple)
+                and len(self.targets) > 0
+                and all(_matches(_TARGET, t) for t in self.targets),
+                "a list of names like 'sm86'",
+            ),
+            ("compatibility", self.compatibility in COMPATIBILITIES, f"one of {', '.join(COMPATIBILITIES)}"),
+            ("profile", isinstance(self.profile, Profile), "a profile"),
+            ("precision_map", isinstance(self.precision_map, dict), "an object"),
+            ("plan_sha256", self.plan_sha256 == "" or _matches(_SHA256, self.plan_sha256), "a SHA-256"),
+            ("plan_bytes", _is_int(self.plan_bytes) and self.plan_bytes >= 0, "a size"),
+        ):
+            if not valid:
+                raise EngineFileError(f"header: {name}={_shown(getattr(self, name))} is not {wanted}")
+
+    @property
+    def identity(self) -> str:
+        """JSON of what was asked for, without the plan: equal for two builds of the same thing.
+
+        The precision map is left out, because it may be long and the card's digest covers it.
+        """
+        said = asdict(self)
+        for name in ("precision_map", "plan_sha256", "plan_bytes"):
+            del said[name]
+        return _json(said)
+
+
+def write_engine(path: Path, header: EngineHeader, plan: bytes) -> EngineHeader:
+    """Write an engine under its final name, whole or not at all; return the header as written.
+
+    Size and SHA-256 of the plan are filled in here.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be written.
+    """
+    header = replace(header, plan_sha256=hashlib.sha256(plan).hexdigest(), plan_bytes=len(plan))
+    text = _json({"schema": SCHEMA, **asdict(header)}).encode()
+    if len(text) > MAX_HEADER_BYTES:
+        raise EngineFileError(
+            f"{path}: its header would have {len(text)} bytes, at most {MAX_HEADER_BYTES} can be "
+            "read back; shorten the precision entry of card.json"
+        )
+    with writing(path):
+        write_atomically(path, MAGIC, LENGTH.pack(len(text)), text, plan)
+    return header
+
+
+def read_header(path: Path) -> EngineHeader:
+    """Read what an engine says of itself; the plan is not read.
+
+    Raises
+    ------
+    EngineFileError
+        If it is missing, not an engine, truncated, or its header is not valid.
+    """
+    try:
+        with path.open("rb") as file:
+            return _read_header(file, path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def read_engine(path: Path) -> tuple[EngineHeader, bytes]:
+    """Read an engine and check its plan against the header.
+
+    Raises
+    ------
+    EngineFileError
+        As `read_header`, and if the plan's SHA-256 differs.
+    """
+    try:
+        with path.open("rb") as file:
+            header = _read_header(file, path)
+            plan = file.read(header.plan_bytes)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    found = hashlib.sha256(plan).hexdigest()
+    if found != header.plan_sha256:
+        raise EngineFileError(
+            f"{path} is damaged (sha256 of its plan {found[:8]}... is not {header.plan_sha256[:8]}...): {AGAIN}"
+        )
+    return header, plan
+
+
+def describe(path: Path) -> str:
+    """Lines that say what an engine is, for people.
+
+    Raises
+    ------
+    EngineFileError
+        As `read_header`; a damaged plan is said in the text.
+    """
+    header = read_header(path)
+    try:
+        read_engine(path)
+        state = "whole"
+    except EngineFileError:
+        state = f"DAMAGED: {AGAIN}"
+    targets = ", ".join(header.targets)
+    if header.compatibility == "ampere_plus":
+        targets += " (any GPU from Ampere on)"
+    profile = header.profile
+    rows = [
+        ("engine", str(path)),
+        ("model card", header.card),
+        ("built from", f"{header.onnx}, sha256 {header.onnx_sha256}"),
+        ("precision", header.precision),
+        ("built by", f"{header.library} {header.library_version}"),
+        ("targets", targets),
+        ("tiles", f"{profile.tile}, uint8"),
+        ("batch", f"{profile.min_batch} to {profile.max_batch}, best {profile.opt_batch}"),
+        ("plan", f"{header.plan_bytes / 1e6:.2f} MB, sha256 {header.plan_sha256}, {state}"),
+    ]
+    rows += [(f"  {_word(k)}", _shown(v)) for k, v in sorted(header.precision_map.items())]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def write_atomically(path: Path, *parts: bytes) -> None:
+    """Write a file beside its final name, force it to the disk, then rename it."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    part = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            for content in parts:
+                file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.chmod(0o644)  # mkstemp makes it private
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what writers of a file left that were killed; only while its lock is held."""
+    part = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.part")  # as mkstemp names it
+    for other in path.parent.iterdir():
+        if part.fullmatch(other.name):
+            other.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a file against other processes, waiting for one that has it.
+
+    The lock is a file beside, ``path`` + ".lock", with the holder's process number in it. It ends
+    with its holder, however that ends, and is removed by the last one to hold it.
+    """
+    lock = path.with_name(f"{path.name}.lock")
+    handle = _acquire(lock)
+    try:
+        os.ftruncate(handle, 0)
+        os.write(handle, f"{os.getpid()}\n".encode())
+        yield
+    finally:
+        with suppress(OSError):  # Windows does not remove an open file
+            lock.unlink()
+        os.close(handle)
+
+
+def _acquire(lock: Path) -> int:
+    while True:
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if not _lock(handle, wait=False):
+                holder = os.read(handle, 20).decode("ascii", "replace").strip() or "unknown"
+                log.info("%s: waiting for process %s", lock, holder)
+                _lock(handle, wait=True)
+            with suppress(FileNotFoundError):  # the last holder removed what we waited for
+                if os.path.samestat(os.fstat(handle), lock.stat()):
+                    return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
+
+
+if sys.platform == "win32":
+    import msvcrt
+    import time
+
+    def _lock(handle: int, *, wait: bool) -> bool:
+        """Lock one byte far behind the process number, which others have to be able to read."""
+        while True:
+            os.lseek(handle, 1 << 30, os.SEEK_SET)
+            try:
+                msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+            except OSError:
+                if not wait:
+                    return False
+                time.sleep(0.1)
+            else:
+                return True
+            finally:
+                os.lseek(handle, 0, os.SEEK_SET)
+
+else:
+    import fcntl
+
+    def _lock(handle: int, *, wait: bool) -> bool:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
+def _read_header(file: BinaryIO, path: Path) -> EngineHeader:
+    size = os.fstat(file.fileno()).st_size
+    start = file.read(len(MAGIC) + LENGTH.size)
+    if not start.startswith(MAGIC):
+        raise EngineFileError(f"{path}: not a HistoStream engine; {AGAIN}")
+    if len(start) < len(MAGIC) + LENGTH.size:
+        raise EngineFileError(f"{path} is truncated ({size} bytes): {AGAIN}")
+    (length,) = LENGTH.unpack_from(start, len(MAGIC))
+    if length > MAX_HEADER_BYTES:
+        raise EngineFileError(f"{path} is damaged (a header of {length} bytes; at most {MAX_HEADER_BYTES}): {AGAIN}")
+    text = file.read(length)
+    if len(text) < length:
+        raise EngineFileError(f"{path} is truncated ({size} bytes, in its header): {AGAIN}")
+    try:
+        said = json.loads(text.decode("utf-8"), parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise EngineFileError(f"{path} is damaged (its header is not JSON): {AGAIN}") from error
+    schema = said.pop("schema", None) if isinstance(said, dict) else None
+    if not _is_int(schema) or schema != SCHEMA:
+        raise EngineFileError(f"{path}: engine schema {_shown(schema)}, this version reads {SCHEMA}; {AGAIN}")
+    try:
+        header = _from_plain(said)
+    except EngineFileError as error:
+        raise EngineFileError(f"{path}: {error}; {AGAIN}") from error
+    whole = len(start) + length + header.plan_bytes
+    if size != whole:
+        kind = "truncated" if size < whole else "damaged"
+        raise EngineFileError(f"{path} is {kind} ({size} bytes instead of {whole}): {AGAIN}")
+    return header
+
+
+def _from_plain(said: dict[str, Any]) -> EngineHeader:
+    """Make a header of untrusted JSON."""
+    names = EngineHeader.__dataclass_fields__
+    profile_names = Profile.__dataclass_fields__
+    missing = [name for name in names if name not in said]
+    if missing:
+        raise EngineFileError(f"header: {missing[0]} is missing")
+    profile, targets = said["profile"], said["targets"]
+    if not isinstance(profile, dict) or not profile_names.keys() <= profile.keys():
+        raise EngineFileError(f"header: profile={_shown(profile)} has not {', '.join(profile_names)}")
+    if not isinstance(targets, list):
+        raise EngineFileError(f"header: targets={_shown(targets)} is not a list")
+    texts = [name for name in names if name not in ("profile", "targets")]
+    header = EngineHeader(
+        targets=tuple(targets),
+        profile=Profile(**{name: profile[name] for name in profile_names}),
+        **{name: said[name] for name in texts},
+    )
+    if not header.plan_sha256 or not header.plan_bytes:
+        raise EngineFileError("header: it names no plan")
+    return header
+
+
+def _unreadable(path: Path, error: OSError) -> EngineFileError:
+    return EngineFileError(f"{path}: cannot be read ({error.strerror}); {AGAIN}")
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _json(said: dict[str, Any]) -> str:
+    return json.dumps(said, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _shown(value: Any) -> str:
+    """JSON of a value, shortened; ASCII, so that a file cannot steer the terminal."""
+    text = json.dumps(value, default=repr)
+    return text if len(text) <= 72 else f"{text[:60]}... ({len(text)} characters)"
+
+
+def _word(value: str) -> str:
+    return value if value.isascii() and value.isprintable() else _shown(value)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) < 100 and value.isprintable()
+
+
+def _matches(pattern: re.Pattern[str], value: Any) -> bool:
+    return isinstance(value, str) and pattern.fullmatch(value) is not None

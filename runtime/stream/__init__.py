@@ -1,0 +1,1 @@
+"""One column band of a slide: tiles in, blended label rows out."""

@@ -1,0 +1,301 @@
+"""Fixed-point blending: the scores of overlapping tiles become one label per pixel.
+
+Scores are uint8, window weights small integers, the accumulator uint32. Integer sums do not depend
+on the order in which they are made, so the label map is bit-identical for every batch size, thread
+count, tile order and column band.
+
+A window is the outer product of two profiles. A profile falls off only towards neighbours: at the
+slide's border it stays at its full weight. Where tiles are left out (glass), the weight of a
+missing neighbour is missing from the divisor too.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from histostream.runtime.bundle.card import ModelCard
+from histostream.runtime.choices import WINDOWS
+from histostream.wsi.errors import HistoError
+from histostream.wsi.outputs.label_rows import NOT_ANALYSED, LabelRows
+from histostream.wsi.tiling.grid import Tile, TileGrid
+
+Pixels = NDArray[np.uint8]
+
+# Largest weight of a profile. Nine tiles can meet in a pixel (a last tile is shifted in), so
+# 9 * 255 * FULL^2 has to fit uint32: FULL < 1368.
+FULL = 1024
+PIECE_BYTES = 1 << 19  # of one plane of sums, worked on at a time: it stays in a core's cache
+GAUSSIAN_SIGMA = 0.125  # of the tile; as MONAI's sliding window and nnU-Net
+
+
+class BlendError(HistoError, ValueError):
+    """A blending mode does not fit the model or the overlap."""
+
+
+def check_blend(mode: str, card: ModelCard, overlap_px: int) -> None:
+    """Refuse a blending mode that cannot keep its promise.
+
+    Raises
+    ------
+    BlendError
+        If the mode is unknown; if "exact" is asked of a network that depends on tile statistics,
+        or with less overlap than twice the halo; or if the overlap is more than half a tile.
+    """
+    if mode not in WINDOWS:
+        raise BlendError(f"no blending is called {mode!r}: use {', '.join(WINDOWS)}")
+    if mode == "exact":
+        if card.tile_statistics:
+            raise BlendError(
+                "--blend exact: this model's result depends on statistics of the whole tile "
+                "(instance or group normalisation), so no overlap makes tiles agree; use hann"
+            )
+        if overlap_px < 2 * card.halo_px:
+            raise BlendError(
+                f"--blend exact needs --overlap of at least {exact_overlap_px(card)} "
+                f"(twice the halo of {card.halo_px} px), not {overlap_px}"
+            )
+    elif overlap_px > card.tile_px // 2:
+        raise BlendError(f"--overlap {overlap_px} is more than half a tile; use 0 to {card.tile_px // 2}")
+
+
+def exact_overlap_px(card: ModelCard) -> int:
+    """Smallest overlap at which every written pixel is a halo away from its tile's edges.
+
+    Raises
+    ------
+    BlendError
+        If the halo leaves nothing of the tile.
+    """
+    overlap_px = -(-2 * card.halo_px // card.align_px) * card.align_px
+    if overlap_px >= card.tile_px:
+        raise BlendError(
+            f"--blend exact: the halo of {card.halo_px} px leaves nothing of a tile of "
+            f"{card.tile_px} px; export the model with larger tiles"
+        )
+    return overlap_px
+
+
+def profile(mode: str, tile_px: int, overlap_px: int) -> NDArray[np.uint32]:
+    """Integer weight along one axis of a tile that has neighbours on both sides.
+
+    Over the overlap, hann and linear profiles of two neighbours sum to `FULL` exactly.
+
+    Returns
+    -------
+    (tile_px,) uint32 in 1..FULL. For "crop" and "exact" it is flat: `Blender` limits those to the
+    write box.
+
+    Examples
+    --------
+    >>> left, right = profile("linear", 8, 4)[-4:], profile("linear", 8, 4)[:4]
+    >>> (left + right).tolist()
+    [1024, 1024, 1024, 1024]
+    """
+    flat = np.full(tile_px, FULL, np.uint32)
+    if mode in ("mean", "crop", "exact") or overlap_px == 0:
+        return flat
+    if mode == "gaussian":
+        t = (np.arange(tile_px) - (tile_px - 1) / 2) / (GAUSSIAN_SIGMA * tile_px)
+        return np.asarray(np.maximum(np.rint(FULL * np.exp(-0.5 * t * t)), 1), np.uint32)
+    t = (np.arange(overlap_px) + 0.5) / overlap_px
+    rise = 0.5 - 0.5 * np.cos(np.pi * t) if mode == "hann" else t
+    ramp = np.rint(FULL * rise).astype(np.uint32)
+    # The second half mirrors the first, so that rounding cannot break the sum of neighbours.
+    half = overlap_px // 2
+    ramp[overlap_px - half :] = FULL - ramp[:half][::-1]
+    ramp = np.clip(ramp, 1, FULL - 1)
+    flat[:overlap_px], flat[tile_px - overlap_px :] = ramp, ramp[::-1]
+    return flat
+
+
+def axis_profile(mode: str, weights: NDArray[np.uint32], starts: tuple[int, ...], i: int) -> NDArray[np.uint32]:
+    """Integer weight along one axis of one tile, as its neighbours and the slide's border make it.
+
+    Parameters
+    ----------
+    mode
+        One of `WINDOWS`.
+    weights
+        `profile` of the mode, (tile_px,).
+    starts
+        Where the tiles of the axis begin, in pixels.
+    i
+        Which of them.
+
+    Returns
+    -------
+    (tile_px,) uint32 in 0..FULL.
+    """
+    first, last = i == 0, i == len(starts) - 1
+    weights = weights.copy()
+    tile_px = len(weights)
+    if mode in ("crop", "exact"):
+        if not first:
+            weights[: (starts[i - 1] + tile_px - starts[i]) // 2] = 0
+        if not last:
+            weights[(starts[i + 1] + tile_px - starts[i]) // 2 :] = 0
+        return weights
+    # At the slide's border there is no neighbour to fall off to.
+    half = tile_px // 2
+    if first:
+        weights[:half] = weights[:half].max()
+    if last:
+        weights[half:] = weights[half:].max()
+    return weights
+
+
+class Blender:
+    """Weighted sum of tile scores over a ring of rows; finished rows leave it.
+
+    Feed the tiles of one grid row in any order with `add`, then call `finish_row`; rows that no
+    later tile reaches come out. Memory: classes x tile_px x band width x 4 bytes.
+
+    Parameters
+    ----------
+    grid
+        The tiles, maybe of a column band.
+    classes
+        Number of score planes K.
+    mode
+        One of `WINDOWS`.
+    probabilities
+        Whether the blended scores are wanted too.
+    """
+
+    def __init__(self, grid: TileGrid, classes: int, mode: str, *, probabilities: bool = False) -> None:
+        self._grid = grid
+        self._mode = mode
+        self._probabilities = probabilities
+        self._profile = profile(mode, grid.tile_px, grid.overlap_px)
+        self._left = grid.xs[grid.columns.start]
+        width = grid.xs[grid.columns[-1]] + grid.tile_px - self._left
+        self._sums = np.zeros((classes, grid.tile_px, width), np.uint32)
+        self._top = 0  # slide row of the ring's first row
+        # Weight sums are separable within a row of tiles: (first row, rows' weights, columns' sum).
+        self._weights: list[tuple[int, NDArray[np.uint32], NDArray[np.uint32]]] = []
+        self._columns = np.zeros(width, np.uint32)
+        # A new array for each tile would cost as much as what is done with it: memory of this size
+        # comes from the system and goes back.
+        self._window, self._product = np.empty((2, grid.tile_px, grid.tile_px), np.uint32)
+
+    def add(self, tile: Tile, scores: NDArray[np.uint8]) -> None:
+        """Add the scores (K, tile_px, tile_px) of one tile of the current row."""
+        wy, wx = self._tile_profiles(tile)
+        x, y = tile.read.x - self._left, tile.read.y - self._top
+        ys, xs = _extent(wy), _extent(wx)
+        place = slice(0, ys.stop - ys.start), slice(0, xs.stop - xs.start)
+        window, product = self._window[place], self._product[place]
+        np.outer(wy[ys], wx[xs], out=window)
+        target = self._sums[:, y + ys.start : y + ys.stop, x + xs.start : x + xs.stop]
+        for sums, plane in zip(target, scores, strict=True):
+            np.multiply(window, plane[ys, xs], out=product)
+            sums += product
+        self._columns[x : x + len(wx)] += wx
+
+    def finish_row(self, row: int) -> LabelRows:
+        """Return the rows that no tile after row ``row`` of the grid reaches."""
+        grid = self._grid
+        last = row + 1 == len(grid.ys)
+        bottom = grid.height if last else grid.ys[row + 1]
+        if self._columns.any():
+            wy = self._axis_profile(grid.ys, row)
+            self._weights.append((grid.ys[row], wy, self._columns))
+            self._columns = np.zeros_like(self._columns)
+        count = min(bottom - self._top, grid.tile_px)
+        reached = self._reached()
+        finished = self._segmented(count, reached)
+        self._weights = [w for w in self._weights if w[0] + grid.tile_px > bottom]
+        for columns in reached:
+            sums = self._sums[:, :, columns]
+            sums[:, : grid.tile_px - count] = sums[:, count:]
+            sums[:, grid.tile_px - count :] = 0
+        self._top = bottom
+        return finished
+
+    def _reached(self) -> list[slice]:
+        """Columns of the ring that any tile in it reaches; elsewhere all sums are 0."""
+        if not self._weights:
+            return []
+        some = np.any([columns for _, _, columns in self._weights], axis=0)
+        edges = np.flatnonzero(np.diff(some, prepend=False, append=False)).tolist()
+        return [slice(*edge) for edge in zip(edges[::2], edges[1::2], strict=True)]
+
+    def _segmented(self, count: int, reached: list[slice]) -> LabelRows:
+        grid, classes = self._grid, len(self._sums)
+        left, right = grid.x0 - self._left, grid.x1 - self._left
+        clipped = [slice(max(c.start, left), min(c.stop, right)) for c in reached]
+        parts = [columns for columns in clipped if columns.start < columns.stop]
+        if not parts:
+            scores = classes if self._probabilities else None
+            return LabelRows.outside(grid.x0, self._top, right - left, count, classes=scores)
+        labels = np.full((count, right - left), NOT_ANALYSED, np.uint8)
+        shared = np.zeros((*labels.shape, classes), np.uint8) if self._probabilities else None
+        for columns in parts:
+            step = max(1, PIECE_BYTES // (4 * (columns.stop - columns.start)))
+            for first in range(0, count, step):
+                rows = slice(first, min(first + step, count))
+                place = rows, slice(columns.start - left, columns.stop - left)
+                some = None if shared is None else shared[place]
+                self._finish_piece(rows, columns, labels[place], some)
+        return LabelRows(grid.x0, self._top, labels, shared)
+
+    def _finish_piece(self, rows: slice, columns: slice, labels: Pixels, shared: Pixels | None) -> None:
+        """Put labels, and scores where they are wanted, of a piece of the ring into arrays."""
+        sums = self._sums[:, rows, columns]
+        labels[...] = _arg_max(sums)
+        if shared is None and (self._grid.keep is None or self._covered(rows, columns)):
+            return
+        weight = self._weight(rows, columns)
+        labels[weight == 0] = NOT_ANALYSED
+        if shared is not None:
+            divisor = np.maximum(weight, 1)
+            for k, plane in enumerate(sums):
+                shared[..., k] = (plane + divisor // 2) // divisor
+
+    def _covered(self, rows: slice, columns: slice) -> bool:
+        """Whether one row of tiles reaches every pixel of a piece of the ring."""
+        return any(
+            y <= self._top + rows.start
+            and self._top + rows.stop <= y + len(wy)
+            and wy[self._top + rows.start - y : self._top + rows.stop - y].all()
+            and wx[columns].all()
+            for y, wy, wx in self._weights
+        )
+
+    def _weight(self, rows: slice, columns: slice) -> NDArray[np.uint32]:
+        """Sum of the windows over a piece of the ring, (rows, columns)."""
+        top, bottom = self._top + rows.start, self._top + rows.stop
+        weight = np.zeros((bottom - top, columns.stop - columns.start), np.uint32)
+        for y, wy, wx in self._weights:
+            first, stop = max(y, top), min(y + len(wy), bottom)
+            if first < stop:
+                weight[first - top : stop - top] += np.outer(wy[first - y : stop - y], wx[columns])
+        return weight
+
+    def _tile_profiles(self, tile: Tile) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
+        grid = self._grid
+        return (
+            self._axis_profile(grid.ys, tile.row),
+            self._axis_profile(grid.xs, tile.column),
+        )
+
+    def _axis_profile(self, starts: tuple[int, ...], i: int) -> NDArray[np.uint32]:
+        return axis_profile(self._mode, self._profile, starts, i)
+
+
+def _extent(weights: NDArray[np.uint32]) -> slice:
+    used = np.flatnonzero(weights)
+    return slice(int(used[0]), int(used[-1]) + 1)
+
+
+def _arg_max(sums: NDArray[np.uint32]) -> NDArray[np.uint8]:
+    """Class of the largest sum, (H, W); the lower class where two are equal."""
+    if len(sums) == 2:  # several times faster than a general arg-max
+        return np.asarray((sums[1] > sums[0]).view(np.uint8))
+    best = sums[0].copy()
+    labels = np.zeros(best.shape, np.uint8)
+    for k in range(1, len(sums)):
+        labels[sums[k] > best] = k
+        np.maximum(best, sums[k], out=best)
+    return labels

@@ -1,0 +1,212 @@
+"""Kill runs at random moments, again and again, and count the pixels that come out different.
+
+::
+
+    python -m tests.robustness.kill_resume --kills 100 --out tests/robustness/results/kills-cpu.json
+
+Real commands (``histo-infer`` with the shipped model) on a synthetic slide are killed with SIGKILL
+at moments spread over the time that an unbroken run takes: while they start, read, infer, write
+pyramids or publish. The same command is given again until it is through; then its files are
+compared with those of an unbroken run, and the slide is started over. The ways to run take turns.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import click
+import numpy as np
+import tifffile
+
+from histostream.benchmarks.hardware import hardware
+from histostream.wsi.files import write_json
+from histostream.wsi.outputs.folder import RUN_FILE
+from histostream.wsi.outputs.journal import JOURNAL
+from histostream.wsi.synthetic import SyntheticSlide
+
+WIDTH, HEIGHT = 1700, 2400
+LEAST = "LEAST"  # stands for the least memory that a band of this slide takes
+VARIES_MIB = 12  # what is resident, from run to run
+WAYS = {
+    "plain": (),
+    "probabilities": ("--probabilities",),
+    "crf": ("--crf",),
+    "two processes": ("--devices", "cpu,cpu"),
+    "column bands": ("--max-memory", LEAST),
+}
+MAPS = ("labels.tif", "probabilities.tif")
+TABLES = ("summary.csv", "summary.json", "overview.png")
+
+
+@dataclass
+class Tally:
+    """What became of one way to run.
+
+    Attributes
+    ----------
+    kills
+        Runs that were killed.
+    before_strips, amid_strips, after_strips
+        Of them: with nothing in the journal, with a part, and when only files were left to finish.
+    rounds
+        Runs that came through, and were compared.
+    differing_pixels, differing_files
+        In all of them together.
+    left_behind
+        Hidden files that a run which came through has left.
+    """
+
+    kills: int = 0
+    before_strips: int = 0
+    amid_strips: int = 0
+    after_strips: int = 0
+    rounds: int = 0
+    differing_pixels: int = 0
+    differing_files: int = 0
+    left_behind: int = 0
+    column_bands: int = 0
+    seconds_unbroken: float = 0.0
+    runs_to_the_end: list[int] = field(default_factory=list)
+
+
+class Way:
+    """One way to run, and its slide."""
+
+    def __init__(self, name: str, options: tuple[str, ...], slide: Path, folder: Path) -> None:
+        self.name, self.tally = name, Tally()
+        self._out, self._unbroken = folder / "out", folder / "unbroken"
+        self._line = [sys.executable, "-m", "histostream.runtime.cli", str(slide), "--no-tissue", "--threads", "1"]
+        self._line += [self._least_memory() if word == LEAST else word for word in options]
+        self._stem = slide.stem
+        line = [*self._line, "--out", str(self._unbroken)]
+        subprocess.run(line, check=True, capture_output=True)  # the CRF compiles in its first run
+        start = time.monotonic()
+        subprocess.run([*line, "--restart"], check=True, capture_output=True)
+        self.tally.seconds_unbroken = round(time.monotonic() - start, 2)
+        run = json.loads((self._unbroken / slide.stem / RUN_FILE).read_text())
+        self.tally.column_bands = run["grid"]["column_bands"]
+        self._runs = 0
+
+    def _least_memory(self) -> str:
+        """Ask the command what it takes."""
+        line = [*self._line, "--max-memory", "1MiB", "--out", str(self._out)]
+        said = subprocess.run(line, capture_output=True, text=True, check=False).stderr
+        found = re.search(r"one band of this slide takes (\d+) MiB", said)
+        if found is None:
+            raise RuntimeError(f"no bound on memory was named: {said}")
+        return f"{int(found[1]) + VARIES_MIB}MiB"
+
+    def kill_once(self, rng: random.Random) -> None:
+        """Start, or go on; kill at a random moment, or compare if it was through before."""
+        process = subprocess.Popen(
+            [*self._line, "--out", str(self._out)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        self._runs += 1
+        try:
+            _, said = process.communicate(timeout=rng.uniform(0.2, self.tally.seconds_unbroken))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            self._count_kill()
+            return
+        if process.returncode:
+            raise RuntimeError(f"{self.name}: a run that was not killed failed: {said}")
+        self._compare()
+
+    def finish(self) -> None:
+        """Let the last run come through, and compare it."""
+        if self._runs:
+            line = [*self._line, "--out", str(self._out)]
+            subprocess.run(line, check=True, capture_output=True)
+            self._runs += 1
+            self._compare()
+
+    def _count_kill(self) -> None:
+        tally = self.tally
+        tally.kills += 1
+        folder = self._out / self._stem
+        if (folder / RUN_FILE).exists() or (folder / ".labels.tif.part").exists():
+            tally.after_strips += 1
+        elif any(p.stat().st_size for p in (folder / JOURNAL).glob("*.strips")):
+            tally.amid_strips += 1
+        else:
+            tally.before_strips += 1
+
+    def _compare(self) -> None:
+        tally, ours, theirs = self.tally, self._out / self._stem, self._unbroken / self._stem
+        tally.rounds += 1
+        tally.runs_to_the_end.append(self._runs)
+        names = {p.name for p in ours.iterdir()}
+        tally.left_behind += sum(name.startswith(".") for name in names)
+        if {n for n in names if not n.startswith(".")} != {p.name for p in theirs.iterdir()}:
+            tally.differing_files += 1
+        for name in set(MAPS) & names:
+            one, other = (tifffile.imread(f / name, level=0) for f in (ours, theirs))
+            tally.differing_pixels += int(np.count_nonzero(one != other))
+        for name in (*MAPS, *TABLES):
+            if name in names and (ours / name).read_bytes() != (theirs / name).read_bytes():
+                tally.differing_files += 1
+        shutil.rmtree(self._out)
+        self._runs = 0
+
+
+def count_kills(kills: int, seed: int) -> Iterator[Way]:
+    """Kill a number of runs; yields each way when it is through."""
+    rng = random.Random(seed)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with tempfile.TemporaryDirectory() as scratch:
+        slide = Path(scratch) / "slide.tif"
+        SyntheticSlide(WIDTH, HEIGHT, mpp=0.5, seed=seed).write(slide)
+        ways = []
+        for i, (name, options) in enumerate(WAYS.items()):
+            ways.append(Way(name, options, slide, Path(scratch) / str(i)))
+            click.echo(f"{name}: {ways[-1].tally.seconds_unbroken} s unbroken", err=True)
+        while (done := sum(way.tally.kills for way in ways)) < kills:
+            min(ways, key=lambda way: way.tally.kills).kill_once(rng)
+            click.echo(f"{done} kills", err=True)
+        for way in ways:
+            way.finish()
+            yield way
+
+
+@click.command()
+@click.option("--kills", default=100, show_default=True, help="How many runs are killed.")
+@click.option("--seed", default=1, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="Result file; default: shown only.")
+def main(kills: int, seed: int, out: Path | None) -> None:
+    """Kill runs at random moments and compare what comes out."""
+    ways = {way.name: asdict(way.tally) for way in count_kills(kills, seed)}
+    totals = {
+        name: sum(way[name] for way in ways.values())
+        for name in (
+            "kills",
+            "before_strips",
+            "amid_strips",
+            "after_strips",
+            "rounds",
+            "differing_pixels",
+            "differing_files",
+            "left_behind",
+        )
+    }
+    found = {"hardware": hardware(), "slide_px": [WIDTH, HEIGHT], "seed": seed, "total": totals, "ways": ways}
+    click.echo(json.dumps(totals, indent=1))
+    if out is not None:
+        write_json(out, found)
+    wrong = totals["differing_pixels"] + totals["differing_files"] + totals["left_behind"]
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from histostream.runtime.bundle.card import CardError, read_card, read_file, write_card
+from tests.runtime.conftest import CARD
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    (tmp_path / "model.onnx").write_bytes(b"weights")
+    sha256 = hashlib.sha256(b"weights").hexdigest()
+    write_card(replace(CARD, files={"model.onnx": sha256}), tmp_path)
+    return tmp_path
+
+
+def change(bundle: Path, **entries: Any) -> None:
+    path = bundle / "card.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+
+
+def test_a_card_comes_back_as_it_was_written(bundle: Path) -> None:
+    card = read_card(bundle)
+    assert card == replace(CARD, files=card.files)
+    assert read_file(bundle, card, "model.onnx") == b"weights"
+
+
+def test_a_changed_file_is_refused(bundle: Path) -> None:
+    (bundle / "model.onnx").write_bytes(b"other weights")
+    with pytest.raises(CardError, match=r"does not match card\.json"):
+        read_file(bundle, read_card(bundle), "model.onnx")
+
+
+def test_a_missing_file_is_named(bundle: Path) -> None:
+    (bundle / "model.onnx").unlink()
+    with pytest.raises(CardError, match=r"model\.onnx: cannot be read"):
+        read_file(bundle, read_card(bundle), "model.onnx")
+    with pytest.raises(CardError, match=r"has no model\.fp16\.onnx; it has model\.onnx"):
+        read_file(bundle, read_card(bundle), "model.fp16.onnx")
+
+
+@pytest.mark.parametrize("schema", [None, 0, 2, "1"])
+def test_another_schema_is_refused(bundle: Path, schema: object) -> None:
+    change(bundle, schema=schema)
+    with pytest.raises(CardError, match="this version reads 1; export the model again"):
+        read_card(bundle)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"files": {"../../etc/passwd": "0"}}, "not the name of a file in the bundle"),
+        ({"files": {"/etc/passwd": "0"}}, "not the name of a file in the bundle"),
+        ({"mpp": -1}, "mpp=-1 is not a positive number"),
+        ({"mpp": "0.5"}, "mpp='0.5' has the wrong type"),
+        ({"channels": 4}, "channels=4 is not 1 or 3"),
+        ({"tile_px": 100, "align_px": 16}, "multiple of align_px"),
+        ({"align_px": 0}, "align_px=0"),
+        ({"score_kind": "logits"}, "score_kind='logits'"),
+        ({"classes": []}, "2 to 254 classes"),
+        ({"classes": [{"name": "a"}, {"name": "b"}]}, "color"),
+        ({"classes": [{"name": "a", "color": [0, 0, 900]}] * 2}, "0 to 255"),
+    ],
+)
+def test_a_wrong_entry_is_named(bundle: Path, entries: dict[str, Any], message: str) -> None:
+    change(bundle, **entries)
+    with pytest.raises(CardError, match=message) as caught:
+        read_card(bundle)
+    assert "card.json" in str(caught.value)
+
+
+def test_a_missing_entry_is_named(bundle: Path) -> None:
+    path = bundle / "card.json"
+    said = json.loads(path.read_text())
+    del said["halo_px"]
+    path.write_text(json.dumps(said))
+    with pytest.raises(CardError, match="halo_px is missing"):
+        read_card(bundle)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", "\x00\x01"])
+def test_a_damaged_card_is_refused(bundle: Path, text: str) -> None:
+    (bundle / "card.json").write_text(text)
+    with pytest.raises(CardError, match=r"card\.json"):
+        read_card(bundle)
+
+
+def test_a_folder_without_a_card_is_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(CardError, match=r"not a model bundle \(no card\.json"):
+        read_card(tmp_path)

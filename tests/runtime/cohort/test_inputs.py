@@ -1,0 +1,261 @@
+"""Inputs: what arguments stand for, in which order and under which names; what is refused."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from histostream.runtime.cohort.inputs import InputError, SlideInput, find_inputs, stem_of
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def names_in(folder: Path, *arguments: str | Path) -> list[str]:
+    """Return what is found, relative to a folder."""
+    return [os.path.relpath(s.source, folder) for s in find_inputs([str(a) for a in arguments])]
+
+
+def listed(folder: Path, text: str | bytes) -> list[SlideInput]:
+    path = folder / "cohort.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return find_inputs([str(path)])
+
+
+def test_files_are_taken_as_they_are_named_even_missing_ones(tmp_path: Path) -> None:
+    (tmp_path / "b.odd").touch()
+    arguments = [str(tmp_path / name) for name in ("b.odd", "missing.svs", "OS-1.ome.tif")]
+    found = find_inputs(arguments)
+    assert [slide.source for slide in found] == arguments
+    assert [slide.name for slide in found] == ["b", "missing", "OS-1.ome"]
+
+
+def test_a_folder_stands_for_the_slides_below_it(tmp_path: Path) -> None:
+    touch(
+        tmp_path,
+        "b.SVS",
+        "a/z.ndpi",
+        "a/thumbnail.jpg",
+        "a/notes.txt",
+        "größe 組織.tif",
+        ".hidden.svs",
+        ".cache/x.svs",
+        "._b.svs",
+        "m.mrxs",
+        "m/Data0001.dat",
+    )
+    assert names_in(tmp_path, tmp_path) == ["b.SVS", "größe 組織.tif", "m.mrxs", "a/z.ndpi"]
+
+
+@pytest.mark.parametrize("mark", ["run.json", ".journal"])
+def test_results_of_earlier_runs_are_no_slides(tmp_path: Path, mark: str) -> None:
+    touch(tmp_path, "a.svs", "out/a/labels.tif", f"out/a/{mark}", "out/a/deeper/b.tif")
+    assert names_in(tmp_path, tmp_path) == ["a.svs"]
+    assert names_in(tmp_path, f"{tmp_path}/*.svs", f"{tmp_path}/*") == ["a.svs"]
+    with pytest.raises(InputError, match="results of earlier runs are left out"):
+        find_inputs([f"{tmp_path}/out/*/labels.tif"])
+
+
+def test_a_dicom_folder_is_one_slide(tmp_path: Path) -> None:
+    touch(tmp_path, "1.2.840.1/a.dcm", "1.2.840.1/b.dcm", "deep/1.2.840.2/a.dcm")
+    (series, below) = find_inputs([str(tmp_path)])
+    assert (series.name, below.name) == ("1.2.840.1", "1.2.840.2")
+    assert find_inputs([series.source]) == [series]
+    assert find_inputs([f"{tmp_path}/**/*.dcm"]) == [series, below]
+
+
+def test_a_folder_of_dicom_and_other_slides_is_ambiguous(tmp_path: Path) -> None:
+    touch(tmp_path, "a.dcm", "b.svs")
+    with pytest.raises(InputError, match=r"holds DICOM files and other slides \(b\.svs\)"):
+        find_inputs([str(tmp_path)])
+    assert names_in(tmp_path, f"{tmp_path}/*") == ["a.dcm", "b.svs"]
+
+
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    touch(tmp_path, "data/real/a.svs")
+    (tmp_path / "data" / "loop").symlink_to(tmp_path / "data")
+    (tmp_path / "cohort").mkdir()
+    (tmp_path / "cohort" / "batch").symlink_to(tmp_path / "data" / "real")
+    (tmp_path / "cohort" / "one.svs").symlink_to(tmp_path / "data" / "real" / "a.svs")
+    assert names_in(tmp_path, tmp_path / "data") == ["data/real/a.svs"]
+    found = names_in(tmp_path, tmp_path / "cohort")
+    assert found == ["cohort/one.svs", "cohort/batch/a.svs"]
+
+
+def test_a_pattern_is_what_no_file_is_called(tmp_path: Path) -> None:
+    touch(tmp_path, "a[1].svs", "a1.svs", "deep/er/b.svs", "deep/c.png", "deep/d.txt")
+    assert names_in(tmp_path, f"{tmp_path}/a[1].svs") == ["a[1].svs"]
+    assert names_in(tmp_path, f"{tmp_path}/a[0-9].svs") == ["a1.svs"]
+    assert names_in(tmp_path, f"{tmp_path}/**/*.svs") == ["a1.svs", "a[1].svs", "deep/er/b.svs"]
+    assert names_in(tmp_path, f"{tmp_path}/deep/*") == ["deep/c.png", "deep/er/b.svs"]
+
+
+@pytest.mark.parametrize("argument", ["*.svs", "empty", "empty/**"])
+def test_a_pattern_or_folder_without_slides_is_an_error(tmp_path: Path, argument: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no slide is found there"):
+        find_inputs([str(tmp_path / argument)])
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may list every folder")
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path) -> None:
+    touch(tmp_path, "a.svs", "closed/b.svs")
+    (tmp_path / "closed").chmod(0)
+    with pytest.raises(InputError, match="closed: the folder cannot be listed"):
+        find_inputs([str(tmp_path)])
+
+
+def test_the_same_slide_is_taken_once(tmp_path: Path) -> None:
+    touch(tmp_path, "a.svs", "b.svs")
+    twice = [str(tmp_path), f"{tmp_path}/a.svs", f"{tmp_path}/./x/../a.svs", f"{tmp_path}/*.svs"]
+    assert [slide.name for slide in find_inputs(twice)] == ["a", "b"]
+
+
+def test_two_slides_of_one_name_are_refused(tmp_path: Path) -> None:
+    touch(tmp_path, "one/a.svs", "two/a.ndpi")
+    with pytest.raises(InputError, match=r"one/a\.svs and .*two/a\.ndpi would both write to a/"):
+        find_inputs([str(tmp_path)])
+    found = listed(tmp_path, "path,name\none/a.svs,\ntwo/a.ndpi,a2\n")
+    assert [slide.name for slide in found] == ["a", "a2"]
+
+
+def test_a_slide_named_twice_has_to_be_meant_the_same(tmp_path: Path) -> None:
+    touch(tmp_path, "a.svs")
+    assert len(listed(tmp_path, "path,mpp\na.svs,0.5\na.svs,.50\n")) == 1
+    assert len(listed(tmp_path, "path,roi,name\na.svs,1.json,a1\na.svs,2.json,a2\n")) == 2
+    with pytest.raises(InputError, match=r"a\.svs is named twice"):
+        listed(tmp_path, "path,mpp\na.svs,0.5\na.svs,0.25\n")
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_a_list_gives_each_slide_its_settings(tmp_path: Path, delimiter: str, encoding: str, newline: str) -> None:
+    rows = [
+        ["Path", "mpp", "roi", "name", "patient", "größe"],
+        ['"sub/a, b; c.svs"', "0.25", "a.geojson", "first", "7", "groß"],
+        [],
+        ["/abs/b.svs", "", "/abs/b.geojson", "", "", ""],
+        ["s3://bucket/c.svs"],
+    ]
+    text = newline.join(delimiter.join(row) for row in rows)
+    assert listed(tmp_path, text.encode(encoding)) == [
+        SlideInput(
+            f"{tmp_path}/sub/a, b; c.svs", "first", 0.25, f"{tmp_path}/a.geojson", {"patient": "7", "größe": "groß"}
+        ),
+        SlideInput("/abs/b.svs", "b", None, "/abs/b.geojson", {"patient": "", "größe": ""}),
+        SlideInput("s3://bucket/c.svs", "c", None, None, {"patient": "", "größe": ""}),
+    ]
+
+
+def test_a_list_of_paths_alone_needs_no_delimiter(tmp_path: Path) -> None:
+    assert [s.name for s in listed(tmp_path, "path\na b.svs\n\nc.svs")] == ["a b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"line 1: no column `path` \(found: nothing\)"),
+        ("slide,mpp\na.svs,1", r"line 1: no column `path` \(found: slide, mpp\)"),
+        ("path,path\na,b", "line 1: two columns 'path'"),
+        ("path,mpp\n\n", "no slides after the header"),
+        ("path,mpp\na.svs,0.5\n,0.5", "line 3: no path of a slide"),
+        ("path,mpp\na.svs,0.5\nb\0.svs,", "line 3: no path of a slide"),
+        ("path\na,b.svs", "line 2: a cell without a column"),
+        ("path,mpp,\na.svs,0.5,x", "line 2: a cell without a column"),
+        ("path;mpp\na.svs;0,25", "line 2: mpp '0,25' is not a number from 0.05 to 50"),
+        ("path,mpp\na.svs,nan", "line 2: mpp 'nan' is not"),
+        ("path,mpp\na.svs,1e999", "line 2: mpp '1e999' is not"),
+        ("path,mpp\na.svs,0.04", "line 2: mpp '0.04' is not"),
+        ("path,roi\na.svs,https://x/y.json", "line 2: roi 'https://x/y.json' is not a local file"),
+        ('path\n"a.svs', r"line 2: not a \.csv \(.*\); check the quotes"),
+        (b"path\na\nM\xfcller.svs", "line 3: not UTF-8"),
+        ("path\na.svs".encode("utf-16"), "line 1: not UTF-8"),
+        ("path,name\na.svs,x/y", "line 2: .*'x/y' cannot name a folder of results"),
+        ("path,name\na.svs,..", r"line 2: .*'\.\.' cannot name"),
+        ("path,name\na.svs,.x", r"line 2: .*'\.x' cannot name"),
+        ("path,name\na.svs,x\\y", r"line 2: .* cannot name"),
+        ("path,name\na.svs,x\x1by", r"line 2: .*'x\\x1by' cannot name"),
+    ],
+)
+def test_a_bad_list_is_refused_by_its_line(tmp_path: Path, text: str | bytes, message: str) -> None:
+    with pytest.raises(InputError, match=rf"cohort\.csv(, |: ){message}"):
+        listed(tmp_path, text)
+
+
+@pytest.mark.parametrize("name", ["none.csv", "https://host/list.csv"])
+def test_a_missing_list_is_an_error(name: str) -> None:
+    with pytest.raises(InputError, match=r"\.csv: there is no such local list"):
+        find_inputs([name])
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("https://host/a/CMU-1.svs?signature=x/y.svs", "CMU-1"),
+        ("http://host/gr%C3%B6%C3%9Fe%20b.svs", "größe b"),
+        ("s3://bucket/a/OS-1.ome.tif", "OS-1.ome"),
+        ("gs://bucket/100%25.svs", "100%25"),
+        ("s3://bucket/1.2.840.10008/", "1.2.840.10008"),
+    ],
+)
+def test_a_url_is_named_by_its_last_part(url: str, name: str) -> None:
+    assert stem_of(url) == name
+    if not url.endswith("/"):
+        assert find_inputs([url]) == [SlideInput(url, name)]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://host/..%2F..",
+        "https://host/..%2Fx.svs",
+        "https://host/a%00.svs",
+        "https://host/%2e%2e",
+        "https://host/..%5Cx.svs",
+        "https://host/",
+        "https://host",
+        "s3://bucket/..",
+        "ftp://host/a.svs",
+    ],
+)
+def test_a_url_that_ends_with_no_plain_name_is_refused(url: str) -> None:
+    with pytest.raises(InputError, match=r"no plain file name|no such kind of source"):
+        find_inputs([url])
+
+
+def test_signatures_are_not_shown(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        find_inputs(["https://me:pass@h/a/x.svs?key=secret", "https://h/b/x.svs?key=secret"])
+    assert "https://h/a/x.svs and https://h/b/x.svs would both" in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Give what a bucket lists; tests/wsi/slides/test_staging.py asks a real server."""
+    files: list[str] = []
+    monkeypatch.setattr("histostream.runtime.cohort.inputs.list_files", lambda url: files)
+    return files
+
+
+def test_a_folder_of_a_bucket_is_searched_like_a_local_one(bucket: list[str]) -> None:
+    names = [
+        "a.svs",
+        "b/thumbnail.png",
+        "b/c.tif",
+        "out/a/labels.tif",
+        "out/a/run.json",
+        "series/1.dcm",
+        "series/2.dcm",
+        ".x/d.svs",
+    ]
+    bucket += [f"s3://bucket/{name}" for name in names]
+    found = find_inputs(["s3://bucket/"])
+    assert [s.source for s in found] == [f"s3://bucket/{n}" for n in ("a.svs", "b/c.tif", "series/")]
+    assert [slide.name for slide in found] == ["a", "c", "series"]

@@ -1,0 +1,42 @@
+"""MoNuSeg 2018: nuclei of several organs (Kumar et al. 2017, 2020); TCGA, H&E, 40x.
+
+``train/`` and ``test/``, each with ``images/TCGA-XX-XXXX-*.*`` and ``labels_instance/*.png``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from histostream.training.data import DataError, DataSet
+from histostream.training.datasets._files import NUCLEI, one_of, read_objects
+
+MPP = 0.25  # 40x, about
+PATIENT = len("TCGA-XX-XXXX")
+# The training images of kidney renal clear cell carcinoma.
+KIRC = ("TCGA-B0-5698", "TCGA-B0-5710", "TCGA-B0-5711")
+
+
+def read(path: Path, *, organ: str = "all") -> DataSet:
+    """Read the official training and test parts.
+
+    Parameters
+    ----------
+    path
+        The folder of both.
+    organ
+        Which images to train on: "kirc" (kidney clear cell), "other" or "all". The test part is
+        always whole.
+
+    Raises
+    ------
+    DataError
+        If there is no such organ, or a file is missing or cannot be used.
+    """
+    one_of("organ", organ, ("kirc", "other", "all"))
+    train = read_objects(path / "train", lambda stem: stem[:PATIENT])
+    wanted = [s for s in train if organ == "all" or (s.group in KIRC) == (organ == "kirc")]
+    if not wanted:
+        raise DataError(f"{path / 'train'}: no image of organ={organ!r} in it; fetch the whole set")
+    there = (path / "test").is_dir()
+    test = read_objects(path / "test", lambda stem: stem[:PATIENT]) if there else []
+    return DataSet("monuseg", NUCLEI, MPP, tuple(wanted), test=tuple(test))

@@ -1,0 +1,518 @@
+"""APMA-Net: a segmentation learned on one domain, adapted to images of another without labels.
+
+"Adversarial-prediction guided multi-task adaptation for semantic segmentation of electron
+microscopy images", paper 004 of the project. One encoder serves a segmentation decoder and a
+reconstruction decoder; two discriminators tell the domains apart, by the last features and by the
+predictions, and the networks learn to fool them on the target.
+
+=================  ==============================================================
+paper              here
+=================  ==============================================================
+x_s, x_t           ``images`` and the pool "target", (N, C, H, W) in [0, 1] inside
+E, GE              ``generator``: `GroupNormUNet`; all that is deployed
+f, p               its features (N, width, H, W), and the softmax of its scores
+AE                 its encoding and ``reconstructor``
+D_feat, D_pred     ``discriminator_feat``, ``discriminator_pred``: logits of "source"
+=================  ==============================================================
+
+Slips of the paper: "the MMD loss is unsupervised" means supervised; "the combination of DE and
+DE_feat" means EN + DE_feat. Equations 3 to 7 are right as printed: source is 1, and the generator
+side minimises -log D(target), not equation 4's term with 1 - D, whose minimum would make the
+domains easier to tell apart. Equation 1 is lost with its page: the mean cross-entropy, as in
+DAMT-Net.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from histostream.training.data import DataError, Picture
+from histostream.training.methods import Batch, State
+from histostream.training.networks.discriminator import DomainDiscriminator
+from histostream.training.networks.domain_classifier import damt_classifier, ganin_classifier, reverse_gradient
+from histostream.training.networks.group_norm_unet import NORMS, GroupNormUNet, ReconstructionDecoder
+
+if TYPE_CHECKING:
+    from histostream.training.batches import Parts
+
+DOMAINS = ("source", "target")
+TARGET = "target"  # name of the pool
+MEASURED = 256  # images of a domain, at most, whose minima and maxima are measured
+PRED_PX = 32  # smallest maps of D_pred: five convolutions of stride 2
+FEAT_PX = {"fcn": 16, "damt": 8, "ganin": 32}  # of D_feat: 4 convolutions, 3 or 5 poolings
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What defines an APMA-Net; the defaults are the paper's, DAMT-Net's or ours, as each says.
+
+    The paper's comparators (tables 1 and 2) are switches; all begin with the same steps on the
+    source alone:
+
+    =============  ===========  ==============  =================
+    name           reconstruct  adapt_features  adapt_predictions
+    =============  ===========  ==============  =================
+    APMA-Net       True         adversarial     True
+    EN + DE_feat   True         adversarial     False
+    DE_pred        False        none            True
+    DE_feat        False        adversarial     False
+    EN (Roels)     True         none            False
+    Ganin          False        reversal        False
+    no adaptation  False        none            False
+    =============  ===========  ==============  =================
+
+    The oracle is "no adaptation" trained on the target's labels, with validation_domain="source".
+
+    Input is scaled to [0, 1] by minimum and maximum. ``normalise="per_image"`` takes those of each
+    image, as DAMT-Net does; but a step sees crops and the deployed graph sees tiles, whose minima
+    and maxima depend on what happens to be in them, so that results would depend on the tiling.
+    The default therefore measures the mean minimum and the mean maximum of the images of each
+    domain once, before the first step, and keeps them. The deployed graph uses the target's where
+    the model has a target.
+    """
+
+    seg_loss: str = "cross_entropy"  # equation 1 is lost; as DAMT-Net; or "dice"
+    reconstruct: bool = True  # paper: EN, equation 2
+    adapt_features: str = "adversarial"  # paper: DE_feat; or "none", "reversal" (Ganin)
+    adapt_predictions: bool = True  # paper: DE_pred
+    lambda_rec: float = 1e-3  # paper
+    # Equation 2 does not say whether it is a "mean" over pixels or a "sum" over those of an image,
+    # which at 128 x 128 px is 16 in place of 1e-3 for lambda_rec; ours: mean, as DAMT-Net.
+    reconstruction_reduction: str = "mean"
+    lambda_feat: float = 1e-3  # paper; with "reversal" the final strength of the reversal (ours)
+    lambda_pred: float = 1e-3  # paper
+    source_only_steps: float = 0.25  # share of the run; ours: 10,000 of 40,000, paper: no length
+    base_width: int = 64  # DAMT-Net: 64 to 1024
+    norm: str = "group"  # DAMT-Net: GroupNorm in 32 groups, not affine; or "none"
+    feat_disc: str = "fcn"  # ours: works at any size; or "damt" (DAMT-Net), "ganin" (Roels's code)
+    feat_crop: int = 512  # side of the crops, which "damt" and "ganin" are built for
+    grl_at: str = "last"  # Roels's code: the reversal is on the last features; or "bottleneck"
+    pred_disc_norm: str = "none"  # AdaptSegNet; or "group" (DAMT-Net)
+    discriminator_width: int = 64  # AdaptSegNet
+    learning_rate: float = 2e-4  # paper, with schedule.decay="poly"
+    discriminator_learning_rate: float = 1e-4  # ours: AdaptSegNet
+    beta1: float = 0.9  # DAMT-Net
+    beta2: float = 0.99  # DAMT-Net
+    normalise: str = "fixed"  # ours, see above; or "per_image" (DAMT-Net)
+    validation_domain: str = "target"  # whose scale images to validate and test have; or "source"
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("seg_loss", ("cross_entropy", "dice")),
+            ("adapt_features", ("none", "adversarial", "reversal")),
+            ("reconstruction_reduction", ("mean", "sum")),
+            ("norm", NORMS),
+            ("feat_disc", ("fcn", "damt", "ganin")),
+            ("grl_at", ("last", "bottleneck")),
+            ("pred_disc_norm", ("none", "group")),
+            ("normalise", ("fixed", "per_image")),
+            ("validation_domain", DOMAINS),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name}={value!r}: use {' or '.join(map(repr, known))}")
+        if min(self.base_width, self.discriminator_width) < 1:
+            raise ValueError("base_width and discriminator_width must be at least 1")
+        if not 0 <= self.source_only_steps <= 1:
+            raise ValueError(f"source_only_steps={self.source_only_steps}: a share, use 0 to 1")
+        if min(self.lambda_rec, self.lambda_feat, self.lambda_pred) < 0:
+            raise ValueError("lambda_rec, lambda_feat and lambda_pred must not be negative")
+        if self.feat_disc != "fcn" and (self.feat_crop < 1 or self.feat_crop % self.least_crop_px):
+            raise ValueError(f"feat_crop={self.feat_crop}: use a multiple of {self.least_crop_px}")
+
+    @property
+    def adapts(self) -> bool:
+        """Whether there is a term for the target."""
+        return self.reconstruct or self.adapt_features != "none" or self.adapt_predictions
+
+    @property
+    def judges_encoding(self) -> bool:
+        """Whether the reversal is on the encoding, 1/16 of the image, not on the last features."""
+        return self.adapt_features == "reversal" and self.grl_at == "bottleneck"
+
+    @property
+    def least_crop_px(self) -> int:
+        """Side of the smallest crops that the networks take."""
+        least = GroupNormUNet.stride_px
+        if self.adapt_predictions:
+            least = max(least, PRED_PX)
+        if self.adapt_features != "none":
+            shrunk = GroupNormUNet.stride_px if self.judges_encoding else 1
+            least = max(least, FEAT_PX[self.feat_disc] * shrunk)
+        return least
+
+
+def score_kind(config: Config) -> str:
+    """Say what the deployed graph's scores are."""
+    del config
+    return "probability"
+
+
+def align_px(config: Config) -> int:
+    """Height and width are multiples of this: four poolings."""
+    del config
+    return GroupNormUNet.stride_px
+
+
+def pools(config: Config) -> tuple[str, ...]:
+    """Images of the target, to adapt to; "no adaptation" needs them for their scale only."""
+    scale = config.normalise == "fixed" and config.validation_domain == TARGET
+    return (TARGET,) if config.adapts or scale else ()
+
+
+class DomainScale(nn.Module):
+    """Grey levels to [0, 1] by minimum and maximum: of each image, or of all images of a domain.
+
+    All channels share one minimum and one maximum. Until `measure` was called they are 0 and 255.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, *, per_image: bool) -> None:
+        super().__init__()
+        self.per_image = per_image
+        self.register_buffer("low", torch.zeros(len(DOMAINS)))
+        self.register_buffer("high", torch.full((len(DOMAINS),), 255.0))
+
+    def forward(self, images: Tensor, domain: str) -> Tensor:
+        """Map (N, C, H, W), 0..255, to float32 about [0, 1]."""
+        x = images.to(torch.float32)
+        low, high = self.span(x, domain)
+        return (x - low) / (high - low).clamp(min=1)  # a flat image is all 0
+
+    def undo(self, scaled: Tensor, images: Tensor, domain: str) -> Tensor:
+        """Map back to the grey levels of ``images``, uint8."""
+        low, high = self.span(images.to(torch.float32), domain)
+        grey = scaled * (high - low).clamp(min=1) + low
+        return grey.round().clamp(0, 255).to(torch.uint8)
+
+    def span(self, x: Tensor, domain: str) -> tuple[Tensor, Tensor]:
+        """Minimum and maximum that a domain's images, (N, C, H, W), are scaled by."""
+        if self.per_image:
+            axes = (1, 2, 3)
+            return x.amin(axes, keepdim=True), x.amax(axes, keepdim=True)
+        index = DOMAINS.index(domain)
+        return self.low[index], self.high[index]
+
+    def measure(self, domain: str, pictures: Sequence[Picture]) -> None:
+        """Keep the mean minimum and the mean maximum of up to 256 images, evenly chosen."""
+        places = np.linspace(0, len(pictures) - 1, min(MEASURED, len(pictures))).round()
+        images = [pictures[int(i)].image for i in places]
+        index = DOMAINS.index(domain)
+        self.low[index] = float(np.mean([image.min() for image in images]))
+        self.high[index] = float(np.mean([image.max() for image in images]))
+
+
+def build(config: Config, classes: int, channels: int = 3) -> State:
+    """Make the networks and their optimisers."""
+    # The generator comes first: all comparators of one seed start from the same weights.
+    modules: dict[str, nn.Module] = {
+        "generator": GroupNormUNet(channels, classes, base_width=config.base_width, norm=config.norm),
+        "scale": DomainScale(per_image=config.normalise == "per_image"),
+    }
+    learning = list(modules["generator"].parameters())
+    if config.reconstruct:
+        modules["reconstructor"] = ReconstructionDecoder(config.base_width, channels, config.norm)
+        learning += modules["reconstructor"].parameters()
+    betas = (config.beta1, config.beta2)
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        "generator": torch.optim.Adam(learning, config.learning_rate, betas)
+    }
+    discriminators: dict[str, nn.Module] = {}
+    if config.adapt_features != "none":
+        discriminators["discriminator_feat"] = _feature_discriminator(config)
+    if config.adapt_predictions:
+        discriminators["discriminator_pred"] = DomainDiscriminator(
+            classes, _doubled(config, 4), norm=config.pred_disc_norm
+        )
+    for name, discriminator in discriminators.items():
+        modules[name] = discriminator
+        optimizers[name] = torch.optim.Adam(discriminator.parameters(), config.discriminator_learning_rate, betas)
+    return State(config, modules, optimizers, needed=("generator", "scale"))
+
+
+def _feature_discriminator(config: Config) -> nn.Module:
+    channels, side_px = config.base_width, config.feat_crop
+    if config.judges_encoding:
+        channels, side_px = 16 * channels, side_px // GroupNormUNet.stride_px
+    if config.feat_disc == "damt":
+        return damt_classifier(channels, side_px)
+    if config.feat_disc == "ganin":
+        return ganin_classifier(channels, side_px)
+    return DomainDiscriminator(channels, _doubled(config, 3))
+
+
+def _doubled(config: Config, count: int) -> tuple[int, ...]:
+    return tuple(config.discriminator_width << i for i in range(count))
+
+
+def before_step(state: State, parts: Parts, step: int, steps: int) -> None:
+    """Measure the scale of both domains before the first step; a resumed run has it kept."""
+    del steps
+    scale = state.modules["scale"]
+    if step or state.config.normalise != "fixed":
+        return
+    assert isinstance(scale, DomainScale)
+    scale.measure("source", [parts.samples[i] for i in parts.split.train])
+    if TARGET in pools(state.config):
+        scale.measure("target", parts.pools[TARGET])
+
+
+def finish(state: State, parts: Parts) -> None:
+    """Nothing is measured at the end."""
+
+
+# ----------------------------------------------------------------------------- losses
+
+
+def segmentation_loss(config: Config, scores: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean cross-entropy of all pixels (equation 1), or 1 - the mean soft Dice."""
+    if config.seg_loss == "cross_entropy":
+        return F.cross_entropy(scores, labels)
+    probability = scores.softmax(dim=1)
+    truth = F.one_hot(labels, scores.shape[1]).movedim(-1, 1)
+    axes = (0, 2, 3)
+    both = (probability * truth).sum(axes)
+    either = probability.sum(axes) + truth.sum(axes)
+    return 1 - (2 * both / either.clamp(min=1)).mean()
+
+
+def reconstruction_loss(config: Config, rebuilt: Tensor, images: Tensor) -> Tensor:
+    """Squared error of equation 2 of one domain's images (N, C, H, W): their mean.
+
+    Over the pixels of an image it is a mean or a sum, as ``config.reconstruction_reduction`` says.
+    """
+    error = F.mse_loss(rebuilt, images)
+    return error * images[0].numel() if config.reconstruction_reduction == "sum" else error
+
+
+def telling_loss(source: Tensor, target: Tensor) -> Tensor:
+    """Loss of a discriminator, from its logits: equations 3 to 5, source is 1.
+
+    The mean of the two halves. Lambda is left out: it only scales the gradient, which Adam
+    undoes.
+    """
+    halves = (
+        F.binary_cross_entropy_with_logits(source, torch.ones_like(source)),
+        F.binary_cross_entropy_with_logits(target, torch.zeros_like(target)),
+    )
+    return (halves[0] + halves[1]) / 2
+
+
+def fooling_loss(target: Tensor) -> Tensor:
+    """-L' of equation 7, -E log D(target), from D's logits: what equation 6 minimises."""
+    return F.binary_cross_entropy_with_logits(target, torch.ones_like(target))
+
+
+def reversal_strength(config: Config, batch: Batch) -> float:
+    """Ganin et al. 2016, section 5.2.2: 2 / (1 + exp(-10 t)) - 1, times ``lambda_feat``.
+
+    t is the progress of the joint steps, 0 to 1.
+    """
+    first = _first_joint_step(config, batch.steps)
+    progress = (batch.step - first) / max(1, batch.steps - first)
+    return config.lambda_feat * (2 / (1 + math.exp(-10 * progress)) - 1)
+
+
+def _first_joint_step(config: Config, steps: int) -> int:
+    return round(config.source_only_steps * steps)
+
+
+# ----------------------------------------------------------------------------- training
+
+
+def step(state: State, batch: Batch) -> dict[str, Tensor]:
+    """Train on one batch: E, GE and the reconstruction by equation 6, then both D by equation 3.
+
+    In the first steps the segmentation is learned alone, on the source.
+
+    Returns
+    -------
+    The losses, without their weights, all from the first step on (0 until they are used):
+    ``segmentation``, ``reconstruction``, and for ``feat`` and ``pred`` the generator's
+    ``fooling_*`` (not with gradient reversal) and ``discriminator_*``.
+
+    Raises
+    ------
+    DataError
+        If the crops are too small for the discriminators, or not of the side that a classifier
+        with full connections was built for.
+    """
+    config: Config = state.config
+    if config.adapts:
+        _check_crops(config, batch)
+    x = state.modules["scale"](batch.images, "source")
+    maps = state.modules["generator"](x)
+    segmentation = segmentation_loss(config, maps[0], batch.labels)
+    losses = {"segmentation": segmentation}
+    if config.adapts and batch.step >= _first_joint_step(config, batch.steps):
+        losses |= _step_jointly(state, batch, x, maps, segmentation)
+    else:
+        _descend([state.optimizers["generator"]], segmentation)
+    nothing = torch.zeros_like(segmentation)
+    return {name: losses.get(name, nothing).detach() for name in _loss_names(config)}
+
+
+Maps = tuple[Tensor, Tensor, Tensor]  # scores, features, encoding: what the generator returns
+
+
+def _step_jointly(state: State, batch: Batch, x: Tensor, source: Maps, segmentation: Tensor) -> dict[str, Tensor]:
+    """Step the generator side on all terms, then the discriminators; return the further losses."""
+    config: Config = state.config
+    y = state.modules["scale"](batch.pools[TARGET], "target")
+    target: Maps = state.modules["generator"](y)
+    losses: dict[str, Tensor] = {}
+    total, stepping = segmentation, [state.optimizers["generator"]]
+    if config.reconstruct:
+        rebuild = state.modules["reconstructor"]
+        # Equation 2: the sum over both domains (DAMT-Net's code halves it).
+        losses["reconstruction"] = reconstruction_loss(config, rebuild(source[2]), x) + reconstruction_loss(
+            config, rebuild(target[2]), y
+        )
+        total = total + config.lambda_rec * losses["reconstruction"]
+    if config.adapt_features == "reversal":
+        judged = 2 if config.judges_encoding else 1
+        # One backward pass trains the classifier as it is, and the network against it.
+        losses["discriminator_feat"] = _reversed_loss(
+            state, source[judged], target[judged], reversal_strength(config, batch)
+        )
+        total = total + losses["discriminator_feat"]
+        stepping.append(state.optimizers["discriminator_feat"])
+    games: list[tuple[str, float, Tensor, Tensor]] = []
+    if config.adapt_features == "adversarial":
+        games.append(("feat", config.lambda_feat, source[1], target[1]))
+    if config.adapt_predictions:
+        games.append(("pred", config.lambda_pred, source[0].softmax(dim=1), target[0].softmax(1)))
+    for name, weight, _, of_target in games:
+        losses[f"fooling_{name}"] = _fool(state, f"discriminator_{name}", of_target)
+        total = total + weight * losses[f"fooling_{name}"]
+    _descend(stepping, total)
+    for name, _, of_source, of_target in games:
+        judge = f"discriminator_{name}"
+        losses[judge] = _step_discriminator(state, judge, of_source, of_target)
+    return losses
+
+
+def _loss_names(config: Config) -> list[str]:
+    names = ["segmentation"]
+    if config.reconstruct:
+        names.append("reconstruction")
+    if config.adapt_features == "adversarial":
+        names.append("fooling_feat")
+    if config.adapt_features != "none":
+        names.append("discriminator_feat")
+    if config.adapt_predictions:
+        names += ["fooling_pred", "discriminator_pred"]
+    return names
+
+
+def _check_crops(config: Config, batch: Batch) -> None:
+    """Refuse crops that the discriminators cannot take, with what to set."""
+    fixed = config.adapt_features != "none" and config.feat_disc != "fcn"
+    for images in (batch.images, batch.pools[TARGET]):
+        height, width = images.shape[-2:]
+        if fixed and (height, width) != (config.feat_crop, config.feat_crop):
+            raise DataError(
+                f"crops are {width} x {height} px, feat_disc={config.feat_disc!r} is built for "
+                f"feat_crop={config.feat_crop}: set method.feat_crop and schedule.crop_px alike, "
+                'or method.feat_disc="fcn"'
+            )
+        if min(height, width) < config.least_crop_px:
+            raise DataError(
+                f"crops are {width} x {height} px, the networks take {config.least_crop_px} px or "
+                "more: set schedule.crop_px higher"
+            )
+
+
+def _fool(state: State, name: str, target: Tensor) -> Tensor:
+    """Fooling loss of target maps; the discriminator gets no gradient."""
+    discriminator = state.modules[name].requires_grad_(False)
+    loss = fooling_loss(discriminator(target))
+    discriminator.requires_grad_(True)
+    return loss
+
+
+def _step_discriminator(state: State, name: str, source: Tensor, target: Tensor) -> Tensor:
+    discriminator = state.modules[name]
+    loss = telling_loss(discriminator(source.detach()), discriminator(target.detach()))
+    _descend([state.optimizers[name]], loss)
+    return loss
+
+
+def _reversed_loss(state: State, source: Tensor, target: Tensor, strength: float) -> Tensor:
+    classifier = state.modules["discriminator_feat"]
+    source, target = (classifier(reverse_gradient(m, strength)) for m in (source, target))
+    return telling_loss(source, target)
+
+
+def _descend(optimizers: Sequence[torch.optim.Optimizer], loss: Tensor) -> None:
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+# ----------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def validate(state: State, images: Tensor, labels: Tensor) -> tuple[float, Tensor]:
+    """Return the segmentation loss, and the predicted labels (N, H, W).
+
+    Images count as of ``config.validation_domain``; the adversarial terms are left out, they
+    cannot be compared between steps.
+    """
+    network = state.modules["generator"].eval()
+    x = state.modules["scale"](images, state.config.validation_domain)
+    scores = network(x)[0]
+    network.train()
+    return float(segmentation_loss(state.config, scores, labels)), scores.argmax(dim=1)
+
+
+@torch.no_grad()
+def paint(state: State, images: Tensor) -> dict[str, Tensor]:
+    """Return the reconstruction, (N, C, H, W) uint8, where the model has one."""
+    if "reconstructor" not in state.modules:
+        return {}
+    scale, domain = state.modules["scale"], state.config.validation_domain
+    assert isinstance(scale, DomainScale)
+    encoding = state.modules["generator"](scale(images, domain))[2]
+    rebuilt = state.modules["reconstructor"](encoding)
+    return {"reconstruction": scale.undo(rebuilt, images, domain)}
+
+
+class Deployed(nn.Module):
+    """E and GE behind the tile contract: uint8 (N, H, W, C) in, uint8 (N, K, H, W) out.
+
+    The output is 255 times the probability of each class, rounded; the arg-max over K is the
+    label.
+    """
+
+    def __init__(self, generator: nn.Module, scale: nn.Module, domain: str) -> None:
+        super().__init__()
+        self.generator = generator
+        self.scale = scale
+        self.domain = domain
+
+    def forward(self, tiles: Tensor) -> Tensor:
+        """Scale, segment, return to 0..255."""
+        # Cast before transpose: TensorRT refuses a uint8 transpose.
+        x = tiles.to(torch.float32).permute(0, 3, 1, 2)
+        scores = self.generator(self.scale(x, self.domain))[0]
+        return torch.clamp(scores.softmax(dim=1) * 255 + 0.5, 0, 255).to(torch.uint8)
+
+
+def deployed(state: State) -> nn.Module:
+    """Return the module that export wraps: no discriminator, no reconstruction."""
+    domain = TARGET if TARGET in pools(state.config) else "source"
+    return Deployed(state.modules["generator"], state.modules["scale"], domain).eval()

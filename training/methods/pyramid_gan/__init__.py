@@ -1,0 +1,1 @@
+"""Pyramid GAN."""

@@ -1,0 +1,1125 @@
+"""Pyramid GAN: images painted from masks, and segmented, coarse to fine, at every level.
+
+"High resolution histopathology image generation and segmentation through adversarial training",
+paper 002 of the project. Each level has a generator that paints masks, a segmenter, and a
+discriminator that tells the pairs of both from true ones. Levels are trained one after another,
+the coarsest first; a finished level only hands its result on.
+
+====================  ==========================================================
+paper                 here
+====================  ==========================================================
+x_n, y_n              images in [-1, 1] and one-hot masks, 1 / 2^n of the crop
+G_n, S_n, D_n         ``generator_n``, ``segmenter_n``, ``discriminator_n``
+xt_n, yh_n            what G_n paints, the softmax of what S_n says
+N                     ``levels - 1``, the coarsest
+m_l, m_g, m_u         images of a level's step: labelled, painted, unlabelled
+alpha, beta, gamma    ``lambda_rec``, ``lambda_feat``, ``lambda_perc``
+alpha'                ``lambda_ce``
+====================  ==========================================================
+
+Slips of the paper, and what is done. Equation 7 has a cross-entropy without minus: it has one.
+Equation 6 has the segmenter's pair as D(x_n | y_n, yh_{n+1}): it is D(x_n, yh_n). Algorithm 2 names
+equation 6 for all updates: it is equation 8, as in Algorithm 3. The perceptual loss is of pairs of
+image and mask, but a VGG takes three channels, and the mask is the same on both sides: it is of
+images. Phi_n and the amplitude of the noise are in an appendix that we do not have: SinGAN's.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from histostream.training import device as compute
+from histostream.training.batches import UNLABELLED, padded
+from histostream.training.data import DataError, Sample
+from histostream.training.losses import cross_entropy
+from histostream.training.methods import Batch, State
+from histostream.training.networks.fc_densenet import FCDenseNet
+from histostream.training.networks.pyramid import (
+    Generator,
+    GeneratorPyramid,
+    Judged,
+    MultiScaleDiscriminator,
+    PatchDiscriminator,
+    Pix2PixUNet,
+    SegmenterPyramid,
+    halved,
+    one_hot_levels,
+    resnet_trunk,
+    singan_trunk,
+    up2,
+)
+from histostream.training.networks.vgg import STRIDE_PX as VGG_STRIDE_PX
+from histostream.training.networks.vgg import VGG19Features
+from histostream.training.schedule import DECAYS, Schedule
+
+if TYPE_CHECKING:
+    from histostream.training.batches import Parts
+
+REMEMBERED = 100  # steps that the running estimate of the paintings' error is about
+MEASURED = 64  # training images, at most, over which noise and batch statistics are measured
+MIXED = 4  # whole images in a batch whose statistics are measured; the paper's finest level
+PENALTY = 0.1  # weight of WGAN-GP's gradient penalty; SinGAN
+VGG_WEIGHTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0)  # of relu1_1 to relu5_1; pix2pixHD
+EPSILON = 1e-7  # probability whose logarithm is taken
+PATCH_PX = 32  # smallest images of pix2pix's discriminator
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What defines a model; the defaults are the paper's, else those of the work it cites.
+
+    What it is compared with are switches:
+
+    ====================  ======  =======  =============  ================================
+    name                  levels  g_arch   judge_segm...  else
+    ====================  ======  =======  =============  ================================
+    full                  4       singan   True
+    semi-supervised       4       singan   True           semi_supervised
+    m-FCDenseNet          1       none     False
+    + pyramid             4       none     False          True: D stays (not in the paper)
+    consistency           1       none     False          lambda_consistency=1
+    pix2pix               1       unet     False          d_arch="patch", L1 of weight 100
+    pix2pixHD             1       resnet   False          gan="lsgan", wider
+    ====================  ======  =======  =============  ================================
+
+    pix2pix and pix2pixHD are for the images that they paint; a segmenter is trained beside them on
+    the true pairs, without a part in their losses, so that every run is scored and exported alike.
+    They get noise as the paper's generators do, that the samples of a mask may differ.
+
+    Levels take shares of the run's steps: as ``level_shares`` says, or such that each passes as
+    often over the images, the paper's 200 epochs each. Times within a level are shares of it.
+    """
+
+    levels: int = 4  # paper: N + 1; 64 to 512 px for GlaS; 5 for 1024 px
+    level_batches: str = ""  # images a step, coarsest first, "8,6,4,4" in the paper; "": the batch
+    level_shares: str = ""  # of the steps, coarsest first, in any unit; "": as 1 / level_batches
+    # Generator
+    g_arch: str = "singan"  # ours: appendix A.1 is lost; or "resnet", "unet" (pix2pix), "none"
+    g_width: int = 64  # ours: of SinGAN's finest levels; pix2pix: 64
+    g_downs: int = 2  # ours, of "resnet"; pix2pixHD: 4; pix2pix's U-Net: 8
+    g_blocks: int = 4  # ours, of "resnet"; pix2pixHD: 9
+    noise: float = 0.1  # SinGAN: times the RMSE of what the coarser level painted; coarsest: 1
+    # Segmenter: m-FCDenseNet, "42 layers, roughly 1 M parameters"
+    first_width: int = 48  # FC-DenseNet's code, as the next three
+    growth: int = 12
+    layers: int = 5
+    dropout: float = 0.2
+    poolings: int = 3  # what gives 42 layers and 0.966 M parameters
+    segmenter_noise: float = 0.1  # ours: z_n of equation 5, standard deviation, in training
+    painted_statistics: bool = True  # painted images move S's batch statistics; recommended: False
+    reestimate: bool = False  # recommended: True, batch statistics of clean images are frozen
+    # Discriminator
+    d_arch: str = "multiscale"  # paper: as pix2pixHD; or "patch" (pix2pix)
+    d_width: int = 64  # pix2pixHD
+    d_scales: int = 3  # paper
+    judge_segmenter: bool = True  # paper: D judges the segmenter's pairs, equation 6
+    gan: str = "bce"  # paper: log form; or "lsgan" (pix2pixHD), "wgan-gp" (SinGAN)
+    mask_for_discriminator: str = "softmax"  # paper; recommended: "straight_through", `shown_mask`
+    # Losses
+    rec_loss: str = "l2"  # paper, equation 3; or "l1" (pix2pix)
+    lambda_rec: float = 1e-3  # paper: alpha
+    lambda_feat: float = 10.0  # paper: beta, equation 4
+    lambda_perc: float = 10.0  # paper: gamma
+    perceptual: str = "none"  # paper: "vgg19", whose weights have to be at hand
+    vgg_weights: str = ""  # path of torchvision's vgg19, .safetensors or .pth
+    lambda_ce: float = 1.0  # paper: alpha'
+    synthetic_weight: float = 0.03  # paper: of the cross-entropy on painted images; 0: none
+    synthetic_rule: str = "epochs"  # paper; recommended: "quality", of the paintings
+    synthetic_from: float = 0.5  # paper: after 100 epochs of 200, the same for all levels here
+    synthetic_quality: float = 0.7  # ours: RMSE of paintings, in deviations of the images, at most
+    # Semi-supervised, Algorithm 3
+    semi_supervised: bool = False
+    pseudo_positives: float = 0.5  # ours: final share of S's own pairs among D's true ones
+    pseudo_from: float = 0.25  # ours: when the share leaves 0: after 50 epochs,
+    pseudo_to: float = 0.5  # and when it is full: after 100
+    # Consistency, equation 9
+    lambda_consistency: float = 0.0  # ours where it is on: 1
+    consistency_noise: float = 0.1  # ours: standard deviation, for teacher and student
+    consistency_ramp: float = 0.2  # ours: lambda is full after 40 epochs
+    ema: float = 0.99  # ours: of the teacher
+    # Optimisers
+    generator_learning_rate: float = 1e-4  # paper
+    segmenter_learning_rate: float = 5e-4  # paper
+    discriminator_learning_rate: float = 5e-4  # paper
+    level_decay: str = "none"  # paper: says none; "cosine", "poly": rates fall to 0 in each level
+    beta1: float = 0.5  # paper
+    beta2: float = 0.999  # paper
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("g_arch", ("singan", "resnet", "unet", "none")),
+            ("d_arch", ("multiscale", "patch")),
+            ("gan", ("bce", "lsgan", "wgan-gp")),
+            ("mask_for_discriminator", ("softmax", "straight_through")),
+            ("rec_loss", ("l2", "l1")),
+            ("synthetic_rule", ("epochs", "quality")),
+            ("perceptual", ("none", "vgg19")),
+            ("level_decay", DECAYS),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name}={value!r}: use {' or '.join(map(repr, known))}")
+        for name in ("levels", "g_width", "first_width", "growth", "layers", "d_width", "d_scales"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: use 1 or more")
+        for name in (
+            "g_downs",
+            "g_blocks",
+            "noise",
+            "segmenter_noise",
+            "poolings",
+            "lambda_rec",
+            "lambda_feat",
+            "lambda_perc",
+            "lambda_ce",
+            "synthetic_weight",
+            "synthetic_quality",
+            "lambda_consistency",
+            "consistency_noise",
+        ):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: use 0 or more")
+        for name in ("synthetic_from", "pseudo_from", "pseudo_to", "consistency_ramp"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: a share of a level, use 0 to 1")
+        for name in ("dropout", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: use 0 or more, less than 1")
+        if not 0 <= self.pseudo_positives <= 0.5:
+            raise ValueError(
+                f"pseudo_positives={self.pseudo_positives}: there are as many images without "
+                "labels as with, use 0 to 0.5"
+            )
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Refuse settings that exclude each other."""
+        for name in ("level_batches", "level_shares"):
+            numbers = self._numbers(name)
+            if numbers and (len(numbers) != self.levels or min(numbers) < 1):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: give {self.levels} whole numbers from 1, one a level"
+                )
+        if self.g_arch == "unet" and (self.levels != 1 or self.g_downs < 2):
+            raise ValueError('g_arch="unet" is pix2pix: set levels=1 and g_downs=8 (2 or more)')
+        if self.d_arch == "patch" and self.paints and self.lambda_feat:
+            raise ValueError('d_arch="patch" shows no features: set lambda_feat=0')
+        if self.semi_supervised and not self.judge_segmenter:
+            raise ValueError("semi_supervised learns from the discriminator: set judge_segmenter")
+        if self.perceptual == "vgg19" and not self.vgg_weights:
+            raise ValueError(
+                'perceptual="vgg19" needs vgg_weights=PATH, torchvision\'s vgg19; or set perceptual="none"'
+            )
+        if self.pseudo_to < self.pseudo_from:
+            raise ValueError("use pseudo_from <= pseudo_to")
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Images of a step, coarsest first; empty: as many as the schedule's batch."""
+        return self._numbers("level_batches")
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Of the run's steps, coarsest first; their sum is 1."""
+        each = self._numbers("level_shares") or [1 / m for m in self.batches or (1,) * self.levels]
+        return tuple(one / sum(each) for one in each)
+
+    def _numbers(self, name: str) -> tuple[int, ...]:
+        text = getattr(self, name)
+        try:
+            return tuple(int(word) for word in text.split(",")) if text else ()
+        except ValueError:
+            raise ValueError(f'{name}={text!r}: write numbers, as "8,6,4,4"') from None
+
+    @property
+    def paints(self) -> bool:
+        """Whether there are generators."""
+        return self.g_arch != "none"
+
+    @property
+    def judges(self) -> bool:
+        """Whether there are discriminators."""
+        return self.paints or self.judge_segmenter
+
+    @property
+    def uses_pool(self) -> bool:
+        """Whether half of a step's images have no labels."""
+        return self.semi_supervised or self.lambda_consistency > 0
+
+    @property
+    def least_crop_px(self) -> int:
+        """Side of the smallest crops that the networks take."""
+        coarsest = 1 << self.poolings
+        if self.judges:
+            # Instance normalisation needs two pixels of the smallest map.
+            coarsest = max(coarsest, PATCH_PX if self.d_arch == "patch" else 2 << (self.d_scales - 1))
+        if self.perceptual == "vgg19":
+            coarsest = max(coarsest, VGG_STRIDE_PX)
+        return coarsest << (self.levels - 1)
+
+
+def score_kind(config: Config) -> str:
+    """Say what the deployed graph's scores are."""
+    del config
+    return "probability"
+
+
+def align_px(config: Config) -> int:
+    """Height and width are multiples of this: the poolings of the coarsest level."""
+    halvings = config.g_downs if config.g_arch in ("resnet", "unet") else 0
+    return 1 << (max(config.poolings, halvings) + config.levels - 1)
+
+
+def pools(config: Config) -> tuple[str, ...]:
+    """Images without labels, where half of the training is on them."""
+    return (UNLABELLED,) if config.uses_pool else ()
+
+
+# ----------------------------------------------------------------------------- the run
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """Where a run is.
+
+    Attributes
+    ----------
+    level
+        That is being trained.
+    done, steps
+        Of the level.
+    """
+
+    level: int
+    done: int
+    steps: int
+
+    @property
+    def progress(self) -> float:
+        """Share of the level's steps that are done."""
+        return self.done / self.steps
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the level's first step."""
+        return self.done == 0
+
+
+def phase_at(config: Config, step: int, steps: int) -> Phase:
+    """Where a step is in a run: levels one after another, each with its share of the steps.
+
+    Raises
+    ------
+    DataError
+        If there are too few steps for the levels.
+    """
+    ends = [round(steps * part) for part in accumulate(config.shares)]
+    starts = [0, *ends[:-1]]
+    if any(start == end for start, end in zip(starts, ends, strict=True)):
+        raise DataError(
+            f"schedule.steps={steps} leaves a level of the pyramid without a step: "
+            f"set it higher, there are {config.levels} levels"
+        )
+    i = next(i for i, end in enumerate(ends) if step < end)
+    return Phase(config.levels - 1 - i, step - starts[i], ends[i] - starts[i])
+
+
+def eligible(config: Config, done: int, steps: int) -> bool:
+    """Whether the best checkpoint may be of this moment: only one of all levels is a pyramid."""
+    return phase_at(config, done - 1, steps).level == 0
+
+
+class Progress(nn.Module):
+    """What is known of the run; buffers, so that checkpoints have it.
+
+    Attributes
+    ----------
+    level
+        The finest level that was trained.
+    amplitudes
+        (levels,) of the noise of each, level 0 first; 1 at the coarsest, measured at the others.
+    classes, channels
+        Of the masks and of the images.
+    paintings
+        Steps of the level that the next two are running means of.
+    painted_square
+        Mean square of painted minus true images.
+    grey
+        (2, channels) mean and mean square of the true images.
+    """
+
+    level: Tensor
+    amplitudes: Tensor
+    paintings: Tensor
+    painted_square: Tensor
+    grey: Tensor
+
+    def __init__(self, levels: int, classes: int, channels: int) -> None:
+        super().__init__()
+        self.classes, self.channels = classes, channels
+        amplitudes = torch.zeros(levels)
+        amplitudes[-1] = 1
+        self.register_buffer("level", torch.tensor(levels - 1))
+        self.register_buffer("amplitudes", amplitudes)
+        self.register_buffer("paintings", torch.tensor(0))
+        self.register_buffer("painted_square", torch.tensor(0.0))
+        self.register_buffer("grey", torch.zeros(2, channels))
+
+    def forget(self) -> None:
+        """Begin the running means anew."""
+        self.paintings.zero_()
+
+    @torch.no_grad()
+    def see(self, painted: Tensor, images: Tensor) -> None:
+        """Take paintings and the true images of the same masks, (N, C, h, w), into the means.
+
+        They are plain means of the first `REMEMBERED` steps, then exponential ones.
+        """
+        self.paintings.add_(1)
+        share = 1 / min(int(self.paintings), REMEMBERED)
+        square = ((painted - images) ** 2).mean()
+        grey = torch.stack([images.mean((0, 2, 3)), (images**2).mean((0, 2, 3))])
+        self.painted_square.copy_(torch.lerp(self.painted_square, square, share))
+        self.grey.copy_(torch.lerp(self.grey, grey, share))
+
+    def painting_error(self) -> Tensor:
+        """Return the RMSE of the paintings in standard deviations of the images.
+
+        1 is what a constant reaches, the mean colour of all images; 0 are the images themselves.
+        """
+        mean, square = self.grey
+        variance = (square - mean**2).mean().clamp(min=EPSILON)
+        error: Tensor = (self.painted_square / variance).sqrt()
+        return error
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *more: Any) -> None:
+        # Checkpoints of before there was an estimate have none.
+        for name in ("paintings", "painted_square", "grey"):
+            state_dict.setdefault(prefix + name, getattr(self, name))
+        super()._load_from_state_dict(state_dict, prefix, *more)
+
+
+def build(config: Config, classes: int, channels: int = 3) -> State:
+    """Make the networks of all levels and their optimisers."""
+    levels = range(config.levels - 1, -1, -1)
+    modules: dict[str, nn.Module] = {"progress": Progress(config.levels, classes, channels)}
+    # Segmenters come first: the comparators of one seed and as many levels start from the same.
+    for n in levels:
+        modules[f"segmenter_{n}"] = FCDenseNet(
+            channels + classes,
+            classes,
+            first_width=config.first_width,
+            growth=config.growth,
+            layers=config.layers,
+            poolings=config.poolings,
+            dropout=config.dropout,
+        )
+    rates = {"segmenter": config.segmenter_learning_rate}
+    if config.paints:
+        rates["generator"] = config.generator_learning_rate
+        for n in levels:
+            modules[f"generator_{n}"] = Generator(_trunk(config, classes, channels))
+    if config.judges:
+        rates["discriminator"] = config.discriminator_learning_rate
+        for n in levels:
+            modules[f"discriminator_{n}"] = _discriminator(config, classes + channels)
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        f"{name}_{n}": torch.optim.Adam(modules[f"{name}_{n}"].parameters(), rate, (config.beta1, config.beta2))
+        for name, rate in rates.items()
+        for n in levels
+    }
+    if config.lambda_consistency:
+        modules["teacher"] = copy.deepcopy(modules["segmenter_0"]).requires_grad_(False)
+    if config.perceptual == "vgg19" and config.paints:
+        modules["perceptual"] = VGG19Features()
+    return State(config, modules, optimizers, needed=("progress", *(f"segmenter_{n}" for n in levels)))
+
+
+def _trunk(config: Config, classes: int, channels: int) -> nn.Module:
+    into = classes + channels
+    if config.g_arch == "resnet":
+        return resnet_trunk(into, channels, config.g_width, config.g_downs, config.g_blocks)
+    if config.g_arch == "unet":
+        return Pix2PixUNet(into, channels, config.g_width, config.g_downs)
+    return singan_trunk(into, channels, config.g_width)
+
+
+def _discriminator(config: Config, in_channels: int) -> nn.Module:
+    if config.d_arch == "patch":
+        return PatchDiscriminator(in_channels, config.d_width)
+    return MultiScaleDiscriminator(in_channels, config.d_width, config.d_scales)
+
+
+def before_step(state: State, parts: Parts, step: int, steps: int) -> None:
+    """Begin a level: the finished one is frozen, the noise of the next is measured.
+
+    Raises
+    ------
+    DataError
+        If there are too few steps for the levels.
+    WeightsError
+        If the weights of the VGG are not where they should be.
+    """
+    config: Config = state.config
+    vgg = state.modules.get("perceptual")
+    if isinstance(vgg, VGG19Features) and not vgg.ready:
+        vgg.read(Path(config.vgg_weights).expanduser())
+    phase = phase_at(config, step, steps)
+    _decay(state, phase)
+    if not phase.first:
+        return
+    run = _progress(state)
+    if config.reestimate and phase.level < config.levels - 1:
+        reestimate(state, parts, phase.level + 1)
+    run.level.fill_(phase.level)
+    run.forget()
+    if config.paints and phase.level < config.levels - 1:
+        samples = [parts.samples[i] for i in parts.split.train]
+        run.amplitudes[phase.level] = config.noise * painting_error(state, samples, phase.level)
+    if "teacher" in state.modules:
+        segmenter = state.modules[f"segmenter_{phase.level}"]
+        state.modules["teacher"].load_state_dict(segmenter.state_dict())
+
+
+def _decay(state: State, phase: Phase) -> None:
+    """Let the rates of a level fall from what the schedule has set to 0 at the level's end."""
+    if state.config.level_decay == "none":
+        return
+    factor = Schedule(decay=state.config.level_decay).rate(phase.done, phase.steps)
+    for name, optimizer in state.optimizers.items():
+        if name.endswith(f"_{phase.level}"):
+            for group in optimizer.param_groups:
+                group["lr"] *= factor
+
+
+@torch.no_grad()
+def painting_error(state: State, samples: Sequence[Sample], level: int) -> float:
+    """Root mean square of up2(xt_{n+1}) - x_n over up to 64 training images, evenly chosen.
+
+    SinGAN's rule: the noise of a level is in proportion to what is left for it to paint.
+    """
+    config, run = state.config, _progress(state)
+    squares, values = 0.0, 0
+    for sample in _chosen(samples):
+        image, labels = padded(sample.image, sample.labels, align_px(config))
+        nchw = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)[None]))
+        wanted = halved(_scaled(nchw.to(run.amplitudes.device)), level + 1)[level]
+        truth = torch.from_numpy(labels[None].astype(np.int64)).to(wanted.device)
+        masks = one_hot_levels(truth, run.classes, config.levels)
+        off = _painted_above(state, masks, level)[0] - wanted
+        squares, values = squares + float((off**2).sum()), values + off.numel()
+    return math.sqrt(squares / values)
+
+
+def settle(state: State, parts: Parts) -> None:
+    """Measure the batch statistics of the level in training anew, as before it is frozen."""
+    if state.config.reestimate:
+        reestimate(state, parts, finest_level(state))
+
+
+def finish(state: State, parts: Parts) -> None:
+    """Nothing is left to measure: the best checkpoint was settled before it was judged."""
+
+
+@torch.no_grad()
+def reestimate(state: State, parts: Parts, level: int) -> None:
+    """Measure the batch statistics of S_n on clean training images: no noise, no dropout.
+
+    What training gathers is of images with noise, of maps with dropout and of painted images, and
+    lags behind the weights. In their place comes the plain mean over batches of whole images as
+    they will be segmented, up to 64 evenly chosen ones.
+
+    Parameters
+    ----------
+    state
+        Of the model; the levels above n are finished.
+    parts
+        The data; the training images are measured.
+    level
+        n.
+    """
+    config: Config = state.config
+    segmenter = state.modules[f"segmenter_{level}"]
+    layers = [m for m in segmenter.modules() if isinstance(m, nn.BatchNorm2d)]
+    momenta, training = [layer.momentum for layer in layers], segmenter.training
+    segmenter.eval()
+    for layer in layers:
+        layer.train()
+        layer.reset_running_stats()
+        layer.momentum = None  # the plain mean over all that comes
+    device = _progress(state).amplitudes.device
+    for images in _batched_whole(parts, align_px(config), MIXED):
+        shown = halved(_scaled(images.to(device)), config.levels)
+        _segment(state, level, shown[level], _segmented_above(state, shown[::-1], level), 0.0)
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+    segmenter.train(training)
+
+
+def _batched_whole(parts: Parts, align: int, most: int) -> Iterator[Tensor]:
+    """Yield training images, (m, C, H, W) uint8; those of one size together, up to ``most``.
+
+    Several at a time, since the variance of a batch is to be that between images, too.
+    """
+    sizes: dict[tuple[int, ...], list[NDArray[np.uint8]]] = {}
+    for sample in _chosen([parts.samples[i] for i in parts.split.train]):
+        image = padded(sample.image, sample.labels, align)[0]
+        sizes.setdefault(image.shape, []).append(image.transpose(2, 0, 1))
+    for images in sizes.values():
+        # Batches as equal as can be: all count alike in the mean.
+        for some in np.array_split(np.stack(images), -(-len(images) // most)):
+            yield torch.from_numpy(np.ascontiguousarray(some))
+
+
+def _chosen(samples: Sequence[Sample]) -> list[Sample]:
+    """Return up to 64 samples, evenly chosen."""
+    places = np.linspace(0, len(samples) - 1, min(MEASURED, len(samples))).round()
+    return [samples[int(place)] for place in places]
+
+
+@contextmanager
+def _statistics(network: nn.Module, *, move: bool) -> Iterator[None]:
+    """Let a pass in training move the running means of batch normalisation, or not."""
+    layers = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    for layer in layers:
+        layer.track_running_stats = move
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True
+
+
+# ----------------------------------------------------------------------------- levels
+
+
+def _scaled(images: Tensor) -> Tensor:
+    """Grey levels 0..255 to [-1, 1]."""
+    return images.to(torch.float32) / 127.5 - 1
+
+
+def _progress(state: State) -> Progress:
+    return cast(Progress, state.modules["progress"])
+
+
+def _noise(state: State, like: Tensor, level: int) -> Tensor:
+    """z_n, (N, C, h, w) like an image of the level."""
+    return _progress(state).amplitudes[level] * torch.randn_like(like)
+
+
+def _painted_above(state: State, masks: list[Tensor], level: int) -> tuple[Tensor, list[Tensor]]:
+    """Paint the levels above one, without a gradient.
+
+    Returns
+    -------
+    up2(xt_{n+1}), zeros at the coarsest; and xt_N to xt_{n+1}, coarsest first.
+    """
+    config, run = state.config, _progress(state)
+    coarsest = masks[config.levels - 1]
+    painted: list[Tensor] = []
+    coarser = coarsest.new_zeros(len(coarsest), run.channels, *coarsest.shape[-2:])
+    with torch.no_grad():
+        for n in range(config.levels - 1, level, -1):
+            generator = state.modules[f"generator_{n}"].eval()
+            painted.append(generator(masks[n], _noise(state, coarser, n), coarser))
+            coarser = up2(painted[-1])
+    return coarser, painted
+
+
+def _segmented_above(state: State, images: Sequence[Tensor], level: int) -> Tensor:
+    """up2(yh_{n+1}) by the levels above one, frozen; zeros at the coarsest.
+
+    Parameters
+    ----------
+    state
+        Of the model.
+    images
+        Coarsest first, down to level n + 1 at least.
+    level
+        n.
+
+    Returns
+    -------
+    (N, K, h, w), of twice the size of the level above; at the coarsest (1, K, 1, 1).
+    """
+    coarsest = state.config.levels - 1
+    coarser = images[0].new_zeros(1, _progress(state).classes, 1, 1)
+    with torch.no_grad():
+        for n in range(coarsest, level, -1):
+            segmenter = state.modules[f"segmenter_{n}"].eval()
+            coarser = up2(segmenter(_with_mask(images[coarsest - n], coarser)).softmax(dim=1))
+    return coarser
+
+
+def _with_mask(image: Tensor, mask: Tensor) -> Tensor:
+    """Concatenate along channels; a mask of one pixel, the coarsest level's zeros, is repeated."""
+    mask = mask.expand(len(image), -1, *image.shape[-2:])
+    return torch.cat([image, mask], dim=1)
+
+
+# ----------------------------------------------------------------------------- losses
+
+
+def adversarial_loss(kind: str, judged: Judged, *, real: bool) -> Tensor:
+    """How far D's logits are from "real", or from "not real": the mean of its scales.
+
+    With ``real`` for what is not, it is what G and S minimise: -log D, the non-saturating form of
+    equations 2 and 6.
+
+    Parameters
+    ----------
+    kind
+        "bce", "lsgan" (squares) or "wgan-gp" (the mean itself).
+    judged
+        What D returned.
+    real
+        What the logits are to say.
+    """
+    losses = []
+    for *_, logits in judged:
+        if kind == "wgan-gp":
+            losses.append(-logits.mean() if real else logits.mean())
+        else:
+            compare = F.binary_cross_entropy_with_logits if kind == "bce" else F.mse_loss
+            losses.append(compare(logits, torch.full_like(logits, float(real))))
+    return torch.stack(losses).mean()
+
+
+def shown_mask(kind: str, scores: Tensor) -> Tensor:
+    """Mask (N, K, h, w) of the segmenter's pairs, as D sees it and as S is judged by it.
+
+    With "softmax", p itself: a true mask is 0 or 1 everywhere and p never is, so that D can tell
+    the pairs apart by how sure the mask is, whatever it shows. With "straight_through" the arg-max
+    as one-hot, which only differs from a true mask where it is wrong, with the gradient of p:
+    ``hard + p - p.detach()``.
+    """
+    p = scores.softmax(dim=1)
+    if kind == "softmax":
+        return p
+    hard = F.one_hot(p.argmax(dim=1), p.shape[1]).movedim(-1, 1).to(p.dtype)
+    return hard + (p - p.detach())  # in this order it is 0 or 1 exactly
+
+
+def feature_loss(real: Judged, fake: Judged) -> Tensor:
+    """Distance of D's inner maps of true and painted pairs: equation 4, pix2pixHD's factors.
+
+    The mean over the scales of 4 / layers times the sum over a scale's layers of mean ``|a - b|``.
+    """
+    scales = []
+    for of_real, of_fake in zip(real, fake, strict=True):
+        inner = list(zip(of_real[:-1], of_fake[:-1], strict=True))
+        off = torch.stack([F.l1_loss(b, a.detach()) for a, b in inner])
+        scales.append(4 / len(inner) * off.sum())
+    return torch.stack(scales).mean()
+
+
+def perceptual_loss(vgg: nn.Module, painted: Tensor, images: Tensor) -> Tensor:
+    """Weighted distance of VGG19's maps of painted and true images, as pix2pixHD."""
+    with torch.no_grad():
+        wanted = vgg(images)
+    found = vgg(painted)
+    weighted = [weight * F.l1_loss(a, b) for weight, a, b in zip(VGG_WEIGHTS, found, wanted, strict=True)]
+    return torch.stack(weighted).sum()
+
+
+def gradient_penalty(judge: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
+    """WGAN-GP's penalty on pairs between true and not true ones, per pixel as SinGAN has it.
+
+    ``mean (|grad| - 1)^2`` over pixels and scales; the norm is over channels.
+    """
+    share = torch.rand(len(real), 1, 1, 1, device=real.device)
+    between = torch.lerp(fake, real, share).requires_grad_(True)
+    penalties = []
+    for *_, logits in judge(between):
+        (slope,) = torch.autograd.grad(logits.sum(), between, create_graph=True)
+        penalties.append(((slope.norm(dim=1) - 1) ** 2).mean())
+    return torch.stack(penalties).mean()
+
+
+def pseudo_share(config: Config, progress: float) -> float:
+    """Share of S's own pairs among those that D is to call true, at a progress of the level."""
+    length = config.pseudo_to - config.pseudo_from
+    done = progress - config.pseudo_from
+    ramp = min(1.0, max(0.0, done / length)) if length else float(done >= 0)
+    return config.pseudo_positives * ramp
+
+
+def consistency_weight(config: Config, progress: float) -> float:
+    """Lambda of equation 9 at a progress of the level: exp(-5 (1 - t)^2), as Laine and Aila."""
+    ramp = min(1.0, progress / config.consistency_ramp) if config.consistency_ramp else 1.0
+    return config.lambda_consistency * math.exp(-5 * (1 - ramp) ** 2)
+
+
+# ----------------------------------------------------------------------------- training
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What one level sees of a batch.
+
+    Attributes
+    ----------
+    images
+        x_n, (m, C, h, w) in [-1, 1]: first those with labels, then those without.
+    coarser
+        up2(yh_{n+1}) of the images, (m, K, h, w).
+    truth
+        (m_l, h, w) int64.
+    masks
+        One-hot (m_l, K, h, w) of each level, level 0 first.
+    level
+        n.
+    """
+
+    images: Tensor
+    coarser: Tensor
+    truth: Tensor
+    masks: list[Tensor]
+    level: int
+
+    @property
+    def mask(self) -> Tensor:
+        """y_n, (m_l, K, h, w)."""
+        return self.masks[self.level]
+
+    @property
+    def labelled(self) -> int:
+        """m_l."""
+        return len(self.truth)
+
+
+def step(state: State, batch: Batch) -> dict[str, Tensor]:
+    """Train one level on one batch: D on what G and S make now, then G, then S, by equation 8.
+
+    Returns
+    -------
+    The losses, without their weights, all from the first step on (0 until they are used):
+    ``segmentation``, and as far as they are on ``synthetic``, ``segmenter_adversarial``,
+    ``consistency``, ``generator_adversarial``, ``reconstruction``, ``features``, ``perceptual``
+    and ``discriminator``; and ``painting_error`` where it decides what the segmenter sees.
+
+    Raises
+    ------
+    DataError
+        If the crops do not suit the pyramid.
+    """
+    config: Config = state.config
+    _check_crops(config, batch)
+    phase = phase_at(config, batch.step, batch.steps)
+    n = phase.level
+    _set_modes(state, n)
+    seen = _look(state, batch, n)
+    scores = _segment(state, n, seen.images, seen.coarser, config.segmenter_noise)
+    losses: dict[str, Tensor] = {}
+    fakes: list[tuple[Tensor, Tensor]] = []
+    above: list[Tensor] = []
+    if config.paints:
+        coarser, above = _painted_above(state, seen.masks, n)
+        noise = _noise(state, coarser, n)
+        painted = state.modules[f"generator_{n}"](seen.mask, noise, coarser)
+        fakes.append((painted, seen.mask))
+        above = [*above, painted.detach()]
+        if _measures_paintings(config):
+            _progress(state).see(painted.detach(), seen.images[: seen.labelled])
+            losses["painting_error"] = _progress(state).painting_error()
+    if config.judge_segmenter:
+        fakes.append((seen.images, shown_mask(config.mask_for_discriminator, scores)))
+    if config.judges:
+        reals = _true_pairs(config, seen, scores, phase.progress)
+        losses["discriminator"] = _step_discriminator(state, n, reals, fakes)
+    if config.paints:
+        losses |= _step_generator(state, seen, painted)
+    losses |= _step_segmenter(state, phase, seen, scores, above)
+    nothing = torch.zeros_like(losses["segmentation"])
+    return {name: losses.get(name, nothing).detach() for name in _loss_names(config)}
+
+
+def _measures_paintings(config: Config) -> bool:
+    return config.paints and config.synthetic_weight > 0 and config.synthetic_rule == "quality"
+
+
+def _admits_paintings(state: State, phase: Phase) -> bool:
+    """Whether S is to learn from painted images: by the share of the steps, or by their quality."""
+    config: Config = state.config
+    if config.synthetic_rule == "quality":
+        return bool(_progress(state).painting_error() < config.synthetic_quality)
+    return phase.progress >= config.synthetic_from
+
+
+def _loss_names(config: Config) -> list[str]:
+    used = {
+        "segmentation": True,
+        "synthetic": config.paints and config.synthetic_weight > 0,
+        "painting_error": _measures_paintings(config),
+        "segmenter_adversarial": config.judge_segmenter,
+        "consistency": config.lambda_consistency > 0,
+        "generator_adversarial": config.paints,
+        "reconstruction": config.paints and config.lambda_rec > 0,
+        "features": config.paints and config.lambda_feat > 0,
+        "perceptual": config.paints and config.perceptual != "none",
+        "discriminator": config.judges,
+    }
+    return [name for name, there in used.items() if there]
+
+
+def _check_crops(config: Config, batch: Batch) -> None:
+    """Refuse crops that a level cannot take, with what to set."""
+    align, least = align_px(config), config.least_crop_px
+    for images in (batch.images, *batch.pools.values()):
+        height, width = images.shape[-2:]
+        if height % align or width % align or min(height, width) < least:
+            raise DataError(
+                f"crops are {width} x {height} px, {config.levels} levels take multiples of "
+                f"{align} px from {least} px on: set schedule.crop_px, or method.levels"
+            )
+
+
+def _set_modes(state: State, level: int) -> None:
+    """Put the level's networks into training mode; the finished ones are frozen."""
+    for name, module in state.modules.items():
+        _, _, number = name.rpartition("_")
+        module.train(number == str(level) or name == "teacher")
+
+
+def _images_of(config: Config, batch: Batch, level: int) -> tuple[Tensor, int]:
+    """Return a level's images of a batch, (m, C, H, W) uint8, and how many of them have labels.
+
+    The first of the batch; half of them from the pool, rounded up, where there is one.
+    """
+    count = len(batch.images)
+    if config.batches:
+        # Processes share a level's batch as they share the schedule's.
+        share = -(-config.batches[config.levels - 1 - level] // compute.processes())
+        count = min(count, share)
+    if not config.uses_pool:
+        return batch.images[:count], count
+    half = -(-count // 2)
+    return torch.cat([batch.images[:half], batch.pools[UNLABELLED][:half]]), half
+
+
+def _look(state: State, batch: Batch, level: int) -> Seen:
+    config = state.config
+    images, labelled = _images_of(config, batch, level)
+    shown = halved(_scaled(images), config.levels)
+    masks = one_hot_levels(batch.labels[:labelled], _progress(state).classes, config.levels)
+    coarser = _segmented_above(state, shown[::-1], level)
+    return Seen(shown[level], coarser, masks[level].argmax(dim=1), masks, level)
+
+
+def _segment(state: State, level: int, images: Tensor, coarser: Tensor, noise: float) -> Tensor:
+    """Scores of S_n, (m, K, h, w), on images with noise: equation 5."""
+    if noise:
+        images = images + noise * torch.randn_like(images)
+    scores: Tensor = state.modules[f"segmenter_{level}"](_with_mask(images, coarser))
+    return scores
+
+
+def _true_pairs(config: Config, seen: Seen, scores: Tensor, progress: float) -> Tensor:
+    """Pairs that D is to call true, (m_l or more, C + K, h, w).
+
+    Algorithm 3 adds some of S's own on images without labels, hard as true masks are. Each is drawn
+    with the probability that gives them, on average, their share.
+    """
+    count = seen.labelled
+    images, mask = seen.images[:count], seen.mask
+    if config.semi_supervised and (share := pseudo_share(config, progress)):
+        drawn = torch.rand(len(scores) - count) < share / (1 - share)
+        chosen = [count + i for i, wanted in enumerate(drawn.tolist()) if wanted]
+        found = F.one_hot(scores[chosen].argmax(dim=1), scores.shape[1]).movedim(-1, 1)
+        mask = torch.cat([mask, found.to(mask.dtype)])
+        images = torch.cat([images, seen.images[chosen]])
+    return torch.cat([images, mask], dim=1)
+
+
+def _step_discriminator(state: State, level: int, reals: Tensor, fakes: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Step D_n: equations 2 and 6, the mean of the kinds of pairs that are not true."""
+    kind, judge = state.config.gan, state.modules[f"discriminator_{level}"]
+    loss = adversarial_loss(kind, judge(reals), real=True)
+    for image, mask in fakes:
+        pairs = torch.cat([image, mask], dim=1).detach()
+        own = adversarial_loss(kind, judge(pairs), real=False)
+        if kind == "wgan-gp":
+            count = min(len(reals), len(pairs))
+            own = own + PENALTY * gradient_penalty(judge, reals[:count], pairs[:count])
+        loss = loss + own / len(fakes)
+    _descend(state, f"discriminator_{level}", loss)
+    return loss
+
+
+def _step_generator(state: State, seen: Seen, painted: Tensor) -> dict[str, Tensor]:
+    """Step G_n: equation 2, D frozen."""
+    config: Config = state.config
+    level, images, mask = seen.level, seen.images[: seen.labelled], seen.mask
+    judge = state.modules[f"discriminator_{level}"].requires_grad_(False)
+    fake: Judged = judge(torch.cat([painted, mask], dim=1))
+    losses = {"generator_adversarial": adversarial_loss(config.gan, fake, real=True)}
+    total = losses["generator_adversarial"]
+    if config.lambda_rec:
+        distance = F.l1_loss if config.rec_loss == "l1" else F.mse_loss
+        losses["reconstruction"] = distance(painted, images)
+        total = total + config.lambda_rec * losses["reconstruction"]
+    if config.lambda_feat:
+        with torch.no_grad():
+            real: Judged = judge(torch.cat([images, mask], dim=1))
+        losses["features"] = feature_loss(real, fake)
+        total = total + config.lambda_feat * losses["features"]
+    if config.perceptual != "none":
+        losses["perceptual"] = perceptual_loss(state.modules["perceptual"], painted, images)
+        total = total + config.lambda_perc * losses["perceptual"]
+    judge.requires_grad_(True)
+    _descend(state, f"generator_{level}", total)
+    return losses
+
+
+def _step_segmenter(state: State, phase: Phase, seen: Seen, scores: Tensor, painted: list[Tensor]) -> dict[str, Tensor]:
+    """Step S_n: equation 7 and the cross-entropy on painted images, D frozen; or equation 9.
+
+    Parameters
+    ----------
+    state
+        Of the model.
+    phase
+        Where the run is.
+    seen, scores
+        What S_n saw, and what it said.
+    painted
+        xt_N to xt_n, coarsest first.
+    """
+    config: Config = state.config
+    n = phase.level
+    losses = {"segmentation": cross_entropy(scores[: seen.labelled], seen.truth)}
+    total = config.lambda_ce * losses["segmentation"]
+    if config.judge_segmenter:
+        judge = state.modules[f"discriminator_{n}"].requires_grad_(False)
+        mask = shown_mask(config.mask_for_discriminator, scores)
+        judged: Judged = judge(torch.cat([seen.images, mask], dim=1))
+        judge.requires_grad_(True)
+        losses["segmenter_adversarial"] = adversarial_loss(config.gan, judged, real=True)
+        total = total + losses["segmenter_adversarial"]
+    if painted and config.synthetic_weight and _admits_paintings(state, phase):
+        coarser = _segmented_above(state, painted, n)
+        with _statistics(state.modules[f"segmenter_{n}"], move=config.painted_statistics):
+            found = _segment(state, n, painted[-1], coarser, config.segmenter_noise)
+        losses["synthetic"] = cross_entropy(found, seen.truth)
+        total = total + config.synthetic_weight * losses["synthetic"]
+    if config.lambda_consistency:
+        losses["consistency"] = _consistency(state, seen)
+        total = total + consistency_weight(config, phase.progress) * losses["consistency"]
+    _descend(state, f"segmenter_{n}", total)
+    if "teacher" in state.modules:
+        _follow(state.modules["teacher"], state.modules[f"segmenter_{n}"], config.ema)
+    return losses
+
+
+def _consistency(state: State, seen: Seen) -> Tensor:
+    """Mean square of teacher minus student, each with noise of its own: L_C of equation 9."""
+    noise = state.config.consistency_noise
+    with torch.no_grad():
+        shown = seen.images + noise * torch.randn_like(seen.images)
+        wanted = state.modules["teacher"](_with_mask(shown, seen.coarser)).softmax(dim=1)
+    found = _segment(state, seen.level, seen.images, seen.coarser, noise).softmax(dim=1)
+    return F.mse_loss(found, wanted)
+
+
+@torch.no_grad()
+def _follow(teacher: nn.Module, student: nn.Module, keep: float) -> None:
+    """Move the mean teacher's weights towards the student's; its batch statistics are its own."""
+    for mean, weight in zip(teacher.parameters(), student.parameters(), strict=True):
+        mean.lerp_(weight, 1 - keep)
+
+
+def _descend(state: State, name: str, loss: Tensor) -> None:
+    optimizer = state.optimizers[name]
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+
+
+# ----------------------------------------------------------------------------- evaluation
+
+
+def finest_level(state: State) -> int:
+    """Return the number of the finest level that was trained; 0 when a run is over."""
+    return int(_progress(state).level)
+
+
+def segmenters(state: State) -> SegmenterPyramid:
+    """Return the levels that are trained, coarsest first, as one network."""
+    config = state.config
+    levels = range(config.levels - 1, finest_level(state) - 1, -1)
+    found = [cast(FCDenseNet, state.modules[f"segmenter_{n}"]) for n in levels]
+    return SegmenterPyramid(found, config.levels)
+
+
+def generators(state: State) -> GeneratorPyramid:
+    """Return the levels that are trained, coarsest first, as one network."""
+    config, run = state.config, _progress(state)
+    levels = range(config.levels - 1, int(run.level) - 1, -1)
+    found = [state.modules[f"generator_{n}"] for n in levels]
+    return GeneratorPyramid(found, [float(run.amplitudes[n]) for n in levels])
+
+
+@torch.no_grad()
+def validate(state: State, images: Tensor, labels: Tensor) -> tuple[float, Tensor]:
+    """Return the mean cross-entropy, and the predicted labels (N, H, W).
+
+    Of the pyramid as far as it is trained: what a checkpoint of this moment would deploy.
+    """
+    probability = segmenters(state).eval()(_scaled(images))
+    own = probability.gather(1, labels[:, None]).clamp(min=EPSILON)
+    return float(-own.log().mean()), probability.argmax(dim=1)
+
+
+@torch.no_grad()
+def paint(state: State, images: Tensor) -> dict[str, Tensor]:
+    """Return what the generators paint from the predicted labels, (N, C, H, W) uint8.
+
+    The noise is the same each time, so that sheets show what training changes.
+    """
+    config: Config = state.config
+    if not config.paints:
+        return {}
+    run = _progress(state)
+    predicted = segmenters(state).eval()(_scaled(images)).argmax(dim=1)
+    masks = one_hot_levels(predicted, run.classes, config.levels)[int(run.level) :][::-1]
+    source = torch.Generator().manual_seed(0)
+    noises = [torch.randn(len(m), run.channels, *m.shape[-2:], generator=source).to(m.device) for m in masks]
+    small = generators(state).eval()(masks, noises).movedim(-1, 1)
+    times = 1 << int(run.level)
+    return {"painted": small.repeat_interleave(times, -2).repeat_interleave(times, -1)}
+
+
+class Deployed(nn.Module):
+    """S_N to S_0 behind the tile contract: uint8 (N, H, W, C) in, uint8 (N, K, H, W) out.
+
+    The output is 255 times the probability of each class, rounded; the arg-max over K is the
+    label.
+    """
+
+    def __init__(self, pyramid: SegmenterPyramid) -> None:
+        super().__init__()
+        self.pyramid = pyramid
+
+    def forward(self, tiles: Tensor) -> Tensor:
+        """Scale, segment coarse to fine, return to 0..255."""
+        # Cast before transpose: TensorRT refuses a uint8 transpose.
+        x = tiles.to(torch.float32).permute(0, 3, 1, 2) / 127.5 - 1
+        return torch.clamp(self.pyramid(x) * 255 + 0.5, 0, 255).to(torch.uint8)
+
+
+def deployed(state: State) -> nn.Module:
+    """Return the module that export wraps: the segmenters, dropout off, batch statistics frozen."""
+    return Deployed(segmenters(state)).eval()

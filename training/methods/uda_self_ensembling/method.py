@@ -1,0 +1,681 @@
+"""UDA with self-ensembling: nuclei of a target set without labels, learnt from a labelled source.
+
+"Unsupervised domain adaptation with self-ensembling", paper 001 of the project. S segments images
+of both sets; D tells the source's label maps from the target's, and S learns to deceive it; R
+repaints the target's image from its label map; S agrees with itself about turned images and is
+made sure of itself.
+
+==========  ===========================================================
+paper       here
+==========  ===========================================================
+X_s, X_t    ``batch.images``, ``batch.pools["target"]``, normalised per set
+Y_s         ``batch.labels``, (N, H, W), 0 ground and 1 nuclei
+S           ``segmenter``, (N, C, H, W) to logits (N, 1, H, W); Y^ is their sigmoid
+D           ``discriminator``, Y^ to logits (N, 1, H/32, W/32) of "source"
+R           ``reconstructor``, Y^ to (N, C, H, W), linear
+pi          `turned`: quarter turns and mirroring
+lambda(E)   `ramp`
+==========  ===========================================================
+
+Equations 2, 3, 5, 7, 8 and 9 cannot be meant as they are printed; `entropy_loss`, `Config`,
+`ramp`, `domain_loss`, `reconstruction_loss` and `step` say what is done instead. (Equation 11 is
+equation 10 printed twice.) The paper's CRF is applied to what is deployed, outside of the network:
+its ablation "-CRF" is inference without that option.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from histostream.training import device as compute
+from histostream.training.batches import Parts, padded, unannotated
+from histostream.training.data import DataError, Picture
+from histostream.training.methods import Batch, State
+from histostream.training.networks.bn_unet import BatchNormUNet
+from histostream.training.networks.discriminator import DomainDiscriminator
+
+SOURCE, TARGET = 0, 1  # rows of the measurements in `Domains`
+HALF_RANGE = 127.5  # of uint8; what normalises until the sets are measured
+SMOOTH = 1.0  # of the Dice loss; the cited code. Equation 1 has none: 0/0 without nuclei
+EPSILON = 1e-7  # probability whose logarithm is taken
+STRIDE_PX = 16  # of S and R
+MIN_PX = 32  # what the discriminator halves five times
+FRACTION_PIXELS = 1 << 22  # pixels that CBST's thresholds are read from
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What defines a model; the defaults are the paper's, and ours where it is silent.
+
+    Slides as the target have glass on their tiles, which their mean and deviation then describe as
+    much as the tissue: choose ``normalise="source"`` there, and leave ``bn_recalibrate`` off.
+
+    The methods that it is compared with, its ablations, the floor and the ceiling differ in these
+    fields only; the weights are those of L_em, L_mse, L_adv, L_rec:
+
+    ====================  ================  ===============================
+    name                  weights           else
+    ====================  ================  ===============================
+    full                  1, 1, 1e-3, 1e-2
+    without EM loss       0, 1, 1e-3, 1e-2
+    without SE            1, 0, 1e-3, 1e-2
+    CellSegUDA            0, 0, 1e-3, 1e-2
+    DA-ADV                0, 0, 1e-3, 0
+    source-only           0, 0, 0, 0
+    source, target seen   0, 0, 0, 0        ``forward_target=True``
+    CBST                  0, 0, 0, 0        ``self_training=True``
+    oracle                0, 0, 0, 0        the target's labels as the data
+    ====================  ================  ===============================
+    """
+
+    em_form: str = "printed"  # eq. 2 prints -p log p; or "binary": what its text calls for
+    em_domains: str = "source"  # eq. 2 prints the source; or "both": its text is on the target
+    entropy_weight: float = 1.0  # paper, below eq. 4
+    # Paper: not ramped. At weight 1 and p about .5, where a run begins, eq. 2 has a gradient as
+    # large as Dice's and confirms what is wrong yet; True: times lambda(E), as the consistency.
+    entropy_ramp: bool = False
+    consistency_domains: str = "both"  # abstract; eq. 3 and 9 print "source", which adapts nothing
+    consistency_weight: float = 1.0  # paper: k of eq. 5
+    stop_gradient: bool = True  # ours: Y^ is a teacher's word in eq. 3, as in the cited work
+    flips: bool = False  # paper: pi rotates; True mirrors too
+    ema: float = 0.0  # paper: teacher and student share weights; 0.99 or 0.999: a mean teacher
+    ramp: str = "gaussian_up"  # ours, of eq. 5: Laine and Aila; or "gaussian_peak", or "none"
+    ramp_epochs: int = 30  # paper: e of eq. 5
+    lambda_adv: float = 0.001  # paper
+    lambda_rec: float = 0.01  # paper
+    self_training: bool = False  # CBST (Zou et al. 2018)
+    rounds: int = 4  # ours: of self-training, the last of the run
+    round_epochs: int = 2  # ours: length of a round; together they take half of a run at most
+    first_fraction: float = 0.2  # CBST: most confident pixels of each class, kept in round 1
+    fraction_step: float = 0.05  # CBST: more in each further round
+    max_fraction: float = 0.5  # CBST
+    # Control: S sees the target's batch without a loss, so that running statistics mix both sets.
+    forward_target: bool = False
+    bn_recalibrate: bool = False  # ours: what is judged and ships has the target's statistics alone
+    normalise: str = "each"  # cited code: each set by its own mean and deviation; or "source"
+    validation_domain: str = "source"  # whose statistics normalise validation images; or "target"
+    base_width: int = 64  # cited code: U-Net of 14.79 M parameters
+    discriminator_width: int = 64  # Tsai et al. 2018, as the cited code
+    learning_rate: float = 1e-4  # paper
+    discriminator_learning_rate: float = 1e-3  # paper
+    reconstructor_learning_rate: float = 1e-3  # paper
+    beta1: float = 0.9  # cited code: PyTorch's
+    beta2: float = 0.999  # cited code: PyTorch's
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("em_form", ("printed", "binary")),
+            ("em_domains", ("source", "both")),
+            ("consistency_domains", ("both", "source")),
+            ("ramp", ("gaussian_up", "gaussian_peak", "none")),
+            ("normalise", ("each", "source")),
+            ("validation_domain", ("source", "target")),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name}={value!r}: use {' or '.join(map(repr, known))}")
+        for name in ("entropy_weight", "consistency_weight", "lambda_adv", "lambda_rec"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: use 0 (off) or more")
+        for name in ("ramp_epochs", "rounds", "round_epochs", "base_width", "discriminator_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: use 1 or more")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema={self.ema}: use 0 (off), 0.99 or 0.999")
+        if not (0 < self.first_fraction <= self.max_fraction <= 1 and self.fraction_step >= 0):
+            raise ValueError("use 0 < first_fraction <= max_fraction <= 1, fraction_step >= 0")
+
+
+class Domains(nn.Module):
+    """What is known of the two training sets and of the run; buffers, so that checkpoints have it.
+
+    Attributes
+    ----------
+    mean, std
+        (2, C) grey levels of the source's and the target's training images.
+    epoch_images
+        Images in the larger of the two sets: an epoch passes over it once.
+    steps_per_epoch
+        Known from the first step on; rounded up.
+    round
+        Of self-training; 0 while S learns from the source alone.
+    thresholds
+        (2,) absolute logit from which on a pixel of the ground, of the nuclei is kept.
+    finished
+        1 where training is over, so that images are normalised as in deployment.
+    """
+
+    mean: Tensor
+    std: Tensor
+    epoch_images: Tensor
+    steps_per_epoch: Tensor
+    round: Tensor
+    thresholds: Tensor
+    finished: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.full((2, channels), HALF_RANGE))
+        self.register_buffer("std", torch.full((2, channels), HALF_RANGE))
+        self.register_buffer("thresholds", torch.full((2,), torch.inf))
+        self.register_buffer("epoch_images", torch.tensor(1))
+        self.register_buffer("steps_per_epoch", torch.tensor(1))
+        self.register_buffer("round", torch.tensor(0))
+        self.register_buffer("finished", torch.tensor(0))
+
+    def normalised(self, images: Tensor, domain: int) -> Tensor:
+        """Subtract the mean of a set and divide by its standard deviation, per channel."""
+        mean, std = self.mean[domain, :, None, None], self.std[domain, :, None, None]
+        return (images.to(torch.float32) - mean) / std
+
+
+def score_kind(config: Config) -> str:
+    """Say what the deployed graph's scores are."""
+    del config
+    return "probability"
+
+
+def align_px(config: Config) -> int:
+    """Height and width are multiples of this."""
+    del config
+    return STRIDE_PX
+
+
+def pools(config: Config) -> tuple[str, ...]:
+    """Images of the target, where a step sees them."""
+    return ("target",) if _sees_target(config) or config.self_training else ()
+
+
+def _sees_target(config: Config) -> bool:
+    return config.forward_target or _trains_on_target(config)
+
+
+def _trains_on_target(config: Config) -> bool:
+    return (
+        config.lambda_adv > 0
+        or config.lambda_rec > 0
+        or (config.entropy_weight > 0 and config.em_domains == "both")
+        or (config.consistency_weight > 0 and config.consistency_domains == "both")
+    )
+
+
+def build(config: Config, classes: int, channels: int = 3) -> State:
+    """Make the networks and their optimisers.
+
+    Raises
+    ------
+    DataError
+        If there are not two classes.
+    """
+    if classes != 2:
+        raise DataError(
+            f"{classes} classes: uda_self_ensembling tells one class from a ground; merge the labels into 2 classes"
+        )
+    betas = (config.beta1, config.beta2)
+    segmenter = BatchNormUNet(channels, 1, base_width=config.base_width)
+    modules: dict[str, nn.Module] = {"segmenter": segmenter, "domains": Domains(channels)}
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        "segmenter": torch.optim.Adam(segmenter.parameters(), config.learning_rate, betas)
+    }
+    if config.lambda_adv:
+        widths = tuple(config.discriminator_width << i for i in range(4))
+        modules["discriminator"] = DomainDiscriminator(1, widths)
+        optimizers["discriminator"] = torch.optim.Adam(
+            modules["discriminator"].parameters(), config.discriminator_learning_rate, betas
+        )
+    if config.lambda_rec:
+        modules["reconstructor"] = BatchNormUNet(1, channels, base_width=config.base_width)
+        optimizers["reconstructor"] = torch.optim.Adam(
+            modules["reconstructor"].parameters(), config.reconstructor_learning_rate, betas
+        )
+    if config.ema and config.consistency_weight:
+        modules["teacher"] = copy.deepcopy(segmenter).requires_grad_(False)
+    if config.self_training:
+        modules["labeller"] = copy.deepcopy(segmenter).requires_grad_(False).eval()
+    return State(config, modules, optimizers, needed=("segmenter", "domains"))
+
+
+def before_step(state: State, parts: Parts, step: int, steps: int) -> None:
+    """Measure both sets before the first step; relabel the target where a round begins."""
+    domains = _domains(state)
+    if step == 0:
+        if "teacher" in state.modules:  # of the weights that the run starts from, whichever
+            state.modules["teacher"].load_state_dict(state.modules["segmenter"].state_dict())
+        source = [parts.samples[i] for i in parts.split.train]
+        target = parts.pools.get("target") or source  # source-only: normalised as itself
+        like = target if state.config.normalise == "each" else source
+        for domain, pictures in ((SOURCE, source), (TARGET, like)):
+            mean, std = channel_statistics(pictures)
+            domains.mean[domain] = mean.to(domains.mean)
+            domains.std[domain] = std.to(domains.std)
+        used = target if pools(state.config) else source
+        domains.epoch_images.fill_(max(len(source), len(used)))
+    if state.config.self_training and step > 0:
+        number = round_at(state.config, step, steps, int(domains.steps_per_epoch))
+        if number != int(domains.round):
+            domains.round.fill_(number)
+            _relabel(state, parts.pools["target"], number)
+
+
+def channel_statistics(pictures: Sequence[Picture]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of all pixels of a set, per channel, in grey levels.
+
+    Returns
+    -------
+    (C,) and (C,) float64; a standard deviation is at least 1.
+    """
+    pixels, total, squares = 0, np.zeros(()), np.zeros(())
+    for picture in pictures:
+        image = picture.image.reshape(-1, picture.image.shape[-1]).astype(np.float64)
+        pixels += len(image)
+        total, squares = total + image.sum(axis=0), squares + (image**2).sum(axis=0)
+    mean = total / pixels
+    std = np.sqrt(np.maximum(squares / pixels - mean**2, 1.0))
+    return torch.from_numpy(mean), torch.from_numpy(std)
+
+
+def ramp(kind: str, epoch: Tensor, peak: int) -> Tensor:
+    """Weight of the consistency loss: equation 5 without its k.
+
+    Printed is ``k e^||e - E||``, where e is the base and the peak at once and no sign makes it
+    fall: it starts at e^30 and overflows. "gaussian_up" is what such methods use, and 1 from the
+    peak on, ``exp(-5 (1 - min(E, e) / e)^2)``; "gaussian_peak" falls again, as "slowly drop down"
+    may mean, ``exp(-5 ((E - e) / e)^2)``.
+
+    Parameters
+    ----------
+    kind
+        "gaussian_up", "gaussian_peak" or "none", which is 1 always.
+    epoch
+        E, a number from 0.
+    peak
+        e, in epochs.
+    """
+    away = epoch / peak - 1
+    if kind == "none":
+        return torch.ones_like(away)
+    return torch.exp(-5 * (away if kind == "gaussian_peak" else away.clamp(max=0)) ** 2)
+
+
+def turned(images: Tensor, turns: Sequence[int], mirrored: Sequence[bool]) -> Tensor:
+    """Turn each image (N, C, H, W) by quarter turns, then mirror it: pi of equation 3."""
+    return torch.stack(
+        [
+            torch.rot90(image, k, (-2, -1)).flip(-1) if flip else torch.rot90(image, k, (-2, -1))
+            for image, k, flip in zip(images, turns, mirrored, strict=True)
+        ]
+    )
+
+
+def draw_turns(images: Tensor, *, flips: bool) -> tuple[list[int], list[bool]]:
+    """Draw `turned`'s arguments by torch's seed; images that are not square turn by 180 degrees."""
+    count, square = len(images), images.shape[-1] == images.shape[-2]
+    # Drawn on the host: a loop over a GPU's numbers would wait for each.
+    turns = torch.randint(4, (count,)) if square else 2 * torch.randint(2, (count,))
+    mirrored = torch.randint(2, (count,)).bool() if flips else torch.zeros(count).bool()
+    return turns.tolist(), mirrored.tolist()
+
+
+def dice_loss(probability: Tensor, truth: Tensor, kept: Tensor | None = None) -> Tensor:
+    """One minus the Dice coefficient of the whole batch, smoothed by 1: equation 1.
+
+    Parameters
+    ----------
+    probability, truth
+        (N, 1, H, W); truth is 0 or 1.
+    kept
+        (N, 1, H, W), 1 where a pixel counts; others have no part in it, and no gradient.
+    """
+    if kept is not None:
+        probability, truth = probability * kept, truth * kept
+    both = (probability * truth).sum()
+    return 1 - (2 * both + SMOOTH) / (probability.sum() + truth.sum() + SMOOTH)
+
+
+def entropy_loss(probability: Tensor, form: str) -> Tensor:
+    """Mean entropy of the pixels: equation 2.
+
+    Printed is half of the binary entropy, ``-p log p``, over one row and column too many. Its
+    maximum is at 1/e, so that it makes nuclei of every pixel above 0.37; "binary",
+    ``-p log p - (1 - p) log(1 - p)``, has it at 1/2.
+    """
+    p = probability.clamp(EPSILON, 1 - EPSILON)
+    entropy = -p * p.log()
+    if form == "binary":
+        entropy = entropy - (1 - p) * (1 - p).log()
+    return entropy.mean()
+
+
+def domain_loss(logits: Tensor, *, source: bool) -> Tensor:
+    """Mean cross-entropy of D's patches on maps of one set: equation 7.
+
+    Printed are two terms ``log D(Y^)``, so that the label z would have no effect; the second is
+    meant as ``log(1 - D(Y^))``.
+    """
+    wanted = torch.ones_like(logits) if source else torch.zeros_like(logits)
+    return F.binary_cross_entropy_with_logits(logits, wanted)
+
+
+def adversarial_loss(state: State, probability: Tensor) -> Tensor:
+    """``-mean log D(S(X_t))``, equation 6; the discriminator gets no gradient."""
+    discriminator = state.modules["discriminator"].requires_grad_(False)
+    logits = discriminator(probability)
+    discriminator.requires_grad_(True)
+    return domain_loss(logits, source=True)
+
+
+def reconstruction_loss(state: State, probability: Tensor, images: Tensor) -> Tensor:
+    """``mean (X_t - R(S(X_t)))^2``: equation 8, whose square is printed on R alone."""
+    return F.mse_loss(state.modules["reconstructor"](probability), images)
+
+
+def consistency_loss(state: State, images: Tensor, probability: Tensor) -> Tensor:
+    """``mean (S(pi X) - pi S(X))^2``, equation 3, with another pi for each image.
+
+    Parameters
+    ----------
+    state
+        Of the model.
+    images
+        X, (N, C, H, W), normalised.
+    probability
+        S(X); where there is a mean teacher T, T(X) takes its place.
+    """
+    turns, mirrored = draw_turns(images, flips=state.config.flips)
+    if "teacher" in state.modules:
+        with torch.no_grad():
+            probability = state.modules["teacher"](images).sigmoid()
+    wanted = turned(probability, turns, mirrored)
+    if state.config.stop_gradient:
+        wanted = wanted.detach()
+    found = state.modules["segmenter"](turned(images, turns, mirrored)).sigmoid()
+    return F.mse_loss(found, wanted)
+
+
+def step(state: State, batch: Batch) -> dict[str, Tensor]:
+    """Train on one batch: D on what S says now, then S and R with D frozen.
+
+    Equation 9 adds L_dis to what S minimises, against L_adv in the same sum; it trains D only.
+
+    Returns
+    -------
+    The losses, without their weights: ``dice``, and as far as they are on ``entropy``,
+    ``consistency``, ``adversarial``, ``discriminator``, ``reconstruction`` and ``pseudo``.
+    """
+    config, domains = state.config, _domains(state)
+    _check_sides(batch)
+    if batch.step == 0:
+        together = len(batch.images) * compute.processes()
+        domains.steps_per_epoch.copy_(-(-domains.epoch_images // together))
+    source = domains.normalised(batch.images, SOURCE)
+    p_source = state.modules["segmenter"](source).sigmoid()
+    losses = {"dice": dice_loss(p_source, batch.labels[:, None].to(p_source.dtype))}
+    total = losses["dice"]
+    seen = [(source, p_source)]
+    epoch = torch.div(batch.step, domains.steps_per_epoch, rounding_mode="floor")
+    rising = ramp(config.ramp, epoch, config.ramp_epochs)
+    if _trains_on_target(config):
+        target = domains.normalised(batch.pools["target"], TARGET)
+        p_target = state.modules["segmenter"](target).sigmoid()
+        seen.append((target, p_target))
+    elif config.forward_target:
+        with torch.no_grad():
+            state.modules["segmenter"](domains.normalised(batch.pools["target"], TARGET))
+    if config.lambda_adv:
+        losses["discriminator"] = _step_discriminator(state, p_source, p_target)
+        losses["adversarial"] = adversarial_loss(state, p_target)
+        total = total + config.lambda_adv * losses["adversarial"]
+    if config.lambda_rec:
+        losses["reconstruction"] = reconstruction_loss(state, p_target, target)
+        total = total + config.lambda_rec * losses["reconstruction"]
+    if config.entropy_weight:
+        # Over both sets it is their mean, so that its weight means the same.
+        of = seen if config.em_domains == "both" else seen[:1]
+        losses["entropy"] = _mean([entropy_loss(p, config.em_form) for _, p in of])
+        weight = config.entropy_weight * (rising if config.entropy_ramp else 1)
+        total = total + weight * losses["entropy"]
+    if config.consistency_weight:
+        of = seen if config.consistency_domains == "both" else seen[:1]
+        losses["consistency"] = _mean([consistency_loss(state, x, p) for x, p in of])
+        total = total + config.consistency_weight * rising * losses["consistency"]
+    if config.self_training:
+        losses["pseudo"] = pseudo_loss(state, batch.pools["target"])
+        total = total + losses["pseudo"]
+    _descend(state, ("segmenter", "reconstructor"), total)
+    if "teacher" in state.modules:
+        _follow(state.modules["teacher"], state.modules["segmenter"], config.ema)
+    return {name: loss.detach() for name, loss in losses.items()}
+
+
+def _step_discriminator(state: State, p_source: Tensor, p_target: Tensor) -> Tensor:
+    # Two passes, for images of the two sets may differ in size.
+    discriminator = state.modules["discriminator"]
+    loss = domain_loss(discriminator(p_source.detach()), source=True) + domain_loss(
+        discriminator(p_target.detach()), source=False
+    )
+    _descend(state, ("discriminator",), loss)
+    return loss
+
+
+def _descend(state: State, names: tuple[str, ...], loss: Tensor) -> None:
+    optimizers = [state.optimizers[name] for name in names if name in state.optimizers]
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+@torch.no_grad()
+def _follow(teacher: nn.Module, student: nn.Module, keep: float) -> None:
+    """Move the mean teacher's weights towards the student's; its batch statistics are its own."""
+    for mean, weight in zip(teacher.parameters(), student.parameters(), strict=True):
+        mean.lerp_(weight, 1 - keep)
+
+
+def _mean(losses: list[Tensor]) -> Tensor:
+    return torch.stack(losses).mean()
+
+
+def _check_sides(batch: Batch) -> None:
+    shapes = (batch.images.shape, *(pool.shape for pool in batch.pools.values()))
+    smallest = min(min(shape[-2:]) for shape in shapes)
+    if smallest < MIN_PX:
+        raise DataError(
+            f"crops of {smallest} px: uda_self_ensembling takes {MIN_PX} px or more; "
+            "set schedule.crop_px, or leave out the smaller images"
+        )
+
+
+def round_at(config: Config, step: int, steps: int, steps_per_epoch: int) -> int:
+    """Round of self-training at a step, 0 before the first.
+
+    The rounds are the last of the run, ``round_epochs`` each, and take half of it at most.
+    """
+    wanted = config.rounds * config.round_epochs * steps_per_epoch
+    length = max(1, min(wanted, steps // 2) // config.rounds)
+    start = steps - config.rounds * length
+    return 0 if step < start else min(config.rounds, 1 + (step - start) // length)
+
+
+def kept_fraction(config: Config, number: int) -> float:
+    """Share of each class that is kept in a round, from 1."""
+    return min(config.max_fraction, config.first_fraction + config.fraction_step * (number - 1))
+
+
+def class_thresholds(logits: Tensor, fraction: float) -> Tensor:
+    """Absolute logit above which the most confident ``fraction`` of each class lies.
+
+    CBST's class-wise thresholds, with which it keeps as large a share of a rare class. Logits
+    instead of probabilities, whose single precision ends at 1 - 6e-8.
+
+    Returns
+    -------
+    (2,) of ground and nuclei; infinite for a class of no pixel.
+    """
+    thresholds = torch.full((2,), torch.inf)
+    for label in (0, 1):
+        confident = logits[(logits > 0) == bool(label)].abs()
+        if len(confident):
+            kept = max(1, round(fraction * len(confident)))
+            thresholds[label] = confident.kthvalue(len(confident) - kept + 1).values
+    return thresholds
+
+
+def _relabel(state: State, pool: Sequence[Picture], number: int) -> None:
+    """Freeze a copy of S, and find the thresholds with which it labels the target."""
+    domains, labeller = _domains(state), state.modules["labeller"]
+    labeller.load_state_dict(state.modules["segmenter"].state_dict())
+    every = max(1, sum(int(np.prod(p.shape)) for p in pool) // FRACTION_PIXELS)
+    with torch.no_grad():
+        found = [
+            labeller(domains.normalised(image, TARGET))[0, 0, :height, :width].flatten()[::every]
+            for image, (height, width) in _whole(pool, domains.mean.device)
+        ]
+    fraction = kept_fraction(state.config, number)
+    domains.thresholds.copy_(class_thresholds(torch.cat(found).cpu(), fraction))
+
+
+def pseudo_loss(state: State, images: Tensor) -> Tensor:
+    """Dice loss of S on the pixels that the labeller is sure of; 0 before the first round."""
+    domains = _domains(state)
+    if int(domains.round) == 0:  # S is not to see the target: its batch statistics would
+        return torch.zeros((), device=images.device)
+    x = domains.normalised(images, TARGET)
+    with torch.no_grad():
+        logits = state.modules["labeller"](x)
+    truth = (logits > 0).to(x.dtype)
+    kept = (logits.abs() >= domains.thresholds[(logits > 0).long()]).to(x.dtype)
+    return dice_loss(state.modules["segmenter"](x).sigmoid(), truth, kept)
+
+
+@torch.no_grad()
+def settle(state: State, parts: Parts) -> None:
+    """Measure the batch statistics of S anew on the target's images, where that is configured.
+
+    In training they run over both sets, and over plain and turned images; the average over whole
+    images of the target, without labels, is what S meets once it is deployed, and with which it is
+    judged.
+    """
+    domains = _domains(state)
+    if not state.config.bn_recalibrate:
+        return
+    segmenter = state.modules["segmenter"]
+    layers = [m for m in segmenter.modules() if isinstance(m, nn.BatchNorm2d)]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # the plain average over all that comes
+    pictures = parts.pools.get("target") or [parts.samples[i] for i in parts.split.train]
+    segmenter.train()
+    for image, _ in _whole(pictures, domains.mean.device):
+        segmenter(domains.normalised(image, TARGET))
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+
+
+def finish(state: State, parts: Parts) -> None:
+    """From here on images are normalised as in deployment; the statistics are settled."""
+    del parts
+    _domains(state).finished.fill_(1)
+
+
+def _whole(pictures: Sequence[Picture], device: torch.device) -> Iterator[tuple[Tensor, tuple[int, int]]]:
+    """Yield whole images (1, C, H, W), mirrored up to what S takes, and their own (h, w)."""
+    for picture in pictures:
+        sample = unannotated(picture)
+        image, _ = padded(sample.image, sample.labels, STRIDE_PX)
+        nchw = np.ascontiguousarray(image.transpose(2, 0, 1)[None])
+        yield torch.from_numpy(nchw).to(device), picture.shape
+
+
+@torch.no_grad()
+def validate(state: State, images: Tensor, labels: Tensor) -> tuple[float, Tensor]:
+    """Return the Dice loss, and the predicted labels (N, H, W).
+
+    Images are normalised as ``validation_domain`` says, since only the user knows from which set
+    they are; once training is over, as in deployment, whatever they are.
+    """
+    probability = _predicted(state, _shown(state, images))
+    return float(dice_loss(probability, labels[:, None].float())), (probability[:, 0] > 0.5).long()
+
+
+@torch.no_grad()
+def paint(state: State, images: Tensor) -> dict[str, Tensor]:
+    """Return the map of probabilities, and the image that R repaints from it.
+
+    Returns
+    -------
+    Pictures, uint8: "probability" (N, 1, H, W), and "reconstruction" (N, C, H, W) where there is an
+    R.
+    """
+    probability = _predicted(state, _shown(state, images))
+    painted = {"probability": (probability * 255).round().to(torch.uint8)}
+    if "reconstructor" in state.modules:
+        reconstructor, domains = state.modules["reconstructor"].eval(), _domains(state)
+        image, domain = reconstructor(probability), _shown_domain(state)
+        reconstructor.train()
+        levels = image * domains.std[domain, :, None, None] + domains.mean[domain, :, None, None]
+        painted["reconstruction"] = levels.round().clamp(0, 255).to(torch.uint8)
+    return painted
+
+
+def _predicted(state: State, x: Tensor) -> Tensor:
+    segmenter = state.modules["segmenter"].eval()
+    probability: Tensor = segmenter(x).sigmoid()
+    segmenter.train()
+    return probability
+
+
+def _shown(state: State, images: Tensor) -> Tensor:
+    return _domains(state).normalised(images, _shown_domain(state))
+
+
+def _shown_domain(state: State) -> int:
+    """Return the domain that the images of `validate` and `paint` are taken for."""
+    over = bool(_domains(state).finished)
+    return TARGET if over or state.config.validation_domain == "target" else SOURCE
+
+
+def _domains(state: State) -> Domains:
+    return cast(Domains, state.modules["domains"])
+
+
+class Deployed(nn.Module):
+    """S behind the tile contract: uint8 (N, H, W, C) in, uint8 (N, 2, H, W) out.
+
+    The output is 255 times the probability of ground and of nuclei. The mean and the standard
+    deviation of the target's training images are constants of the graph.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, segmenter: nn.Module, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.segmenter = segmenter
+        self.register_buffer("mean", mean.detach().clone()[:, None, None])
+        self.register_buffer("std", std.detach().clone()[:, None, None])
+
+    def forward(self, tiles: Tensor) -> Tensor:
+        """Normalise, run the segmenter, return to 0..255."""
+        # Cast before transpose: TensorRT refuses a uint8 transpose.
+        x = tiles.to(torch.float32).permute(0, 3, 1, 2)
+        logits = self.segmenter((x - self.mean) / self.std)
+        scores = torch.cat([-logits, logits], dim=1).sigmoid() * 255
+        return torch.clamp(scores + 0.5, 0, 255).to(torch.uint8)
+
+
+def deployed(state: State) -> nn.Module:
+    """Return the module that export wraps: S only, its batch statistics frozen."""
+    domains = _domains(state)
+    module = Deployed(state.modules["segmenter"], domains.mean[TARGET], domains.std[TARGET])
+    return module.eval()

@@ -1,0 +1,1 @@
+"""Label rows in, files out: sinks, the output folder, and the journal of a run."""

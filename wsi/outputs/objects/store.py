@@ -1,0 +1,158 @@
+"""Objects wait on disk until all are found, and come back in the order of their first pixels.
+
+They are found in an order that depends on the column bands and parts that the rows came in; files
+must not.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from histostream.wsi.files import remove, writing
+from histostream.wsi.outputs.objects.components import Complete
+from histostream.wsi.outputs.objects.outline import Outlines, trace
+
+# Class; area; left, top, right, bottom; perimeter, eccentricity, centroid x, y; rings, points.
+_HEADER = struct.Struct("<Bq4i4d2i")
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """An object, in pixels of the label map; pixel i lies between i and i + 1.
+
+    Attributes
+    ----------
+    value
+        Its class.
+    area_px, perimeter_px
+        Its pixels, and the length of its border with holes; see `outline.perimeter`.
+    eccentricity
+        Of the ellipse with the same second moments: 0 is round, near 1 is thin.
+    x, y
+        Its centroid.
+    box
+        Left, top, right, bottom.
+    rings
+        (n, 2) int32 each: its outside, then its holes; see `outline.Outlines`.
+    """
+
+    value: int
+    area_px: int
+    perimeter_px: float
+    eccentricity: float
+    x: float
+    y: float
+    box: tuple[int, int, int, int]
+    rings: tuple[NDArray[np.int32], ...]
+
+
+class Store:
+    """Keeps objects in a file; in memory it holds 16 bytes of each.
+
+    Parameters
+    ----------
+    path
+        Of the file; what is there is overwritten.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with writing(path):
+            self._file = path.open("w+b")
+        self._first, self._end = array("q"), array("q", [0])
+
+    def __len__(self) -> int:
+        return len(self._first)
+
+    def add(self, found: Complete) -> None:
+        """Keep objects.
+
+        Raises
+        ------
+        OutputError
+            If the disk is full.
+        """
+        if not len(found.first):
+            return
+        end, records = self._end[-1], []
+        for record in _records(found, trace(found.corners, len(found.first))):
+            records.append(record)
+            end += len(record)
+            self._end.append(end)
+        self._first.extend(found.first.tolist())
+        with writing(self._path):
+            self._file.write(b"".join(records))
+
+    def __iter__(self) -> Iterator[Shape]:
+        with writing(self._path):
+            self._file.flush()
+            for i in np.argsort(np.frombuffer(self._first, np.int64)).tolist():
+                self._file.seek(self._end[i])
+                yield _shape(self._file.read(self._end[i + 1] - self._end[i]))
+
+    def remove(self) -> None:
+        """Forget everything. Allowed twice."""
+        self._file.close()
+        remove([self._path])
+
+
+def eccentricity(area: NDArray[np.int64], moments: NDArray[np.object_]) -> NDArray[np.float64]:
+    """Eccentricity of the ellipse with the same second moments.
+
+    Parameters
+    ----------
+    area, moments
+        As in `Complete`. Pixels are squares, which adds 1/12 to their variance along each axis, as
+        in scikit-image.
+    """
+    n = area.astype(object)
+    x, y, xx, yy, xy = moments.T
+    # Integers up to the division: far from the origin floats would leave nothing of the difference.
+    along_x, along_y, both = (
+        ((n * square - product) / (n * n)).astype(np.float64)
+        for square, product in ((xx, x * x), (yy, y * y), (xy, x * y))
+    )
+    along_x, along_y = along_x + 1 / 12, along_y + 1 / 12
+    half = np.hypot((along_x - along_y) / 2, both)
+    middle = (along_x + along_y) / 2
+    ratio = (middle - half) / (middle + half)
+    found: NDArray[np.float64] = np.sqrt(np.clip(1 - ratio, 0, 1))
+    return found
+
+
+def _records(found: Complete, outlines: Outlines) -> Iterator[bytes]:
+    centers = (found.moments[:, :2] / found.area[:, None].astype(object)).astype(np.float64) + 0.5
+    columns = zip(
+        found.value.tolist(),
+        found.area.tolist(),
+        found.box.tolist(),
+        outlines.perimeter_px.tolist(),
+        eccentricity(found.area, found.moments).tolist(),
+        centers.tolist(),
+        outlines.object_ends.tolist(),
+        strict=True,
+    )
+    ring_ends = outlines.ring_ends.astype(np.int32)
+    points, first_ring, begin = outlines.points, 0, 0
+    for value, area, box, perimeter_px, eccentric, center, last_ring in columns:
+        ends = ring_ends[first_ring:last_ring]
+        end = int(ends[-1])
+        header = _HEADER.pack(value, area, *box, perimeter_px, eccentric, *center, len(ends), end - begin)
+        yield header + (ends - begin).tobytes() + points[begin:end].tobytes()
+        first_ring, begin = last_ring, end
+
+
+def _shape(record: bytes) -> Shape:
+    value, area, *rest = _HEADER.unpack_from(record)
+    box, (perimeter_px, eccentric, x, y, rings, points) = tuple(rest[:4]), rest[4:]
+    ends = np.frombuffer(record, np.int32, rings, _HEADER.size)
+    flat = np.frombuffer(record, np.int32, 2 * points, _HEADER.size + ends.nbytes).reshape(-1, 2)
+    cut = (flat,) if rings == 1 else tuple(np.split(flat, ends[:-1]))
+    return Shape(value, area, perimeter_px, eccentric, x, y, box, cut)

@@ -1,0 +1,178 @@
+"""labels.tif and probabilities.tif as arrays that are read where they are looked at."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from histostream.wsi.errors import SlideError
+from histostream.wsi.slides.reader import DeclinedError
+from histostream.wsi.slides.readers.tiff import TiffReader, open_values
+
+Index = int | np.integer[Any] | slice
+
+
+class Raster:
+    """Values of a pyramid on disk, indexed as a numpy array of its finest level would be.
+
+    ::
+
+        labels = Raster(Path("out/slide/labels.tif"))
+        labels[1000:2000, 3000:4000]   # reads some tiles
+        labels[::64, ::64]             # reads the level that holds just these pixels
+        np.asarray(labels)             # reads all of it
+
+    Slices go forwards. It may be used in several threads at once.
+
+    Parameters
+    ----------
+    path
+        A file that HistoStream wrote.
+
+    Attributes
+    ----------
+    path
+        The file.
+    levels
+        Height and width of each level, finest first; each has half the side of the one before,
+        rounded up.
+    mpp
+        Micrometres per pixel of the finest; None if the file does not say.
+
+    Raises
+    ------
+    SlideError
+        If it is no such file, or damaged.
+    """
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise SlideError(f"{path}: there is no such file; check its name")
+        try:
+            self._reader: TiffReader = open_values(path)
+        except DeclinedError as error:
+            raise SlideError(f"{path}: no label map or scores ({error}); give a file that histo-infer wrote") from error
+        except OSError as error:
+            raise SlideError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error
+        # Results are let go without a word in notebooks.
+        self._close = weakref.finalize(self, self._reader.close)
+        self.path, self.mpp = path, self._reader.mpp
+        self.levels = tuple((level.height, level.width) for level in self._reader.levels)
+        # Reduced labels are every second pixel, reduced scores an average.
+        self._exact = self._reader.channels == 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(H, W) of labels, (H, W, K) of scores."""
+        channels = self._reader.channels
+        return self.levels[0] if channels == 1 else (*self.levels[0], channels)
+
+    @property
+    def ndim(self) -> int:
+        """2 for labels, 3 for scores."""
+        return len(self.shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        size = " x ".join(map(str, self.shape))
+        return f"<{self.path.name}: {size} {self.dtype}, {len(self.levels)} levels>"
+
+    def __getitem__(self, index: Index | tuple[Index, ...]) -> NDArray[np.uint8]:
+        """Read pixels, ``raster[rows, columns]`` or ``raster[rows, columns, classes]``.
+
+        Raises
+        ------
+        IndexError
+            If it is no place of the array, or a slice goes backwards.
+        SlideError
+            If a tile cannot be decoded.
+        """
+        asked = index if isinstance(index, tuple) else (index,)
+        if len(asked) > self.ndim:
+            raise IndexError(f"{len(asked)} indices: this has {self.ndim} axes")
+        rows, columns = (_span(asked[axis] if axis < len(asked) else slice(None), self.shape[axis]) for axis in (0, 1))
+        level = self._level(rows, columns)
+        rows, columns = (range(r.start >> level, -(-r.stop >> level), max(r.step >> level, 1)) for r in (rows, columns))
+        pixels = self.read(level, columns.start, rows.start, _length(columns), _length(rows))
+        found = pixels[:: rows.step, :: columns.step]
+        scalars = tuple(
+            0 if axis < len(asked) and not isinstance(asked[axis], slice) else slice(None) for axis in (0, 1)
+        )
+        cut: NDArray[np.uint8] = found[(*scalars, *asked[2:])]
+        return cut
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
+        if copy is False:
+            raise ValueError("the pixels are on disk: reading them makes a copy")
+        return self[:].astype(dtype or self.dtype, copy=False)
+
+    def read(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+        """Read a box of one level, in pixels of that level.
+
+        Returns
+        -------
+        (H, W) labels or (H, W, K) scores; nothing where the box is empty.
+
+        Raises
+        ------
+        SlideError
+            If a tile cannot be decoded.
+        ValueError
+            If the box does not lie inside the level.
+        """
+        if not width or not height:
+            return np.empty((height, width, *self.shape[2:]), np.uint8)
+        pixels = self._reader.read(level, x, y, width, height)
+        return pixels[..., 0] if self.ndim == 2 else pixels
+
+    def close(self) -> None:
+        """Close the file; it can be read no more."""
+        self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _level(self, rows: range, columns: range) -> int:
+        """Return the coarsest level that holds all the pixels that are asked for."""
+        level = 0
+        while self._exact and level + 1 < len(self.levels):
+            step = 2 << level
+            if any(number % step for r in (rows, columns) for number in (r.start, r.step)):
+                break
+            level += 1
+        return level
+
+
+def _span(index: Index, size: int) -> range:
+    """Return the places along an axis; of a number, a range of one.
+
+    Raises
+    ------
+    IndexError
+        If there is no such place.
+    """
+    if isinstance(index, slice):
+        start, stop, step = index.indices(size)
+        if step < 1:
+            raise IndexError(f"step {step}: read forwards and turn the result round")
+        return range(start, max(start, stop), step)
+    place = int(index)
+    if not -size <= place < size:
+        raise IndexError(f"{place} is no place on an axis of {size}")
+    place %= size
+    return range(place, place + 1)
+
+
+def _length(places: range) -> int:
+    return places.stop - places.start

@@ -1,0 +1,207 @@
+"""The objects of the label map, found once and handed to each file that wants them.
+
+::
+
+    rows ──> Components ──> Store ──> simplified, at the slide's full size ──> GeoJson, Dsa, tables
+
+Nothing waits but what is open: a nucleus is on disk soon after its last row. Files are written at
+the end, in the order of the objects' first pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from histostream.wsi.files import temporary_name
+from histostream.wsi.optional import require
+from histostream.wsi.outputs.label_rows import LabelRows, SlideInfo
+from histostream.wsi.outputs.objects.components import Components
+from histostream.wsi.outputs.objects.simplify import simplify
+from histostream.wsi.outputs.objects.slide_object import ObjectFile, SlideObject
+from histostream.wsi.outputs.objects.store import Shape, Store
+from histostream.wsi.outputs.sinks.dsa import Dsa
+from histostream.wsi.outputs.sinks.geojson import GeoJson
+from histostream.wsi.outputs.sinks.overview import BACKGROUND
+from histostream.wsi.outputs.sinks.table import CsvTable, ParquetTable
+
+DECIMALS = 2  # of coordinates, px of the slide's full size; where that is the model's, they are whole
+GROUP_POINTS = 1 << 16  # simplified at a time
+FileMaker = Callable[[Path, SlideInfo], ObjectFile]
+# Who reads it, or its kind: the file's name, and what writes it.
+ANNOTATIONS: dict[str, tuple[str, FileMaker]] = {
+    "qupath": ("objects.geojson.gz", GeoJson),
+    "dsa": ("annotations.json", Dsa),
+}
+TABLES: dict[str, tuple[str, FileMaker]] = {
+    "csv": ("objects.csv", CsvTable),
+    "parquet": ("objects.parquet", ParquetTable),
+}
+# Blocks of the label map, corners until they are settled, rings that are traced; measured.
+BUFFERS = 64 << 20
+LINE_BYTES = 10  # of each row: a class and a number, at both edges of a column band
+ARROW_BYTES = 128 << 20  # pyarrow itself, and the lines that wait
+STORE = "objects"  # name of the temporary file
+
+
+class Objects:
+    """Finds the objects of all classes but the background; see `Sink`.
+
+    The files do not depend on how the rows were cut.
+
+    Parameters
+    ----------
+    folder
+        Of the files.
+    info
+        The slide.
+    files
+        Those that are wanted: names of `ANNOTATIONS` and `TABLES`.
+    downsample
+        Pixels of the slide's full size per pixel of the label map, along one side.
+    min_area_um2
+        Smaller objects are left out.
+    simplify_um
+        Outlines may deviate by this, to have fewer points; 0: they follow the pixels.
+
+    Raises
+    ------
+    OutputError
+        If a file cannot be written, or a library that it takes is not installed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        info: SlideInfo,
+        files: Sequence[str],
+        *,
+        downsample: float = 1.0,
+        min_area_um2: float = 0.0,
+        simplify_um: float = 0.0,
+    ) -> None:
+        check_installed(files, simplify_um)
+        self._info, self._downsample = info, downsample
+        self._whole = float(downsample).is_integer()  # coordinates: shorter, and easier to read
+        self._tolerance_px = simplify_um / info.mpp * downsample
+        wanted = [k for k, entry in enumerate(info.classes) if entry.name != BACKGROUND]
+        min_area_px = min_area_um2 / info.mpp**2
+        self._components = Components(info.width, info.height, wanted, min_area_px)
+        self._counts = np.zeros(len(info.classes), np.int64)
+        self._areas_um2 = np.zeros(len(info.classes))
+        self._files: list[ObjectFile] = []
+        self._store = Store(temporary_name(folder / STORE))
+        try:
+            for name in files:
+                file, maker = (ANNOTATIONS | TABLES)[name]
+                self._files.append(maker(folder / file, info))
+        except BaseException:
+            self.abort()
+            raise
+
+    def __len__(self) -> int:
+        """How many objects are complete."""
+        return len(self._store)
+
+    def by_class(self) -> list[dict[str, Any]]:
+        """Return how many objects each class has in the files, and their mean area in um2."""
+        return [
+            {
+                "name": entry.name,
+                "count": int(count),
+                "mean_um2": round(float(area / count), 2) if count else None,
+            }
+            for entry, count, area in zip(self._info.classes, self._counts, self._areas_um2, strict=True)
+            if entry.name != BACKGROUND
+        ]
+
+    def write(self, part: LabelRows) -> None:
+        """Take the next rows."""
+        for complete in self._components.add(part.x, part.y, part.labels):
+            self._store.add(complete)
+
+    def finish(self) -> list[tuple[Path, Path]]:
+        """Write the files under their temporary names."""
+        self._store.add(self._components.finish())
+        for found in self._full_size():
+            self._counts[found.label] += 1
+            self._areas_um2[found.label] += found.area_um2
+            for file in self._files:
+                file.write(found)
+        self._store.remove()
+        return [file.finish() for file in self._files]
+
+    def abort(self) -> None:
+        """Remove what was written."""
+        self._store.remove()
+        for file in self._files:
+            file.abort()
+
+    def _full_size(self) -> Iterator[SlideObject]:
+        number = 1
+        for group in _grouped(self._store):
+            polygons = [[self._scaled(ring) for ring in shape.rings] for shape in group]
+            if self._tolerance_px:
+                polygons = simplify(polygons, self._tolerance_px)
+            for shape, rings in zip(group, polygons, strict=True):
+                yield self._object(number, shape, rings)
+                number += 1
+
+    def _object(self, number: int, shape: Shape, rings: list[NDArray[np.float64]]) -> SlideObject:
+        mpp, scale = self._info.mpp, self._downsample
+        left, top, right, bottom = (round(side * scale, DECIMALS) for side in shape.box)
+        return SlideObject(
+            number,
+            shape.value,
+            shape.area_px * mpp**2,
+            shape.perimeter_px * mpp,
+            shape.eccentricity,
+            shape.x * scale,
+            shape.y * scale,
+            (left, top, right, bottom),
+            [ring.astype(np.int64) for ring in rings] if self._whole else rings,
+        )
+
+    def _scaled(self, ring: NDArray[np.int32]) -> NDArray[np.float64]:
+        return np.round(ring * self._downsample, DECIMALS)
+
+
+def check_installed(files: Sequence[str], simplify_um: float) -> None:
+    """See that the libraries are there that some files and outlines take.
+
+    Raises
+    ------
+    OutputError
+        If one is not; the message says how to get it.
+    """
+    if "parquet" in files:
+        require("pyarrow", "objects.parquet needs", "tables")
+    if simplify_um:
+        require("shapely", "simplified outlines need", "simplify")
+
+
+def memory_bytes(height: int, files: Sequence[str]) -> int:
+    """Bytes that objects take in all, where none of them fills much of the slide.
+
+    Each corner of the outline of a larger one takes 24 bytes more while it is open, and about 150
+    at its end.
+    """
+    return BUFFERS + LINE_BYTES * height + (ARROW_BYTES if "parquet" in files else 0)
+
+
+def _grouped(shapes: Iterable[Shape]) -> Iterator[list[Shape]]:
+    """Gather some at a time, by their points."""
+    group: list[Shape] = []
+    points = 0
+    for shape in shapes:
+        group.append(shape)
+        points += sum(len(ring) for ring in shape.rings)
+        if points >= GROUP_POINTS:
+            yield group
+            group, points = [], 0
+    if group:
+        yield group

@@ -1,1 +1,0 @@
-"""Slide readers, one per file; `histostream.wsi.reader.open_slide` picks one."""

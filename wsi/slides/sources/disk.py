@@ -1,0 +1,84 @@
+"""Slides on a local or mounted disk."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+from histostream.wsi.errors import SlideError
+from histostream.wsi.slides.staging import SlidePart, file_name
+
+VALUE = re.compile(r"^\w+ *= *([^\r\n]+?)\s*$", re.MULTILINE)  # of a line "Key=value" in a .vms
+INDEX_BYTES = 1 << 20  # a .vms or .vmu is a few kB of text
+
+
+def find_parts(source: str) -> list[SlidePart]:
+    """List the files of a slide: the slide's own first, then those that belong to it.
+
+    Raises
+    ------
+    SlideError
+        If there is no such file or folder, or it may not be read.
+    """
+    path = Path(source)
+    try:
+        parts = [_part(file, path) for file in _files(path)]
+    except FileNotFoundError:
+        raise SlideError(f"{source}: there is no such file; check the path") from None
+    except OSError as error:
+        raise _unreadable(source, error) from error
+    if not parts:
+        raise SlideError(f"{source}: a folder without files; name a slide")
+    return parts
+
+
+def read_part(part: SlidePart, chunk_bytes: int) -> Generator[bytes]:
+    """Yield the content of one of the files that `find_parts` listed.
+
+    Raises
+    ------
+    SlideError
+        If it cannot be read.
+    """
+    try:
+        with Path(part.address).open("rb", buffering=0) as file:
+            while chunk := file.read(chunk_bytes):
+                yield chunk
+    except OSError as error:
+        raise _unreadable(part.address, error) from error
+
+
+def named_files(index: bytes) -> list[str]:
+    """Return what a .vms or .vmu file says after its ``=`` signs: among it, names of files."""
+    return VALUE.findall(index[:INDEX_BYTES].decode("utf-8", errors="replace"))
+
+
+def _files(path: Path) -> Iterator[Path]:
+    if path.is_dir():
+        yield from sorted(f for f in path.iterdir() if f.is_file() and f.name[0] != ".")
+        return
+    yield path
+    suffix = path.suffix.lower()
+    if suffix == ".mrxs" and path.with_suffix("").is_dir():
+        yield from sorted(file for file in path.with_suffix("").rglob("*") if file.is_file())
+    if suffix == ".dcm":  # a reader looks for the other files of the series beside it
+        yield from sorted(f for f in path.parent.glob("[!.]*.dcm") if f.is_file() and f != path)
+    if suffix in {".vms", ".vmu"}:
+        with path.open("rb") as file:
+            names = set(named_files(file.read(INDEX_BYTES))) - {path.name}
+        beside = {file.name for file in path.parent.iterdir() if file.is_file()}
+        yield from (path.with_name(name) for name in sorted(names & beside))
+
+
+def _part(file: Path, slide: Path) -> SlidePart:
+    found = file.stat()
+    name = file.relative_to(slide if slide.is_dir() else slide.parent).as_posix()
+    if slide.is_dir():
+        name = f"{file_name(str(slide))}/{name}"
+    return SlidePart(str(file), name, found.st_size, str(found.st_mtime_ns))
+
+
+def _unreadable(source: str, error: OSError) -> SlideError:
+    reason = error.strerror or str(error)
+    return SlideError(f"{source}: cannot be read ({reason}); check its permissions and the disk")

@@ -1,0 +1,1 @@
+"""Tiles over a slide, the strips of pixels that they are cut from, and the tissue they cover."""

@@ -1,0 +1,260 @@
+"""Rows of tiles as strips of pixels; every block of the file is decoded once, by threads."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from histostream.wsi.errors import SlideError
+from histostream.wsi.geometry import Box
+from histostream.wsi.slides.damage import read_block
+from histostream.wsi.slides.resolution import SlideView
+from histostream.wsi.tiling.grid import Strip, Tile, TileGrid
+
+WHITE = 255
+PIECE_PX = 1024  # columns that one thread assembles at a time
+
+BlockKey = tuple[int, int]  # (row, column) in the level's lattice of blocks
+Span = tuple[int, int]  # [first, last)
+
+
+def read_strips(
+    view: SlideView,
+    grid: TileGrid,
+    *,
+    threads: int = 2,
+    prefetch: int = 1,
+    on_bad_block: Callable[[Box, SlideError], None] | None = None,
+) -> Generator[tuple[list[Tile], Strip], None, None]:
+    """Read what the wanted tiles of a grid need, one row of tiles at a time.
+
+    A block of the file that several tiles need, in one row or in neighbouring rows, is decoded
+    once; one that no wanted tile needs is never decoded. Memory holds ``prefetch + 1`` strips and
+    the blocks that they and the next row share, whatever the height of the slide.
+
+    Parameters
+    ----------
+    view
+        The slide at the resolution of the grid.
+    grid
+        Which tiles; its size must be the view's.
+    threads
+        Decoding threads.
+    prefetch
+        Strips prepared ahead while the caller works on one.
+    on_bad_block
+        Called, in another thread, with the box of a block that cannot be decoded (in pixels of
+        ``view.level``) and the error; the block is then white. Without it the error is raised.
+
+    Yields
+    ------
+    The wanted tiles of a row of the grid (rows without any are left out), and the raw pixels that
+    they lie on: the slide's rows from the tiles' top to their bottom, the columns from the first
+    tile's left edge to the last one's right edge, both cut at the slide's border. A tile that lies
+    mostly outside of the slide needs more for its mirrored part: the strip then begins earlier.
+    Pixels that no wanted tile needs are white. Leave the pixels as they are: the next strip copies
+    the rows that it shares.
+
+    Raises
+    ------
+    SlideError
+        If a block cannot be decoded.
+    ValueError
+        If the grid is not of the view's size.
+    """
+    if (grid.width, grid.height) != (view.width, view.height):
+        raise ValueError(f"the grid covers {grid.width}x{grid.height} px, the view has {view.width}x{view.height}")
+    rows = [row for row in range(len(grid.ys)) if grid.row(row)]
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+    # One thread prepares strips in order and so owns the blocks; it waits for the pool's threads.
+    conductor = ThreadPoolExecutor(1, thread_name_prefix="strips")
+    window = _BlockWindow(view, grid, rows, pool, on_bad_block)
+    ahead: deque[Future[tuple[list[Tile], Strip]]] = deque()
+    try:
+        for row in rows:
+            ahead.append(conductor.submit(window.strip, row))
+            if len(ahead) > prefetch:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        conductor.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)
+        conductor.shutdown(wait=True)
+        pool.shutdown(wait=True)
+
+
+def cut(strip: Strip, tile: Tile, *, width: int, height: int) -> NDArray[np.uint8]:
+    """Cut one tile out of its strip; where it sticks out of the slide, the slide is mirrored.
+
+    Parameters
+    ----------
+    strip
+        As `read_strips` gives it with this tile.
+    tile
+        The tile.
+    width, height
+        Size of the slide, in pixels of the view.
+
+    Returns
+    -------
+    (read.height, read.width, C) uint8; equal to numpy's ``pad(mode="reflect")`` of the slide.
+    """
+    box = tile.read
+    x, y = box.x - strip.x, box.y - strip.y
+    if box.right <= width and box.bottom <= height:
+        return strip.pixels[y : y + box.height, x : x + box.width]
+    columns = _mirrored(box.x, box.right, width) - strip.x
+    rows = _mirrored(box.y, box.bottom, height) - strip.y
+    return strip.pixels[rows[:, None], columns]
+
+
+def _mirrored(start: int, stop: int, size: int) -> NDArray[np.int64]:
+    """Index into 0:size of each of start:stop, mirrored at the first and last pixel."""
+    period = max(2 * (size - 1), 1)
+    index = np.arange(start, stop) % period
+    return np.minimum(index, period - index) if size > 1 else np.zeros_like(index)
+
+
+@dataclass(frozen=True, slots=True)
+class _Needs:
+    """What one row of tiles needs of the view and of the file."""
+
+    tiles: list[Tile]
+    rows: Span  # of the view
+    runs: list[Span]  # of the view's columns, apart from each other
+    blocks: list[BlockKey]
+
+
+class _BlockWindow:
+    """The decoded blocks that this row of tiles and later ones still need."""
+
+    def __init__(
+        self,
+        view: SlideView,
+        grid: TileGrid,
+        rows: list[int],
+        pool: ThreadPoolExecutor,
+        on_bad_block: Callable[[Box, SlideError], None] | None,
+    ) -> None:
+        self._view, self._grid, self._pool = view, grid, pool
+        self._on_bad_block = on_bad_block
+        self._keep_from = self._first_blocks(rows)
+        self._blocks: dict[BlockKey, NDArray[np.uint8]] = {}
+        self._last: tuple[_Needs, Strip] | None = None
+
+    def strip(self, row: int) -> tuple[list[Tile], Strip]:
+        """Prepare one row of tiles; rows must come in order."""
+        needs = self._needs(row)
+        missing = [key for key in needs.blocks if key not in self._blocks]
+        self._blocks.update(zip(missing, self._pool.map(self._decode, missing), strict=True))
+        strip = self._assemble(needs)
+        self._forget(row)
+        self._last = needs, strip
+        return needs.tiles, strip
+
+    def _first_blocks(self, rows: list[int]) -> dict[int, int]:
+        """For each row of tiles, the first row of blocks that any later one needs."""
+        height, size = self._grid.tile_px, self._view.height
+        block_h = self._view.slide.block_px[self._view.level][1]
+        keep_from, first = {}, self._view.slide.levels[self._view.level].height
+        for row in reversed(rows):
+            keep_from[row] = first
+            seen = _seen(self._grid.ys[row], self._grid.ys[row] + height, size)
+            first = min(first, self._view.source_rows(*seen)[0] // block_h)
+        return keep_from
+
+    def _needs(self, row: int) -> _Needs:
+        view, tiles = self._view, self._grid.row(row)
+        block_w, block_h = view.slide.block_px[view.level]
+        rows = _seen(tiles[0].read.y, tiles[0].read.bottom, view.height)
+        runs = _joined([_seen(tile.read.x, tile.read.right, view.width) for tile in tiles])
+        columns = {c for run in runs for c in _lattice(view.source_columns(*run), block_w)}
+        block_rows = _lattice(view.source_rows(*rows), block_h)
+        blocks = [(row, column) for row in block_rows for column in sorted(columns)]
+        return _Needs(tiles, rows, runs, blocks)
+
+    def _decode(self, key: BlockKey) -> NDArray[np.uint8]:
+        view = self._view
+        return read_block(view.slide, view.level, *key, fill=WHITE, note=self._on_bad_block)
+
+    def _assemble(self, needs: _Needs) -> Strip:
+        (top, bottom), left, right = needs.rows, needs.runs[0][0], needs.runs[-1][1]
+        pixels = np.full((bottom - top, right - left, self._view.channels), WHITE, np.uint8)
+        strip = Strip(left, top, pixels)
+        first = self._reuse(needs, strip)
+        pieces = [(x, min(x + PIECE_PX, end)) for start, end in needs.runs for x in range(start, end, PIECE_PX)]
+        if first < bottom:
+            list(self._pool.map(lambda piece: self._fill(strip, piece, (first, bottom)), pieces))
+        return strip
+
+    def _fill(self, strip: Strip, columns: Span, rows: Span) -> None:
+        """Put some columns and rows of the view, which must lie on decoded blocks, into a strip."""
+        view = self._view
+        (x0, x1), (y0, y1) = columns, rows
+        out = strip.pixels[y0 - strip.y : y1 - strip.y, x0 - strip.x : x1 - strip.x]
+        if view.scale == 1:
+            self._copy(out, columns, rows)
+            return
+        left, right = view.source_columns(*columns)
+        top, bottom = view.source_rows(*rows)
+        source = np.empty((bottom - top, right - left, view.channels), np.uint8)
+        self._copy(source, (left, right), (top, bottom))
+        out[...] = view.resample(source, x0, y0, x1 - x0, y1 - y0)
+
+    def _copy(self, out: NDArray[np.uint8], columns: Span, rows: Span) -> None:
+        """Copy the level's pixels in these columns and rows from their blocks to ``out``."""
+        block_w, block_h = self._view.slide.block_px[self._view.level]
+        for row in _lattice(rows, block_h):
+            top = row * block_h
+            y0, y1 = max(rows[0], top), min(rows[1], top + block_h)
+            for column in _lattice(columns, block_w):
+                left = column * block_w
+                x0, x1 = max(columns[0], left), min(columns[1], left + block_w)
+                block = self._blocks[row, column]
+                target = out[y0 - rows[0] : y1 - rows[0], x0 - columns[0] : x1 - columns[0]]
+                target[...] = block[y0 - top : y1 - top, x0 - left : x1 - left]
+
+    def _reuse(self, needs: _Needs, strip: Strip) -> int:
+        """Copy the rows that the last strip already has; return the first row that it has not."""
+        if self._last is None or self._last[0].runs != needs.runs:
+            return strip.y
+        last = self._last[1]
+        end = last.y + len(last.pixels)
+        if not last.y <= strip.y < end:
+            return strip.y
+        strip.pixels[: end - strip.y] = last.pixels[strip.y - last.y :]
+        return end
+
+    def _forget(self, row: int) -> None:
+        first = self._keep_from[row]
+        self._blocks = {key: block for key, block in self._blocks.items() if key[0] >= first}
+
+
+def _seen(start: int, stop: int, size: int) -> Span:
+    """Return the pixels 0:size that start:stop shows, mirrored where it sticks out."""
+    if stop <= size:
+        return start, stop
+    index = _mirrored(start, stop, size)
+    return int(index.min()), int(index.max()) + 1
+
+
+def _lattice(span: Span, block_px: int) -> range:
+    """Which blocks of one axis the pixels [first, last) lie on."""
+    return range(span[0] // block_px, (span[1] - 1) // block_px + 1)
+
+
+def _joined(spans: list[Span]) -> list[Span]:
+    """Join spans, sorted by their start, that touch or overlap."""
+    joined = [spans[0]]
+    for start, end in spans[1:]:
+        if start <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(end, joined[-1][1])
+        else:
+            joined.append((start, end))
+    return joined

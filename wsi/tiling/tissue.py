@@ -1,0 +1,388 @@
+"""Which tiles are worth inferring: tissue found on an overview, or regions that a user drew."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFilter
+
+from histostream.wsi.errors import SlideError, reason
+from histostream.wsi.geometry import Box
+from histostream.wsi.slides.resolution import LIGHT_MPP, SlideView, thumbnail
+from histostream.wsi.tiling.grid import TileGrid
+
+OVERVIEW_PX = 2048  # longest side; 25 um per pixel on the largest slides
+OVERVIEW_MPP = 8.0  # um, at least: an overview on which one cell has no pixels of its own
+GUESSED_MPP = 0.5  # um of level 0, for the sizes here only, where a slide does not say: 20x
+MIN_AREA_UM2 = 10_000.0  # 100 um x 100 um: smaller than a biopsy's fragments, larger than dust
+MAX_DISTANCE_PX = 1 << 26  # of a corner from the slide's, level 0: farther than any slide is large
+DRAWN_ROWS = 256  # of a polygon at a time
+FURTHEST_LEFT_PX = 4096  # of the slide's corner, where a canvas begins at most
+BLUR_PX = 1  # radius; against JPEG's noise
+MARGIN_PX = 2  # by which tissue is widened, so that its faint borders are kept
+# Of 255, in the colour channel that a pixel absorbs most. Glass varied by +-5 on the slides tried,
+# pale grey-blue tissue that saturation misses began at +40.
+ABSORBED = 20  # more than glass
+MAX_GLASS = 48  # glass is never darker; where the lightest pixels are, there is no glass
+GLASS_PERCENTILE = 5
+FILLED = 2  # absorption of the pure white that stands for what was not scanned
+DARK_GROUND = 64  # a median brightness below this is fluorescence, not a stained slide
+# Limits of Otsu's threshold on slides with a dark ground: it may fall between dim and bright cells
+# where both exist, and the dim ones count too.
+MIN_BRIGHTNESS, MAX_BRIGHTNESS = 8, 20
+
+
+@dataclass(frozen=True, slots=True)
+class TissueMask:
+    """Where the tissue is, on an overview of the slide.
+
+    Attributes
+    ----------
+    mask
+        (H, W) bool, over the whole slide.
+    scale_x, scale_y
+        Pixels of the view per pixel of the mask.
+    area_mm2
+        Area of the tissue; None if the slide's resolution is not known.
+    """
+
+    mask: NDArray[np.bool_]
+    scale_x: float
+    scale_y: float
+    area_mm2: float | None
+
+    def tiles(self, grid: TileGrid) -> NDArray[np.bool_]:
+        """Return (rows, columns) bool: the tiles whose write box touches tissue."""
+        return _touching(self.mask, grid)
+
+
+@dataclass(frozen=True, slots=True)
+class Polygon:
+    """One polygon that a user drew.
+
+    Attributes
+    ----------
+    name
+        Its class in QuPath, else its own name; empty if it has neither.
+    rings
+        (N, 2) float64 of x, y each: the outline, then its holes.
+    """
+
+    name: str
+    rings: tuple[NDArray[np.float64], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RegionOfInterest:
+    """Polygons that a user drew, in pixels of the view.
+
+    Attributes
+    ----------
+    polygons
+        Each a tuple of rings, (N, 2) float64 of x, y: the outline, then its holes.
+    mask
+        (H, W) bool, the polygons over an overview of the whole slide.
+    scale_x, scale_y
+        Pixels of the view per pixel of the mask.
+    """
+
+    polygons: tuple[tuple[NDArray[np.float64], ...], ...]
+    mask: NDArray[np.bool_]
+    scale_x: float
+    scale_y: float
+
+    def tiles(self, grid: TileGrid) -> NDArray[np.bool_]:
+        """Return (rows, columns) bool: the tiles whose write box touches a polygon."""
+        return _touching(self.mask, grid)
+
+    def inside(self, box: Box) -> NDArray[np.bool_]:
+        """Return (H, W) bool: the pixels of a box of the view that lie in a polygon."""
+        return _rasterised(self.polygons, box)
+
+
+def find_tissue(
+    view: SlideView,
+    *,
+    min_area_um2: float = MIN_AREA_UM2,
+    max_px: int = OVERVIEW_PX,
+    picture: NDArray[np.uint8] | None = None,
+) -> TissueMask:
+    """Find the tissue on an overview of a slide.
+
+    Tissue is what absorbs more than glass in some colour channel, stained or not. Where the ground
+    is dark (fluorescence) it is what is bright, by Otsu's threshold. Doubtful places are kept: a
+    tile too many costs milliseconds, a tile too few is lost. Pen marks count as tissue. An electron
+    micrograph (a level 0 finer than 0.05 um per pixel) is tissue everywhere: it shows a few cells
+    and no glass.
+
+    Parameters
+    ----------
+    view
+        The slide.
+    min_area_um2
+        Smaller pieces are dropped.
+    max_px
+        Longest side of the overview.
+    picture
+        (H, W, C) uint8 of the whole slide, where one was read already; it is used if it is fine
+        enough.
+
+    Examples
+    --------
+    >>> from histostream.wsi import TileGrid, at_mpp, open_slide
+    >>> with open_slide("slide.svs") as slide:
+    ...     view = at_mpp(slide, 0.5)
+    ...     tissue = find_tissue(view)
+    >>> grid = TileGrid.cover(view.width, view.height, tile_px=128, overlap_px=0)
+    >>> kept = grid.where(tissue.tiles(grid))
+    >>> len(grid), len(kept)
+    (30, 17)
+    """
+    mpp = view.mpp or GUESSED_MPP * view.downsample
+    longest_um = max(view.width, view.height) * mpp
+    overview = _overview(view, max(1, min(max_px, round(longest_um / OVERVIEW_MPP))), picture)
+    height, width = overview.shape[:2]
+    scale_x, scale_y = view.width / width, view.height / height
+    um2 = mpp**2 * scale_x * scale_y
+    if mpp / view.downsample < LIGHT_MPP:
+        mask = np.ones((height, width), np.bool_)
+    else:
+        mask = _without_small(_is_tissue(overview), min_area_um2 / um2)
+    area_mm2 = float(mask.sum()) * um2 / 1e6 if view.mpp else None
+    wide = Image.fromarray(mask).convert("L").filter(ImageFilter.MaxFilter(2 * MARGIN_PX + 1))
+    return TissueMask(np.asarray(wide) > 0, scale_x, scale_y, area_mm2)
+
+
+def read_roi(path: str | Path, view: SlideView) -> RegionOfInterest:
+    """Read the polygons of a GeoJSON file, in pixels of level 0, as QuPath writes it.
+
+    Raises
+    ------
+    SlideError
+        If the file cannot be read, is no GeoJSON, holds no polygon, or none on the slide.
+    """
+    polygons = [polygon.rings for polygon in read_polygons(path, view.downsample)]
+    scale = max(1.0, max(view.width, view.height) / OVERVIEW_PX)
+    width, height = int(np.ceil(view.width / scale)), int(np.ceil(view.height / scale))
+    scale_x, scale_y = view.width / width, view.height / height
+    small = ([ring / (scale_x, scale_y) for ring in rings] for rings in polygons)
+    mask = _rasterised(small, Box(0, 0, width, height))
+    if not mask.any():
+        raise SlideError(
+            f"{path}: no polygon lies on the slide {view.slide.path}; "
+            "coordinates are pixels of level 0, check that the two belong together"
+        )
+    return RegionOfInterest(tuple(polygons), mask, scale_x, scale_y)
+
+
+def read_polygons(path: str | Path, downsample: float = 1.0) -> list[Polygon]:
+    """Read the polygons of a GeoJSON file, in pixels of level 0, as QuPath writes it.
+
+    Parameters
+    ----------
+    path
+        The file.
+    downsample
+        Pixels of level 0 per pixel of the result's coordinates.
+
+    Raises
+    ------
+    SlideError
+        If the file cannot be read, is no GeoJSON, or holds no polygon.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        polygons = [Polygon(name, _rings(rings, downsample)) for name, rings in _polygons(found)]
+    except OSError as error:
+        raise SlideError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    except RecursionError as error:
+        raise SlideError(f"{path}: nested too deeply; export the regions again") from error
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
+        raise SlideError(f"{path}: not valid GeoJSON ({reason(error)}); export the regions again") from error
+    if not polygons:
+        raise SlideError(f"{path}: holds no polygon; draw a region and export it as GeoJSON")
+    return polygons
+
+
+def _overview(view: SlideView, longest_px: int, picture: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
+    """Return the whole slide, its longest side ``longest_px`` at most."""
+    if picture is None or max(picture.shape[:2]) < longest_px:
+        return thumbnail(view, longest_px)
+    scale = longest_px / max(picture.shape[:2])
+    height, width = (max(1, round(side * scale)) for side in picture.shape[:2])
+    image = Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture)
+    smaller = np.asarray(image.resize((width, height), Image.Resampling.BOX))
+    return smaller.reshape(height, width, picture.shape[2])
+
+
+def _is_tissue(overview: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """(H, W, C) -> (H, W) bool."""
+    image = Image.fromarray(overview[..., 0] if overview.shape[2] == 1 else overview)
+    blurred = np.asarray(image.filter(ImageFilter.BoxBlur(BLUR_PX))).reshape(overview.shape)
+    brightness = blurred.max(axis=2)
+    if np.median(brightness) < DARK_GROUND:
+        bright: NDArray[np.bool_] = brightness > _otsu(brightness)
+        return bright
+    absorption = 255 - blurred.min(axis=2)
+    scanned = absorption[absorption > FILLED]
+    glass = min(np.percentile(scanned, GLASS_PERCENTILE), MAX_GLASS) if len(scanned) else 0
+    absorbing: NDArray[np.bool_] = absorption > glass + ABSORBED
+    return absorbing
+
+
+def _otsu(signal: NDArray[np.uint8]) -> int:
+    """Return the t for which the variance between <= t and > t is largest (Otsu 1979), limited."""
+    count = np.bincount(signal.ravel(), minlength=256).astype(float)
+    below = np.cumsum(count)
+    above = below[-1] - below
+    total = np.cumsum(count * np.arange(256))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        gap = total / below - (total[-1] - total) / above
+        between = below * above * gap**2
+    best = int(np.nan_to_num(between).argmax())
+    return min(max(best, MIN_BRIGHTNESS), MAX_BRIGHTNESS)
+
+
+def _without_small(mask: NDArray[np.bool_], min_px: float) -> NDArray[np.bool_]:
+    """Drop the 8-connected pieces of fewer than ``min_px`` pixels."""
+    starts, ends, stride = _runs(mask)
+    if not len(starts):
+        return mask
+    piece = _pieces(starts, ends, stride)
+    area = np.bincount(piece, weights=ends - starts)
+    kept = area[piece] >= min_px
+    # +1 where a kept run starts and -1 where it ends; the running sum is the mask again.
+    edges = np.zeros(stride * mask.shape[0] + 1, np.int8)
+    edges[starts[kept]], edges[ends[kept]] = 1, -1
+    flat = np.cumsum(edges[:-1], dtype=np.int8) > 0
+    return flat.reshape(mask.shape[0], stride)[:, :-1]
+
+
+def _runs(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
+    """Return the start and end of each horizontal run of a mask, and the length of a row.
+
+    They index the mask as flattened with a spare column, which keeps the rows' runs apart.
+    """
+    height, width = mask.shape
+    flat = np.zeros((height, width + 1), np.int8)
+    flat[:, :width] = mask
+    edges = np.diff(flat.ravel(), prepend=0)
+    return np.flatnonzero(edges == 1), np.flatnonzero(edges == -1), width + 1
+
+
+def _pieces(starts: NDArray[np.int64], ends: NDArray[np.int64], stride: int) -> NDArray[np.int64]:
+    """Return for each run the number of the lowest run that it is connected with."""
+    # The runs of the next row that touch run i, corners included, are those from first[i] to
+    # last[i]: they end after its start and start before its end, one pixel wider on each side.
+    first = np.searchsorted(ends, starts + stride, side="left")
+    last = np.searchsorted(starts, ends + stride, side="right")
+    touching = np.maximum(last - first, 0)
+    upper = np.repeat(np.arange(len(starts)), touching)
+    nth = np.arange(len(upper)) - np.repeat(np.cumsum(touching) - touching, touching)
+    lower = np.repeat(first, touching) + nth
+    piece = np.arange(len(starts))
+    while True:
+        # Hook each root to the lowest root that it touches, then shorten all paths to the roots.
+        a, b = piece[upper], piece[lower]
+        if np.array_equal(a, b):
+            return piece
+        np.minimum.at(piece, np.maximum(a, b), np.minimum(a, b))
+        while not np.array_equal(piece, piece[piece]):
+            piece = piece[piece]
+
+
+def _touching(mask: NDArray[np.bool_], grid: TileGrid) -> NDArray[np.bool_]:
+    """Return (rows, columns) bool: tiles whose write box holds a marked pixel of an overview."""
+    height, width = mask.shape
+    counts = np.zeros((height + 1, width + 1), np.int64)
+    counts[1:, 1:] = mask.cumsum(axis=0, dtype=np.int64).cumsum(axis=1)
+    columns = [grid.tile(0, column).write for column in range(len(grid.xs))]
+    rows = [grid.tile(row, 0).write for row in range(len(grid.ys))]
+    left, right = _covering([(box.x, box.right) for box in columns], width / grid.width, width)
+    top, bottom = _covering([(box.y, box.bottom) for box in rows], height / grid.height, height)
+    below, above = counts[bottom], counts[top]
+    marked = below[:, right] - below[:, left] - above[:, right] + above[:, left]
+    return marked > 0
+
+
+def _covering(spans: list[tuple[int, int]], scale: float, size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the overview pixels [first, last) that each span of the view lies on."""
+    edges = np.asarray(spans) * scale
+    first = np.clip(np.floor(edges[:, 0]).astype(np.int64), 0, size - 1)
+    last = np.clip(np.ceil(edges[:, 1]).astype(np.int64), first + 1, size)
+    return first, last
+
+
+def _polygons(found: Any, name: str = "") -> Iterator[tuple[str, list[Any]]]:
+    """Yield name and rings of the polygons of anything that GeoJSON nests."""
+    if isinstance(found, list):  # QuPath once wrote a bare list of features
+        for part in found:
+            yield from _polygons(part)
+        return
+    match found["type"]:
+        case "FeatureCollection":
+            yield from _polygons(found["features"])
+        case "Feature":
+            if found["geometry"] is not None:
+                yield from _polygons(found["geometry"], _name(found.get("properties")))
+        case "GeometryCollection":
+            for part in found["geometries"]:
+                yield from _polygons(part, name)
+        case "MultiPolygon":
+            yield from ((name, rings) for rings in found["coordinates"])
+        case "Polygon":
+            yield name, found["coordinates"]
+
+
+def _name(properties: Any) -> str:
+    if not isinstance(properties, dict):
+        return ""
+    kind = properties.get("classification")
+    name = kind.get("name") if isinstance(kind, dict) else kind
+    return str(name or properties.get("name") or "")
+
+
+def _rings(coordinates: list[Any], downsample: float) -> tuple[NDArray[np.float64], ...]:
+    """Turn a polygon's coordinates at level 0 into (N, 2) arrays in pixels of the view."""
+    rings = tuple(np.asarray(ring, float)[:, :2] for ring in coordinates)
+    if not rings or min(len(ring) for ring in rings) < 3:
+        raise ValueError("a polygon has less than three corners")
+    for ring in rings:
+        if ring.shape[1] != 2:
+            raise ValueError("a corner is no pair of numbers")
+        if not (np.abs(ring) <= MAX_DISTANCE_PX).all():  # nan is not, either
+            raise ValueError(f"a corner lies more than {MAX_DISTANCE_PX} px away, or nowhere")
+    return tuple(ring / downsample for ring in rings)
+
+
+def _rasterised(polygons: Iterable[Sequence[NDArray[np.float64]]], box: Box) -> NDArray[np.bool_]:
+    """Return (H, W) bool: pixels of a box inside or on the outline of a polygon, not in a hole.
+
+    A pixel has one answer, whatever box it is asked with: corners are cut to whole pixels of the
+    slide, and a polygon is drawn from its own left edge, since Pillow's sums round by where the
+    canvas begins.
+    """
+    inside = np.zeros((box.height, box.width), bool)
+    for rings in polygons:
+        outline, *holes = (np.floor(ring) for ring in rings)
+        left, top = np.maximum(outline.min(axis=0), -FURTHEST_LEFT_PX)
+        right, bottom = outline.max(axis=0) + 1
+        first, last = int(max(top, box.y)), int(min(bottom, box.bottom))
+        x0, x1 = int(max(left, box.x)), int(min(right, box.right))
+        if x0 >= x1:
+            continue
+        for y in range(first, last, DRAWN_ROWS):  # a canvas may be as wide as the slide
+            height = min(DRAWN_ROWS, last - y)
+            canvas = Image.new("1", (x1 - int(left), height))
+            draw = ImageDraw.Draw(canvas)
+            for ring, fill in ((outline, 1), *((hole, 0) for hole in holes)):
+                draw.polygon((ring - (left, y)).ravel().tolist(), fill=fill, outline=fill)
+            drawn = np.asarray(canvas)[:, x0 - int(left) :]
+            inside[y - box.y : y - box.y + height, x0 - box.x : x1 - box.x] |= drawn
+    return inside
