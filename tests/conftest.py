@@ -19,8 +19,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGES = {
     "export/test_triton.py": "tritonclient",
     "runtime/test_notebook.py": "nbclient",
-    "wsi/test_object_files.py": "pyarrow",
-    "wsi/test_rasters.py": "highdicom",
+    "wsi/outputs/test_object_files.py": "pyarrow",
+    "wsi/outputs/test_rasters.py": "highdicom",
 }
 collect_ignore = [file for file, package in PACKAGES.items() if find_spec(package) is None]
 # Fixtures that need such packages too: storage servers, and networks of MONAI.

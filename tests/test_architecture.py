@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib
 import shutil
 import subprocess
@@ -48,6 +49,60 @@ def test_imports_point_downwards(folder: str) -> None:
         used = {n.split(".")[1] for n in imported_names(source) if n.startswith("histostream.")}
         upward = used - ALLOWED[folder] - {folder}
         assert not upward, f"{source.relative_to(ROOT)} imports {sorted(upward)}"
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the product by its dotted name, without the name of the distribution."""
+    named = {".".join(s.relative_to(ROOT).with_suffix("").parts): s for f in ALLOWED for s in sources(f)}
+    return {name.removesuffix(".__init__"): source for name, source in named.items()}
+
+
+def imports_between_modules() -> dict[str, set[str]]:
+    """Module -> the product's modules that it imports, those imported inside functions included."""
+    known = modules()
+    graph: dict[str, set[str]] = {name: set() for name in known}
+    for name, source in known.items():
+        for imported in imported_names(source):
+            parts = imported.removeprefix("histostream.").split(".")
+            candidates = (".".join(parts[:n]) for n in (len(parts), len(parts) - 1))
+            target = next((each for each in candidates if each in known), name)
+            if target != name:
+                graph[name].add(target)
+    return graph
+
+
+def sub_package(module: str) -> str:
+    """Return the part of the layout that a module belongs to: a folder such as runtime.crf, or itself."""
+    folder = ".".join(module.split(".")[:2])
+    return folder if (ROOT / folder.replace(".", "/")).is_dir() else module
+
+
+def assert_no_circle(graph: dict[str, set[str]]) -> None:
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"circle of imports: {' -> '.join(error.args[1])}")
+
+
+def test_modules_import_each_other_in_no_circle() -> None:
+    graph = imports_between_modules()
+    assert sum(map(len, graph.values())) > 500, "the imports were not found"
+    assert_no_circle(graph)
+
+
+def test_sub_packages_import_each_other_in_no_circle() -> None:
+    graph: dict[str, set[str]] = {}
+    for module, imported in imports_between_modules().items():
+        if module in ALLOWED:  # a package's own __init__ names its parts, for whoever imports from it
+            continue
+        targets = {sub_package(each) for each in imported - set(ALLOWED)}
+        graph.setdefault(sub_package(module), set()).update(targets - {sub_package(module)})
+    assert_no_circle(graph)
+
+
+def test_a_circle_would_be_found() -> None:
+    with pytest.raises(pytest.fail.Exception, match=r"a -> b -> a|b -> a -> b"):
+        assert_no_circle({"a": {"b"}, "b": {"a"}})
 
 
 @pytest.mark.parametrize("folder", ["wsi", "runtime"])
