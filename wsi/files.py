@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from histostream.wsi.errors import OutputError
+from histostream.wsi.errors import HistoError, OutputError
 
 log = logging.getLogger(__name__)
 
@@ -96,14 +96,16 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
     file = path.with_name(f"{path.name}.lock")
     lock = FileLock(file, thread_local=False)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        if not wait:
-            yield False
-            return
-        log.info("%s: waiting for another process that works on it", path)
-        lock.acquire()
+    with writing(file):
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            if wait:
+                log.info("%s: waiting for another process that works on it", path)
+                lock.acquire()
+    if not lock.is_locked:
+        yield False
+        return
     try:
         yield True
     finally:
@@ -161,7 +163,7 @@ def writing(path: Path) -> Iterator[None]:
     """Turn the operating system's errors while writing ``path`` into an `OutputError`."""
     try:
         yield
-    except OutputError:
+    except HistoError:
         raise
     except OSError as error:
         raise OutputError(_message(path, error)) from error

@@ -43,7 +43,7 @@ def test_a_file_that_fails_half_way_leaves_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     write_whole(path, "old")
     with pytest.raises(ZeroDivisionError), whole_file(path) as temporary:
-        print(temporary.write_text("half") / 0)
+        _ = temporary.write_text("half") / 0
     with pytest.raises(OutputError, match=r"a\.bin"), whole_file(path):
         pass  # nothing was written
     assert [path] == list(tmp_path.iterdir())
