@@ -22,7 +22,7 @@ from histostream.wsi.outputs.journal import Journal
 from histostream.wsi.outputs.sinks.overview import overview_size
 from histostream.wsi.slides.reader import open_slide
 from histostream.wsi.slides.resolution import at_mpp, thumbnail
-from histostream.wsi.slides.staging import is_remote, shown
+from histostream.wsi.slides.sources.base import is_remote, redact_url
 
 # Bytes of a file for each analysed pixel (probabilities: and class), as CMU-1-Small-Region.svs has
 # them with the nucleus model: tests/robustness/results/outputs-cpu.json. Other tissue differs.
@@ -109,7 +109,7 @@ def plan_slides(tasks: Sequence[Task], engine: Engine, devices: int = 1) -> Iter
     """
     seconds = seconds_of_tile(engine) * OVERHEAD / devices
     for task in tasks:
-        source, folder = shown(task.slide.source), str(task.folder)
+        source, folder = redact_url(task.slide.source), str(task.folder)
         try:
             yield _plan_slide(task, source, engine.card, seconds)
         except HistoError as error:

@@ -34,7 +34,7 @@ from histostream.runtime.cohort.worker import (
 )
 from histostream.wsi.console import fail
 from histostream.wsi.errors import printable
-from histostream.wsi.slides.staging import shown
+from histostream.wsi.slides.sources.base import redact_url
 
 COMMAND = "histo-infer"
 PROGRESS_S = 30.0  # between two lines of progress, where there is no terminal
@@ -266,7 +266,7 @@ def duration(seconds: float) -> str:
 
 
 def _file_name(task: Task) -> str:
-    return printable(shown(task.slide.source).rstrip("/").rpartition("/")[2])
+    return printable(redact_url(task.slide.source).rstrip("/").rpartition("/")[2])
 
 
 def _by_word(counts: Mapping[str, int]) -> dict[str, int]:

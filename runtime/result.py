@@ -23,7 +23,7 @@ from histostream.wsi.outputs.raster import Raster
 from histostream.wsi.outputs.sinks.overview import BACKGROUND
 from histostream.wsi.slides.reader import SlideReader, open_slide
 from histostream.wsi.slides.resolution import SlideView
-from histostream.wsi.slides.slide_locator import SlidePlace
+from histostream.wsi.slides.slide_locator import SlideLocator
 from histostream.wsi.slides.staging import SlideVersion
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class SlideResult:
         """
         said = self.run.get("slide", {})
         version = SlideVersion(said.get("bytes", 0), said.get("modified", ""))
-        place = SlidePlace(said.get("source", ""), version, said.get("sha256", ""))
+        place = SlideLocator(said.get("source", ""), version, said.get("sha256", ""))
         return open_slide(place.find(None if slides is None else Path(slides)))
 
     def region(

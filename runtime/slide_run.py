@@ -63,7 +63,8 @@ from histostream.wsi.outputs.sinks.tiff import LabelTiff, ProbabilityTiff
 from histostream.wsi.slides.damage import Damage, Undamaged
 from histostream.wsi.slides.reader import SlideReader, open_slide
 from histostream.wsi.slides.resolution import SlideView, at_mpp, thumbnail
-from histostream.wsi.slides.staging import is_remote, sha256_of, shown, version_of
+from histostream.wsi.slides.sources.base import is_remote, redact_url
+from histostream.wsi.slides.staging import sha256_of, version_of
 from histostream.wsi.tiling.grid import Strip, TileGrid
 from histostream.wsi.tiling.tissue import RegionOfInterest, find_tissue, read_roi
 
@@ -120,7 +121,7 @@ class Job:
     def place(self) -> str:
         """Where the slide is, for records: an absolute path, or a URL without its signature."""
         source = self.source or str(self.path)
-        return shown(source) if is_remote(source) else str(Path(source).absolute())
+        return redact_url(source) if is_remote(source) else str(Path(source).absolute())
 
     def inputs(self, card: ModelCard) -> dict[str, Any]:
         """Return what decides the result, as run.json says it; see `record.inputs_of`.

@@ -8,7 +8,6 @@ Data, never code: reading one unpickles nothing.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from histostream.training.methods import State
 from histostream.wsi.errors import HistoError
+from histostream.wsi.files import whole_file
 from histostream.wsi.slides.staging import sha256_of
 
 SCHEMA = 1
@@ -69,9 +69,8 @@ def save(folder: Path, checkpoint: Checkpoint, state: State, *, optimizers: bool
         tensors |= _optimizer_tensors(state)
     # One file holds all tensors and the json goes in its header, so that one rename replaces both.
     text = json.dumps({"schema": SCHEMA, **_plain(checkpoint)})
-    part = folder / ".checkpoint.safetensors.part"
-    save_file(tensors, part, metadata={"checkpoint": text})
-    os.replace(part, folder / "checkpoint.safetensors")  # noqa: PTH105
+    with whole_file(folder / "checkpoint.safetensors") as temporary:
+        save_file(tensors, temporary, metadata={"checkpoint": text})
     (folder / "checkpoint.json").write_text(json.dumps(json.loads(text), indent=1) + "\n")
 
 

@@ -1,17 +1,21 @@
-"""Write files so that each appears whole or not at all."""
+"""Write files so that each appears whole or not at all, and lock files against other processes."""
 
 from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from histostream.wsi.errors import OutputError
+from histostream.wsi.errors import HistoError, OutputError
+
+log = logging.getLogger(__name__)
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
@@ -19,16 +23,96 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
     write_whole(path, json_text(content))
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text (UTF-8), whole or not at all, whoever else writes it at the same time."""
-    temporary, _ = write_temporary(path, text, f"{uuid.uuid4().hex}.part")
+def write_whole(path: Path, *contents: str | bytes) -> None:
+    """Write a file whole or not at all; other processes may write it at the same time.
+
+    Parameters
+    ----------
+    path
+        Final name; its folder must exist.
+    contents
+        What the file holds, one part after the other. Text is written as UTF-8.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be written; an older file is then kept.
+    """
+    with whole_file(path, f"{uuid.uuid4().hex}.part") as temporary, temporary.open("wb") as file:
+        for content in contents:
+            file.write(_encoded(content) if isinstance(content, str) else content)
+
+
+@contextmanager
+def whole_file(path: Path, suffix: str = "part") -> Iterator[Path]:
+    """Give a temporary name beside ``path`` to write to; the file gets its final name when the block ends.
+
+    If the block fails, what it wrote is removed and an older file under ``path`` is kept.
+
+    Raises
+    ------
+    OutputError
+        If the operating system refuses to write the file.
+    """
+    temporary = temporary_name(path, suffix)
     with writing(path):
         try:
+            yield temporary
             sync(temporary)
             temporary.replace(path)
-        except OSError:
+        except BaseException:
             remove([temporary])
             raise
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove the temporary files of `write_whole` that killed processes left beside ``path``.
+
+    Only for the holder of its lock (`locked`): another writer may be at work otherwise.
+    """
+    leftover = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{32}}\.part")
+    remove(other for other in path.parent.iterdir() if leftover.fullmatch(other.name))
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock of a file or folder against other processes and threads of this host.
+
+    The lock is the file ``path`` + ".lock", removed by its last holder. The operating system frees
+    it when its process ends, however that ends.
+
+    Parameters
+    ----------
+    path
+        What the lock protects; its folder must exist.
+    wait
+        Wait for another holder.
+
+    Yields
+    ------
+    Whether the lock is held; it always is if ``wait``.
+    """
+    from filelock import FileLock, Timeout
+
+    file = path.with_name(f"{path.name}.lock")
+    lock = FileLock(file, thread_local=False)
+    with writing(file):
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            if wait:
+                log.info("%s: waiting for another process that works on it", path)
+                lock.acquire()
+    if not lock.is_locked:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        # Removed while it is held: whoever waits sees that its file is gone, and makes a new one.
+        with suppress(OSError):  # Windows does not remove an open file; there filelock does it
+            file.unlink()
+        lock.release()
 
 
 def json_text(content: Mapping[str, object]) -> str:
@@ -36,17 +120,21 @@ def json_text(content: Mapping[str, object]) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def write_temporary(path: Path, text: str, suffix: str = "part") -> tuple[Path, Path]:
-    """Write ``text`` (UTF-8) beside ``path``; return the (temporary, final) pair."""
-    temporary = temporary_name(path, suffix)
+def write_temporary(path: Path, text: str) -> tuple[Path, Path]:
+    """Write ``text`` (UTF-8) under the temporary name of ``path``; return the (temporary, final) pair."""
+    temporary = temporary_name(path)
     with writing(path):
         try:
-            # A file's name may hold bytes that are no text: JSON's own escape stands for them.
-            temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
+            temporary.write_bytes(_encoded(text))
         except OSError:
             remove([temporary])
             raise
     return temporary, path
+
+
+def _encoded(text: str) -> bytes:
+    # A file's name may hold bytes that are no text: JSON's own escape stands for them.
+    return text.encode("utf-8", "backslashreplace")
 
 
 def temporary_name(path: Path, suffix: str = "part") -> Path:
@@ -75,7 +163,7 @@ def writing(path: Path) -> Iterator[None]:
     """Turn the operating system's errors while writing ``path`` into an `OutputError`."""
     try:
         yield
-    except OutputError:
+    except HistoError:
         raise
     except OSError as error:
         raise OutputError(_message(path, error)) from error

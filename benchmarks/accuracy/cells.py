@@ -7,7 +7,6 @@ a table can be made bit by bit, by several processes, on several machines one af
 
 from __future__ import annotations
 
-import fcntl
 import json
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -29,7 +28,7 @@ from histostream.training.data import DataSet, Sample
 from histostream.training.device import Compute
 from histostream.training.loop import Progress, Recipe
 from histostream.wsi.errors import HistoError
-from histostream.wsi.files import json_text
+from histostream.wsi.files import locked, write_json
 
 Plain = dict[str, Any]
 
@@ -183,8 +182,7 @@ def train(cell: Cell, found: DataSet, runs: Path, how: Compute) -> Checkpoint:
     if cell.start is not None:
         begin = runs / cell.start.name
         runs.mkdir(parents=True, exist_ok=True)
-        with (runs / f".{cell.start.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # other processes' cells start from it, too
+        with locked(runs / cell.start.name):  # other processes' cells start from it, too
             train(cell.start, cell.start.data(), runs, how)
 
     def report(progress: Progress) -> None:
@@ -259,10 +257,7 @@ def _run(cell: Cell, runs: Path, how: Compute) -> Plain:
 def _held(path: Path) -> Iterator[Plain]:
     """Hold a result file, which several processes fill, and write it anew."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with (path.parent / f".{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(path):
         said = json.loads(path.read_text()) if path.exists() else {}
         yield said
-        part = path.with_name(f".{path.name}.part")
-        part.write_text(json_text(said))
-        part.replace(path)
+        write_json(path, said)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from histostream.export.graph.model import GraphError, check_graph
-from histostream.wsi.errors import OutputError
+from histostream.wsi.files import write_whole, writing
 
 OPSET = 18
 
@@ -88,14 +88,9 @@ def write_model(model: onnx.ModelProto, out: Path) -> None:
     OutputError
         If the file cannot be written.
     """
-    part = out.with_name(f".{out.name}.part")
-    try:
+    with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(model.SerializeToString(deterministic=True))
-        part.replace(out)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OutputError(f"{out}: cannot be written ({error.strerror}); check its permissions and room") from error
+    write_whole(out, model.SerializeToString(deterministic=True))
 
 
 def _explained(error: Exception) -> str:

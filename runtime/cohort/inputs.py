@@ -15,27 +15,11 @@ from pathlib import Path, PurePath, PurePosixPath
 
 from histostream.wsi.errors import HistoError, SlideError
 from histostream.wsi.outputs.folder import RUN_FILE
+from histostream.wsi.slides.reader import slide_suffixes
 from histostream.wsi.slides.resolution import LIGHT_MPP, MAX_MPP
-from histostream.wsi.slides.staging import file_name, is_plain, is_remote, list_files, shown
+from histostream.wsi.slides.sources.base import file_name, is_plain_name, is_remote, redact_url
+from histostream.wsi.slides.staging import list_files
 
-SUFFIXES = frozenset(
-    [
-        ".svs",
-        ".tif",
-        ".tiff",
-        ".ptif",
-        ".ptiff",
-        ".qptiff",
-        ".ndpi",
-        ".scn",
-        ".mrxs",
-        ".bif",
-        ".svslide",
-        ".vms",
-        ".vmu",
-        ".czi",
-    ]
-)
 DICOM = ".dcm"
 IMAGES = frozenset({".png", ".jpg", ".jpeg"})  # in folders they are mostly thumbnails and masks
 LIST = ".csv"
@@ -108,13 +92,13 @@ def find_inputs(arguments: Sequence[str]) -> list[SlideInput]:
         other, its_place = found.setdefault(folder, (slide, place))
         if its_place != place:
             raise InputError(
-                f"{shown(other.source)} and {shown(slide.source)} would both write to "
+                f"{redact_url(other.source)} and {redact_url(slide.source)} would both write to "
                 f"{slide.name}/: give one another name (column `name` of a .csv), "
                 "or run them with different --out folders"
             )
         if (other.mpp, other.roi, other.further) != (slide.mpp, slide.roi, slide.further):
             raise InputError(
-                f"{shown(slide.source)} is named twice, and not with the same mpp, roi and further "
+                f"{redact_url(slide.source)} is named twice, and not with the same mpp, roi and further "
                 "columns: name it once, or give one another name (column `name` of a .csv)"
             )
     return [slide for slide, _ in found.values()]
@@ -154,7 +138,7 @@ def _sources_of(argument: str) -> list[str]:
         return [argument]
     if not found:
         raise InputError(
-            f"{shown(argument)}: no slide is found there; check it (PNG and JPEG files have to be "
+            f"{redact_url(argument)}: no slide is found there; check it (PNG and JPEG files have to be "
             "named or matched by a pattern, results of earlier runs are left out)"
         )
     return list(dict.fromkeys(found))
@@ -184,7 +168,7 @@ def _refuse_folder(error: OSError) -> None:
 def _slides_among(folder: str, names: Iterable[str]) -> list[str]:
     """Return the slides among the files of one folder, or the folder if it is a DICOM series."""
     visible = sorted(name for name in names if not name.startswith("."))
-    slides = [name for name in visible if _suffix(name) in SUFFIXES]
+    slides = [name for name in visible if _suffix(name) in slide_suffixes()]
     if all(_suffix(name) != DICOM for name in visible):
         return [os.path.join(folder, name) for name in slides]  # noqa: PTH118
     if slides:
@@ -206,13 +190,13 @@ def _matches(pattern: str) -> list[str]:
             continue
         elif _suffix(match) == DICOM and (folder in found or not _has_other_slides(folder)):
             found[folder] = None
-        elif _suffix(match) in SUFFIXES | IMAGES | {DICOM}:
+        elif _suffix(match) in slide_suffixes() | IMAGES | {DICOM}:
             found[match] = None
     return list(found)
 
 
 def _has_other_slides(folder: str) -> bool:
-    return any(_suffix(name) in SUFFIXES for name in os.listdir(folder))  # noqa: PTH208
+    return any(_suffix(name) in slide_suffixes() for name in os.listdir(folder))  # noqa: PTH208
 
 
 def _remote_sources(url: str) -> list[str]:
@@ -305,7 +289,7 @@ def _text(path: str) -> str:
         with Path(path).open(encoding="utf-8-sig", newline="") as file:
             return file.read()
     except FileNotFoundError:
-        raise InputError(f"{shown(path)}: there is no such local list; check the path") from None
+        raise InputError(f"{redact_url(path)}: there is no such local list; check the path") from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}, line {line}: not UTF-8; save it as CSV UTF-8") from None
@@ -327,9 +311,9 @@ def _plain_name(source: str, name: str | None = None, line: str = "") -> str:
         name = name or _printable(stem_of(source))
     except SlideError as error:
         raise InputError(f"{line}{error}") from None
-    if not is_plain(name):
+    if not is_plain_name(name):
         raise InputError(
-            f"{line}{shown(source)}: {name!r} cannot name a folder of results; give it another "
+            f"{line}{redact_url(source)}: {name!r} cannot name a folder of results; give it another "
             "name (column `name` of a .csv: no separators, no dot in front)"
         )
     return name

@@ -51,7 +51,7 @@ from histostream.wsi.outputs.label_rows import LabelRows
 from histostream.wsi.slides.damage import Damage
 from histostream.wsi.slides.reader import open_slide
 from histostream.wsi.slides.resolution import at_mpp
-from histostream.wsi.slides.staging import shown
+from histostream.wsi.slides.sources.base import redact_url
 from histostream.wsi.tiling.grid import TileGrid
 from histostream.wsi.tiling.tissue import RegionOfInterest
 
@@ -245,7 +245,7 @@ class ProcessPool:
             if isinstance(content, Outcome):
                 yield i, content
             elif kind == "failed":
-                yield i, Outcome(FAILED, f"{shown(tasks[i].slide.source)}: {content}")
+                yield i, Outcome(FAILED, f"{redact_url(tasks[i].slide.source)}: {content}")
 
     def close(self) -> None:
         """End the processes."""

@@ -48,7 +48,7 @@ from histostream.runtime.stream.memory import return_buffers_at_once
 from histostream.wsi.errors import HistoError
 from histostream.wsi.optional import install_command
 from histostream.wsi.outputs.lock import Holder, Process
-from histostream.wsi.slides.staging import is_remote, shown
+from histostream.wsi.slides.sources.base import is_remote, redact_url
 
 LOCAL = "local"  # in place of an address: a Ray of this machine alone
 ATTEMPTS = 2  # at a slide whose worker was lost
@@ -260,7 +260,7 @@ class RayExecutor:
                 if any(m is member for m, _ in run.doing.values()):
                     member.handle.pulse.remote(True)
         for i in run.waiting:
-            source = shown(tasks[i].slide.source)
+            source = redact_url(tasks[i].slide.source)
             yield i, Outcome(FAILED, f"{source}: no worker is left on the cluster; run it again")
 
     def close(self) -> None:
@@ -451,7 +451,7 @@ class RayExecutor:
             elif run.attempts[i] < ATTEMPTS:
                 run.waiting.appendleft(i)
             else:
-                source = shown(run.tasks[i].slide.source)
+                source = redact_url(run.tasks[i].slide.source)
                 yield (
                     i,
                     Outcome(
@@ -467,7 +467,7 @@ class RayExecutor:
         try:
             outcome: Outcome = self._ray.get(ref)
         except self._ray.exceptions.RayTaskError as error:  # a fault of ours, not of the cluster
-            return Outcome(FAILED, f"{shown(task.slide.source)}: {_last_line(error)}")
+            return Outcome(FAILED, f"{redact_url(task.slide.source)}: {_last_line(error)}")
         except self._errors():
             return None
         return outcome

@@ -40,7 +40,8 @@ from histostream.runtime.slide_run import DoneError, Job, ManyDevices, SlideRun
 from histostream.wsi.errors import HistoError, StoppedError
 from histostream.wsi.files import write_json, write_whole
 from histostream.wsi.outputs.lock import LockedError, Process
-from histostream.wsi.slides.staging import is_remote, shown, staged
+from histostream.wsi.slides.sources.base import is_remote, redact_url
+from histostream.wsi.slides.staging import staged
 
 DONE = "done"
 DAMAGED = "damaged"  # done, with damaged blocks left as background
@@ -248,12 +249,13 @@ class Worker:
                 return None
             said = f" ({error})" if str(error) else ""
             return Outcome(
-                FAILED, f"{shown(task.slide.source)}: out of memory{said}; pass --max-memory, or use fewer --threads"
+                FAILED,
+                f"{redact_url(task.slide.source)}: out of memory{said}; pass --max-memory, or use fewer --threads",
             )
         except HistoError as error:
-            return Outcome(FAILED, _naming(shown(task.slide.source), str(error)))
+            return Outcome(FAILED, _naming(redact_url(task.slide.source), str(error)))
         except Exception:  # a fault of ours must not take the other slides along
-            return Outcome(FAILED, f"{shown(task.slide.source)}: {traceback.format_exc(limit=-3)}")
+            return Outcome(FAILED, f"{redact_url(task.slide.source)}: {traceback.format_exc(limit=-3)}")
 
     def _segment(self, task: Task, report: Report, stopping: Callable[[], bool], restart: bool) -> Outcome:
         slide = task.slide
@@ -441,7 +443,7 @@ def _save(
     write_whole(folder / "cohort.csv", text.getvalue())
     slides = [
         cohort_slide(
-            task.slide.name, shown(task.slide.source), outcome.status, outcome.reason, outcome.run, outcome.summary
+            task.slide.name, redact_url(task.slide.source), outcome.status, outcome.reason, outcome.run, outcome.summary
         )
         for task, outcome in zip(tasks, outcomes, strict=True)
     ]
@@ -452,7 +454,7 @@ def _line(task: Task, outcome: Outcome) -> dict[str, Any]:
     """Return one slide's line of the table; areas in mm2."""
     run, summary = outcome.run or {}, outcome.summary or {}
     line: dict[str, Any] = {
-        "path": shown(task.slide.source),
+        "path": redact_url(task.slide.source),
         "name": task.slide.name,
         "status": outcome.status,
         "reason": " ".join(outcome.reason.split()),

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from histostream.runtime.engines.base import EngineError
 from histostream.runtime.engines.tensorrt.build import cache_folder
-from histostream.runtime.engines.tensorrt.file import write_atomically
+from histostream.wsi.files import write_whole
 from histostream.wsi.optional import install_command
 
 BINDINGS = ("cuda_python", "pycuda")
@@ -263,9 +263,9 @@ def compiled_kernels(sm: str, compiler: str, compile_source: Callable[[str], byt
     module = compile_source(kernel_source())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, module)
+        write_whole(path, module)
     except OSError as error:
-        log.info("%s: the kernels cannot be kept (%s)", path, error.strerror)
+        log.info("the compiled kernels are not kept: %s", error)
     return module
 
 

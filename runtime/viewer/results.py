@@ -19,8 +19,9 @@ from histostream.wsi.outputs.journal import BEGUN, JOURNAL, Journal, RunManifest
 from histostream.wsi.outputs.label_rows import NOT_ANALYSED, ClassInfo
 from histostream.wsi.outputs.lock import holder_of
 from histostream.wsi.slides.resolution import MAX_MPP, MIN_MPP
-from histostream.wsi.slides.slide_locator import SlidePlace
-from histostream.wsi.slides.staging import SlideVersion, is_plain
+from histostream.wsi.slides.slide_locator import SlideLocator
+from histostream.wsi.slides.sources.base import is_plain_name
+from histostream.wsi.slides.staging import SlideVersion
 
 DONE = "done"
 RUNNING = "running"
@@ -137,7 +138,7 @@ class Results:
         """
         if root in {str(i) for i in range(len(self._roots))}:
             folder = self._roots[int(root)]
-            if not _holds_results(folder) and is_plain(name):
+            if not _holds_results(folder) and is_plain_name(name):
                 folder /= name
             if folder.name == name and _is_ours(folder):
                 return Run(f"{root}/{name}", folder)
@@ -149,7 +150,7 @@ class Results:
             yield Run(f"{number}/{root.name}", root)
             return
         with os.scandir(root) as entries:
-            names = sorted(entry.name for entry in entries if is_plain(entry.name))
+            names = sorted(entry.name for entry in entries if is_plain_name(entry.name))
         for name in names:
             if _is_ours(root / name):
                 yield Run(f"{number}/{name}", root / name)
@@ -178,7 +179,7 @@ class Seen:
     mpp: float
     downsample: float
     classes: tuple[ClassInfo, ...]
-    place: SlidePlace
+    place: SlideLocator
 
 
 def seen_in_result(run: Run) -> Seen:
@@ -262,7 +263,7 @@ def _seen(said: Mapping[str, Any], slide: Mapping[str, Any]) -> Seen:
         raise ValueError(f"{len(classes)} classes")
     version = SlideVersion(int(slide["bytes"]), str(slide["modified"]))
     source, sha256 = str(slide.get("source", "")), str(slide.get("sha256", ""))
-    return Seen(width, height, mpp, downsample, classes, SlidePlace(source, version, sha256))
+    return Seen(width, height, mpp, downsample, classes, SlideLocator(source, version, sha256))
 
 
 def _color(said: Any) -> tuple[int, int, int]:

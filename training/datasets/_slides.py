@@ -25,12 +25,11 @@ from histostream.training.data import DataError, Picture
 from histostream.training.datasets._files import MIN_PX, collect, label_files, refuse_same_stems
 from histostream.training.datasets._layout import Layout
 from histostream.wsi.geometry import Box
-from histostream.wsi.slides.reader import SlideReader, open_slide
+from histostream.wsi.slides.reader import SlideReader, open_slide, slide_suffixes
 from histostream.wsi.slides.resolution import MAX_MPP, MAX_UPSAMPLING, MIN_MPP, SlideView, at_mpp
 from histostream.wsi.tiling.grid import TileGrid
 from histostream.wsi.tiling.tissue import Polygon, find_tissue, read_polygons
 
-SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".svslide")
 ROI = "roi"  # the name, in any case, of polygons that say what was annotated
 OPEN_SLIDES = 32  # files held open at once
 CACHED_TILES = 64  # 50 MiB of tiles of 512 px
@@ -42,7 +41,7 @@ def is_slide(path: Path) -> bool:
     """Whether a file among pictures is a slide: by its suffix; a TIFF, if it is tiled."""
     suffix = path.suffix.lower()
     if suffix not in (".tif", ".tiff"):
-        return suffix in SLIDE_SUFFIXES
+        return suffix in slide_suffixes()
     try:
         with Image.open(path) as image:
             return TILE_WIDTH in getattr(image, "tag_v2", {})
@@ -62,7 +61,7 @@ def slide_files(folder: Path) -> list[Path]:
     files = [
         p
         for p in found
-        if (p.is_file() and p.suffix.lower() in SLIDE_SUFFIXES) or (p.is_dir() and any(p.glob("*.dcm")))
+        if (p.is_file() and p.suffix.lower() in slide_suffixes()) or (p.is_dir() and any(p.glob("*.dcm")))
     ]
     refuse_same_stems(files)
     return files

@@ -43,8 +43,8 @@ from histostream.training.datasets._files import (
     sample,
 )
 from histostream.training.datasets._layout import SPLITS, Layout, read_layout
+from histostream.wsi.slides.reader import slide_suffixes
 
-PICTURE_SUFFIXES = tuple(dict.fromkeys((*IMAGE_SUFFIXES, *_slides.SLIDE_SUFFIXES)))
 POOLS = ("target", "unlabelled", "presence", "absence")
 
 
@@ -81,7 +81,7 @@ def holds_pictures(path: Path) -> bool:
     """Whether a path is a slide or an image, or a folder with some directly in it, and no set."""
     if path.is_dir():
         is_set = any((path / name).is_dir() for name in ("images", "slides"))
-        return not is_set and bool(files_of(path, PICTURE_SUFFIXES))
+        return not is_set and bool(files_of(path, _picture_suffixes()))
     return path.is_file()
 
 
@@ -100,10 +100,10 @@ def read_pictures(path: Path, mpp: float) -> tuple[Picture, ...]:
     layout = replace(layout, mpp=own_mpp)
     if path.is_dir():
         found = _read_pool(path, layout)
-    elif path.suffix.lower() in PICTURE_SUFFIXES:
+    elif path.suffix.lower() in _picture_suffixes():
         found = _read_files([path], layout)
     else:
-        raise DataError(f"{path}: no image or slide that is known ({', '.join(PICTURE_SUFFIXES)}); check the path")
+        raise DataError(f"{path}: no image or slide that is known ({', '.join(_picture_suffixes())}); check the path")
     return pictures_at(found, own_mpp, mpp)
 
 
@@ -203,7 +203,7 @@ def _check_values(folder: Path, samples: Sequence[StoredSample], layout: Layout)
 
 
 def _read_pool(folder: Path, layout: Layout) -> tuple[Picture, ...]:
-    files = files_of(folder, PICTURE_SUFFIXES)
+    files = files_of(folder, _picture_suffixes())
     if not files:
         raise DataError(f"{folder}: no image and no slide in it; fill it or remove it")
     refuse_same_stems(files)
@@ -265,3 +265,7 @@ def _refuse_split_groups(layout: Layout, found: dict[str, Sequence[Sample]], par
                 raise DataError(
                     f"{layout.file}: group {group!r} is in {part_of[group]} and in {part}; put all of it in one split"
                 )
+
+
+def _picture_suffixes() -> tuple[str, ...]:
+    return *IMAGE_SUFFIXES, *sorted(slide_suffixes() - set(IMAGE_SUFFIXES))

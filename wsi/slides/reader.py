@@ -1,12 +1,12 @@
-"""A slide as a few levels of pixels, whatever its format."""
+"""Open a slide of any format: its levels and their pixels."""
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -16,15 +16,19 @@ from numpy.typing import NDArray
 from histostream.wsi.errors import SlideError
 from histostream.wsi.geometry import Box
 from histostream.wsi.optional import install_command
+from histostream.wsi.registry import Registry
 
 Pixels = NDArray[np.uint8]
-AUTO_ORDER = ("tiff", "large_image")  # fastest first; the last one opens everything
 SQUARE_TOLERANCE = 0.10  # relative difference of x and y that still counts as a square pixel
+# A reader is a module of this folder, or of an entry point. It declares ORDER (of the readers that
+# reader="auto" tries, the lowest first), SUFFIXES (of its files, by which folders are searched) and
+# open_reader(path), which returns a SlideReader or raises DeclinedError or SlideError.
+READERS = Registry("histostream.wsi.slides.readers", "histostream.readers")
 
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """One resolution that is stored in the file.
+    """One of the resolutions that a slide file stores.
 
     Attributes
     ----------
@@ -47,18 +51,18 @@ class SlideReader(Protocol):
     path
         The file, or the folder of a DICOM series.
     name
-        Which reader this is: the name of its file in ``wsi/readers``.
+        Name of the reader, which is that of its module.
     levels
-        The levels that the file stores, finest first; none is made up by resampling.
+        The levels that the file stores, finest first.
     block_px
-        Per level, (width, height) of the unit that is decoded as a whole. Reads that start and
-        end at multiples of it decode nothing twice.
+        Per level, (width, height) of the blocks that are decoded as a whole. Reads that start and
+        end at multiples of it decode no block twice.
     mpp
-        Micrometres per pixel of level 0, the mean of x and y; None if the file does not say.
+        Micrometres per pixel of level 0, the mean of x and y; None if the file does not store it.
     channels
         3 (RGB) or 1 (grey).
     decoded_blocks
-        How many blocks have been decoded since the slide was opened.
+        Number of blocks decoded since the slide was opened.
     """
 
     path: Path
@@ -102,7 +106,7 @@ class SlideReader(Protocol):
 
 
 class DeclinedError(Exception):
-    """A reader does not take this file, for the reason given; another one may."""
+    """A reader does not take this file; the message is the reason. Another reader may take it."""
 
 
 def open_slide(path: str | Path, *, reader: str = "auto") -> SlideReader:
@@ -113,7 +117,7 @@ def open_slide(path: str | Path, *, reader: str = "auto") -> SlideReader:
     path
         A file; for DICOM one of the ``.dcm`` files or the folder that holds them.
     reader
-        ``auto`` takes the fast reader if it fits the file; a name (``tiff``, ``large_image``)
+        ``auto`` takes the first reader that fits the file; a name (``tiff``, ``large_image``)
         takes that one.
 
     Raises
@@ -130,7 +134,10 @@ def open_slide(path: str | Path, *, reader: str = "auto") -> SlideReader:
     (2, 4, 3)
     """
     path = Path(path)
-    _refuse_missing(path)
+    if not path.exists():
+        raise SlideError(f"{path}: there is no such file; check the path")
+    if path.is_file() and path.stat().st_size == 0:
+        raise SlideError(f"{path}: the file is empty; copy it again")
     if reader != "auto":
         try:
             return _open_with(reader, path)
@@ -139,9 +146,10 @@ def open_slide(path: str | Path, *, reader: str = "auto") -> SlideReader:
                 f"{path}: the {reader} reader does not take this file ({declined}); leave the choice to reader='auto'"
             ) from None
     reasons = []
-    for name in AUTO_ORDER:
+    for name, module in sorted(READERS.load_all().items(), key=lambda item: int(item[1].ORDER)):
         try:
-            return _open_with(name, path)
+            slide: SlideReader = module.open_reader(path)
+            return slide
         except DeclinedError as declined:
             reasons.append(f"{name}: {declined}")
     more = ""
@@ -153,8 +161,14 @@ def open_slide(path: str | Path, *, reader: str = "auto") -> SlideReader:
     )
 
 
+@cache
+def slide_suffixes() -> frozenset[str]:
+    """Return the suffixes of slide files, in lower case, of all readers."""
+    return frozenset(suffix for module in READERS.load_all().values() for suffix in module.SUFFIXES)
+
+
 def read_from_blocks(box: Box, block_px: tuple[int, int], channels: int, block: Callable[[int, int], Pixels]) -> Pixels:
-    """Put a box of a level together from the blocks that it lies on, each asked for once.
+    """Assemble a box of a level from the blocks that it lies on; each is requested once.
 
     Parameters
     ----------
@@ -165,7 +179,7 @@ def read_from_blocks(box: Box, block_px: tuple[int, int], channels: int, block: 
     channels
         Channels of the result.
     block
-        Gives the block at (row, column), (H, W, channels).
+        Returns the block at (row, column), (H, W, channels) uint8.
 
     Returns
     -------
@@ -186,20 +200,18 @@ def read_from_blocks(box: Box, block_px: tuple[int, int], channels: int, block: 
 def downsample_between(base: tuple[int, int], level: tuple[int, int]) -> float:
     """Pixels of ``base`` per pixel of ``level``; sizes are (width, height).
 
-    Scanners cut off what does not fill a pixel of the coarser level, so 10249 rows become 2562
-    and the ratio of the sizes is 4.0004 where 4 was meant: whole numbers that fit are taken.
+    Scanners drop the rows that do not fill a pixel of the coarser level: 10249 rows become 2562,
+    whose ratio is 4.0004 where 4 was meant. A whole number that explains both sizes is taken.
     """
-    ratios = [whole / part for whole, part in zip(base, level, strict=True)]
-    mean = sum(ratios) / 2
+    mean = (base[0] / level[0] + base[1] / level[1]) / 2
     nearest = round(mean)
-    sizes = zip(base, level, strict=True)
-    if all(abs(whole / nearest - part) < 1 for whole, part in sizes):
+    if all(abs(fine / nearest - coarse) < 1 for fine, coarse in zip(base, level, strict=True)):
         return float(nearest)
     return mean
 
 
 def square_mpp(path: Path, mpp_x: float | None, mpp_y: float | None) -> float | None:
-    """Return the mean of both sides of a pixel in micrometres, None if one is not known.
+    """Return the mean of a pixel's width and height in micrometres; None if one is not known.
 
     Raises
     ------
@@ -218,38 +230,29 @@ def square_mpp(path: Path, mpp_x: float | None, mpp_y: float | None) -> float | 
 
 def check_box(level: Level, x: int, y: int, width: int, height: int) -> None:
     """Raise ValueError unless the box lies inside the level and has pixels."""
-    inside = 0 <= x < x + width <= level.width and 0 <= y < y + height <= level.height
-    if not inside:
+    if not (0 <= x < x + width <= level.width and 0 <= y < y + height <= level.height):
         raise ValueError(
             f"box x={x} y={y} {width}x{height} does not lie inside a level of {level.width}x{level.height} px"
         )
 
 
 def check_block(pixels: Pixels, level: Level, block_px: tuple[int, int], channels: int, row: int, column: int) -> None:
-    """Raise ValueError unless a decoded block covers its part of the level, in (H, W, channels)."""
+    """Raise ValueError unless a decoded block, (H, W, channels) uint8, covers its part of the level."""
     width = min(block_px[0], level.width - column * block_px[0])
     height = min(block_px[1], level.height - row * block_px[1])
-    found = pixels.shape
-    if len(found) != 3 or found[0] < height or found[1] < width or found[2] != channels:
-        raise ValueError(f"it is {found} {pixels.dtype}, not {(height, width, channels)}")
+    shape = pixels.shape
+    if len(shape) != 3 or shape[0] < height or shape[1] < width or shape[2] != channels:
+        raise ValueError(f"it is {shape} {pixels.dtype}, not {(height, width, channels)}")
     if pixels.dtype != np.uint8:
         raise ValueError(f"its pixels are {pixels.dtype}")
 
 
-def _refuse_missing(path: Path) -> None:
-    if not path.exists():
-        raise SlideError(f"{path}: there is no such file; check the path")
-    if path.is_file() and path.stat().st_size == 0:
-        raise SlideError(f"{path}: the file is empty; copy it again")
-
-
 def _open_with(name: str, path: Path) -> SlideReader:
-    module = f"histostream.wsi.slides.readers.{name}"
     try:
-        opener = importlib.import_module(module).open_reader
-    except ModuleNotFoundError as error:
-        if error.name != module:
-            raise
-        raise SlideError(f"there is no slide reader {name!r}; use 'auto' or one of {', '.join(AUTO_ORDER)}") from None
-    slide: SlideReader = opener(path)
+        module = READERS.load(name)
+    except KeyError:
+        raise SlideError(
+            f"there is no slide reader {name!r}; use 'auto' or one of {', '.join(READERS.names)}"
+        ) from None
+    slide: SlideReader = module.open_reader(path)
     return slide

@@ -1,4 +1,4 @@
-"""Where the slide of a result is by now, if it is still the same."""
+"""Find the slide that a result was made from, and check that it has not changed."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from histostream.wsi.errors import SlideError
-from histostream.wsi.slides.staging import SlideVersion, is_plain, is_remote, sha256_of, version_of
+from histostream.wsi.slides.sources.base import is_plain_name, is_remote
+from histostream.wsi.slides.staging import SlideVersion, sha256_of, version_of
 
 
 @dataclass(frozen=True, slots=True)
-class SlidePlace:
-    """Where a run says that its slide is.
+class SlideLocator:
+    """Path and version of a slide, as a run recorded them.
 
     Attributes
     ----------
     source
-        Path or URL; empty if it does not say.
+        Path or URL; empty if none was recorded.
     version
-        Size and time that it had.
+        Size and time of the slide when it was read.
     sha256
-        Of its content; empty while the run is not finished.
+        SHA-256 of its content; empty while the run is not finished.
     """
 
     source: str
@@ -29,37 +30,37 @@ class SlidePlace:
 
     @property
     def name(self) -> str:
-        """The file's name; empty if it is not a plain one."""
+        """Name of the slide's file; empty if it is not a plain one."""
         # The run may have been made on another system.
         name = PureWindowsPath(PurePosixPath(self.source).name).name
-        return name if is_plain(name) else ""
+        return name if is_plain_name(name) else ""
 
     def find(self, folder: Path | None = None) -> Path:
-        """Return the slide: where it was, or in ``folder``, under its name.
+        """Return the slide's path: its recorded one, or its name in ``folder``.
 
         Raises
         ------
         SlideError
-            If it is in neither place as it was then; the message is for people.
+            If it is in neither place, or has changed since.
         """
-        said = []
+        problems = []
         if self.source and not is_remote(self.source):
             path = Path(self.source)
-            said.append(self._differs(path))
-            if not said[-1]:
+            problems.append(self._difference(path))
+            if not problems[-1]:
                 return path
         if folder is not None and self.name:
             path = folder / self.name
-            said.append(self._differs(path, by_content=True))
-            if not said[-1]:
+            problems.append(self._difference(path, by_content=True))
+            if not problems[-1]:
                 return path
-        if not said:
+        if not problems:
             where = f"is at {self.source}" if self.source else "is not recorded"
-            said.append(f"the slide {where}")
-        raise SlideError(f"{'; '.join(said)}; name the folder that it is in (--slides DIR)")
+            problems.append(f"the slide {where}")
+        raise SlideError(f"{'; '.join(problems)}; name the folder that it is in (--slides DIR)")
 
-    def _differs(self, path: Path, *, by_content: bool = False) -> str:
-        """Say in what a file is not the slide; nothing if it is."""
+    def _difference(self, path: Path, *, by_content: bool = False) -> str:
+        """Return how a file differs from the recorded slide; "" if it does not."""
         try:
             if not (path.is_file() or path.is_dir()):
                 return f"{path} is not there"

@@ -26,13 +26,10 @@ from histostream.runtime.engines.tensorrt.file import (
     EngineFileError,
     EngineHeader,
     Profile,
-    locked,
     read_engine,
-    remove_leftovers,
-    write_atomically,
     write_engine,
 )
-from histostream.wsi.files import writing
+from histostream.wsi.files import locked, remove_leftovers, write_whole, writing
 from histostream.wsi.optional import install_command
 
 OPT_BATCH = 8  # not measured yet, as ONNX Runtime's GPU_BATCH
@@ -548,9 +545,9 @@ def _save_timings(config: Any, path: Path) -> None:
                 if others is not None:
                     cache.combine(others, False)
             remove_leftovers(path)
-            write_atomically(path, bytes(cache.serialize()))
+            write_whole(path, bytes(cache.serialize()))
     except OSError as error:
-        log.warning("%s: the timings cannot be kept (%s)", path, error.strerror)
+        log.warning("the timings are not kept: %s", error)
 
 
 def _problems(

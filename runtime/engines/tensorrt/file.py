@@ -10,21 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import re
 import struct
-import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from histostream.runtime.choices import PRECISIONS
 from histostream.wsi.errors import HistoError
-from histostream.wsi.files import writing
+from histostream.wsi.files import write_whole
 
 MAGIC = b"\x89HSENG\r\n"  # as in PNG: a transfer as text breaks it
 LENGTH = struct.Struct("<Q")
@@ -36,8 +31,6 @@ AGAIN = "build the engine again"
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _TARGET = re.compile(r"sm[0-9]{2,3}")
-
-log = logging.getLogger(__name__)
 
 
 class EngineFileError(HistoError, ValueError):
@@ -174,8 +167,7 @@ def write_engine(path: Path, header: EngineHeader, plan: bytes) -> EngineHeader:
             f"{path}: its header would have {len(text)} bytes, at most {MAX_HEADER_BYTES} can be "
             "read back; shorten the precision entry of card.json"
         )
-    with writing(path):
-        write_atomically(path, MAGIC, LENGTH.pack(len(text)), text, plan)
+    write_whole(path, MAGIC, LENGTH.pack(len(text)), text, plan)
     return header
 
 
@@ -248,97 +240,6 @@ def describe(path: Path) -> str:
     rows += [(f"  {_word(k)}", _shown(v)) for k, v in sorted(header.precision_map.items())]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
-
-
-def write_atomically(path: Path, *parts: bytes) -> None:
-    """Write a file beside its final name, force it to the disk, then rename it."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    part = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            for content in parts:
-                file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.chmod(0o644)  # mkstemp makes it private
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def remove_leftovers(path: Path) -> None:
-    """Remove what writers of a file left that were killed; only while its lock is held."""
-    part = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}\.part")  # as mkstemp names it
-    for other in path.parent.iterdir():
-        if part.fullmatch(other.name):
-            other.unlink(missing_ok=True)
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a file against other processes, waiting for one that has it.
-
-    The lock is a file beside, ``path`` + ".lock", with the holder's process number in it. It ends
-    with its holder, however that ends, and is removed by the last one to hold it.
-    """
-    lock = path.with_name(f"{path.name}.lock")
-    handle = _acquire(lock)
-    try:
-        os.ftruncate(handle, 0)
-        os.write(handle, f"{os.getpid()}\n".encode())
-        yield
-    finally:
-        with suppress(OSError):  # Windows does not remove an open file
-            lock.unlink()
-        os.close(handle)
-
-
-def _acquire(lock: Path) -> int:
-    while True:
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            if not _lock(handle, wait=False):
-                holder = os.read(handle, 20).decode("ascii", "replace").strip() or "unknown"
-                log.info("%s: waiting for process %s", lock, holder)
-                _lock(handle, wait=True)
-            with suppress(FileNotFoundError):  # the last holder removed what we waited for
-                if os.path.samestat(os.fstat(handle), lock.stat()):
-                    return handle
-        except BaseException:
-            os.close(handle)
-            raise
-        os.close(handle)
-
-
-if sys.platform == "win32":
-    import msvcrt
-    import time
-
-    def _lock(handle: int, *, wait: bool) -> bool:
-        """Lock one byte far behind the process number, which others have to be able to read."""
-        while True:
-            os.lseek(handle, 1 << 30, os.SEEK_SET)
-            try:
-                msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-            except OSError:
-                if not wait:
-                    return False
-                time.sleep(0.1)
-            else:
-                return True
-            finally:
-                os.lseek(handle, 0, os.SEEK_SET)
-
-else:
-    import fcntl
-
-    def _lock(handle: int, *, wait: bool) -> bool:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
 
 
 def _read_header(file: BinaryIO, path: Path) -> EngineHeader:

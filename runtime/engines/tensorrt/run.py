@@ -23,7 +23,8 @@ from histostream.runtime.engines.tensorrt.build import (
     joined,
     messages,
 )
-from histostream.runtime.engines.tensorrt.file import EngineHeader, read_engine, write_atomically
+from histostream.runtime.engines.tensorrt.file import EngineHeader, read_engine
+from histostream.wsi.files import write_whole
 
 NO_MEMORY = re.compile(r"out ?of ?memory", re.IGNORECASE)
 log = logging.getLogger(__name__)
@@ -266,9 +267,9 @@ def _keep_kernels(cache: Any, path: Path) -> None:
         if content is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, bytes(content))
+        write_whole(path, bytes(content))
     except OSError as error:
-        log.info("%s: the compiled kernels cannot be kept (%s)", path, error.strerror)
+        log.info("the compiled kernels are not kept: %s", error)
 
 
 def _check_contract(library: Library, engine: Any, card: ModelCard, path: Path) -> None:

@@ -7,7 +7,6 @@ import enum
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 import signal
@@ -43,12 +42,12 @@ from histostream.runtime.engines.tensorrt.build import (
 from histostream.runtime.engines.tensorrt.file import (
     EngineHeader,
     Profile,
-    locked,
     read_engine,
     read_header,
     write_engine,
 )
 from histostream.wsi.errors import OutputError
+from histostream.wsi.files import locked
 
 pytestmark = pytest.mark.full
 
@@ -462,7 +461,7 @@ def test_nowhere_to_write_is_an_output_error(bundle: Path, library: Library, cac
 BUILD = """
 import logging, sys
 from pathlib import Path
-from histostream.runtime import tensorrt
+from histostream.runtime.engines.tensorrt import build as tensorrt
 build, builds = tensorrt.build_plan, []
 tensorrt.build_plan = lambda *args, **options: builds.append(1) or build(*args, **options)
 path = tensorrt.fitting_engine(Path(sys.argv[1]), "fp32", library=tensorrt.find_library("rtx"))
@@ -487,7 +486,7 @@ def test_two_processes_that_build_at_once_end_with_one_engine(bundle: Path, libr
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_who_waits_says_for_whom(
+def test_who_waits_says_so(
     bundle: Path, built: tuple[Path, EngineHeader], library: Library, caplog: pytest.LogCaptureFixture, no_build: None
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -503,18 +502,18 @@ def test_who_waits_says_for_whom(
     with locked(out):
         thread.start()
         end = time.monotonic() + 20
-        while "waiting for process" not in caplog.text and time.monotonic() < end:
+        while "waiting for another process" not in caplog.text and time.monotonic() < end:
             time.sleep(0.01)
         shutil.copy(built[0], out)  # what the holder built
     thread.join(20)
     assert done == [built[1]]
-    assert f"waiting for process {os.getpid()}" in caplog.text
+    assert f"{out}: waiting for another process" in caplog.text
 
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from histostream.runtime import tensorrt
+from histostream.runtime.engines.tensorrt import build as tensorrt
 os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)
 tensorrt.fitting_engine(Path(sys.argv[1]), "fp32", library=tensorrt.find_library("rtx"))
 """

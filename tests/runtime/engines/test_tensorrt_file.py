@@ -1,12 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import threading
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +15,8 @@ from histostream.runtime.engines.tensorrt.file import (
     EngineHeader,
     Profile,
     describe,
-    locked,
     read_engine,
     read_header,
-    remove_leftovers,
     write_engine,
 )
 from histostream.wsi.errors import OutputError
@@ -249,61 +241,3 @@ def test_a_description_cannot_steer_the_terminal(tmp_path: Path) -> None:
     lines = describe(tmp_path / "evil").split("\n")
     assert len(lines) == 10
     assert all(line.isprintable() and line.isascii() for line in lines[1:])
-
-
-WRITE_AND_DIE = """
-import os, signal, sys
-from pathlib import Path
-from histostream.runtime import engine_file
-os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)
-engine_file.write_atomically(Path(sys.argv[1]), b"half")
-"""
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL on Windows")
-def test_a_writer_that_is_killed_leaves_the_old_engine(engine: Path) -> None:
-    before = engine.read_bytes()
-    done = subprocess.run([sys.executable, "-c", WRITE_AND_DIE, str(engine)], check=False)
-    assert done.returncode == -signal.SIGKILL
-    assert engine.read_bytes() == before
-    (left,) = set(engine.parent.iterdir()) - {engine}
-    others = [
-        engine.parent / name
-        for name in (f".x{engine.name}.abcdefgh.part", ".model.part", f".{engine.name}.other.abcdefgh.part")
-    ]
-    for other in others:
-        other.touch()
-    remove_leftovers(engine)
-    assert not left.exists()
-    assert set(engine.parent.iterdir()) == {engine, *others}
-
-
-def test_a_lock_is_held_by_one_at_a_time(tmp_path: Path) -> None:
-    """Threads stand in for processes here: each opens the lock file for itself."""
-    inside = 0
-    most = 0
-
-    def work() -> None:
-        nonlocal inside, most
-        for _ in range(20):
-            with locked(tmp_path / "engine"):
-                inside += 1
-                most = max(most, inside)
-                time.sleep(0.001)  # so that the others come to wait
-                assert (tmp_path / "engine.lock").read_text() == f"{os.getpid()}\n"
-                inside -= 1
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert most == 1
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_lock_of_a_process_that_died_is_free(tmp_path: Path) -> None:
-    (tmp_path / "engine.lock").write_text("123456789\n")
-    with locked(tmp_path / "engine"):
-        pass
-    assert not list(tmp_path.iterdir())

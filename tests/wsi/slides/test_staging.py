@@ -20,7 +20,8 @@ import pytest
 from histostream.wsi.errors import OutputError, SlideError, StoppedError
 from histostream.wsi.optional import install_command
 from histostream.wsi.slides import staging
-from histostream.wsi.slides.staging import list_files, sha256_of, shown, staged, version_of
+from histostream.wsi.slides.sources.base import SlidePart, redact_url
+from histostream.wsi.slides.staging import list_files, sha256_of, staged, version_of
 
 pytestmark = pytest.mark.xdist_group("staging")  # a server of each kind is enough
 BYTES = bytes(range(256)) * 40
@@ -346,8 +347,8 @@ def test_a_stop_does_not_wait_for_the_next_attempt(
         (refuses(401), "access denied"),
         (refuses(400), "the server refuses it"),
         (refuses(500), "the server fails"),
-        (refuses(200), "does not say how big"),
-        (whole(Content_Encoding="gzip"), "does not say how big"),
+        (refuses(200), "does not announce the size"),
+        (whole(Content_Encoding="gzip"), "does not announce the size"),
         (in_turn(whole(), cut_off), "5000 of 10240 bytes came; .* announces a wrong size"),
         (refuses(302, Location="file:///etc/passwd"), "redirects to file:///etc/passwd, which is"),
         (refuses(302, Location="https://127.0.0.1/a.svs"), "redirects to https://127.0.0.1/a.svs"),
@@ -412,9 +413,9 @@ def test_there_is_no_listing_of_the_web() -> None:
 
 
 def test_a_url_is_shown_without_its_secrets() -> None:
-    assert shown("https://me:secret@host/a.svs?X-Amz-Signature=1") == "https://host/a.svs"
-    assert shown("s3://bucket/what?.svs") == "s3://bucket/what?.svs"
-    assert shown("/data/what?.svs") == "/data/what?.svs"
+    assert redact_url("https://me:secret@host/a.svs?X-Amz-Signature=1") == "https://host/a.svs"
+    assert redact_url("s3://bucket/what?.svs") == "s3://bucket/what?.svs"
+    assert redact_url("/data/what?.svs") == "/data/what?.svs"
 
 
 HOLD = """
@@ -556,7 +557,7 @@ def test_what_names_no_object_is_refused(bucket: str) -> None:
     for url, message in (
         (f"{bucket}/deep", "not an object; .* with /"),
         (f"{scheme}:///a.svs", "names no bucket"),
-        (f"{scheme}://b@d!/a.svs", "cannot be asked for|no such object"),
+        (f"{scheme}://b@d!/a.svs", "cannot be requested|no such object"),
         (f"{bucket}/..", "no plain file name"),
     ):
         with pytest.raises(SlideError, match=message):
@@ -566,7 +567,7 @@ def test_what_names_no_object_is_refused(bucket: str) -> None:
 
 
 def test_an_object_never_leads_out_of_the_folder(bucket: str, tmp_path: Path) -> None:
-    fetched = staging.SlidePart(put(f"{bucket}/evil"), "series/../../../evil", len(BYTES), "1")
+    fetched = SlidePart(put(f"{bucket}/evil"), "series/../../../evil", len(BYTES), "1")
     with pytest.raises(SlideError, match="not a plain name"):
         staging._stage(bucket, [fetched], tmp_path / "place", lambda: False)
     assert left_in(tmp_path) == []
@@ -592,7 +593,7 @@ def fresh() -> Iterator[None]:
         ("s3", {"AWS_PROFILE": "none"}, r"no credentials .*profile \(none\) could not be found"),
         ("s3", {"FSSPEC_S3": '{"anon": true}'}, "access denied .*AWS_PROFILE"),
         ("s3", {"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}, "the storage cannot be reached"),
-        ("s3", {"AWS_ENDPOINT_URL": "nonsense"}, "cannot be asked for .*nonsense"),
+        ("s3", {"AWS_ENDPOINT_URL": "nonsense"}, "cannot be requested .*nonsense"),
         (
             "gs",
             {"GOOGLE_APPLICATION_CREDENTIALS": "none", "FSSPEC_GS": '{"token": "google_default"}'},

@@ -15,6 +15,9 @@ from histostream.wsi.slides.image_header import check_plain_image
 from histostream.wsi.slides.reader import DeclinedError, Level, check_block, check_box, read_from_blocks, square_mpp
 from histostream.wsi.slides.tiff_check import check_tiff
 
+ORDER = 100  # after the fast readers, since it opens everything
+SUFFIXES = (".ndpi", ".scn", ".mrxs", ".bif", ".svslide", ".vms", ".vmu", ".czi")
+
 MAX_PLAIN_IMAGE_PX = 65_535  # side of a PNG or JPEG, which is decoded as a whole: JPEG's own limit
 CHANNELS = {1: 1, 2: 1, 3: 3, 4: 3}  # bands -> channels: an even number of bands ends with alpha
 

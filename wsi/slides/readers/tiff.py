@@ -32,6 +32,9 @@ from histostream.wsi.slides.reader import (
 )
 from histostream.wsi.slides.tiff_check import check_tiff, is_tiff
 
+ORDER = 10
+SUFFIXES = (".svs", ".tif", ".tiff", ".ptif", ".ptiff", ".qptiff")
+
 # none, LZW, JPEG, deflate (two tags), JPEG 2000 RGB by Aperio. Aperio's JPEG 2000 YCbCr (33003)
 # is missing on purpose: OpenSlide rounds its colours differently, by up to 1 of 255.
 COMPRESSIONS = {1, 5, 7, 8, 32946, 33005}

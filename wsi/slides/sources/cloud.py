@@ -10,8 +10,9 @@ from typing import Any
 
 from histostream.wsi.errors import SlideError
 from histostream.wsi.optional import install_command
-from histostream.wsi.slides.sources.disk import INDEX_BYTES, named_files
-from histostream.wsi.slides.staging import SlidePart, file_name, is_plain
+from histostream.wsi.slides.sources.base import MAX_INDEX_BYTES, SlidePart, file_name, is_plain_name, named_files
+
+SCHEMES = ("s3", "gs")
 
 LOGGERS = ("s3fs", "aiobotocore", "botocore", "gcsfs", "google", "asyncio")
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
@@ -25,15 +26,15 @@ VERSIONS = ("ETag", "etag", "generation", "LastModified", "updated", "mtime")  #
 
 
 def find_parts(source: str) -> list[SlidePart]:
-    """Ask for a slide's files: its own first, then those that belong to it.
+    """List the files of a slide: the slide's own first, then those that belong to it.
 
     Raises
     ------
     SlideError
         If there is no such object, or no access to it.
     """
-    file_name(source)  # refuses what is none
-    with _said_clearly(source):
+    file_name(source)  # raises if it is not a plain name
+    with _translated_errors(source):
         fs, path = _filesystem(source)
         infos = _files_below(fs, path, maxdepth=1) if source.endswith("/") else [fs.info(path), *_companions(fs, path)]
     if not infos or infos[0]["type"] != "file":
@@ -49,7 +50,7 @@ def read_part(part: SlidePart, chunk_bytes: int) -> Generator[bytes]:
     SlideError
         If the storage refuses or fails, or has another version by now.
     """
-    with _said_clearly(part.address):
+    with _translated_errors(part.address):
         fs, path = _filesystem(part.address)
         with fs.open(path, "rb", cache_type="none") as file:
             if _version(file.details) != part.modified:
@@ -66,7 +67,7 @@ def list_files(url: str) -> list[str]:
     SlideError
         If the bucket cannot be listed.
     """
-    with _said_clearly(url):
+    with _translated_errors(url):
         fs, path = _filesystem(url)
         if url.endswith("/"):
             infos = _files_below(fs, path)
@@ -79,12 +80,12 @@ def list_files(url: str) -> list[str]:
 
 
 def _files_below(fs: Any, path: str, maxdepth: int | None = None) -> list[dict[str, Any]]:
-    found = fs.find(path, maxdepth=maxdepth, detail=True)
+    infos = fs.find(path, maxdepth=maxdepth, detail=True)
     return [
-        found[name]
-        for name in sorted(found)
+        infos[name]
+        for name in sorted(infos)
         # Some consoles make an empty object for a folder.
-        if found[name]["type"] == "file" and name != path and not name.endswith("/")
+        if infos[name]["type"] == "file" and name != path and not name.endswith("/")
         if not name.rpartition("/")[2].startswith(".")
     ]
 
@@ -100,13 +101,13 @@ def _companions(fs: Any, path: str) -> list[dict[str, Any]]:
     files = {info["name"].rpartition("/")[2]: info for info in beside if info["name"] != path}
     if suffix == ".dcm":
         return [files[name] for name in sorted(files) if name.endswith(".dcm")]
-    names = set(named_files(fs.cat_file(path, start=0, end=INDEX_BYTES)))
+    names = named_files(fs.cat_file(path, start=0, end=MAX_INDEX_BYTES))
     return [files[name] for name in sorted(names & files.keys())]
 
 
 def _part(source: str, info: dict[str, Any], folder: str) -> SlidePart:
     name = str(info["name"])[len(folder) :].lstrip("/")
-    if not all(is_plain(part) for part in name.split("/")):
+    if not all(is_plain_name(part) for part in name.split("/")):
         raise SlideError(f"{source}: {name!r} in it is no plain file name; rename it there")
     scheme = source.partition("://")[0]
     return SlidePart(f"{scheme}://{info['name']}", name, int(info["size"]), _version(info))
@@ -135,18 +136,18 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 
 @contextmanager
-def _said_clearly(url: str) -> Iterator[None]:
-    """Turn what the libraries raise, of which there are many kinds, into one clear line."""
+def _translated_errors(url: str) -> Iterator[None]:
+    """Turn the many kinds of errors that the libraries raise into a `SlideError` of one line."""
     scheme = url.partition("://")[0].lower()
     try:
         yield
     except SlideError:
         raise
-    except _foreign_errors(scheme) as error:
-        raise _translated(url, scheme, error) from None
+    except _library_errors(scheme) as error:
+        raise _slide_error(url, scheme, error) from None
 
 
-def _foreign_errors(scheme: str) -> tuple[type[Exception], ...]:
+def _library_errors(scheme: str) -> tuple[type[Exception], ...]:
     try:
         from aiohttp import ClientError as HttpError
 
@@ -171,17 +172,17 @@ def _foreign_errors(scheme: str) -> tuple[type[Exception], ...]:
     )
 
 
-def _translated(url: str, scheme: str, error: Exception) -> SlideError:
-    kind, said = type(error).__name__, " ".join(str(error).split()) or type(error).__name__
+def _slide_error(url: str, scheme: str, error: Exception) -> SlideError:
+    kind, message = type(error).__name__, " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, FileNotFoundError):
         return SlideError(f"{url}: there is no such object or bucket; check the URL")
     if "Credential" in kind or kind in {"ProfileNotFound", "RefreshError"}:
-        return SlideError(f"{url}: no credentials ({said}); {CREDENTIALS[scheme]}")
-    status = getattr(error, "code", None)  # of gcsfs, which says Forbidden by a bare OSError
-    if isinstance(error, PermissionError) or status in {401, 403} or said.startswith("Forbidden"):
-        return SlideError(f"{url}: access denied ({said}); {CREDENTIALS[scheme]}")
+        return SlideError(f"{url}: no credentials ({message}); {CREDENTIALS[scheme]}")
+    status = getattr(error, "code", None)  # of gcsfs; for Forbidden it raises a bare OSError
+    if isinstance(error, PermissionError) or status in {401, 403} or message.startswith("Forbidden"):
+        return SlideError(f"{url}: access denied ({message}); {CREDENTIALS[scheme]}")
     if isinstance(error, ValueError) or kind == "ParamValidationError":
-        return SlideError(f"{url}: cannot be asked for ({said}); check the URL and the endpoint")
-    return SlideError(  # after the libraries' own attempts, which are five and more
-        f"{url}: the storage cannot be reached ({said}); check the network and the endpoint"
+        return SlideError(f"{url}: cannot be requested ({message}); check the URL and the endpoint")
+    return SlideError(  # after five and more attempts of the libraries
+        f"{url}: the storage cannot be reached ({message}); check the network and the endpoint"
     )

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from histostream.wsi.errors import SlideError
-from histostream.wsi.slides.staging import SlidePart, file_name
+from histostream.wsi.slides.sources.base import MAX_INDEX_BYTES, SlidePart, file_name, named_files
 
-VALUE = re.compile(r"^\w+ *= *([^\r\n]+?)\s*$", re.MULTILINE)  # of a line "Key=value" in a .vms
-INDEX_BYTES = 1 << 20  # a .vms or .vmu is a few kB of text
+SCHEMES: tuple[str, ...] = ()  # local paths have none
 
 
 def find_parts(source: str) -> list[SlidePart]:
@@ -49,9 +47,9 @@ def read_part(part: SlidePart, chunk_bytes: int) -> Generator[bytes]:
         raise _unreadable(part.address, error) from error
 
 
-def named_files(index: bytes) -> list[str]:
-    """Return what a .vms or .vmu file says after its ``=`` signs: among it, names of files."""
-    return VALUE.findall(index[:INDEX_BYTES].decode("utf-8", errors="replace"))
+def list_files(url: str) -> list[str]:
+    """List nothing: only URLs are listed by their source."""
+    raise SlideError(f"{url}: not the URL of a bucket; name a slide")
 
 
 def _files(path: Path) -> Iterator[Path]:
@@ -66,17 +64,17 @@ def _files(path: Path) -> Iterator[Path]:
         yield from sorted(f for f in path.parent.glob("[!.]*.dcm") if f.is_file() and f != path)
     if suffix in {".vms", ".vmu"}:
         with path.open("rb") as file:
-            names = set(named_files(file.read(INDEX_BYTES))) - {path.name}
+            names = named_files(file.read(MAX_INDEX_BYTES)) - {path.name}
         beside = {file.name for file in path.parent.iterdir() if file.is_file()}
         yield from (path.with_name(name) for name in sorted(names & beside))
 
 
 def _part(file: Path, slide: Path) -> SlidePart:
-    found = file.stat()
+    stat = file.stat()
     name = file.relative_to(slide if slide.is_dir() else slide.parent).as_posix()
     if slide.is_dir():
         name = f"{file_name(str(slide))}/{name}"
-    return SlidePart(str(file), name, found.st_size, str(found.st_mtime_ns))
+    return SlidePart(str(file), name, stat.st_size, str(stat.st_mtime_ns))
 
 
 def _unreadable(source: str, error: OSError) -> SlideError:

@@ -1,0 +1,57 @@
+"""Modules that are found by lying in a folder, or by an entry point of another package."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Registry:
+    """The modules of one kind, by name.
+
+    Attributes
+    ----------
+    package
+        The package whose modules they are, as ``histostream.wsi.slides.readers``. A module is known
+        by its name; those that begin with ``_``, and ``base``, are none of them.
+    group
+        Entry points of other packages, as ``histostream.readers``; each names a module.
+    """
+
+    package: str
+    group: str
+
+    @cached_property
+    def _entry_points(self) -> dict[str, metadata.EntryPoint]:
+        return {entry_point.name: entry_point for entry_point in metadata.entry_points(group=self.group)}
+
+    @property
+    def _own(self) -> set[str]:
+        modules = pkgutil.iter_modules(importlib.import_module(self.package).__path__)
+        return {module.name for module in modules if module.name != "base" and not module.name.startswith("_")}
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all modules, sorted."""
+        return sorted(self._own | self._entry_points.keys())
+
+    def load(self, name: str) -> Any:
+        """Import one module.
+
+        Raises
+        ------
+        KeyError
+            If there is no such module.
+        """
+        if name in self._own:
+            return importlib.import_module(f"{self.package}.{name}")
+        return self._entry_points[name].load()
+
+    def load_all(self) -> dict[str, Any]:
+        """Import all modules, by their names."""
+        return {name: self.load(name) for name in self.names}
