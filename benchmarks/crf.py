@@ -27,7 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histostream.benchmarks.hardware import hardware, usable_cores
-from histostream.runtime.crf import MIN_PROBABILITY, CrfParams, dense_crf
+from histostream.runtime.crf import CrfParams, dense_crf
+from histostream.runtime.crf.dense import MIN_PROBABILITY
 from histostream.wsi.synthetic import SyntheticSlide
 
 SLIDE = SyntheticSlide(4096, 4096, seed=1)
@@ -76,11 +77,6 @@ def run_lattice(threads: int) -> Crf:
         return dense_crf(image, scores, params, backend="lattice")
 
     return run
-
-
-def run_factorised(image: Pixels, scores: Scores, params: CrfParams) -> Scores:
-    """Run the factorised backend, landmarks and all."""
-    return dense_crf(image, scores, params, backend="factorised")
 
 
 def measure(
@@ -172,7 +168,6 @@ def main(repeats: int, out: Path) -> None:
     contenders: dict[str, Crf] = {REFERENCE: run_reference, "lattice, 1 thread": run_lattice(1)}
     if threads > 1:
         contenders[f"lattice, {threads} threads"] = run_lattice(threads)
-    contenders["factorised"] = run_factorised
     machine = hardware()
     said: dict[str, object] = {
         "hardware": machine,

@@ -22,7 +22,7 @@ from histostream.runtime import Engine, open_engine
 from histostream.runtime.bundle.card import read_card, write_card
 from histostream.runtime.crf import CrfParams, dense_crf
 from histostream.runtime.crf.options import read_params
-from histostream.runtime.crf.stream import to_probabilities
+from histostream.runtime.crf.stage import to_probabilities
 from histostream.runtime.slide_run import score_pixels
 from histostream.training import batches, checkpoint
 from histostream.training import datasets as sets

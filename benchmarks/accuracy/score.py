@@ -20,7 +20,7 @@ from histostream.export.bundle import Options
 from histostream.export.trained import export_checkpoint, find_checkpoint
 from histostream.runtime import Engine, open_engine, segment_pixels
 from histostream.runtime.crf import CrfParams, dense_crf
-from histostream.runtime.crf.stream import to_probabilities
+from histostream.runtime.crf.stage import to_probabilities
 from histostream.runtime.slide_run import score_pixels
 from histostream.training import batches, checkpoint, data
 from histostream.training import datasets as sets

@@ -39,7 +39,7 @@ def mean_field(image: NDArray[np.uint8], energies: NDArray[np.float32], params: 
     if height * width > LIMIT_PX:
         raise CrfError(
             f"an image of {width} x {height} px has too many pairs of pixels for the backend "
-            f"'exact', which takes {LIMIT_PX} px: use 'lattice' or 'factorised'"
+            f"'exact', which takes {LIMIT_PX} px: use 'lattice'"
         )
     unary = energies.reshape(classes, -1).T.astype(np.float64)
     kernels = pair_kernels(image, params)

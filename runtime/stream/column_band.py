@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histostream.runtime.bundle.card import ModelCard
-from histostream.runtime.crf.stream import CrfStage, widened
+from histostream.runtime.crf.stage import CrfStage, widened
 from histostream.runtime.engines.base import Engine, to_channels
 from histostream.runtime.engines.device_engine import DeviceEngine
 from histostream.runtime.options import Options

@@ -6,7 +6,6 @@ Not asserted: that the CRF improves a segmentation (a matter of the network and 
 
 from __future__ import annotations
 
-import logging
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from histostream.runtime.crf import CrfError, CrfParams, dense_crf, exact, factorised
+from histostream.runtime.crf import CrfError, CrfParams, dense_crf, exact
 from histostream.runtime.crf.gaussian import Smoothness
 from histostream.runtime.crf.softmax import softmax
 from histostream.wsi.errors import HistoError
@@ -29,7 +28,6 @@ CASES = [
     (3, CrfParams(w1=4, theta_alpha=10)),
     (3, CrfParams(w1=10, theta_alpha=20, theta_beta=20)),
 ]
-FAST = ("lattice", "factorised")
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
@@ -70,18 +68,6 @@ def test_the_lattice_is_near_all_pairs(classes: int, params: CrfParams) -> None:
     assert agreement(found, wanted) >= 0.985
 
 
-def test_64_landmarks_are_nearer() -> None:
-    agreements = []
-    for classes, params in CASES:
-        image, scores = tissue(40, 40, classes)
-        wanted = dense_crf(image, scores, params, backend="exact")
-        found = dense_crf(image, scores, params, backend="factorised", origin=(3, 5))
-        assert np.abs(found - wanted).max() < 0.1
-        agreements.append(agreement(found, wanted))
-    # Over the cases: one pixel of 40 x 40 is 0.06 %, and some are undecided between two classes.
-    assert np.mean(agreements) >= 0.999
-
-
 @pytest.mark.parametrize(("classes", "params"), CASES)
 def test_the_separable_smoothness_kernel_is_that_of_all_pairs(classes: int, params: CrfParams) -> None:
     image, scores = tissue(40, 40, classes)
@@ -99,13 +85,12 @@ def test_the_separable_smoothness_kernel_is_that_of_all_pairs(classes: int, para
     assert np.abs(q - dense_crf(image, scores, params, backend="exact")).max() < 1e-3
 
 
-@pytest.mark.parametrize("backend", FAST)
-def test_grey_images_have_one_distance_between_levels(backend: str) -> None:
+def test_the_lattice_has_one_distance_between_levels_of_grey() -> None:
     image, scores = tissue(40, 40, 2)
     grey = np.ascontiguousarray(image[..., 1:2])
     params = CrfParams(w1=8, theta_alpha=15)
     wanted = dense_crf(grey, scores, params, backend="exact")
-    assert agreement(dense_crf(grey, scores, params, backend=backend), wanted) >= 0.985
+    assert agreement(dense_crf(grey, scores, params, backend="lattice"), wanted) >= 0.985
     # Three equal channels are farther apart: this would not be the same.
     colour = np.repeat(grey, 3, axis=2)
     assert np.abs(dense_crf(colour, scores, params, backend="exact") - wanted).max() > 0.01
@@ -135,21 +120,21 @@ def test_the_lattice_is_that_of_the_reference_code(theta_alpha: float, classes: 
 # ----------------------------------------------------------------------------- analytic laws
 
 
-@pytest.mark.parametrize("backend", ["exact", *FAST])
+@pytest.mark.parametrize("backend", ["exact", "lattice"])
 def test_without_weights_the_probabilities_come_back(backend: str) -> None:
     image, scores = tissue(20, 30, 3)
     found = dense_crf(image, scores, CrfParams(w1=0, w2=0), backend=backend)
     np.testing.assert_allclose(found, scores, atol=2e-5)
 
 
-@pytest.mark.parametrize("backend", ["exact", *FAST])
+@pytest.mark.parametrize("backend", ["exact", "lattice"])
 def test_equal_probabilities_stay_equal(backend: str) -> None:
     image, _ = tissue(30, 30, 3)
     found = dense_crf(image, np.full((3, 30, 30), 1 / 3), CrfParams(), backend=backend)
     np.testing.assert_allclose(found, 1 / 3, atol=2e-5)
 
 
-@pytest.mark.parametrize("backend", ["exact", *FAST])
+@pytest.mark.parametrize("backend", ["exact", "lattice"])
 def test_a_plain_image_is_filtered_by_place_alone(backend: str) -> None:
     _, scores = tissue(40, 40, 2)
     image = np.full((40, 40, 3), 97, np.uint8)
@@ -162,7 +147,7 @@ def test_a_plain_image_is_filtered_by_place_alone(backend: str) -> None:
     assert np.abs(found - wanted).max() < (0.03 if backend == "lattice" else 2e-3)
 
 
-@pytest.mark.parametrize("backend", ["exact", *FAST])
+@pytest.mark.parametrize("backend", ["exact", "lattice"])
 def test_probabilities_sum_to_one(backend: str) -> None:
     image, scores = tissue(37, 70, 3)
     scores = (255 * scores).astype(np.uint8)
@@ -173,7 +158,7 @@ def test_probabilities_sum_to_one(backend: str) -> None:
     np.testing.assert_allclose(found.sum(axis=0), 1, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["exact", *FAST])
+@pytest.mark.parametrize("backend", ["exact", "lattice"])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 130), (129, 1), (64, 65)])
 def test_any_size_of_image_will_do(backend: str, shape: tuple[int, int]) -> None:
     image, scores = tissue(*shape, 2)
@@ -182,7 +167,7 @@ def test_any_size_of_image_will_do(backend: str, shape: tuple[int, int]) -> None
     np.testing.assert_allclose(found, dense_crf(image, scores, params, backend="exact"), atol=0.15)
 
 
-@pytest.mark.parametrize("backend", ["exact", *FAST])
+@pytest.mark.parametrize("backend", ["exact", "lattice"])
 def test_classes_may_come_in_any_order(backend: str) -> None:
     image, scores = tissue(24, 31, 3)
     params, order = CrfParams(w1=8, theta_alpha=15), [2, 0, 1]
@@ -201,7 +186,7 @@ def test_a_flipped_image_has_the_flipped_result(turn: Any) -> None:
     np.testing.assert_allclose(found, np.stack([plane[turn] for plane in wanted]), atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["exact", *FAST])
+@pytest.mark.parametrize("backend", ["exact", "lattice"])
 def test_a_lone_pixel_vanishes_and_a_square_stays(backend: str) -> None:
     image = np.full((40, 40, 3), (225, 180, 205), np.uint8)
     image[20:30, 20:30] = (90, 60, 140)
@@ -242,12 +227,6 @@ def lattice_filter(image: Bytes, theta_alpha: float) -> Any:
     return run
 
 
-def factorised_filter(image: Bytes, theta_alpha: float) -> Any:
-    psi = factorised.embed(image, factorised.find_landmarks(image, 10), 10)
-    operator = factorised.Appearance(psi, theta_alpha, (7, 11))
-    return lambda plane: operator.filter(plane[None].astype(np.float32))[0]
-
-
 def exact_filter(image: Bytes, theta_alpha: float) -> Any:
     (kernel,) = exact.pair_kernels(image, CrfParams(w1=1, theta_alpha=theta_alpha, w2=0))
     return lambda plane: kernel(plane.reshape(-1, 1)).reshape(plane.shape)
@@ -256,7 +235,7 @@ def exact_filter(image: Bytes, theta_alpha: float) -> Any:
 # The lattice's blurs along its axes do not commute where vertices are missing.
 @pytest.mark.parametrize(
     ("make", "tolerance"),
-    [(exact_filter, 1e-12), (factorised_filter, 1e-5), (lattice_filter, 1e-2)],
+    [(exact_filter, 1e-12), (lattice_filter, 1e-2)],
 )
 @pytest.mark.parametrize("theta_alpha", [10, 30])
 def test_the_appearance_filter_is_symmetric_and_never_negative(make: Any, tolerance: float, theta_alpha: float) -> None:
@@ -272,16 +251,12 @@ def test_the_appearance_filter_is_symmetric_and_never_negative(make: Any, tolera
 # ----------------------------------------------------------------------------- tiles of a slide
 
 
-def tiles_agreement(backend: str, *, local: bool) -> tuple[float, float]:
+def tiles_agreement(*, local: bool) -> tuple[float, float]:
     """Share of labels, and worst class score, in which tiles are the whole image."""
     params = CrfParams(w1=8, theta_alpha=10)
     top, left, side, tile = 1013, 3007, 320, 107  # no multiples of anything
     image, scores = tissue(side, side, 2, x=left, y=top)
-    options: dict[str, Any] = {
-        "backend": backend,
-        "landmarks": factorised.find_landmarks(image, 10, 96),
-    }
-    whole = dense_crf(image, scores, params, origin=(top, left), **options)
+    whole = dense_crf(image, scores, params, origin=(top, left), backend="lattice")
     joined = np.empty_like(whole)
     for y in range(0, side, tile):
         for x in range(0, side, tile):
@@ -291,45 +266,30 @@ def tiles_agreement(backend: str, *, local: bool) -> tuple[float, float]:
                 slice(x0, x + tile + params.halo_px),
             )
             origin = (0, 0) if local else (top + y0, left + x0)
-            found = dense_crf(image[rows, columns], scores[:, rows, columns], params, origin=origin, **options)
+            found = dense_crf(image[rows, columns], scores[:, rows, columns], params, origin=origin, backend="lattice")
             part = found[:, y - y0 :, x - x0 :][:, :tile, :tile]
             joined[:, y : y + tile, x : x + tile] = part
     return agreement(joined, whole), float(np.abs(joined - whole).max())
 
 
-@pytest.mark.parametrize("backend", FAST)
-def test_tiles_with_a_halo_are_the_whole_image(backend: str) -> None:
-    agree, worst = tiles_agreement(backend, local=False)
+def test_lattice_tiles_with_a_halo_are_the_whole_image() -> None:
+    agree, worst = tiles_agreement(local=False)
     assert agree >= 0.9999
     assert worst < 0.1
 
 
-def test_the_coarse_grid_is_fixed_to_the_slide() -> None:
-    image, scores = tissue(150, 150, 2)
-    params = CrfParams(w1=8, theta_alpha=9, n_iter=1)  # nodes every 3 px
-    psi = factorised.embed(image, factorised.find_landmarks(image, 10), 10)
-    whole = factorised.mean_field(energies(scores), params, (0, 0), psi)[:, 70:80, 70:80]
-    part = np.s_[7:143, 8:142]  # 7 widths around the 10 x 10 px
-    planes, inner = energies(scores[:, *part]), np.s_[:, 63:73, 62:72]
-    found = factorised.mean_field(planes, params, (7, 8), psi[part])[inner]
-    np.testing.assert_allclose(found, whole, atol=1e-5)
-    local = factorised.mean_field(planes, params, (0, 0), psi[part])[inner]
-    assert np.abs(local - whole).max() > 1e-4
-
-
 def test_lattice_tiles_that_do_not_say_where_they_lie_are_not() -> None:
-    agree, worst = tiles_agreement("lattice", local=True)
+    agree, worst = tiles_agreement(local=True)
     assert agree < 0.9999
     assert worst > 0.1
 
 
-@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("offset", [(0, 2**18 - 48), (2**18 - 48, 2**18), (2**18 + 31, 12345)])
-def test_far_places_of_a_slide_are_as_exact_as_its_corner(backend: str, offset: tuple[int, int]) -> None:
+def test_far_places_of_a_slide_are_as_exact_as_its_corner_on_the_lattice(offset: tuple[int, int]) -> None:
     image, scores = tissue(48, 64, 2)
     params = CrfParams(w1=6, theta_alpha=10)
     wanted = dense_crf(image, scores, params, backend="exact")
-    found = dense_crf(image, scores, params, backend=backend, origin=offset)
+    found = dense_crf(image, scores, params, backend="lattice", origin=offset)
     assert agreement(found, wanted) >= 0.985
     assert np.abs(found - wanted).mean() < 0.01
 
@@ -362,55 +322,6 @@ def test_the_lattice_gives_the_same_bits_on_one_thread_and_two() -> None:
         numba.set_num_threads(most)
     for result in results[1:]:
         np.testing.assert_array_equal(result, results[0])
-
-
-def test_landmarks_are_the_same_each_time() -> None:
-    image, scores = tissue(64, 64, 2)
-    first, second = (factorised.find_landmarks(image, 10) for _ in range(2))
-    np.testing.assert_array_equal(first, second)
-    assert not np.array_equal(first, factorised.find_landmarks(image, 10, seed=1))
-    once, again = (dense_crf(image, scores, backend="factorised") for _ in range(2))
-    np.testing.assert_array_equal(once, again)
-
-
-# ----------------------------------------------------------------------------- landmarks
-
-
-def test_an_image_of_few_colours_has_them_as_landmarks() -> None:
-    image = np.zeros((9, 9, 3), np.uint8)
-    image[:4] = (200, 10, 90)
-    np.testing.assert_array_equal(factorised.find_landmarks(image, 10), [[0, 0, 0], [200, 10, 90]])
-
-
-def test_a_pixel_unlike_all_landmarks_keeps_its_own_term() -> None:
-    image, scores = np.full((20, 20, 3), 200, np.uint8), tissue(20, 20, 2)[1]
-    image[9, 9] = (10, 80, 20)
-    params, landmarks = CrfParams(w1=3, w2=0), np.full((1, 3), 200.0)
-    wanted = dense_crf(image, scores, params, backend="exact")[:, 9, 9]
-    found = dense_crf(image, scores, params, backend="factorised", landmarks=landmarks)[:, 9, 9]
-    np.testing.assert_allclose(found, wanted, atol=1e-4)
-    assert np.abs(found - scores[:, 9, 9]).max() > 0.05
-
-
-def test_ink_that_no_landmark_has_sends_the_image_to_the_lattice(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    image, scores = tissue(64, 64, 2)
-    landmarks, params = factorised.find_landmarks(image, 10), CrfParams(w1=8, theta_alpha=15)
-    with caplog.at_level(logging.WARNING):
-        dense_crf(image, scores, params, backend="factorised", landmarks=landmarks)
-        assert not caplog.records
-        inked = image.copy()
-        inked[10:30, 10:30] = (20, 120, 60)  # a green pen
-        inked[40:50, 40:60] = (15, 20, 25)  # black ink
-        found = dense_crf(inked, scores, params, backend="factorised", landmarks=landmarks)
-    assert "% of the pixels have a colour far from all 64 landmarks" in caplog.text
-    lattice = dense_crf(inked, scores, params, backend="lattice")
-    np.testing.assert_array_equal(found, lattice)
-    # With landmarks of its own, the factorised backend sees the ink.
-    wanted = dense_crf(inked, scores, params, backend="exact")
-    found = dense_crf(inked, scores, params, backend="factorised", landmarks=factorised.find_landmarks(inked, 10))
-    assert agreement(found, wanted) >= 0.999
 
 
 # ----------------------------------------------------------------------------- bad input
@@ -455,8 +366,6 @@ IMAGE, SCORES = np.zeros((4, 6, 3), np.uint8), np.full((2, 4, 6), 0.5, np.float3
         (IMAGE, SCORES, {"backend": "gpu"}, "no CRF backend is called 'gpu'"),
         (IMAGE, SCORES, {"origin": (0.5, 0)}, "whole pixels"),
         (IMAGE, SCORES, {"origin": (1, 2, 3)}, "whole pixels"),
-        (IMAGE, SCORES, {"backend": "factorised", "landmarks": np.zeros((5, 1))}, r"\(5, 1\)"),
-        (IMAGE, SCORES, {"backend": "factorised", "landmarks": np.full((5, 3), np.nan)}, "finite"),
     ],
 )
 def test_bad_input_is_refused(image: Any, scores: Any, options: dict[str, Any], said: str) -> None:
@@ -478,7 +387,7 @@ def test_a_lattice_too_large_for_its_keys_is_refused() -> None:
         dense_crf(image, scores, CrfParams(theta_alpha=1e-3, theta_beta=1e-3), backend="lattice")
 
 
-def test_importing_the_crf_does_not_import_numba_and_its_absence_is_said() -> None:
+def test_importing_the_crf_does_not_import_numba_and_its_absence_is_an_error_with_the_command() -> None:
     code = """
 import sys
 import histostream.runtime, histostream.runtime.crf as crf
@@ -486,14 +395,11 @@ assert "numba" not in sys.modules
 sys.modules["numba"] = None  # as if it were not installed
 import numpy as np
 image, scores = np.zeros((4, 6, 3), np.uint8), np.full((2, 4, 6), 0.5)
-crf.dense_crf(image, scores, backend="factorised")
+crf.dense_crf(image, scores, backend="exact")
 try:
-    crf.dense_crf(image, scores, backend="lattice")
-except ImportError as error:
-    print(error.name, "|", error)
+    crf.dense_crf(image, scores)
+except crf.CrfError as error:
+    print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    name, message = done.stdout.strip().split(" | ")
-    assert name == "numba"
-    assert install_command("crf") in message
-    assert "\n" not in message
+    assert done.stdout.strip() == f"the CRF needs numba: {install_command('crf')}"

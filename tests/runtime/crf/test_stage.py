@@ -16,7 +16,7 @@ from histostream.runtime import slide_run as infer
 from histostream.runtime.crf import CrfError, CrfParams, dense_crf
 from histostream.runtime.crf import options as crf_options
 from histostream.runtime.crf.options import CrfOptions, check_memory, read_params
-from histostream.runtime.crf.stream import to_probabilities
+from histostream.runtime.crf.stage import to_probabilities
 from histostream.runtime.options import Options
 from histostream.runtime.slide_run import segment_slide
 from histostream.runtime.stream.memory import MemoryLimitError
