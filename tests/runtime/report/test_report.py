@@ -29,8 +29,7 @@ from histostream.runtime.cohort.inputs import SlideInput
 from histostream.runtime.cohort.worker import LocalExecutor, Task, run_cohort
 from histostream.runtime.options import Options
 from histostream.runtime.record import card_record
-from histostream.runtime.report.again import WITH_RESULT, ReportError, write_report
-from histostream.runtime.report.cohort import MAX_PICTURES, WELL, WORST_FIRST, CohortReport, CohortSlide, cohort_slide
+from histostream.runtime.report.cohort import MAX_PICTURES, WORST_FIRST, CohortReport, CohortSlide, cohort_slide
 from histostream.runtime.report.distribution import distribution
 from histostream.runtime.report.json_view import JsonView, duration, figure, percent, size
 from histostream.runtime.report.picture import PICTURE_PX, read_picture
@@ -159,11 +158,10 @@ def test_the_count_of_objects_is_that_of_the_table(result: SlideResult) -> None:
     assert whole == pytest.approx(sum(areas), rel=1e-3)
 
 
-def test_a_report_that_is_made_again_is_the_same(result: SlideResult, tmp_path: Path) -> None:
-    first = (result.folder / "report.html").read_bytes()
-    assert write_report(result.folder).read_bytes() == first
-    with pytest.raises(ReportError, match="no results"):
-        write_report(tmp_path)
+def test_the_report_can_be_made_from_the_files_of_the_result(result: SlideResult) -> None:
+    run, summary = (json.loads((result.folder / name).read_text()) for name in ("run.json", "summary.json"))
+    text = slide_report(run, summary, result.folder / "overview.png")
+    assert text == (result.folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_two_runs_of_the_same_slide_differ_in_times_alone(result: SlideResult, tmp_path: Path) -> None:
@@ -467,25 +465,16 @@ def test_a_cohort_leaves_a_report_of_all_its_slides(tmp_path: Path) -> None:
     links = {unquote_to_bytes(a.get("href", ""))[2:].decode() for a in page.iter("a")}
     assert links - {"cohort.csv", "cohort.json"} == {"0/report.html", f"{odd}/report.html"}
     assert len(list(page.iter("img"))) == 2
-    assert write_report(out).read_text(encoding="utf-8") == text
-    (out / "0" / "report.html").unlink()  # as in results of older versions
-    page = parsed(write_report(out).read_text(encoding="utf-8"))
-    assert "./0/report.html" not in {a.get("href") for a in page.iter("a")}
 
 
-def test_the_report_of_a_cohort_opens_nothing_outside_of_its_folder(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    for folder in (tmp_path / "elsewhere", out / ".hidden"):
-        folder.mkdir()
-        (folder / "run.json").write_text('{"mpx": 1}')
-        (folder / "summary.json").write_text('{"width_px": 4, "height_px": 3, "analysed_mm2": 777}')
-    lines = [{"name": n, "status": "done"} for n in ("../elsewhere", ".hidden", "", 7, "a\0b")]
-    (out / "cohort.json").write_text(json.dumps({"slides": [*lines, "no line", None]}))
-    page = parsed(write_report(out).read_text(encoding="utf-8"))
-    assert "777" not in text_of(page)
-    assert loads_nothing(page)
-    assert len(list(page.iter("a"))) == 2  # the tables
+def test_a_slide_without_a_report_of_its_own_is_not_linked(tmp_path: Path) -> None:
+    slides = made_up(2)
+    for slide in slides:
+        (tmp_path / slide.name).mkdir()
+    (tmp_path / slides[1].name / "report.html").touch()
+    page = parsed(CohortReport(tmp_path).text(slides, **WHEN))
+    links = {a.get("href") for a in page.iter("a")}
+    assert links == {"./cohort.csv", "./cohort.json", "./slide-1/report.html"}
 
 
 def test_thousands_of_slides_are_one_small_page_made_at_once(tmp_path: Path) -> None:
@@ -518,7 +507,6 @@ def test_every_status_of_a_cohort_has_its_rank() -> None:
         getattr(cohort, name) for name in ("DONE", "DAMAGED", "UNCHANGED", "LOCKED", "FAILED", "STOPPED", "NOT_BEGUN")
     }
     assert set(WORST_FIRST) == words
-    assert {*WELL, "damaged"} == set(WITH_RESULT)
 
 
 @pytest.mark.parametrize("values", [[0.0], [1.0], [0.07, 0.2, 0.2, 0.93], [3e-7, 2e-7], [41.0] * 9])
