@@ -442,9 +442,7 @@ def _save(
     table.writerows(lines)
     write_whole(folder / "cohort.csv", text.getvalue())
     slides = [
-        cohort_slide(
-            task.slide.name, redact_url(task.slide.source), outcome.status, outcome.reason, outcome.run, outcome.summary
-        )
+        cohort_slide(task.slide.name, outcome.status, outcome.reason, outcome.run, outcome.summary)
         for task, outcome in zip(tasks, outcomes, strict=True)
     ]
     write_whole(folder / REPORT, page.text(slides, **when))

@@ -1,4 +1,4 @@
-"""How values are spread: bars for how many there are, and a tick for each."""
+"""Plot of a distribution: bars that count values, and a tick for each value."""
 
 from __future__ import annotations
 
@@ -8,59 +8,60 @@ from dataclasses import dataclass
 from statistics import median
 
 WIDTH, HEIGHT = 400, 44  # of the drawing, in its own units
-RUG = 8  # height of the ticks
-FLOOR = HEIGHT - RUG - 2  # on which the bars stand
+TICK_HEIGHT = 8
+FLOOR = HEIGHT - TICK_HEIGHT - 2  # y of the lower end of the bars
 BINS = 40
-STEPS = (1, 1.5, 2, 3, 4, 5, 6, 8, 10)  # where axes end
+STEPS = (1, 1.5, 2, 3, 4, 5, 6, 8, 10)  # times a power of ten: possible ends of the axis
 
 
 @dataclass(frozen=True, slots=True)
 class Distribution:
-    """A drawing of `WIDTH` x `HEIGHT`, as paths of SVG.
+    """A drawing of `WIDTH` x `HEIGHT`, as SVG paths.
 
     Attributes
     ----------
     bars, ticks
-        Paths: how many values are in each of `BINS` equal parts, and where each is.
+        Paths: the number of values in each of `BINS` equal parts of the axis, and the position of each value.
     middle
-        Where the median is.
-    most
-        The value at the right edge; the left is 0.
+        x of the median.
+    end
+        Value at the right end of the axis; the left end is 0.
     """
 
     bars: str
     ticks: str
     middle: float
-    most: float
+    end: float
 
 
-def distribution(values: Sequence[float], most: float = math.inf) -> Distribution:
-    """Draw how values from 0 on are spread.
+def distribution(values: Sequence[float], limit: float = math.inf) -> Distribution:
+    """Draw the distribution of values from 0 on.
 
     Parameters
     ----------
     values
-        At least one; what is outside of the drawing is at its edge.
-    most
-        The largest value that there can be; the drawing may end before.
+        At least one value; values outside the axis are drawn at its ends.
+    limit
+        Largest possible value; the axis never ends beyond it.
     """
-    end = min(most, round_up(max(values)))
-    places = [min(max(value / end, 0.0), 1.0) for value in values]
+    end = min(limit, round_up(max(values)))
+    positions = [min(max(value / end, 0.0), 1.0) for value in values]
     counts = [0] * BINS
-    for place in places:
-        counts[min(int(place * BINS), BINS - 1)] += 1
-    wide = WIDTH / BINS
+    for position in positions:
+        counts[min(int(position * BINS), BINS - 1)] += 1
+    bin_width = WIDTH / BINS
     bars = "".join(
-        f"M{i * wide:g} {FLOOR}v-{FLOOR * count / max(counts):.1f}h{wide - 1:g}V{FLOOR}z"
+        f"M{i * bin_width:g} {FLOOR}v-{FLOOR * count / max(counts):.1f}h{bin_width - 1:g}V{FLOOR}z"
         for i, count in enumerate(counts)
         if count
     )
-    ticks = "".join(f"M{x} {HEIGHT - RUG}v{RUG}" for x in sorted({round(WIDTH * p) for p in places}))
+    xs = sorted({round(WIDTH * position) for position in positions})
+    ticks = "".join(f"M{x} {HEIGHT - TICK_HEIGHT}v{TICK_HEIGHT}" for x in xs)
     return Distribution(bars, ticks, WIDTH * min(max(median(values) / end, 0.0), 1.0), end)
 
 
 def round_up(value: float) -> float:
-    """Return the least of `STEPS` times a power of ten that is not below a value; 1 for 0."""
+    """Return the smallest product of one of `STEPS` and a power of ten that is at least ``value``; 1 for 0."""
     if value <= 0:
         return 1.0
     decade = 10.0 ** math.floor(math.log10(value))

@@ -1,8 +1,7 @@
-"""Pages: templates in which everything is text until it is said to be more.
+"""HTML pages from Jinja2 templates, in which every text is escaped.
 
-Names of slides, classes and files come from anywhere. They are escaped by Jinja2, after control
-characters, characters that change the direction of writing, and bytes that are no text were
-written as Python's escapes.
+Names of slides, classes and files may hold anything. Control characters, characters that change the
+direction of writing, and bytes that are not text are written as Python's escapes, then Jinja2 escapes HTML.
 """
 
 from __future__ import annotations
@@ -14,52 +13,55 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from histostream.runtime.report.json_view import duration, figure, percent, size
+from histostream.runtime.report.figures import duration, figure, percent, size
+from histostream.runtime.report.json_view import JsonView
 from histostream.wsi.errors import printable
 
 if TYPE_CHECKING:
     import jinja2
 
 
-def render(template: str, **said: Any) -> str:
+def render(template: str, **values: Any) -> str:
     """Return a page as HTML.
 
     Parameters
     ----------
     template
-        Name of a file of this package.
-    said
-        What the template names; it may leave nothing out.
+        File name of a template in this package.
+    values
+        Everything that the template names; a missing value is an error.
     """
-    style = Markup(_file("style.css"))
-    return _templates().get_template(template).render(style=style, **said)
+    style = Markup(read_file("style.css"))
+    return _templates().get_template(template).render(style=style, **values)
+
+
+def read_file(name: str) -> str:
+    """Return the text of a file of this package."""
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
 def link(*names: str) -> str:
-    """Return a relative link to a file, whatever bytes its name has."""
+    """Return a relative link to a file; its name may hold any bytes."""
     return "./" + "/".join(quote(name, safe="", errors="surrogateescape") for name in names)
 
 
 @functools.cache
 def _templates() -> jinja2.Environment:
-    import jinja2  # 37 ms of start-up, and needed only when a slide is done
+    import jinja2  # takes 37 ms, and is needed only when a slide is finished
 
-    found = jinja2.Environment(
-        loader=jinja2.FunctionLoader(_file),
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(read_file),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
-        finalize=_shown,
+        finalize=_printable,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters |= {"figure": figure, "percent": percent, "duration": duration, "size": size}
-    found.globals["link"] = link
-    return found
+    environment.filters |= {"figure": figure, "percent": percent, "duration": duration, "size": size}
+    environment.filters["shown"] = lambda value: JsonView(value).shown()
+    environment.globals["link"] = link
+    return environment
 
 
-def _file(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
-
-
-def _shown(value: Any) -> Any:
+def _printable(value: Any) -> Any:
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value

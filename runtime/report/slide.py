@@ -1,8 +1,10 @@
-"""The report of a slide: what was found, how sure one can be of it, and where the time went."""
+"""The report of one slide: areas, objects, warnings, times, and what the result was made with."""
 
 from __future__ import annotations
 
+import functools
 import json
+import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,73 +12,20 @@ from typing import Any
 
 from histostream.runtime.choices import PRECISIONS
 from histostream.runtime.options import Options
-from histostream.runtime.record import bound_by, plain
-from histostream.runtime.report.json_view import JsonView, duration, figure, percent, size
-from histostream.runtime.report.page import render
+from histostream.runtime.record import plain
+from histostream.runtime.report.json_view import JsonView
+from histostream.runtime.report.page import read_file, render
 from histostream.runtime.report.picture import PICTURE_PX, Picture, read_picture
 from histostream.wsi.outputs.sinks.overview import BACKGROUND, scale_bar
 
-MAX_BOXES = 40  # damaged places that are listed
-MAX_OUTLINED = 4000  # of them, in the picture
-UPSAMPLED = 0.98  # stored pixels for one of the result, along a side: fewer were made up
-STAGES = {
-    "prepare": ("Prepare", "open the slide, find its tissue"),
-    "read": ("Read", "wait for pixels of the slide"),
-    "copy": ("Copy", "stage rows for the device"),
-    "infer": ("Network", "run the tiles"),
-    "blend": ("Blend", "join the tiles"),
-    "crf": ("CRF", "refine the labels"),
-    "write": ("Write", "hand rows to the files"),
-    "finish": ("Finish", "complete the files"),
-}
-BOUNDS = {
-    "prepare": "opening the slide",
-    "read": "reading the slide",
-    "copy": "copying to the device",
-    "infer": "the network",
-    "blend": "joining tiles",
-    "crf": "the CRF",
-    "write": "writing",
-    "finish": "completing the files",
-}
-FILES = {
-    "labels.tif": "class of each pixel, a pyramid: QuPath, OpenSlide, tifffile",
-    "overview.png": "the slide with its classes painted over it",
-    "summary.json": "area and share of each class",
-    "summary.csv": "the same as a table",
-    "run.json": "versions, hashes, options, times: what this page is made of",
-    "probabilities.tif": "the scores of each class",
-    "objects.geojson.gz": "outlines for QuPath",
-    "annotations.json": "outlines for the Digital Slide Archive",
-    "objects.csv": "a line for each object",
-    "objects.parquet": "a line for each object",
-}
-OPTIONS = {  # said as the command says it, where that is another word
-    "overlap_px": "overlap, px",
-    "max_memory_mib": "memory at most, MiB",
-    "roi": "region of interest",
-    "force_upsampling": "force upsampling",
-    "min_area_um2": "smallest object, \N{GREEK SMALL LETTER MU}m\N{SUPERSCRIPT TWO}",
-    "simplify_um": "outlines simplified by, \N{GREEK SMALL LETTER MU}m",
-    "tissue": "glass left out",
-}
-UM = "\N{GREEK SMALL LETTER MU}m"
-BY = " \N{MULTIPLICATION SIGN} "
-MM2 = "mm\N{SUPERSCRIPT TWO}"
-
-
-@dataclass(frozen=True, slots=True)
-class Fact:
-    """A name and what is said of it; ``code`` is set in a typewriter's letters."""
-
-    name: str
-    value: str
-    code: bool = False
+MAX_BOXES = 40  # damaged regions that are listed
+MAX_OUTLINED = 4000  # damaged regions that are outlined in the picture
+UPSAMPLED = 0.98  # slide pixels per result pixel along a side; below this the slide was enlarged
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A class: its colour as CSS writes it, its area, and its share of what was analysed."""
+    """Area of a class: its colour in CSS, its area, and its share of the analysed area."""
 
     name: str
     color: str
@@ -86,120 +35,80 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A part of the run; ``bounds`` if the run waited for it most."""
+    """Time that one stage of the run took; ``is_slowest`` marks the stage that limited the speed."""
 
     name: str
     does: str
     seconds: float
     share: float
-    bounds: bool
+    is_slowest: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Warned:
-    """What a reader must know before trusting the numbers, or, if ``mild``, may want to."""
-
-    text: str
-    mild: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Parity:
-    """How far a file of the model is from the network that was trained; ``used`` was run here."""
-
-    file: str
-    used: bool
-    engine: str
-    tiles: str
-    agreement: float | None
-    largest: float | None
-    mean: float | None
-    dice_change: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Damaged:
-    """Places that could not be decoded, in pixels of the slide's full size.
+class DamagedRegions:
+    """Regions of the slide that could not be decoded, in pixels of level 0.
 
     Attributes
     ----------
     boxes
-        (level, x, y, width, height) of those that are listed.
+        (level, x, y, width, height) of the listed regions.
     outline
-        A path of SVG around all, or as many as a picture can show.
+        SVG path around the first `MAX_OUTLINED` regions.
     count
-        Of all.
+        Number of all regions.
     area_mm2, share
-        Of all, at most: places of two levels may be the same. None where no resolution is known.
+        Area of all regions and their share of the slide: an upper bound, because regions of two levels may overlap.
     width, height
-        Of the slide.
+        Size of the slide in pixels of level 0.
     """
 
-    boxes: list[tuple[float, ...]]
+    boxes: list[tuple[int, ...]]
     outline: str
     count: int
-    area_mm2: float | None
-    share: float | None
-    width: float | None
-    height: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class ScaleBar:
-    """Length as a share of the picture's width, and in words."""
-
+    area_mm2: float
     share: float
-    text: str
+    width: float
+    height: float
 
 
 def slide_report(run: Mapping[str, Any], summary: Mapping[str, Any], overview: Path) -> str:
-    """Return the report of a slide.
+    """Return the report of a slide as HTML.
 
     Parameters
     ----------
     run, summary
-        What run.json and summary.json say; of an older version, what there is.
+        Contents of ``run.json`` and ``summary.json``.
     overview
-        ``overview.png``; the page does without if there is none.
+        Path of ``overview.png``; without that file the page has no picture.
     """
-    # As it will be read back, so that a report that is made again is the same.
-    said, found = (JsonView(json.loads(json.dumps(plain(dict(part))))) for part in (run, summary))
-    width, height = (int(found.number(f"{side}_px") or 0) for side in ("width", "height"))
-    picture = read_picture(overview, width, height, PICTURE_PX)
+    run, summary = (json.loads(json.dumps(plain(dict(part)))) for part in (run, summary))
+    texts = _texts()
+    picture = read_picture(overview, summary["width_px"], summary["height_px"], PICTURE_PX)
+    classes = shares_of(JsonView(summary))
+    painted = [entry for entry in classes if entry.name != BACKGROUND]
+    precision = run["model"]["engine"].rpartition(" ")[2]  # the name of an engine ends with its precision
     return render(
         "slide.html",
-        name=_name(said, found),
-        subtitle=_subtitle(said, found),
-        warnings=_warnings(said, found),
-        headline_figures=_headlines(said, found),
+        run=run,
+        summary=summary,
+        card=JsonView(run["model"]["card"]),  # a card may hold anything in its records of training and parity
         picture=picture,
-        scale_bar=_scale_bar(picture, found),
-        classes=shares_of(found),
-        analysed_mm2=found.number("analysed_mm2"),
-        objects=list(said.at("objects")),
-        damaged=_damaged(said, found),
-        stages=_stages(said),
-        time=_time(said),
-        bound=BOUNDS.get(_bound(said), _bound(said)),
-        memory=_memory(said),
-        run_facts=_run_facts(said),
-        crf=_crf_facts(said),
-        options=_options(said),
-        note=_paragraphs(said.text("model", "card", "note")),
-        model=_model_facts(said),
-        parity=_parity(said),
-        scores=list(said.items("model", "card", "training", "scores")),
-        slide=_slide_facts(said),
-        hashes=_hashes(said),
-        versions=[Fact(k, v.shown()) for k, v in said.items("versions")],
-        files=[(name, FILES.get(name, "")) for name in _outputs(said)],
-        started=said.text("started"),
-        histostream=said.text("versions", "histostream"),
+        scale_bar=_scale_bar(picture, summary),
+        classes=classes,
+        painted=painted,
+        largest=max((c for c in painted if c.share is not None), key=lambda c: c.share or 0, default=None),
+        upsampled=UPSAMPLED,
+        damaged=_damaged_regions(run, summary),
+        stages=_stages(run),
+        limit=texts["stages"][run["bound_by"]]["limit"],
+        options=_changed_options(run),
+        used_file=PRECISIONS.get("fp32" if precision == "bf16" else precision, ""),
+        files=[(name, texts["files"][name]) for name in sorted({*run["outputs"], "run.json"} & texts["files"].keys())],
     )
 
 
 def shares_of(summary: JsonView) -> list[Share]:
-    """Return the classes of a summary.json, in the order of their labels."""
+    """Return the area of each class in a ``summary.json``, in label order."""
     return [
         Share(entry.text("name"), _css(entry.at("color")), entry.number("area_mm2"), entry.number("share"))
         for entry in summary.at("classes")
@@ -211,317 +120,59 @@ def _css(color: JsonView) -> str:
     return f"rgb({values[0]} {values[1]} {values[2]})" if len(values) == 3 else "gray"
 
 
-def _name(run: JsonView, summary: JsonView) -> str:
-    source = run.text("slide", "source") or run.text("slide", "path")
-    return summary.text("slide") or source.replace("\\", "/").rpartition("/")[2] or "a slide"
+@functools.cache
+def _texts() -> dict[str, dict[str, Any]]:
+    return tomllib.loads(read_file("texts.toml"))
 
 
-def _subtitle(run: JsonView, summary: JsonView) -> list[str]:
-    model, mpp = run.text("model", "method"), summary.number("mpp")
-    parts = [", ".join(c.name for c in shares_of(summary) if c.name != BACKGROUND)]
-    if mpp is not None:
-        parts.append(f"at {figure(mpp)} {UM} per pixel")
-    if model:
-        parts.append(f"model {model}")
-    return [part for part in parts if part]
-
-
-def _headlines(run: JsonView, summary: JsonView) -> list[tuple[str, str, str]]:
-    """(name, value, what it is of) of the figures at the top."""
-    total, rate = run.number("seconds", "total"), run.number("mpx_per_s")
-    peak, bound = run.number("peak_memory_mib"), run.number("options", "max_memory_mib")
-    whole = summary.number("slide_mm2")
-    painted = [c for c in shares_of(summary) if c.name != BACKGROUND and c.share is not None]
-    found = [
-        (
-            "Analysed",
-            f"{figure(summary.number('analysed_mm2'))} {MM2}",
-            f"of {figure(whole)} {MM2} of slide" if whole else "",
-        )
-    ]
-    if painted:
-        most = max(painted, key=lambda c: c.share or 0)
-        found.append((most.name, percent(most.share), f"{figure(most.area_mm2)} {MM2}"))
-    found.append(("Time", duration(total), f"{figure(rate)} Mpx/s" if rate is not None else ""))
-    found.append(
-        (
-            "Peak memory",
-            f"{figure(round(peak))} MiB" if peak is not None else figure(None),
-            f"of {figure(bound)} MiB allowed" if bound else "no bound was asked for",
-        )
-    )
-    return found
-
-
-def _warnings(run: JsonView, summary: JsonView) -> list[Warned]:
-    found = []
-    damaged, runs = len(run.at("damaged")), run.number("resumed", "runs")
-    scale, own = run.number("slide", "scale"), run.number("slide", "mpp")
-    given, mpp = run.number("options", "mpp"), run.number("slide", "result_mpp")
-    if damaged:
-        places = f"{damaged} blocks" if damaged > 1 else "1 block"
-        background = any(c.name == BACKGROUND for c in shares_of(summary))
-        found.append(
-            Warned(
-                f"{places} of the slide could not be decoded: "
-                f"{'background in the labels' if background else 'not analysed'}."
-            )
-        )
-    if summary.number("analysed_mm2") == 0:
-        found.append(Warned("No tissue was found, and nothing was analysed. --no-tissue analyses all of the slide."))
-    if scale is not None and 0 < scale < UPSAMPLED:
-        at = f" of {figure(mpp / scale)} {UM}" if mpp else ""
-        found.append(
-            Warned(
-                f"The slide is coarser than the model: its pixels{at} were enlarged "
-                f"{figure(1 / scale)} times, and what is lost cannot be found."
-            )
-        )
-    if given is not None:
-        says = f"the file says {figure(own)}" if own is not None else "the file says none"
-        found.append(
-            Warned(
-                f"The resolution, {figure(given)} {UM} per pixel, was given by hand ({says}). Areas are right if it is."
-            )
-        )
-    if runs is not None and runs > 1:
-        before = run.number("resumed", "mpx_before")
-        found.append(
-            Warned(
-                f"The run was broken off and went on {_times(runs - 1)}; the labels are those of an "
-                f"unbroken run. {figure(before)} Mpx were done before, and are not in the times.",
-                mild=True,
-            )
-        )
-    if run.text("options", "roi"):
-        found.append(Warned("Only the region of interest was analysed.", mild=True))
-    return found
-
-
-def _times(count: float) -> str:
-    return "once" if count == 1 else f"{figure(count)} times"
-
-
-def _scale_bar(picture: Picture | None, summary: JsonView) -> ScaleBar | None:
-    mpp, width = summary.number("mpp"), summary.number("width_px")
-    if picture is None or not mpp or not width or mpp < 0:
+def _scale_bar(picture: Picture | None, summary: Mapping[str, Any]) -> tuple[float, str] | None:
+    """Return the length of the scale bar as a share of the picture's width, and its label."""
+    if picture is None:
         return None
-    length_px, text = scale_bar(mpp * width / picture.width, max(1, picture.width // 4))
-    return ScaleBar(length_px / picture.width, text.replace("um", UM))
+    mpp = summary["mpp"] * summary["width_px"] / picture.width
+    length_px, label = scale_bar(mpp, max(1, picture.width // 4))
+    return length_px / picture.width, label.replace("um", "μm")
 
 
-def _full_mpp(run: JsonView) -> float | None:
-    """Resolution of the slide's level 0."""
-    mpp = run.number("options", "mpp") or run.number("slide", "mpp")
-    return mpp if mpp is not None and mpp > 0 else None
-
-
-def _damaged(run: JsonView, summary: JsonView) -> Damaged | None:
-    sides = ("level", "x", "y", "width", "height")
-    every = [[box.number(side) for side in sides] for box in run.at("damaged")]
-    boxes = [tuple(v for v in box if v is not None) for box in every]
-    boxes = [box for box in boxes if len(box) == len(sides)]
+def _damaged_regions(run: Mapping[str, Any], summary: Mapping[str, Any]) -> DamagedRegions | None:
+    boxes = [tuple(box[side] for side in ("level", "x", "y", "width", "height")) for box in run["damaged"]]
     if not boxes:
         return None
-    mpp, slide_mm2 = _full_mpp(run), summary.number("slide_mm2")
-    area = None if mpp is None else sum(b[3] * b[4] for b in boxes) * (mpp / 1000) ** 2
-    share = min(1.0, area / slide_mm2) if area is not None and slide_mm2 else None
-    shape: list[float | None] = [None, None]
-    if mpp is not None:
-        scale = (summary.number("mpp") or 0) / mpp
-        shape = [(summary.number(f"{side}_px") or 0) * scale for side in ("width", "height")]
-    outline = "".join(f"M{x:.0f} {y:.0f}h{w:.0f}v{h:.0f}h{-w:.0f}z" for _, x, y, w, h in boxes[:MAX_OUTLINED])
-    return Damaged(boxes[:MAX_BOXES], outline, len(boxes), area, share, *shape)
+    mpp = run["options"]["mpp"] or run["slide"]["mpp"]
+    area_mm2 = sum(width * height for *_, width, height in boxes) * (mpp / 1000) ** 2
+    scale = summary["mpp"] / mpp
+    return DamagedRegions(
+        boxes[:MAX_BOXES],
+        "".join(f"M{x:.0f} {y:.0f}h{w:.0f}v{h:.0f}h{-w:.0f}z" for _, x, y, w, h in boxes[:MAX_OUTLINED]),
+        len(boxes),
+        area_mm2,
+        min(1.0, area_mm2 / summary["slide_mm2"]),
+        summary["width_px"] * scale,
+        summary["height_px"] * scale,
+    )
 
 
-def _seconds(run: JsonView) -> dict[str, float]:
-    found = {name: run.number("seconds", name) for name in STAGES}
-    return {name: value for name, value in found.items() if value is not None and value >= 0}
-
-
-def _bound(run: JsonView) -> str:
-    seconds = _seconds(run)
-    return run.text("bound_by") or (bound_by(seconds) if seconds else "")
-
-
-def _stages(run: JsonView) -> list[Stage]:
-    seconds, bound = _seconds(run), _bound(run)
-    if not seconds:
-        return []
-    total = run.number("seconds", "total") or 0.0
-    whole = max(total, sum(seconds.values())) or 1.0  # several devices' seconds may be more
-    found = [
-        Stage(*STAGES[name], value, value / whole, name == bound)
+def _stages(run: Mapping[str, Any]) -> list[Stage]:
+    texts = _texts()["stages"]
+    seconds = {name: run["seconds"][name] for name in texts}
+    total, sum_of_stages = run["seconds"]["total"], sum(seconds.values())
+    whole = max(total, sum_of_stages) or 1.0  # stages of several devices may add up to more than the total
+    stages = [
+        Stage(texts[name]["name"], texts[name]["does"], value, value / whole, name == run["bound_by"])
         for name, value in seconds.items()
         if value or name not in ("copy", "crf")
     ]
-    rest = total - sum(seconds.values())
+    rest = total - sum_of_stages
     if rest > 0.005 * total:
-        found.append(Stage("Other", "what is not one of these", rest, rest / whole, False))
-    return found
+        stages.append(Stage("Other", "everything else", rest, rest / whole))
+    return stages
 
 
-def _time(run: JsonView) -> list[Fact]:
-    wait = run.number("seconds", "wait")
-    found = [
-        ("In all", duration(run.number("seconds", "total"))),
-        ("Done", f"{figure(run.number('mpx'))} Mpx"),
-        ("Rate", f"{figure(run.number('mpx_per_s'))} Mpx/s"),
-    ]
-    if wait and wait > 0.05:
-        found.append(("Not counted", f"{duration(wait)} in which another slide had the device"))
-    return [Fact(*fact) for fact in found]
-
-
-def _memory(run: JsonView) -> tuple[float, float] | None:
-    """Return (peak, bound) in MiB where both are known."""
-    peak, bound = run.number("peak_memory_mib"), run.number("options", "max_memory_mib")
-    return (peak, bound) if peak and bound and peak > 0 and bound > 0 else None
-
-
-def _run_facts(run: JsonView) -> list[Fact]:
-    tiles, done = run.number("grid", "tiles"), run.number("grid", "tiles_inferred")
-    found = []
-    if tiles is not None and done is not None:
-        if run.at("resumed"):
-            text = f"{figure(done)} in the last run, of a grid of {figure(tiles)}"
-        else:
-            skipped = f", {figure(tiles - done)} skipped" if tiles > done else ""
-            text = f"{figure(done)} run{skipped}"
-        found.append(Fact("Tiles", text))
-    px, overlap = run.number("grid", "tile_px"), run.number("grid", "overlap_px")
-    if px is not None:
-        text = f"{figure(px)} px, {figure(overlap)} px shared"
-        blend = run.text("options", "blend")
-        found.append(Fact("Tile", f"{text}, joined by {blend}" if blend else text))
-    bands = run.number("grid", "column_bands")
-    if bands is not None and bands > 1:
-        found.append(Fact("Column bands", figure(bands)))
-    found.append(Fact("Engine", run.text("model", "engine")))
-    found += [
-        Fact(f"Device, {name}", value.shown())
-        for name, value in run.items("device")
-        if not isinstance(value.plain(), list | dict)
-    ]
-    if devices := len(run.at("device", "devices")):
-        found.append(Fact("Devices", figure(devices)))
-    return [fact for fact in found if fact.value]
-
-
-def _crf_facts(run: JsonView) -> list[Fact]:
-    crf = run.at("options", "crf")
-    if not crf:
-        return []
-    found = [Fact(name, value.shown(), code=True) for name, value in crf.items("params")]
-    uncertain = crf.number("uncertain")
-    where = "everywhere" if uncertain is None else f"where scores are nearer than {uncertain:g}"
-    found.append(Fact("refined", where))
-    cells, skipped = run.number("crf", "cells"), run.number("crf", "cells_skipped")
-    if cells is not None:
-        said = f"{figure(cells)} of {figure(run.number('crf', 'cell_px'))} px"
-        found.append(Fact("cells", f"{said}, {figure(skipped)} more skipped" if skipped else said))
-    return found
-
-
-def _options(run: JsonView) -> list[Fact]:
-    """Options that are not as they are by default."""
-    usual = json.loads(json.dumps(plain(asdict(Options())))) | {"crf": None}
-    found = [
-        Fact(OPTIONS.get(name, name.replace("_", " ")), value.shown())
-        for name, value in run.items("options")
-        if name != "crf" and value.plain() != usual.get(name)
-    ]
-    for name in ("backend", "precision"):
-        asked = run.text("inputs", "options", name)
-        if asked and asked != "auto":
-            found.append(Fact(name, asked))
-    return found
-
-
-def _model_facts(run: JsonView) -> list[Fact]:
-    card = run.at("model", "card")
-    found = [("Method", run.text("model", "method"))]
-    if classes := [c.shown() for c in card.at("classes")]:
-        found.append(("Classes", ", ".join(classes)))
-    if (mpp := run.number("model", "mpp")) is not None:
-        found.append(("Resolution", f"{figure(mpp)} {UM} per pixel"))
-    if (px := card.number("tile_px")) is not None:
-        kind = {1: "grey", 3: "RGB"}.get(int(card.number("channels") or 0), "")
-        found.append(("Input", f"{figure(px)} px, {kind}".strip(", ")))
-    if (halo := card.number("halo_px")) is not None:
-        found.append(("Halo", f"{figure(halo)} px around each"))
-    if card:
-        depends = card.true("tile_statistics")
-        found.append(("Tile statistics", "its result depends on them" if depends else "none"))
-        found.append(("Scores", card.text("score_kind")))
-    if images := card.items("training", "images"):
-        found.append(("Images", ", ".join(f"{n.shown()} {k}" for k, n in images)))
-    return [Fact(*fact) for fact in found if fact[1]]
-
-
-def _used_file(run: JsonView) -> str:
-    """Return which graph was run; the engine's name ends with its precision."""
-    precision = run.text("model", "engine").rpartition(" ")[2]
-    return PRECISIONS.get("fp32" if precision == "bf16" else precision, "")
-
-
-def _parity(run: JsonView) -> list[Parity]:
-    used = _used_file(run)
-    return [
-        Parity(
-            file,
-            file == used,
-            entry.text("engine"),
-            entry.at("tiles").shown(),
-            entry.number("label_agreement"),
-            entry.number("max_difference"),
-            entry.number("mean_difference"),
-            entry.number("dice_change"),
-        )
-        for file, entry in run.items("model", "card", "parity")
-    ]
-
-
-def _slide_facts(run: JsonView) -> list[Fact]:
-    slide = run.at("slide")
-    width, height = slide.number("width"), slide.number("height")
-    mpp, own = slide.number("result_mpp"), slide.number("mpp")
-    found = [Fact("File", slide.text("source") or slide.text("path"), code=True)]
-    if (length := slide.number("bytes")) is not None:
-        found.append(Fact("Size", size(length)))
-    if width is not None and height is not None:
-        at = f" at {figure(mpp)} {UM}" if mpp is not None else ""
-        found.append(Fact("Seen as", f"{figure(width)}{BY}{figure(height)} px{at}"))
-        if mpp is not None:
-            extent = BY.join(figure(side * mpp / 1000) for side in (width, height))
-            found.append(Fact("Extent", f"{extent} mm"))
-    full = f"{figure(own)} {UM} per pixel" if own is not None else "no resolution in it"
-    found.append(Fact("Full size", full))
-    level, scale = slide.number("level"), slide.number("scale")
-    if level is not None and scale is not None:
-        how = "as stored" if scale == 1 else f"resampled by {figure(scale)}"
-        found.append(Fact("Read from", f"level {figure(level)}, {how}"))
-    found.append(Fact("Reader", slide.text("reader")))
-    return [fact for fact in found if fact.value]
-
-
-def _hashes(run: JsonView) -> list[Fact]:
-    used = _used_file(run)
-    found = [Fact("slide", run.text("slide", "sha256"), code=True)]
-    for file, value in run.items("model", "sha256"):
-        name = f"{file} (run here)" if file == used else file
-        found.append(Fact(name, value.shown(), code=True))
-    data = run.text("model", "card", "training", "data_sha256")
-    found.append(Fact("training data", data, code=True))
-    found.append(Fact("network, as its card says it", run.text("inputs", "model"), code=True))
-    return [fact for fact in found if fact.value]
-
-
-def _outputs(run: JsonView) -> list[str]:
-    """Return the files beside the report; what is not a plain name is no file of ours."""
-    names = [entry.text() for entry in run.at("outputs")]
-    return sorted({name for name in (*names, "run.json") if name in FILES})
-
-
-def _paragraphs(text: str) -> list[str]:
-    return [" ".join(part.split()) for part in text.split("\n\n") if part.strip()]
+def _changed_options(run: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return (name, value) of each option that differs from its default, as the page shows it."""
+    defaults = json.loads(json.dumps(plain(asdict(Options()))))
+    changed = {name: value for name, value in run["options"].items() if name != "crf" and value != defaults.get(name)}
+    engine = run["inputs"]["options"]
+    changed |= {name: engine[name] for name in ("backend", "precision") if engine.get(name, "auto") != "auto"}
+    names = _texts()["options"]
+    return [(names.get(name, name.replace("_", " ")), JsonView(value).shown()) for name, value in changed.items()]

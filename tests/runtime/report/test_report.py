@@ -29,10 +29,10 @@ from histostream.runtime.cohort.inputs import SlideInput
 from histostream.runtime.cohort.worker import LocalExecutor, Task, run_cohort
 from histostream.runtime.options import Options
 from histostream.runtime.record import card_record
-from histostream.runtime.report.again import WITH_RESULT, ReportError, write_report
-from histostream.runtime.report.cohort import MAX_PICTURES, WELL, WORST_FIRST, CohortReport, CohortSlide, cohort_slide
+from histostream.runtime.report.cohort import MAX_PICTURES, WORST_FIRST, CohortReport, CohortSlide, cohort_slide
 from histostream.runtime.report.distribution import distribution
-from histostream.runtime.report.json_view import JsonView, duration, figure, percent, size
+from histostream.runtime.report.figures import duration, figure, percent, size
+from histostream.runtime.report.json_view import JsonView
 from histostream.runtime.report.picture import PICTURE_PX, read_picture
 from histostream.runtime.report.slide import slide_report
 from histostream.runtime.result import SlideResult
@@ -148,7 +148,7 @@ def test_a_run_leaves_a_valid_report_with_every_class_and_file(result: SlideResu
     said = facts(page)
     assert said["slide"] == result.run["slide"]["sha256"]
     assert said["annotations"] == "qupath"
-    assert "blend" not in said  # which is as by default
+    assert "blend" not in said  # it has its default value
 
 
 def test_the_count_of_objects_is_that_of_the_table(result: SlideResult) -> None:
@@ -159,11 +159,10 @@ def test_the_count_of_objects_is_that_of_the_table(result: SlideResult) -> None:
     assert whole == pytest.approx(sum(areas), rel=1e-3)
 
 
-def test_a_report_that_is_made_again_is_the_same(result: SlideResult, tmp_path: Path) -> None:
-    first = (result.folder / "report.html").read_bytes()
-    assert write_report(result.folder).read_bytes() == first
-    with pytest.raises(ReportError, match="no results"):
-        write_report(tmp_path)
+def test_the_report_can_be_made_from_the_files_of_the_result(result: SlideResult) -> None:
+    run, summary = (json.loads((result.folder / name).read_text()) for name in ("run.json", "summary.json"))
+    text = slide_report(run, summary, result.folder / "overview.png")
+    assert text == (result.folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_two_runs_of_the_same_slide_differ_in_times_alone(result: SlideResult, tmp_path: Path) -> None:
@@ -257,9 +256,9 @@ def test_what_a_reader_must_know_is_said_above_all(result: SlideResult) -> None:
     slide, options = result.run["slide"], result.run["options"]
     assert "enlarged 2 times" in warnings(report(result, slide={**slide, "scale": 0.5}))
     by_hand = report(result, options={**options, "mpp": 0.25}, slide={**slide, "mpp": None})
-    assert "0.25 μm per pixel, was given by hand (the file says none)" in warnings(by_hand)
+    assert "0.25 μm per pixel was set by --mpp (the file has none)" in warnings(by_hand)
     resumed = report(result, resumed={"runs": 3, "mpx_before": 0.05})
-    assert "went on 2 times" in warnings(resumed)
+    assert "resumed 2 times" in warnings(resumed)
     assert "in the last run" in facts(resumed)["Tiles"]
     nothing = [{**c, "share": None, "area_mm2": 0} for c in result.summary["classes"]]
     empty = {**result.summary, "analysed_mm2": 0, "classes": nothing}
@@ -288,21 +287,22 @@ def test_the_model_is_judged_without_its_bundle(result: SlideResult) -> None:
         "card": card_record(card),
     }
     crf = {"params": {"w1": 5.0, "n_iter": 5}, "uncertain": 0.25, "backend": "auto"}
-    page = report(result, model=model, options={**result.run["options"], "crf": crf})
+    cells = {"halo_px": 8, "cell_px": 1024, "cells": 3, "cells_skipped": 1}
+    page = report(result, model=model, options={**result.run["options"], "crf": crf}, crf=cells)
     text = text_of(page)
     assert " ".join(card.note.split()) in text
     (used,) = [row for row in page.iter("tr") if row.get("class") == "used"]
     parity = card.parity["model.int8.onnx"]
     assert [text_of(cell) for cell in used][:3] == [
-        "model.int8.onnx run here",
+        "model.int8.onnx used here",
         percent(parity["label_agreement"]),
         "149",
     ]
     said = facts(page)
     assert said["training data"] == card.training["data_sha256"]
-    assert said["model.int8.onnx (run here)"] == card.files["model.int8.onnx"]
+    assert said["model.int8.onnx (used here)"] == card.files["model.int8.onnx"]
     assert said["w1"] == "5"
-    assert said["refined"] == "where scores are nearer than 0.25"
+    assert said["refined"] == "pixels whose two best scores differ by less than 0.25"
     assert "test_images" not in json.dumps(model["card"])
 
 
@@ -319,29 +319,19 @@ def paths(value: Any, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]
             yield from paths(inner, (*prefix, name))
 
 
-def test_what_is_missing_or_of_another_kind_is_left_out(result: SlideResult) -> None:
-    run = {
-        **result.run,
-        "resumed": {"runs": 2, "mpx_before": 0.1},
-        "options": {**result.run["options"], "max_memory_mib": 99},
-    }
+def test_a_card_may_hold_anything_in_its_records_of_training_and_parity(result: SlideResult) -> None:
+    card = card_record(read_card(default_bundle()))
     others: list[Any] = [None, "text", -1.5, [1, None, "x"], {"a": {"b": [{}]}}, True]
-    for said in (run, result.summary):
-        for path in paths(said):
+    for record in ("training", "parity"):
+        for path in paths(card[record]):
             for other in others:
-                changed = copy.deepcopy(said)
-                inner = changed
+                changed = copy.deepcopy(card)
+                inner = changed[record]
                 for name in path[:-1]:
                     inner = inner[name]
-                if other is None:
-                    del inner[path[-1]]
-                else:
-                    inner[path[-1]] = other
-                pair = (changed, result.summary) if said is run else (run, changed)
-                text = slide_report(*pair, Path("none"))
-                assert "<h2>Areas</h2>" in text
-            parsed(text)
-    parsed(slide_report({}, {}, Path("none")))
+                inner[path[-1]] = other
+                page = report(result, model={**result.run["model"], "card": changed})
+                assert "Parity" in text_of(page)
 
 
 def test_figures_of_any_card_can_be_written_as_json() -> None:
@@ -432,7 +422,7 @@ def made_up(count: int) -> list[CohortSlide]:
             "damaged": [{}] * (status == "damaged"),
         }
         said = (None, None) if status == "failed" else (run, summary)
-        slides.append(cohort_slide(f"slide-{i}", f"/in/{i}.svs", status, f"why {i}", *said))
+        slides.append(cohort_slide(f"slide-{i}", status, f"why {i}", *said))
     return slides
 
 
@@ -467,25 +457,16 @@ def test_a_cohort_leaves_a_report_of_all_its_slides(tmp_path: Path) -> None:
     links = {unquote_to_bytes(a.get("href", ""))[2:].decode() for a in page.iter("a")}
     assert links - {"cohort.csv", "cohort.json"} == {"0/report.html", f"{odd}/report.html"}
     assert len(list(page.iter("img"))) == 2
-    assert write_report(out).read_text(encoding="utf-8") == text
-    (out / "0" / "report.html").unlink()  # as in results of older versions
-    page = parsed(write_report(out).read_text(encoding="utf-8"))
-    assert "./0/report.html" not in {a.get("href") for a in page.iter("a")}
 
 
-def test_the_report_of_a_cohort_opens_nothing_outside_of_its_folder(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    for folder in (tmp_path / "elsewhere", out / ".hidden"):
-        folder.mkdir()
-        (folder / "run.json").write_text('{"mpx": 1}')
-        (folder / "summary.json").write_text('{"width_px": 4, "height_px": 3, "analysed_mm2": 777}')
-    lines = [{"name": n, "status": "done"} for n in ("../elsewhere", ".hidden", "", 7, "a\0b")]
-    (out / "cohort.json").write_text(json.dumps({"slides": [*lines, "no line", None]}))
-    page = parsed(write_report(out).read_text(encoding="utf-8"))
-    assert "777" not in text_of(page)
-    assert loads_nothing(page)
-    assert len(list(page.iter("a"))) == 2  # the tables
+def test_a_slide_without_a_report_of_its_own_is_not_linked(tmp_path: Path) -> None:
+    slides = made_up(2)
+    for slide in slides:
+        (tmp_path / slide.name).mkdir()
+    (tmp_path / slides[1].name / "report.html").touch()
+    page = parsed(CohortReport(tmp_path).text(slides, **WHEN))
+    links = {a.get("href") for a in page.iter("a")}
+    assert links == {"./cohort.csv", "./cohort.json", "./slide-1/report.html"}
 
 
 def test_thousands_of_slides_are_one_small_page_made_at_once(tmp_path: Path) -> None:
@@ -518,21 +499,20 @@ def test_every_status_of_a_cohort_has_its_rank() -> None:
         getattr(cohort, name) for name in ("DONE", "DAMAGED", "UNCHANGED", "LOCKED", "FAILED", "STOPPED", "NOT_BEGUN")
     }
     assert set(WORST_FIRST) == words
-    assert {*WELL, "damaged"} == set(WITH_RESULT)
 
 
 @pytest.mark.parametrize("values", [[0.0], [1.0], [0.07, 0.2, 0.2, 0.93], [3e-7, 2e-7], [41.0] * 9])
 def test_a_plot_has_each_value_at_its_place(values: list[float]) -> None:
     plot = distribution(values)
-    assert plot.most >= max(values)
-    assert max(values) == 0 or plot.most < 1.51 * max(values)
+    assert plot.end >= max(values)
+    assert max(values) == 0 or plot.end < 1.51 * max(values)
     ticks = [int(x) for x in re.findall(r"M(\d+) ", plot.ticks)]
-    assert ticks == sorted({round(400 * value / plot.most) for value in values})
+    assert ticks == sorted({round(400 * value / plot.end) for value in values})
     heights = [float(h) for h in re.findall(r"v-([\d.]+)", plot.bars)]
-    in_bins = Counter(min(int(40 * value / plot.most), 39) for value in values)
+    in_bins = Counter(min(int(40 * value / plot.end), 39) for value in values)
     tallest = max(in_bins.values())
     assert heights == pytest.approx([34 * in_bins[i] / tallest for i in sorted(in_bins)], abs=0.06)
-    assert plot.middle == pytest.approx(400 * np.median(values) / plot.most)
+    assert plot.middle == pytest.approx(400 * np.median(values) / plot.end)
 
 
 def test_the_bar_of_a_slide_is_as_wide_as_its_shares() -> None:
