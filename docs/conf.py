@@ -1,4 +1,4 @@
-"""How Sphinx builds the pages of this folder, and the reference of the code's docstrings."""
+"""Configuration of Sphinx: the pages of this folder and the API reference from the docstrings."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ copyright = author  # Sphinx's name for it
 release = version = metadata.version("histostream")
 
 extensions = [
-    # Notebooks are shown as they were run.
-    "myst_nb" if any(HERE.glob("*.ipynb")) else "myst_parser",
+    "myst_nb",  # Markdown and notebooks
     "sphinx.ext.autodoc",
     "sphinx.ext.autosummary",
     "sphinx.ext.napoleon",
@@ -30,14 +29,13 @@ extensions = [
 templates_path = ["_templates"]
 exclude_patterns = ["_build", "_ext", "_templates"]
 
-# Pages are plain Markdown that a git host shows too: headings get the anchors that it gives them.
+# Pages are Markdown that a git host shows too: headings get the same anchors as there.
 myst_heading_anchors = 4
-myst_enable_extensions = ["colon_fence"]
-smartquotes = False  # --options stay what they are
+smartquotes = False  # keeps the dashes of --options
 
-nb_execution_mode = "off"
+nb_execution_mode = "off"  # the notebook is shown with its stored output
 
-# Docstrings: a name in single backticks is a reference, types are in the signature.
+# In docstrings a name in single backticks is a reference, and types are in the signature.
 default_role = "py:obj"
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -45,10 +43,10 @@ autodoc_preserve_defaults = True
 autodoc_default_options = {
     "members": True,
     "show-inheritance": True,
-    "ignore-module-all": True,  # each thing where it is defined
+    "ignore-module-all": True,  # each object is documented where it is defined
 }
 autosummary_generate = True
-# A package that re-exports its nouns has a table of them, which leads to where they are defined.
+# The page of a package with public names has a table of them, with links to their definitions.
 autosummary_context = {
     "public": {
         package.__name__: [
@@ -62,24 +60,25 @@ autosummary_context = {
 napoleon_google_docstring = False
 napoleon_use_rtype = False
 napoleon_attr_annotations = False
-# Returns is prose with shapes and units, no type; a line of attributes may name several.
+# "Returns" is text with shapes and units, without a type; one line of "Attributes" can have several names.
 napoleon_custom_sections = ["Returns", "Yields", ("Attributes", "params_style")]
 python_maximum_signature_line_length = 88
 python_use_unqualified_type_names = True
 add_module_names = False
 toc_object_entries_show_parents = "hide"
 
-# `make docs` is nitpicky: what a docstring refers to must exist. Other projects' names are theirs:
-# their inventories are on the network, which a build does not need.
+# `make docs` reports references to names that do not exist. Names of other projects are ignored, because
+# their inventories would have to be downloaded.
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!histostream\b).*\..*"),
-    (r"py:obj", r"[A-Z][A-Z0-9_]+"),  # constants: a comment beside them says what they are
+    (r"py:obj", r"[A-Z][A-Z0-9_]+"),  # constants have comments instead of docstrings
     (r"py:class", r"Tensor|Axes|.*\[.*|.*\.(AnySink|Label|Result|Score)"),  # aliases
 ]
 
-# -t pages: without the reference, which takes a minute; a test builds the rest.
-if globals()["tags"].has("pages"):  # a name that Sphinx gives this file
+# `-t pages` leaves out the API reference, which takes minutes. A test builds the other pages.
+if globals()["tags"].has("pages"):  # `tags` is defined by Sphinx
     exclude_patterns += ["api.md", "_api"]
+    suppress_warnings = ["toc.not_readable"]
 
 html_theme = "furo"
 html_title = f"HistoStream {release}"

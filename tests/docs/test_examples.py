@@ -52,10 +52,10 @@ def run(source: str, page: Path, line: int, names: dict[str, Any]) -> None:
         exec(compile("\n" * line + source, str(page), "exec"), names)
         return
     test = doctest.DocTestParser().get_doctest(source, names, page.name, str(page), line)
-    said: list[str] = []
-    result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=said.append, clear_globs=False)
+    output: list[str] = []
+    result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=output.append, clear_globs=False)
     names.update(test.globs)
-    assert not result.failed, "".join(said)
+    assert not result.failed, "".join(output)
 
 
 def package_of(file: Path) -> ModuleType:
@@ -81,6 +81,6 @@ def test_the_examples_of_a_page(page: Path, place: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("name", MODULES)
 def test_the_examples_of_docstrings(name: str, place: Path) -> None:
-    said = doctest.testmod(importlib.import_module(name))
-    assert said.attempted
-    assert not said.failed
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted
+    assert not result.failed

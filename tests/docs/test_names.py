@@ -1,0 +1,46 @@
+"""Modules, names, files and folders that the pages mention exist."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.conftest import REPOSITORY
+from tests.docs.pages import INLINE, PAGES, prose
+
+NAME = re.compile(r"\bhistostream(?:\.[A-Za-z_]\w*)+")
+FOLDERS = "wsi|runtime|training|export|benchmarks|tests|docs|docker"
+FILE = re.compile(rf"(?:{FOLDERS})/[\w./-]*")
+CURRENT = [page for page in PAGES if page.name != "CHANGELOG.md"]  # which names what there was
+
+
+def resolve(name: str) -> object:
+    """Import the longest module of a dotted name, and take the attributes that follow."""
+    parts = name.split(".")
+    for end in range(len(parts), 1, -1):
+        try:
+            found: ModuleType = importlib.import_module(".".join(parts[:end]))
+        except ModuleNotFoundError:
+            continue
+        value: object = found
+        for attribute in parts[end:]:
+            value = getattr(value, attribute)
+        return value
+    raise ModuleNotFoundError(name)
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=lambda page: page.name)
+def test_dotted_names_of_a_page_exist(page: Path) -> None:
+    for name in set(NAME.findall(page.read_text(encoding="utf-8"))):
+        resolve(name)
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=lambda page: page.name)
+def test_paths_of_a_page_exist(page: Path) -> None:
+    for code in INLINE.findall(prose(page)):
+        if FILE.fullmatch(code) and "NAME" not in code:
+            assert (REPOSITORY / code).exists(), code
