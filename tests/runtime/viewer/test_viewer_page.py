@@ -322,7 +322,7 @@ def test_strips_appear_while_a_run_is_writing(page: Page, tmp_path: Path) -> Non
         page.goto(server.url)
         page.wait_for_selector(".pane")
         page.locator("#opacity").fill("100")
-        page.locator("#status").get_by_text("broken off").wait_for()
+        page.locator("#status").get_by_text("interrupted").wait_for()
         progress = page.locator("#progress")
         first, begun = painted(), progress.evaluate("bar => bar.value")
         assert 0 < begun < 0.5
