@@ -292,7 +292,7 @@ def test_two_runs_side_by_side_move_together(page: Page, out: Path, tmp_path: Pa
         differ = (one != other).any(axis=2)
         assert 0 < differ.mean() < 1
         page.locator("#differences").check()
-        page.get_by_text("of what both analysed").wait_for()
+        page.get_by_text("of the pixels that both analysed").wait_for()
         magenta = (seen(page) == (255, 0, 255)).all(axis=2)
         np.testing.assert_array_equal(magenta, differ)
         maps = [tifffile.imread(folder / "same" / "labels.tif", level=0) for folder in (out, tmp_path / "other")]
