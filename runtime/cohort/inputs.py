@@ -19,7 +19,8 @@ from histostream.wsi.outputs.journal import JOURNAL
 from histostream.wsi.slides.resolution import LIGHT_MPP, MAX_MPP
 from histostream.wsi.slides.staging import file_name, is_plain, is_remote, list_files, shown
 
-SUFFIXES = frozenset(".svs .tif .tiff .ptif .ptiff .qptiff .ndpi .scn .mrxs .bif .svslide .vms .vmu .czi".split())
+TIFF_SUFFIXES = frozenset({".tif", ".tiff", ".ptif", ".ptiff", ".qptiff"})
+SUFFIXES = TIFF_SUFFIXES | {".svs", ".ndpi", ".scn", ".mrxs", ".bif", ".svslide", ".vms", ".vmu", ".czi"}
 DICOM = ".dcm"
 IMAGES = frozenset({".png", ".jpg", ".jpeg"})  # not taken from folders, where most are thumbnails and masks
 LIST = ".csv"
