@@ -1,4 +1,4 @@
-"""What ``histo-infer`` is given: files, folders, patterns, lists and URLs become slides."""
+"""Finds the slides that arguments of ``histo-infer`` name: files, folders, patterns, lists and URLs."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ from pathlib import Path, PurePath, PurePosixPath
 
 from histostream.wsi.errors import HistoError, SlideError
 from histostream.wsi.outputs.folder import RUN_FILE
+from histostream.wsi.outputs.journal import JOURNAL
 from histostream.wsi.slides.reader import slide_suffixes
 from histostream.wsi.slides.resolution import LIGHT_MPP, MAX_MPP
 from histostream.wsi.slides.sources.base import file_name, is_plain_name, is_remote, redact_url
 from histostream.wsi.slides.staging import list_files
 
+TIFF_SUFFIXES = frozenset({".tif", ".tiff", ".ptif", ".ptiff", ".qptiff"})
 DICOM = ".dcm"
-IMAGES = frozenset({".png", ".jpg", ".jpeg"})  # in folders they are mostly thumbnails and masks
+IMAGES = frozenset({".png", ".jpg", ".jpeg"})  # not taken from folders, where most are thumbnails and masks
 LIST = ".csv"
-RESULTS = frozenset({RUN_FILE, ".journal"})  # in a folder of results, finished or not
+RESULTS = frozenset({RUN_FILE, JOURNAL})  # one of them is in each folder of results, finished or not
 COLUMNS = ("path", "mpp", "roi", "name")
 DELIMITERS = (",", ";", "\t")
 
 
 class InputError(HistoError, ValueError):
-    """What was named as input cannot be a cohort of slides."""
+    """The inputs do not name a cohort of slides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +43,13 @@ class SlideInput:
     source
         Local path or URL; that of a remote DICOM series ends with ``/``.
     name
-        Plain name of the folder of its results.
+        Name of the folder of its results.
     mpp
-        Micrometres per pixel of level 0, where the file's own is not to be used.
+        Micrometres per pixel of level 0; None: as the file says.
     roi
         Path of a GeoJSON file with the regions to analyse.
     further
-        Other columns of the list that named it.
+        Other columns of the list that names the slide.
     """
 
     source: str
@@ -58,26 +60,26 @@ class SlideInput:
 
 
 def find_inputs(arguments: Sequence[str]) -> list[SlideInput]:
-    """Find the slides that arguments of the command line stand for, in their order.
+    """Find the slides that arguments of the command line name, in the order of the arguments.
 
     An argument is one of
 
-    - a slide file, or a URL of one. Whether it exists is not asked: a missing slide fails alone;
-    - a folder: one slide if ``.dcm`` files lie in it (a DICOM series); else every slide below it,
+    - a slide file or its URL. It need not exist: the run reports a missing slide and goes on;
+    - a folder: one slide if it holds ``.dcm`` files (a DICOM series); otherwise every slide below it,
       sorted. Hidden files, folders of results, and PNG and JPEG files are left out;
-    - a pattern such as ``/data/**/*.svs``, where no file has that very name. PNG and JPEG files
-      count if they match; a ``.dcm`` file stands for its folder, if no other slides lie in it;
-    - a list, ``.csv``: UTF-8 with a header; the columns are ``path``, and if wanted ``mpp``,
-      ``roi``, ``name``; others are handed through. Relative paths begin at the list's folder;
-    - ``s3://`` and ``gs://`` folders (they end with ``/``) and patterns.
+    - a pattern such as ``/data/**/*.svs``, if no file has exactly this name. Matching PNG and JPEG files
+      are slides; a ``.dcm`` file stands for its folder, if the folder holds no other slides;
+    - a list, ``.csv``: UTF-8 with a header; the columns are ``path`` and optionally ``mpp``, ``roi``
+      and ``name``; others are kept for the results. Paths are relative to the list's folder;
+    - a folder (ending with ``/``) or pattern of ``s3://`` or ``gs://``.
 
-    Equal inputs are taken once. A slide may be named twice under different names.
+    Inputs that are equal are taken once. A slide may appear twice under different names.
 
     Raises
     ------
     InputError
-        If a list, folder or pattern cannot be used or holds no slide, a name is not plain, or two
-        inputs would write to the same folder.
+        If a list, folder or pattern cannot be read or holds no slide, a name cannot be the name of a
+        folder, or two inputs would write to the same folder.
     SlideError
         If a bucket cannot be listed.
 
@@ -86,31 +88,30 @@ def find_inputs(arguments: Sequence[str]) -> list[SlideInput]:
     >>> [slide.name for slide in find_inputs(["slide.svs", "elsewhere/other.ndpi"])]
     ['slide', 'other']
     """
-    found: dict[str, tuple[SlideInput, str]] = {}  # by folder of results
+    inputs: dict[str, SlideInput] = {}  # by folder of results
     for slide in (slide for argument in arguments for slide in _inputs_of(argument)):
-        folder, place = os.path.normcase(slide.name), _place(slide.source)
-        other, its_place = found.setdefault(folder, (slide, place))
-        if its_place != place:
+        other = inputs.setdefault(os.path.normcase(slide.name), slide)
+        if _absolute(other.source) != _absolute(slide.source):
             raise InputError(
                 f"{redact_url(other.source)} and {redact_url(slide.source)} would both write to "
-                f"{slide.name}/: give one another name (column `name` of a .csv), "
+                f"{slide.name}/: give one of them another name (column `name` of a .csv), "
                 "or run them with different --out folders"
             )
         if (other.mpp, other.roi, other.further) != (slide.mpp, slide.roi, slide.further):
             raise InputError(
-                f"{redact_url(slide.source)} is named twice, and not with the same mpp, roi and further "
-                "columns: name it once, or give one another name (column `name` of a .csv)"
+                f"{redact_url(slide.source)} is named twice, with different mpp, roi or other columns: "
+                "name it once, or give one of them another name (column `name` of a .csv)"
             )
-    return [slide for slide, _ in found.values()]
+    return list(inputs.values())
 
 
 def stem_of(source: str) -> str:
-    """Name of a slide's result folder: the file's without suffix, or the folder's.
+    """Return the name of a slide's result folder: the file's name without suffix, or the folder's name.
 
     Raises
     ------
     SlideError
-        If the URL of a slide ends with something that is no file name.
+        If a URL does not end with a file name.
     """
     if is_remote(source):
         name = file_name(source)
@@ -129,34 +130,35 @@ def _inputs_of(argument: str) -> Iterator[SlideInput]:
 
 def _sources_of(argument: str) -> list[str]:
     if is_remote(argument):
-        found = _remote_sources(argument)
+        sources = _remote_sources(argument)
     elif _is_folder(argument):
-        found = _sources_below(argument)
+        sources = _sources_below(argument)
     elif glob.has_magic(argument) and not os.path.lexists(argument):
-        found = _matches(argument)
+        sources = _matches(argument)
     else:
         return [argument]
-    if not found:
+    if not sources:
         raise InputError(
-            f"{redact_url(argument)}: no slide is found there; check it (PNG and JPEG files have to be "
-            "named or matched by a pattern, results of earlier runs are left out)"
+            f"{redact_url(argument)}: no slide found; check the path (name PNG and JPEG files or match them "
+            "by a pattern; results of earlier runs are left out)"
         )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(sources))
 
 
 def _sources_below(top: str) -> list[str]:
     """Return the slides below a local folder, in the order of a walk."""
-    found, seen = [], set()
-    for folder, folders, names in os.walk(top, onerror=_refuse_folder, followlinks=True):
+    sources, visited = [], set()
+    for folder, subfolders, names in os.walk(top, onerror=_refuse_folder, followlinks=True):
         real = os.path.realpath(folder)
-        if real in seen or not RESULTS.isdisjoint((*folders, *names)):
-            folders.clear()  # a link led here before; or results of an earlier run
+        if real in visited or not RESULTS.isdisjoint((*subfolders, *names)):
+            subfolders.clear()  # visited before through a link, or results of an earlier run
             continue
-        seen.add(real)
+        visited.add(real)
         slides = _slides_among(folder, names)
-        found += slides
-        folders[:] = sorted(n for n in folders if not n.startswith(".")) * (slides != [folder])
-    return found
+        sources += slides
+        is_series = slides == [folder]
+        subfolders[:] = [] if is_series else sorted(name for name in subfolders if not name.startswith("."))
+    return sources
 
 
 def _refuse_folder(error: OSError) -> None:
@@ -180,19 +182,19 @@ def _slides_among(folder: str, names: Iterable[str]) -> list[str]:
 
 
 def _matches(pattern: str) -> list[str]:
-    """Return what matches a local pattern, as if the shell had put it there."""
-    found: dict[str, None] = {}
+    """Return the slides that match a local pattern, in the order in which a shell lists them."""
+    sources: dict[str, None] = {}
     for match in sorted(glob.glob(pattern, recursive=True)):  # noqa: PTH207
         folder = str(Path(match).parent)
         if _is_folder(match):
-            found |= dict.fromkeys(_sources_below(match))
+            sources |= dict.fromkeys(_sources_below(match))
         elif any(os.path.lexists(Path(folder, name)) for name in RESULTS):
             continue
-        elif _suffix(match) == DICOM and (folder in found or not _has_other_slides(folder)):
-            found[folder] = None
+        elif _suffix(match) == DICOM and (folder in sources or not _has_other_slides(folder)):
+            sources[folder] = None
         elif _suffix(match) in slide_suffixes() | IMAGES | {DICOM}:
-            found[match] = None
-    return list(found)
+            sources[match] = None
+    return list(sources)
 
 
 def _has_other_slides(folder: str) -> bool:
@@ -208,11 +210,11 @@ def _remote_sources(url: str) -> list[str]:
         folder, _, name = file.rpartition("/")
         folders.setdefault(folder + "/", []).append(name)
     results = {folder for folder, names in folders.items() if not RESULTS.isdisjoint(names)}
-    found = []
+    sources = []
     for folder in sorted(folders):
         if not any(folder.startswith(result) for result in results) and "/." not in folder:
-            found += _slides_among(folder, folders[folder])
-    return found
+            sources += _slides_among(folder, folders[folder])
+    return sources
 
 
 def _read_list(path: str) -> Iterator[SlideInput]:
@@ -225,27 +227,27 @@ def _read_list(path: str) -> Iterator[SlideInput]:
             f"{path}, line {line}: no column `path` (found: {', '.join(header) or 'nothing'}); "
             "the first line names the columns: path,mpp,roi,name"
         )
-    twice = {name for name in names if name and names.count(name) > 1}
-    if twice:
-        raise InputError(f"{path}, line {line}: two columns {twice.pop()!r}; rename one")
-    empty = True
+    for name in names:
+        if name and names.count(name) > 1:
+            raise InputError(f"{path}, line {line}: two columns {name!r}; rename one")
+    is_empty = True
     for line, row in rows:
-        empty = False
+        is_empty = False
         if any(cell for name, cell in zip_longest(names, row) if not name):
-            raise InputError(f"{path}, line {line}: a cell without a column; quote cells with the delimiter in")
+            raise InputError(f"{path}, line {line}: a cell without a column; quote cells that contain the delimiter")
         row += [""] * (len(names) - len(row))
-        yield _listed(f"{path}, line {line}", Path(path).parent, dict(zip(names, row, strict=False)))
-    if empty:
-        raise InputError(f"{path}: no slides after the header; add a line for each")
+        yield _slide_of_row(f"{path}, line {line}", Path(path).parent, dict(zip(names, row, strict=False)))
+    if is_empty:
+        raise InputError(f"{path}: no slides after the header; add a line for each slide")
 
 
-def _listed(line: str, folder: Path, cells: dict[str, str]) -> SlideInput:
-    """Make a slide of the cells of a line; ``line`` is what errors begin with."""
+def _slide_of_row(line: str, folder: Path, cells: dict[str, str]) -> SlideInput:
+    """Return the slide of a row of a list; errors begin with ``line``."""
     source, roi, name = cells["path"], cells.get("roi") or None, cells.get("name")
     if not source or "\0" in source:
-        raise InputError(f"{line}: no path of a slide ({source!r}); fill it in or remove the line")
+        raise InputError(f"{line}: no path of a slide ({source!r}); fill in the path or remove the line")
     if roi and is_remote(roi):
-        raise InputError(f"{line}: roi {roi!r} is not a local file; download it")
+        raise InputError(f"{line}: roi {roi!r} is not a local file; download it and give its path")
     if not is_remote(source):
         source = str(folder / source)
     return SlideInput(
@@ -267,13 +269,13 @@ def _mpp(line: str, cell: str) -> float | None:
     if not LIGHT_MPP <= mpp <= MAX_MPP:
         raise InputError(
             f"{line}: mpp {cell!r} is not a number from {LIGHT_MPP:g} to {MAX_MPP:g}; "
-            "it is in um per pixel, written with a point (40x is usually 0.25)"
+            "it is in um per pixel, written with a decimal point (40x is usually 0.25)"
         )
     return mpp
 
 
 def _rows(path: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line number, stripped cells) of the lines of a .csv that are not empty."""
+    """Yield (line number, stripped cells) of each row of a .csv that is not empty."""
     text = _text(path)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text), strict=True)
     try:
@@ -289,7 +291,7 @@ def _text(path: str) -> str:
         with Path(path).open(encoding="utf-8-sig", newline="") as file:
             return file.read()
     except FileNotFoundError:
-        raise InputError(f"{redact_url(path)}: there is no such local list; check the path") from None
+        raise InputError(f"{redact_url(path)}: there is no such local file; check the path") from None
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}, line {line}: not UTF-8; save it as CSV UTF-8") from None
@@ -313,23 +315,23 @@ def _plain_name(source: str, name: str | None = None, line: str = "") -> str:
         raise InputError(f"{line}{error}") from None
     if not is_plain_name(name):
         raise InputError(
-            f"{line}{redact_url(source)}: {name!r} cannot name a folder of results; give it another "
-            "name (column `name` of a .csv: no separators, no dot in front)"
+            f"{line}{redact_url(source)}: {name!r} cannot be the name of a folder of results; give another "
+            "name (column `name` of a .csv: no path separators, no leading dot)"
         )
     return name
 
 
 def _printable(name: str) -> str:
-    """Put _ for control characters, and for bytes that are no text: file names hold any."""
+    """Replace control characters, and bytes that are not text, by _; a file name may contain both."""
     return "".join("_" if unicodedata.category(c) in {"Cc", "Cs"} else c for c in name)
 
 
-def _place(source: str) -> str:
+def _absolute(source: str) -> str:
     return source if is_remote(source) else os.path.normcase(os.path.abspath(source))  # noqa: PTH100
 
 
 def _is_folder(path: str) -> bool:
-    return os.path.isdir(path)  # noqa: PTH112  (Path's raises where a parent is not to be searched)
+    return os.path.isdir(path)  # noqa: PTH112  (Path.is_dir raises where a parent folder cannot be read)
 
 
 def _suffix(name: str) -> str:

@@ -1,5 +1,5 @@
-"""Results in a browser: a small local server, and a page of plain modules around OpenSeadragon.
+"""A viewer of results in a browser: a local HTTP server, and a page of JavaScript modules with OpenSeadragon.
 
-``histo-infer view`` serves folders of results on this machine only. Pixels of slides come from
-large-image, labels from ``labels.tif`` or, while a run is writing, from its journal.
+``histo-infer view`` serves folders of results to this machine only. Pixels of slides are read by
+large-image, labels from ``labels.tif`` or, during a run, from its journal.
 """

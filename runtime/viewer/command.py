@@ -24,30 +24,30 @@ COMMAND = "histo-infer view"
     type=click.IntRange(1, 65535),
     help=f"Port on 127.0.0.1; default: {DEFAULT_PORT}, or a free one.",
 )
-@click.option("--browser/--no-browser", default=True, help="Open the page, or only say where.")
+@click.option("--browser/--no-browser", default=True, help="Open the page, or only print its address.")
 @click.option(
     "--slides",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Where slides are that are no longer where they were.",
+    help="Folder of slides that were moved since they were run.",
 )
 def view(folders: tuple[Path, ...], port: int | None, browser: bool, slides: Path | None) -> None:
-    """Look at results in a browser, also while they are being written.
+    """Show results in a browser, also while a run is writing them.
 
-    OUT is what histo-infer was given as --out, or one slide's folder in it. Runs of one slide, also
-    of several folders, can be put side by side. Only this machine can see the page; ? on it shows
-    the keys. Ctrl-C ends it.
+    OUT is the folder that was given to histo-infer as --out, or one slide's folder in it. Two runs of
+    one slide can be shown side by side, also from different folders. Only this machine can open the
+    page; ? on the page lists the keys. Ctrl-C ends the viewer.
     """
     show_only_our_warnings(COMMAND)
     try:
         if slides is not None and not slides.is_dir():
             raise HistoError(f"{slides}: there is no such folder; check --slides")
-        server = _listening(Viewer(Results(folders), slides), port)
+        server = _listen(Viewer(Results(folders), slides), port)
     except HistoError as error:
         fail(COMMAND, str(error))
         sys.exit(1)
     with server:
-        click.echo(f"look at {server.url} (Ctrl-C ends it)")
+        click.echo(f"open {server.url} (Ctrl-C ends the viewer)")
         if browser and _has_screen():
             webbrowser.open(server.url)
         try:
@@ -57,12 +57,12 @@ def view(folders: tuple[Path, ...], port: int | None, browser: bool, slides: Pat
 
 
 def _has_screen() -> bool:
-    """Whether a browser may open a window; one in the terminal would not run the page."""
+    """Whether a browser can open a window; a browser in the terminal cannot run the page."""
     return not sys.platform.startswith("linux") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
-def _listening(viewer: Viewer, port: int | None) -> ViewServer:
-    """Listen on the port that was asked for; else on the usual one, or a free one.
+def _listen(viewer: Viewer, port: int | None) -> ViewServer:
+    """Listen on a port; without one, on the default port or a free one.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Tiles of a label map: of the finished file, or of the strips that a run has finished so far.
+"""Tiles of a label map: of ``labels.tif``, or of the strips that a run has finished so far.
 
 Level k holds every 2^k-th pixel of both axes, as in ``labels.tif``.
 """
@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,34 +22,11 @@ from histostream.wsi.outputs.raster import Raster
 from histostream.wsi.outputs.sinks.summary import Summary
 
 TILE_PX = 512
-KEPT_PX = 32 << 20  # pixels of the finest level of a journal that is kept in memory
-STRIP_BYTES = 96 << 20  # of decoded strips that are kept
+MAX_KEPT_PX = 32 << 20  # pixels of the finest level of an unfinished label map that is kept in memory
+MAX_STRIP_BYTES = 96 << 20  # of decoded strips that are kept
+MAX_COMPARED_PX = 1 << 27  # larger label maps are compared at a coarser level
 
 Labels = NDArray[np.uint8]
-
-
-class LabelMap(Protocol):
-    """Where labels come from.
-
-    Attributes
-    ----------
-    sizes
-        (width, height) of each level, finest first.
-    """
-
-    sizes: list[tuple[int, int]]
-
-    def tile(self, level: int, column: int, row: int) -> Labels:
-        """Return a tile, (H, W) uint8; `TILE_PX` a side, less at the right and bottom border.
-
-        Raises
-        ------
-        ResultError
-            If there is no such tile, or it cannot be read.
-        """
-
-    def scores(self, x: int, y: int) -> list[int] | None:
-        """Return ``round(255 p)`` of each class at a pixel; None where none were written."""
 
 
 def tile_box(sizes: Sequence[tuple[int, int]], level: int, column: int, row: int) -> tuple[int, int, int, int]:
@@ -70,48 +46,59 @@ def tile_box(sizes: Sequence[tuple[int, int]], level: int, column: int, row: int
 
 
 class FinishedLabels:
-    """The label map of a finished run; see `LabelMap`.
+    """The label map of a finished run as a pyramid of tiles.
 
     Parameters
     ----------
     labels, scores
-        ``labels.tif``, and ``probabilities.tif`` where there is one.
+        Paths of ``labels.tif`` and, if there is one, ``probabilities.tif``.
     width, height
-        Of the label map, in pixels.
+        Size of the label map in pixels.
     classes
         Number of classes.
 
     Raises
     ------
     ResultError, SlideError
-        If a file is not what it should be.
+        If a file cannot be read, or does not have this size.
+
+    Attributes
+    ----------
+    sizes
+        (width, height) of each level, finest first.
     """
 
     def __init__(self, labels: Path, scores: Path | None, width: int, height: int, classes: int) -> None:
         self.sizes = level_sizes(width, height)
-        self._labels = self._checked(labels, ())
-        self._scores = None if scores is None else self._checked(scores, (classes,))
+        self._labels = self._open(labels, ())
+        self._scores = None if scores is None else self._open(scores, (classes,))
 
     def tile(self, level: int, column: int, row: int) -> Labels:
-        """Return a tile; see `LabelMap.tile`."""
+        """Return a tile, (H, W) uint8, with `TILE_PX` pixels a side, less at the right and bottom border.
+
+        Raises
+        ------
+        ResultError, SlideError
+            If there is no such tile, or it cannot be read.
+        """
         x0, y0, x1, y1 = tile_box(self.sizes, level, column, row)
         return self._labels.read(level, x0, y0, x1 - x0, y1 - y0)
 
     def scores(self, x: int, y: int) -> list[int] | None:
-        """Return the scores of a pixel; see `LabelMap.scores`."""
+        """Return ``round(255 p)`` of each class at a pixel; None if the run did not write scores."""
         return None if self._scores is None else [int(score) for score in self._scores[y, x]]
 
-    def _checked(self, path: Path, samples: tuple[int, ...]) -> Raster:
-        found = Raster(path)
-        wanted = tuple((height, width) for width, height in self.sizes)
-        if found.levels != wanted or found.shape[2:] != samples:
+    def _open(self, path: Path, channels: tuple[int, ...]) -> Raster:
+        raster = Raster(path)
+        levels = tuple((height, width) for width, height in self.sizes)
+        if raster.levels != levels or raster.shape[2:] != channels:
             raise ResultError(f"{path.parent.name}: {path.name} is damaged, or of another run; run the slide again")
-        return found
+        return raster
 
 
 @dataclass(frozen=True, slots=True)
 class _Strip:
-    """Where a strip lies: in its file, and in the label map."""
+    """Position of a strip in its file, and its box in the label map."""
 
     path: Path
     offset: int
@@ -122,10 +109,10 @@ class _Strip:
 
 
 class UnfinishedLabels:
-    """The strips that a run has finished, as a label map; what is missing is `NOT_ANALYSED`.
+    """The strips that a run has finished, as a label map like `FinishedLabels`; the rest is `NOT_ANALYSED`.
 
-    Coarse levels are kept in memory, `KEPT_PX` pixels at most; finer ones are read from the
-    journal, of which the last used strips are kept decoded.
+    Coarse levels, of up to `MAX_KEPT_PX` pixels, are kept in memory. Finer levels are read from the
+    journal, and the strips that were used last are kept decoded.
 
     Parameters
     ----------
@@ -134,63 +121,64 @@ class UnfinishedLabels:
     bands
         (x0, x1) of each column band, in pixels.
     info
-        The label map.
+        Size and classes of the label map.
 
     Attributes
     ----------
     rows
-        Finished rows of each band.
+        Number of finished rows of each band.
     summary
-        Pixels of each class in them.
+        Pixels of each class in the finished rows.
     """
 
     def __init__(self, folder: Path, bands: Sequence[tuple[int, int]], info: SlideInfo) -> None:
         self.sizes = level_sizes(info.width, info.height)
         self.rows = [0] * len(bands)
-        self.summary = Summary(folder, info)  # counts; writes nothing unless it is finished
-        self._bands = list(bands)
+        self.summary = Summary(folder, info)  # only counts; it writes nothing until it is finished
+        self._bands = bands
         self._paths = [folder / JOURNAL / f"{x0}.strips" for x0, _ in bands]
         self._ends = [0] * len(bands)
         self._strips: list[list[_Strip]] = [[] for _ in bands]
-        self._kept_from = next(k for k, (w, h) in enumerate(self.sizes) if w * h <= KEPT_PX)
+        self._kept_from = next(k for k, (w, h) in enumerate(self.sizes) if w * h <= MAX_KEPT_PX)
         self._kept = [np.full((h, w), NOT_ANALYSED, np.uint8) for w, h in self.sizes[self._kept_from :]]
-        self._decoded: OrderedDict[_Strip, LabelRows] = OrderedDict()
+        self._decoded: OrderedDict[_Strip, LabelRows] = OrderedDict()  # last used last
         self._lock = threading.Lock()
 
     def refresh(self) -> None:
-        """Take in the strips that were finished since the last time.
+        """Read the strips that were finished since the last call.
 
         Raises
         ------
         JournalError
             If the journal cannot be read.
         ResultError
-            If it holds labels that are no class.
+            If it holds labels without a class.
         """
         with self._lock:
-            for number, (x0, x1) in enumerate(self._bands):
-                path, height = self._paths[number], self.sizes[0][1]
-                found = watched_strips(
-                    path, x0, x1, height, offset=self._ends[number], y=self.rows[number], scores=False
+            height = self.sizes[0][1]
+            for band, (x0, x1) in enumerate(self._bands):
+                strips = watched_strips(
+                    self._paths[band], x0, x1, height, offset=self._ends[band], y=self.rows[band], scores=False
                 )
-                for record, end in found:
-                    self._take(number, record, end)
+                for record, end in strips:
+                    self._add(band, record, end)
 
     def tile(self, level: int, column: int, row: int) -> Labels:
-        """Return a tile; see `LabelMap.tile`."""
+        """Return a tile; see `FinishedLabels.tile`."""
         x0, y0, x1, y1 = tile_box(self.sizes, level, column, row)
         with self._lock:
             if level >= self._kept_from:
                 return self._kept[level - self._kept_from][y0:y1, x0:x1].copy()
-            out = np.full((y1 - y0, x1 - x0), NOT_ANALYSED, np.uint8)
+            tile = np.full((y1 - y0, x1 - x0), NOT_ANALYSED, np.uint8)
             for strips in self._strips:
                 for strip in strips:
-                    if strip.x0 < x1 << level and strip.x1 > x0 << level:
-                        self._lay(strip, level, x0, y0, out)
-            return out
+                    across = strip.x0 < x1 << level and strip.x1 > x0 << level
+                    if across and strip.y0 < y1 << level and strip.y1 > y0 << level:
+                        _paste(self._decode(strip), level, x0, y0, tile)
+            return tile
 
     def scores(self, x: int, y: int) -> list[int] | None:
-        """Return the scores of a pixel; see `LabelMap.scores`."""
+        """Return the scores of a pixel; see `FinishedLabels.scores`."""
         with self._lock:
             strips = [strip for strips in self._strips for strip in strips]
         for strip in strips:
@@ -200,58 +188,74 @@ class UnfinishedLabels:
                     return [int(p) for p in part.probabilities[y - strip.y0, x - strip.x0]]
         return None
 
-    def _take(self, number: int, record: Record, end: int) -> None:
+    def _add(self, band: int, record: Record, end: int) -> None:
         part = record.part
         height, width = part.labels.shape
         try:
             self.summary.write(part)
         except ValueError as error:
             raise ResultError(f"the journal does not fit the run: {error}") from error
-        strip = _Strip(self._paths[number], self._ends[number], part.x, part.x + width, part.y, part.y + height)
-        self._strips[number].append(strip)
-        self._ends[number], self.rows[number] = end, strip.y1
-        for k, kept in enumerate(self._kept, self._kept_from):
-            _paste(part, k, 0, 0, kept)
+        strip = _Strip(self._paths[band], self._ends[band], part.x, part.x + width, part.y, part.y + height)
+        self._strips[band].append(strip)
+        self._ends[band], self.rows[band] = end, strip.y1
+        for level, kept in enumerate(self._kept, self._kept_from):
+            _paste(part, level, 0, 0, kept)
 
-    def _lay(self, strip: _Strip, level: int, x0: int, y0: int, out: Labels) -> None:
-        """Copy what a tile shows of a strip; ``x0``, ``y0`` are the tile's, of its level."""
-        if strip.y0 < (y0 + len(out)) << level and strip.y1 > y0 << level:
-            _paste(self._segmented(strip), level, x0, y0, out)
-
-    def _segmented(self, strip: _Strip) -> LabelRows:
-        """Return a strip's labels, decoded once while it is in use."""
+    def _decode(self, strip: _Strip) -> LabelRows:
+        """Return a strip's labels; those that were used last are kept."""
         if strip not in self._decoded:
             self._decoded[strip] = self._read(strip, scores=False)
-            while len(self._decoded) > 1 and _bytes(self._decoded.values()) > STRIP_BYTES:
+            while len(self._decoded) > 1 and self._decoded_bytes() > MAX_STRIP_BYTES:
                 self._decoded.popitem(last=False)
         self._decoded.move_to_end(strip)
         return self._decoded[strip]
 
+    def _decoded_bytes(self) -> int:
+        return sum(part.labels.nbytes for part in self._decoded.values() if not part.all_outside)
+
     def _read(self, strip: _Strip, *, scores: bool) -> LabelRows:
-        found = watched_strips(
-            strip.path, strip.x0, strip.x1, self.sizes[0][1], offset=strip.offset, y=strip.y0, scores=scores
-        )
-        for record, _ in found:
+        height = self.sizes[0][1]
+        records = watched_strips(strip.path, strip.x0, strip.x1, height, offset=strip.offset, y=strip.y0, scores=scores)
+        for record, _ in records:
             return record.part
-        # The run was finished, or begun anew; the page will hear of it.
+        # The run was finished or started over since; the page learns that with its next request.
         return LabelRows.outside(strip.x0, strip.y0, strip.x1 - strip.x0, strip.y1 - strip.y0)
 
 
-def _bytes(parts: Iterable[LabelRows]) -> int:
-    return sum(part.labels.nbytes for part in parts if not part.all_outside)
+LabelMap = FinishedLabels | UnfinishedLabels
 
 
-def _paste(part: LabelRows, level: int, x0: int, y0: int, out: Labels) -> None:
-    """Copy every 2^level-th pixel of a strip to where it belongs in ``out``.
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How many of the pixels that two runs analysed have different labels, counted at one level."""
 
-    ``out`` begins at ``x0``, ``y0`` of the level, and shows its own height and width.
-    """
+    pixels: int
+    compared: int
+    level: int
+
+
+def count_differences(one: LabelMap, other: LabelMap) -> Difference:
+    """Compare two label maps of the same size, at the finest level of at most `MAX_COMPARED_PX` pixels."""
+    level = next((k for k, (w, h) in enumerate(one.sizes) if w * h <= MAX_COMPARED_PX), len(one.sizes) - 1)
+    width, height = one.sizes[level]
+    pixels = compared = 0
+    for row in range(-(-height // TILE_PX)):
+        for column in range(-(-width // TILE_PX)):
+            a, b = one.tile(level, column, row), other.tile(level, column, row)
+            both = (a != NOT_ANALYSED) & (b != NOT_ANALYSED)
+            compared += int(np.count_nonzero(both))
+            pixels += int(np.count_nonzero(both & (a != b)))
+    return Difference(pixels, compared, level)
+
+
+def _paste(part: LabelRows, level: int, x0: int, y0: int, tile: Labels) -> None:
+    """Copy every 2^level-th pixel of a strip into a tile whose corner is x0, y0 in pixels of the level."""
     step, height, width = 1 << level, *part.labels.shape
-    # The level's pixels whose first pixel of level 0 lies in the strip, and in `out`.
-    left, right = max(x0, -(-part.x // step)), min(x0 + out.shape[1], -(-(part.x + width) // step))
-    top, bottom = max(y0, -(-part.y // step)), min(y0 + len(out), -(-(part.y + height) // step))
+    # The pixels of the level whose first pixel of level 0 lies in the strip, and in the tile.
+    left, right = max(x0, -(-part.x // step)), min(x0 + tile.shape[1], -(-(part.x + width) // step))
+    top, bottom = max(y0, -(-part.y // step)), min(y0 + len(tile), -(-(part.y + height) // step))
     if left < right and top < bottom:
-        out[top - y0 : bottom - y0, left - x0 : right - x0] = part.labels[
+        tile[top - y0 : bottom - y0, left - x0 : right - x0] = part.labels[
             top * step - part.y : (bottom - 1) * step - part.y + 1 : step,
             left * step - part.x : (right - 1) * step - part.x + 1 : step,
         ]

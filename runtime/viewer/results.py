@@ -1,4 +1,4 @@
-"""Which results lie in a folder, and what their files say; nothing in those files is trusted."""
+"""The results in a folder, and what their files hold; no value in those files is trusted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from histostream.runtime.record import read_run
 from histostream.runtime.result import ResultError
 from histostream.wsi.errors import HistoError
 from histostream.wsi.outputs.folder import LOCK_FILE, RUN_FILE
@@ -25,8 +24,9 @@ from histostream.wsi.slides.staging import SlideVersion
 
 DONE = "done"
 RUNNING = "running"
-BROKEN_OFF = "broken off"
-MAX_PX = 1 << 24  # side of a slide; four times that of the largest scanners
+INTERRUPTED = "interrupted"
+MAX_PX = 1 << 24  # side of a label map; four times that of the largest scanners
+INVALID = (TypeError, KeyError, ValueError, AttributeError, ArithmeticError)  # from wrong values in JSON
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +36,9 @@ class Run:
     Attributes
     ----------
     key
-        What pages call it: ``<number of the root>/<name of the folder>``.
+        Its name on the pages: ``<number of the root>/<name of the folder>``.
     folder
-        Where they are, without symbolic links.
+        Path of the folder, without symbolic links.
     """
 
     key: str
@@ -46,52 +46,51 @@ class Run:
 
     @property
     def name(self) -> str:
-        """The folder's name."""
+        """Name of the folder."""
         return self.folder.name
 
     @property
     def status(self) -> str:
-        """``done``, ``running`` or ``broken off``."""
+        """``done``, ``running`` or ``interrupted``."""
         if (self.folder / RUN_FILE).is_file():
             return DONE
-        return RUNNING if holder_of(self.folder / LOCK_FILE) else BROKEN_OFF
+        return RUNNING if holder_of(self.folder / LOCK_FILE) else INTERRUPTED
 
     def file(self, name: str) -> Path:
-        """Return one of its files.
+        """Return the path of a file of the results.
 
         Raises
         ------
         ResultError
-            If there is none, or the name is a link that leads out of the folder.
+            If there is no such file, or it is a link that leads out of the folder.
         """
         path = self.folder / name
         if not path.is_file():
             raise ResultError(f"{self.name}: there is no {name}; run the slide again")
         if path.resolve().parent != self.folder:
-            raise ResultError(f"{self.name}: {name} is a link to another folder; put it there")
+            raise ResultError(f"{self.name}: {name} is a link to another folder; put the file itself there")
         return path
 
     def json(self, name: str) -> dict[str, Any]:
-        """Return what one of its JSON files says.
+        """Read a file that holds a JSON object.
 
         Raises
         ------
         ResultError
             If it cannot be read.
         """
+        path = self.file(name)
         try:
-            said = json.loads(self.file(name).read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            if isinstance(error, ResultError):
-                raise
             raise ResultError(f"{self.name}: {name} cannot be read; run the slide again") from error
-        if not isinstance(said, dict):
-            raise ResultError(f"{self.name}: {name} holds no table; run the slide again")
-        return said
+        if not isinstance(content, dict):
+            raise ResultError(f"{self.name}: {name} holds no JSON object; run the slide again")
+        return content
 
 
 class Results:
-    """Folders of results: each is one slide's, or holds those of several.
+    """The results in some folders, each of which holds the results of one slide or of several.
 
     Parameters
     ----------
@@ -101,28 +100,28 @@ class Results:
     Raises
     ------
     ResultError
-        If one is no folder, or holds no results.
+        If one is not a folder, or holds no results.
     """
 
     def __init__(self, roots: Sequence[Path]) -> None:
         self._roots = []
         for root in roots:
             if not root.is_dir():
-                raise ResultError(f"{root}: there is no such folder; name one of histo-infer's")
+                raise ResultError(f"{root}: there is no such folder; name an output folder of histo-infer")
             self._roots.append(root.resolve())
         for number, root in enumerate(roots):
-            if next(self._in(number), None) is None:
+            if next(self._runs_in(number), None) is None:
                 raise ResultError(
-                    f"{root}: no results are in it; name the folder that was given to "
+                    f"{root}: no results in this folder; name the folder that was given to "
                     "histo-infer as --out, or one slide's folder in it"
                 )
 
     def __iter__(self) -> Iterator[Run]:
         for number in range(len(self._roots)):
-            yield from self._in(number)
+            yield from self._runs_in(number)
 
     def find(self, root: str, name: str) -> Run:
-        """Return one slide's results.
+        """Return the results of one slide.
 
         Parameters
         ----------
@@ -134,17 +133,17 @@ class Results:
         Raises
         ------
         ResultError
-            If there are none of that name.
+            If there are no such results.
         """
         if root in {str(i) for i in range(len(self._roots))}:
             folder = self._roots[int(root)]
             if not _holds_results(folder) and is_plain_name(name):
                 folder /= name
-            if folder.name == name and _is_ours(folder):
+            if folder.name == name and _is_own_folder(folder):
                 return Run(f"{root}/{name}", folder)
         raise ResultError("there are no such results (any more); see all slides, at /")
 
-    def _in(self, number: int) -> Iterator[Run]:
+    def _runs_in(self, number: int) -> Iterator[Run]:
         root = self._roots[number]
         if _holds_results(root):
             yield Run(f"{number}/{root.name}", root)
@@ -152,20 +151,20 @@ class Results:
         with os.scandir(root) as entries:
             names = sorted(entry.name for entry in entries if is_plain_name(entry.name))
         for name in names:
-            if _is_ours(root / name):
+            if _is_own_folder(root / name):
                 yield Run(f"{number}/{name}", root / name)
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """How the label map of a run lies on its slide.
+class LabelView:
+    """The size of a label map, its classes, and its position on the slide.
 
     Attributes
     ----------
     width, height
-        Of the label map, in its pixels.
+        Size of the label map in its own pixels.
     mpp
-        Side of such a pixel, in um.
+        Micrometres per pixel of the label map.
     downsample
         Pixels of the slide's level 0 per pixel of the label map, along one side.
     classes
@@ -182,79 +181,77 @@ class Seen:
     place: SlideLocator
 
 
-def seen_in_result(run: Run) -> Seen:
-    """Return how the label map of a finished run lies on its slide.
+def view_of_result(run: Run) -> LabelView:
+    """Return the view of a finished run.
 
     Raises
     ------
     ResultError
-        If its files do not say, or say what cannot be.
+        If run.json or summary.json cannot be read, or holds invalid values.
     """
-    said, summary = run.json(RUN_FILE), run.json("summary.json")
+    record, summary = run.json(RUN_FILE), run.json("summary.json")
     try:
-        slide = said["slide"]
-        if "downsample" not in slide:  # written before it was recorded
-            own = said["options"].get("mpp") or slide["mpp"]
-            slide = {**slide, "downsample": slide["result_mpp"] / own}
-        return _seen({**slide, "classes": summary["classes"]}, slide)
-    except (TypeError, KeyError, ValueError, AttributeError, ArithmeticError) as error:
-        raise _strange(run, RUN_FILE) from error
+        slide = record["slide"]
+        if "downsample" not in slide:  # older versions did not record it
+            mpp = record["options"].get("mpp") or slide["mpp"]
+            slide = {**slide, "downsample": slide["result_mpp"] / mpp}
+        return _label_view({**slide, "classes": summary["classes"]}, slide)
+    except INVALID as error:
+        raise _invalid(run, RUN_FILE) from error
 
 
-def begun_in(run: Run) -> RunManifest:
-    """Return what an unfinished run began.
+def read_manifest(run: Run) -> RunManifest:
+    """Read the manifest of an unfinished run.
 
     Raises
     ------
     ResultError
-        If nothing was begun, or what was cannot be read.
+        If there is no manifest, or it cannot be read.
     """
     folder = run.folder / JOURNAL
     if folder.resolve().parent != run.folder or (folder / BEGUN).is_symlink():
-        raise ResultError(f"{run.name}: {JOURNAL} is a link to another folder; put it there")
+        raise ResultError(f"{run.name}: {JOURNAL} is a link to another folder; put the folder itself there")
     try:
-        begun = Journal(run.folder).read()
+        manifest = Journal(run.folder).read()
     except (HistoError, RecursionError) as error:
-        raise _strange(run, BEGUN) from error
-    if begun is None:
+        raise _invalid(run, BEGUN) from error
+    if manifest is None:
         raise ResultError(f"{run.name}: nothing of it is finished yet; wait")
-    return begun
+    return manifest
 
 
-def seen_in_journal(run: Run, begun: RunManifest) -> Seen:
-    """Return how the label map of an unfinished run lies on its slide.
+def view_of_journal(run: Run, manifest: RunManifest) -> LabelView:
+    """Return the view of an unfinished run.
 
     Raises
     ------
     ResultError
-        If its journal does not say, or says what cannot be.
+        If its manifest holds invalid values.
     """
     try:
-        seen = _seen(begun.seen, {**begun.what["slide"], "source": begun.seen["source"]})
-        ends = [0, *(x1 for _, x1 in begun.bands)]
-        if list(pairwise(ends)) != begun.bands or sorted(set(ends)) != ends:
-            raise ValueError(f"bands {begun.bands}")
-        if ends[-1] != seen.width:
-            raise ValueError(f"bands to {ends[-1]}")
-        return seen
-    except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
-        raise _strange(run, BEGUN) from error
+        view = _label_view(manifest.seen, {**manifest.what["slide"], "source": manifest.seen["source"]})
+        ends = [0, *(x1 for _, x1 in manifest.bands)]
+        if list(pairwise(ends)) != manifest.bands or sorted(set(ends)) != ends or ends[-1] != view.width:
+            raise ValueError(f"bands {manifest.bands}")
+        return view
+    except INVALID as error:
+        raise _invalid(run, BEGUN) from error
 
 
-def version_in(run: Run) -> list[Any] | None:
-    """Return size and time of a run's slide, the same in all runs of it; None if not known."""
+def slide_version(run: Run) -> list[Any] | None:
+    """Return size and time of a run's slide, which are the same for all runs of it; None if unknown."""
     try:
-        said = read_run(run.folder)
-        what = begun_in(run).what if said is None else said["inputs"]
-        return [int(what["slide"]["bytes"]), str(what["slide"]["modified"])]
-    except (HistoError, TypeError, KeyError, ValueError, OverflowError):
+        is_finished = (run.folder / RUN_FILE).is_file()
+        fingerprint = run.json(RUN_FILE)["inputs"] if is_finished else read_manifest(run).what
+        return [int(fingerprint["slide"]["bytes"]), str(fingerprint["slide"]["modified"])]
+    except (HistoError, *INVALID):
         return None
 
 
-def _seen(said: Mapping[str, Any], slide: Mapping[str, Any]) -> Seen:
-    width, height = int(said["width"]), int(said["height"])
-    mpp, downsample = float(said["result_mpp"]), float(said["downsample"])
-    classes = tuple(ClassInfo(str(c["name"]), _color(c["color"])) for c in said["classes"])
+def _label_view(view: Mapping[str, Any], slide: Mapping[str, Any]) -> LabelView:
+    width, height = int(view["width"]), int(view["height"])
+    mpp, downsample = float(view["result_mpp"]), float(view["downsample"])
+    classes = tuple(ClassInfo(str(c["name"]), _color(c["color"])) for c in view["classes"])
     if not (0 < width <= MAX_PX and 0 < height <= MAX_PX):
         raise ValueError(f"{width} x {height} px")
     if not (MIN_MPP <= mpp <= 4 * MAX_MPP and math.isfinite(downsample) and 0 < downsample < 1e4):
@@ -262,25 +259,25 @@ def _seen(said: Mapping[str, Any], slide: Mapping[str, Any]) -> Seen:
     if not 1 <= len(classes) <= NOT_ANALYSED:
         raise ValueError(f"{len(classes)} classes")
     version = SlideVersion(int(slide["bytes"]), str(slide["modified"]))
-    source, sha256 = str(slide.get("source", "")), str(slide.get("sha256", ""))
-    return Seen(width, height, mpp, downsample, classes, SlideLocator(source, version, sha256))
+    place = SlideLocator(str(slide.get("source", "")), version, str(slide.get("sha256", "")))
+    return LabelView(width, height, mpp, downsample, classes, place)
 
 
-def _color(said: Any) -> tuple[int, int, int]:
-    red, green, blue = (int(value) for value in said)
+def _color(values: Any) -> tuple[int, int, int]:
+    red, green, blue = (int(value) for value in values)
     return red, green, blue
 
 
-def _strange(run: Run, file: str) -> ResultError:
-    return ResultError(f"{run.name}: {file} says what cannot be; run the slide again")
+def _invalid(run: Run, file: str) -> ResultError:
+    return ResultError(f"{run.name}: {file} holds invalid values; run the slide again")
 
 
 def _holds_results(folder: Path) -> bool:
     return (folder / RUN_FILE).is_file() or (folder / JOURNAL / BEGUN).is_file()
 
 
-def _is_ours(folder: Path) -> bool:
-    """Whether a folder holds results, and is no link to somewhere else."""
+def _is_own_folder(folder: Path) -> bool:
+    """Whether a folder holds results and is not reached through a link."""
     try:
         return _holds_results(folder) and folder.resolve() == folder
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Tiles of a slide, from large-image, as JPEG."""
+"""Tiles of a slide, read by large-image, as JPEG."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from histostream.wsi.slides.reader import open_slide, read_from_blocks
 from histostream.wsi.slides.readers.large_image import open_source, without_alpha
 
 TILE_PX = 510
-# Without it OpenSeadragon stretches each tile by a pixel of the screen, so that no seams are seen.
+# Without an overlap OpenSeadragon stretches each tile by a pixel of the screen to hide the seams.
 OVERLAP_PX = 1
 CACHED_BLOCKS = 128  # decoded blocks that large-image keeps of each slide
 JPEG_QUALITY = 90
@@ -24,7 +24,7 @@ JPEG_QUALITY = 90
 class SlideTiles:
     """A slide as a pyramid of tiles, of which neighbours overlap by two pixels.
 
-    Level 0 is the coarsest, as OpenSeadragon and large-image count; each has twice the side of the
+    Level 0 is the coarsest, as in OpenSeadragon and large-image; each level has twice the side of the
     one before, rounded up.
 
     Parameters
@@ -40,28 +40,32 @@ class SlideTiles:
     Attributes
     ----------
     width, height
-        Of the slide's full size, in pixels.
+        Size of the slide's finest level, in pixels.
     levels
         Number of levels.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with open_slide(path) as slide:  # refuses what is damaged or made to do harm
-            first, self._channels = slide.levels[0], slide.channels
-        self.width, self.height = first.width, first.height
+        with open_slide(path) as slide:  # refuses damaged and malicious files
+            finest, self._channels = slide.levels[0], slide.channels
+        self.width, self.height = finest.width, finest.height
         try:
             source = open_source(path, CACHED_BLOCKS)
             self._block_px = int(source.tileWidth), int(source.tileHeight)
             self.levels, size = int(source.levels), (int(source.sizeX), int(source.sizeY))
-        except Exception as error:  # its sources have no common base for what may go wrong
-            raise SlideError(f"{path}: large-image cannot open it ({reason(error)}); try it there") from error
+        except Exception as error:  # the sources of large-image have no common base class of errors
+            raise SlideError(
+                f"{path}: large-image cannot open it ({reason(error)}); open it with large-image directly to check"
+            ) from error
         if size != (self.width, self.height):
-            raise SlideError(f"{path}: large-image sees {size} px, not {self.width, self.height}; report it")
+            raise SlideError(
+                f"{path}: large-image reads a size of {size} px instead of {self.width, self.height}; report this"
+            )
         self._source = source
 
-    def tile(self, level: int, column: int, row: int) -> NDArray[np.uint8]:
-        """Return a tile's pixels, (H, W, C) uint8, with those that it shares with its neighbours.
+    def jpeg(self, level: int, column: int, row: int) -> bytes:
+        """Return a tile with its overlap as JPEG.
 
         Raises
         ------
@@ -77,18 +81,14 @@ class SlideTiles:
                 x, y = (max(0, i * TILE_PX - OVERLAP_PX) for i in (column, row))
                 right = min(width, (column + 1) * TILE_PX + OVERLAP_PX)
                 bottom = min(height, (row + 1) * TILE_PX + OVERLAP_PX)
-                return self._read(level, x, y, right, bottom)
+                pixels = self._read(level, x, y, right, bottom)
+                pixels = pixels[..., 0] if pixels.shape[2] == 1 else pixels
+                return bytes(imagecodecs.jpeg8_encode(pixels, level=JPEG_QUALITY, subsampling="444"))
         raise ResultError(f"there is no tile {column}, {row} of level {level}; load the page again")
-
-    def jpeg(self, level: int, column: int, row: int) -> bytes:
-        """Return a tile as a JPEG; see `tile`."""
-        pixels = self.tile(level, column, row)
-        pixels = pixels[..., 0] if pixels.shape[2] == 1 else pixels
-        return bytes(imagecodecs.jpeg8_encode(pixels, level=JPEG_QUALITY, subsampling="444"))
 
     def _read(self, level: int, x: int, y: int, right: int, bottom: int) -> NDArray[np.uint8]:
         down = self.levels - 1 - level
-        # Where a side is rounded up, its last pixel is partly made up, or black.
+        # Where the size was rounded up, only a part of the last pixel is on the slide: it is replaced.
         width = min(right, max(1, self.width >> down)) - x
         height = min(bottom, max(1, self.height >> down)) - y
         pixels = read_from_blocks(
@@ -101,12 +101,12 @@ class SlideTiles:
 
     def _block(self, level: int, column: int, row: int) -> NDArray[np.uint8]:
         try:
-            # Raw pixels, as the model saw them: without the ICC profile that styles apply.
-            found = self._source.getTile(
+            # Raw pixels, as the model reads them: without the ICC profile that styles apply.
+            block = self._source.getTile(
                 column, row, level, numpyAllowed="always", applyStyle=False, sparseFallback=True
             )
-            return without_alpha(np.asarray(found))
-        except Exception as error:  # its sources have no common base for what may go wrong
+            return without_alpha(np.asarray(block))
+        except Exception as error:  # the sources of large-image have no common base class of errors
             raise SlideError(
                 f"{self.path}: block {column}, {row} of level {level} cannot be decoded "
                 f"({reason(error)}); the file is damaged there: copy it again"

@@ -1,5 +1,5 @@
 // Labels of a run: tiles are fetched as grey PNG, kept as bytes, and looked up for every pixel of
-// the screen. Nothing is smoothed, and a change of colours needs no tile again.
+// the screen. Labels are never smoothed, and new colours need no new tiles.
 
 const KEPT = 256; // tiles of at most 512 x 512 bytes: 64 MiB
 const AT_ONCE = 6; // requests
@@ -8,8 +8,8 @@ export const NONE = 255; // not analysed, not finished, or not fetched yet
 
 export class LabelTiles {
   /**
-   * @param {object} run what the server says of it
-   * @param {() => void} changed called when a tile has come
+   * @param {object} run answer of the server at /api/run
+   * @param {() => void} changed called when a tile was fetched
    */
   constructor(run, changed) {
     this.run = run;
@@ -20,7 +20,7 @@ export class LabelTiles {
     this.failed = new Map();
   }
 
-  /** Take what the server says now; tiles that have changed are fetched again, shown until then. */
+  /** Take a new answer of the server; changed tiles are fetched again, and shown until then. */
   update(run) {
     const before = this.run;
     this.run = run;
@@ -59,7 +59,7 @@ export class LabelTiles {
     return out;
   }
 
-  /** Return a tile, or one above it while it is being fetched. */
+  /** Return a tile, or a coarser one while it is being fetched. */
   find(level, column, row) {
     for (let up = 0; level + up < this.run.levels; up++) {
       const key = `${level + up}/${column >> up}/${row >> up}`;
@@ -71,7 +71,7 @@ export class LabelTiles {
         return tile;
       }
     }
-    // Nothing yet: the coarsest tile is one for the whole slide, and comes first.
+    // No tile yet: the coarsest one covers the whole slide, and is fetched first.
     const top = this.run.levels - 1;
     this.wanted.set(`${top}/0/0`, [top, 0, 0]);
     return null;
@@ -79,10 +79,10 @@ export class LabelTiles {
 
   fetchWanted() {
     const coarsestFirst = [...this.wanted].sort((a, b) => b[1][0] - a[1][0]);
-    for (const [key, place] of coarsestFirst) {
+    for (const [key, position] of coarsestFirst) {
       if (this.fetching.size >= AT_ONCE) return;
-      const again = (this.failed.get(key) ?? -Infinity) + RETRY_MS <= performance.now();
-      if (!this.fetching.has(key) && again) this.fetch(key, place);
+      const mayRetry = (this.failed.get(key) ?? -Infinity) + RETRY_MS <= performance.now();
+      if (!this.fetching.has(key) && mayRetry) this.fetch(key, position);
     }
   }
 
@@ -106,39 +106,39 @@ export class LabelTiles {
   }
 }
 
-/** A run's key, fit for an address. */
+/** A run's key, encoded for an address. */
 export function address(key) {
   return key.split("/").map(encodeURIComponent).join("/");
 }
 
-/** Whether rows of a band were finished since, within a tile. */
+/** Whether rows of a band inside a tile were finished since the last answer. */
 function grew(tile, band, rowsBefore) {
   const side = tile.side << tile.level;
   const [x, y] = [tile.column * side, tile.row * side];
   return band.x0 < x + side && band.x1 > x && rowsBefore < y + side && band.rows > y && band.rows > rowsBefore;
 }
 
-/** The label map's column (or row) below the middle of each of the screen's; -1 outside. */
+/** The label map's column (or row) at the centre of each column (or row) of the screen; -1 outside. */
 function places(start, step, count, size) {
-  const found = new Int32Array(count);
+  const positions = new Int32Array(count);
   for (let i = 0; i < count; i++) {
-    const place = Math.floor(start + (i + 0.5) * step);
-    found[i] = place >= 0 && place < size ? place : -1;
+    const position = Math.floor(start + (i + 0.5) * step);
+    positions[i] = position >= 0 && position < size ? position : -1;
   }
-  return found;
+  return positions;
 }
 
-/** Which of the screen's columns (or rows) lie on which tile: [{tile, from, to}]. */
+/** The range of the screen's columns (or rows) on each tile: [{tile, from, to}]. */
 function spans(places, level, side) {
-  const found = [];
+  const ranges = [];
   for (let i = 0; i < places.length; i++) {
     if (places[i] < 0) continue;
     const tile = Math.floor((places[i] >> level) / side);
-    const last = found.at(-1);
+    const last = ranges.at(-1);
     if (last && last.tile === tile) last.to = i + 1;
-    else found.push({ tile, from: i, to: i + 1 });
+    else ranges.push({ tile, from: i, to: i + 1 });
   }
-  return found;
+  return ranges;
 }
 
 function lookUp(tile, xs, ys, across, down, width, out) {

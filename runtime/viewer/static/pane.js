@@ -3,14 +3,14 @@
 /* global OpenSeadragon */
 import { LabelTiles, NONE, address } from "./labels.js";
 
-const CRISP = 2; // from so many pixels of the screen on, a pixel of the slide is shown as a square
+const CRISP = 2; // screen pixels per slide pixel from which slide pixels are shown as squares
 const DIFFERENT = packed("#ff00ff");
 const BAR_PX = 140; // the scale bar is not longer
 
 export class Pane {
   /**
-   * @param {HTMLElement} element where it is, at its final size
-   * @param {object} run what the server says of it
+   * @param {HTMLElement} element container, at its final size
+   * @param {object} run answer of the server at /api/run
    * @param {object} on called with the pane: moved(), clicked(x, y) in pixels of level 0, touched()
    */
   constructor(element, run, on) {
@@ -18,7 +18,7 @@ export class Pane {
     this.run = run;
     this.palette = new Uint32Array(256);
     this.opacity = 1;
-    this.other = null; // with which differences are shown
+    this.other = null; // the pane to which labels are compared
     this.element = element;
     this.element.ariaLabel = `${run.name} of ${run.in}`;
     this.element.innerHTML =
@@ -46,9 +46,9 @@ export class Pane {
       gestureSettingsPen: { clickToZoom: false },
       tileSources: this.tileSource(),
     });
-    this.viewer.canvas.ariaLabel = "Slide; arrows move, plus and minus zoom, Enter reads the middle";
+    this.viewer.canvas.ariaLabel = "Slide; arrows move, plus and minus zoom, Enter reads the centre";
     this.viewer.addHandler("canvas-key", (event) => {
-      event.preventDefaultAction = true; // the page has its own
+      event.preventDefaultAction = true; // the page handles keys itself
     });
     this.viewer.addHandler("canvas-click", (event) => {
       if (!event.quick) return;
@@ -66,7 +66,7 @@ export class Pane {
     this.update(run);
   }
 
-  /** Take what the server says now. */
+  /** Take a new answer of the server. */
   update(run) {
     if (run.image && !this.run.image) {
       this.run = run;
@@ -97,7 +97,7 @@ export class Pane {
     this.repaint();
   }
 
-  /** The middle in pixels of level 0, and pixels of the screen for each of them. */
+  /** The centre in pixels of level 0, and screen pixels per pixel of level 0. */
   get place() {
     const { viewport } = this.viewer;
     const middle = viewport.getCenter(true);
@@ -193,7 +193,7 @@ export class Pane {
   }
 
   paintDifferences(labels, others, pixels) {
-    // Classes of two models may have other numbers: they are the same by their names.
+    // Two models may number their classes differently: classes are compared by name.
     const names = [this.run, this.other.run].map((run) => run.classes.map(({ name }) => name));
     const same = Array.from({ length: 256 }, (_, label) => {
       const found = names[1].indexOf(names[0][label] ?? null);

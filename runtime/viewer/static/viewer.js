@@ -1,4 +1,5 @@
-// The page: which slide is shown, where, and in which colours. The address holds slide and place.
+// The page: the slide on view, its position, and the colours of its classes. The address of the page
+// holds slide and position.
 
 import { address } from "./labels.js";
 import { Pane } from "./pane.js";
@@ -6,35 +7,35 @@ import { Pane } from "./pane.js";
 const POLL_MS = 2000; // while a run is writing
 const HASH_MS = 350; // Safari lets an address change 100 times in 30 s
 const OPACITIES = [60, 100, 0, 30];
-const BACKGROUND = "background"; // the class that is not painted until it is asked for
+const BACKGROUND = "background"; // the class that is hidden at first
 const at = (id) => document.getElementById(id);
 
 const classes = new Map(); // by name: {color, shown}; the same for all runs
 let runs = [];
 let panes = [];
 let leader = null; // the pane that was touched last; the other follows
-let opening = 0; // counts what was opened, so that a late answer to an earlier one is left out
+let opening = 0; // counts the calls of open(), so that late answers to an earlier call are dropped
 let clicked = null;
 
 // ---- addresses
 
 function readHash() {
-  const said = new URLSearchParams(location.hash.slice(1));
-  const number = (name) => (said.has(name) ? Number(said.get(name)) : NaN);
+  const params = new URLSearchParams(location.hash.slice(1));
+  const number = (name) => (params.has(name) ? Number(params.get(name)) : NaN);
   const place = { x: number("x"), y: number("y"), zoom: number("zoom") };
-  const whole = Object.values(place).every(Number.isFinite) && place.zoom > 0;
-  return { slide: said.get("slide"), compare: said.get("compare"), place: whole ? place : null };
+  const isValid = Object.values(place).every(Number.isFinite) && place.zoom > 0;
+  return { slide: params.get("slide"), compare: params.get("compare"), place: isValid ? place : null };
 }
 
 function writeHash() {
   if (!leader) return;
   const { x, y, zoom } = leader.place;
-  const said = new URLSearchParams({ slide: panes[0].run.key });
-  said.set("x", x.toFixed(2));
-  said.set("y", y.toFixed(2));
-  said.set("zoom", String(Number(zoom.toPrecision(6))));
-  if (panes[1]) said.set("compare", panes[1].run.key);
-  const hash = `#${String(said).replaceAll("%2F", "/")}`;
+  const params = new URLSearchParams({ slide: panes[0].run.key });
+  params.set("x", x.toFixed(2));
+  params.set("y", y.toFixed(2));
+  params.set("zoom", String(Number(zoom.toPrecision(6))));
+  if (panes[1]) params.set("compare", panes[1].run.key);
+  const hash = `#${String(params).replaceAll("%2F", "/")}`;
   if (hash !== location.hash) history.replaceState(null, "", hash);
 }
 
@@ -50,11 +51,11 @@ function writeHashSoon() {
 
 async function ask(path) {
   const answer = await fetch(`api/${path}`).catch(() => {
-    throw new Error("The viewer does not answer; is histo-infer view still running?");
+    throw new Error("The viewer does not answer: check that histo-infer view still runs.");
   });
-  const said = await answer.json();
-  if (!answer.ok) throw new Error(said.error);
-  return said;
+  const content = await answer.json();
+  if (!answer.ok) throw new Error(content.error);
+  return content;
 }
 
 function notice(text) {
@@ -102,18 +103,18 @@ function closePanes() {
 
 async function openSlide(key, compare, place, mine) {
   const keys = compare && compare !== key ? [key, compare] : [key];
-  const found = await Promise.all(keys.map((each) => ask(`run/${address(each)}`)));
+  const opened = await Promise.all(keys.map((name) => ask(`run/${address(name)}`)));
   if (mine !== opening) return;
   closePanes();
   show("view");
-  const sections = found.map(() => element("section", "", "pane"));
+  const sections = opened.map(() => element("section", "", "pane"));
   at("panes").append(...sections);
-  panes = found.map((run, i) => new Pane(sections[i], run, { moved, clicked: readPlace, touched }));
+  panes = opened.map((run, i) => new Pane(sections[i], run, { moved, clicked: readPlace, touched }));
   leader = panes[0];
   at("differences").checked = false;
-  at("place").replaceChildren(element("p", "Click the slide, or press Enter for its middle.", "hint"));
-  document.title = `${found[0].name} - HistoStream`;
-  at("title").textContent = found[0].name;
+  at("place").replaceChildren(element("p", "Click the slide, or press Enter to read its centre.", "hint"));
+  document.title = `${opened[0].name} - HistoStream`;
+  at("title").textContent = opened[0].name;
   fillCompare();
   applyOpacity();
   showRuns();
@@ -179,8 +180,8 @@ function card(run) {
   } else link.append(element("div", "", "blank"));
   link.append(element("h2", run.name));
   const several = new Set(runs.map((other) => other.in)).size > 1;
-  const said = [several ? run.in : "", run.status === "done" ? "" : run.status, run.error ?? ""];
-  link.append(element("p", said.filter(Boolean).join(", "), "status"));
+  const details = [several ? run.in : "", run.status === "done" ? "" : run.status, run.error ?? ""];
+  link.append(element("p", details.filter(Boolean).join(", "), "status"));
   for (const { name, color, area_mm2, share } of run.classes ?? []) {
     if (name.toLowerCase() === BACKGROUND) continue;
     const line = element("p", ` ${name} ${area(area_mm2)} mm² (${percent(share)})`);
@@ -199,11 +200,11 @@ function fillCompare() {
   const same = (other) =>
     other.key !== run.key &&
     (run.slide && other.slide ? String(run.slide) === String(other.slide) : run.name === other.name);
-  const found = runs.filter(same);
-  const options = [new Option("nothing", ""), ...found.map((r) => new Option(`${r.in} / ${r.name}`, r.key))];
+  const others = runs.filter(same);
+  const options = [new Option("nothing", ""), ...others.map((r) => new Option(`${r.in} / ${r.name}`, r.key))];
   at("compare").replaceChildren(...options);
   at("compare").value = panes[1]?.run.key ?? "";
-  at("compare-label").hidden = !found.length;
+  at("compare-label").hidden = !others.length;
 }
 
 function showRuns() {
@@ -244,9 +245,9 @@ function showClasses() {
     const row = at("classes").rows[i];
     while (row.cells.length > 1) row.deleteCell(1);
     for (const { run } of panes) {
-      const found = run.classes.find((entry) => entry.name === name);
-      row.append(element("td", found ? area(found.area_mm2) : ""));
-      if (panes.length === 1) row.append(element("td", found ? percent(found.share, "") : ""));
+      const entry = run.classes.find((c) => c.name === name);
+      row.append(element("td", entry ? area(entry.area_mm2) : ""));
+      if (panes.length === 1) row.append(element("td", entry ? percent(entry.share, "") : ""));
     }
     const { color, shown } = classes.get(name);
     row.querySelector("[type=checkbox]").checked = shown;
@@ -312,8 +313,8 @@ function moved(pane) {
 function compareWith(key) {
   if (!panes.length) return;
   writeHash();
-  const said = location.hash.replace(/&compare=[^&]*/, "");
-  location.hash = key ? `${said}&compare=${key}` : said;
+  const hash = location.hash.replace(/&compare=[^&]*/, "");
+  location.hash = key ? `${hash}&compare=${key}` : hash;
 }
 
 async function showDifferences() {
@@ -324,28 +325,29 @@ async function showDifferences() {
   if (!wanted) return;
   const mine = opening;
   try {
-    const found = await ask(`difference/${panes.map((pane) => address(pane.run.key)).join("/")}`);
-    const sampled = found.every > 1 ? `, counted at every ${found.every}th pixel` : "";
-    if (mine === opening) at("share").textContent = `${percent(found.share)} of what both analysed${sampled}`;
+    const difference = await ask(`difference/${panes.map((pane) => address(pane.run.key)).join("/")}`);
+    const sampled = difference.every > 1 ? `, counted at every ${difference.every}th pixel` : "";
+    const text = `${percent(difference.share)} of the pixels that both analysed${sampled}`;
+    if (mine === opening) at("share").textContent = text;
   } catch (error) {
     if (mine === opening) at("share").textContent = error.message;
   }
 }
 
-// ---- a place
+// ---- a pixel
 
 async function readPlace(pane, x, y) {
   if (x < 0 || y < 0 || x >= pane.width || y >= pane.height) return;
   const mine = (clicked = {});
   const um = pane.run.mpp / pane.run.downsample;
-  for (const each of panes) each.mark(x, y);
-  const found = await Promise.all(
+  for (const other of panes) other.mark(x, y);
+  const answers = await Promise.all(
     panes.map(async ({ run }) => {
       const [i, j] = [Math.floor(x / run.downsample), Math.floor(y / run.downsample)];
       const [right, bottom] = [run.width - 1, run.height - 1];
       try {
-        const place = `x=${Math.min(i, right)}&y=${Math.min(j, bottom)}`;
-        return { run, ...(await ask(`place/${address(run.key)}?${place}`)) };
+        const query = `x=${Math.min(i, right)}&y=${Math.min(j, bottom)}`;
+        return { run, ...(await ask(`place/${address(run.key)}?${query}`)) };
       } catch (error) {
         return { run, error: error.message };
       }
@@ -353,7 +355,7 @@ async function readPlace(pane, x, y) {
   );
   if (mine !== clicked) return;
   const where = `${Math.floor(x)}, ${Math.floor(y)} px; ${(x * um).toFixed(1)}, ${(y * um).toFixed(1)} µm`;
-  at("place").replaceChildren(element("p", where, "where"), ...found.flatMap(placeLines));
+  at("place").replaceChildren(element("p", where, "where"), ...answers.flatMap(placeLines));
 }
 
 function placeLines({ run, error, label, name, scores }) {

@@ -98,7 +98,7 @@ def test_a_pattern_is_what_no_file_is_called(tmp_path: Path) -> None:
 @pytest.mark.parametrize("argument", ["*.svs", "empty", "empty/**"])
 def test_a_pattern_or_folder_without_slides_is_an_error(tmp_path: Path, argument: str) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="no slide is found there"):
+    with pytest.raises(InputError, match="no slide found"):
         find_inputs([str(tmp_path / argument)])
 
 
@@ -176,11 +176,11 @@ def test_a_list_of_paths_alone_needs_no_delimiter(tmp_path: Path) -> None:
         ('path\n"a.svs', r"line 2: not a \.csv \(.*\); check the quotes"),
         (b"path\na\nM\xfcller.svs", "line 3: not UTF-8"),
         ("path\na.svs".encode("utf-16"), "line 1: not UTF-8"),
-        ("path,name\na.svs,x/y", "line 2: .*'x/y' cannot name a folder of results"),
-        ("path,name\na.svs,..", r"line 2: .*'\.\.' cannot name"),
-        ("path,name\na.svs,.x", r"line 2: .*'\.x' cannot name"),
-        ("path,name\na.svs,x\\y", r"line 2: .* cannot name"),
-        ("path,name\na.svs,x\x1by", r"line 2: .*'x\\x1by' cannot name"),
+        ("path,name\na.svs,x/y", "line 2: .*'x/y' cannot be the name of a folder of results"),
+        ("path,name\na.svs,..", r"line 2: .*'\.\.' cannot be the name"),
+        ("path,name\na.svs,.x", r"line 2: .*'\.x' cannot be the name"),
+        ("path,name\na.svs,x\\y", r"line 2: .* cannot be the name"),
+        ("path,name\na.svs,x\x1by", r"line 2: .*'x\\x1by' cannot be the name"),
     ],
 )
 def test_a_bad_list_is_refused_by_its_line(tmp_path: Path, text: str | bytes, message: str) -> None:
@@ -190,7 +190,7 @@ def test_a_bad_list_is_refused_by_its_line(tmp_path: Path, text: str | bytes, me
 
 @pytest.mark.parametrize("name", ["none.csv", "https://host/list.csv"])
 def test_a_missing_list_is_an_error(name: str) -> None:
-    with pytest.raises(InputError, match=r"\.csv: there is no such local list"):
+    with pytest.raises(InputError, match=r"\.csv: there is no such local file"):
         find_inputs([name])
 
 

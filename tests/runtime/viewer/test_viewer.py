@@ -355,13 +355,13 @@ def test_two_runs_differ_where_their_labels_do(out: Path, tmp_path: Path) -> Non
         assert versions[0] == versions[1] is not None
 
 
-@pytest.mark.parametrize("kept_px", [labels_module.KEPT_PX, 300 * 300], ids=["kept", "read again"])
+@pytest.mark.parametrize("kept_px", [labels_module.MAX_KEPT_PX, 300 * 300], ids=["kept", "read again"])
 @pytest.mark.parametrize("bands", [[(0, 1100)], [(0, 512), (512, 1100)]], ids=["whole", "bands"])
 def test_strips_are_shown_as_they_are_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bands: list[tuple[int, int]], kept_px: int
 ) -> None:
     monkeypatch.setattr(infer, "plan_bands", lambda *_, **__: bands)
-    monkeypatch.setattr(labels_module, "KEPT_PX", kept_px)
+    monkeypatch.setattr(labels_module, "MAX_KEPT_PX", kept_px)
     pixels = random_pixels(1100, 700)
     slide = write_slide(tmp_path / "slide.tif", pixels)
     whole = segment_slide(slide, IdentityEngine(), tmp_path / "whole", ALL).folder
@@ -380,7 +380,7 @@ def test_strips_are_shown_as_they_are_finished(
                 file.write(b"HSJ1" + bytes(60))
             size = strips.stat().st_size
             run = ask(server, "/api/run/0/slide").json
-            assert run["status"] == "broken off"
+            assert run["status"] == "interrupted"
             assert before < run["progress"] < 1
             before = run["progress"]
             expected = np.full((700, 1100), 255, np.uint8)
@@ -442,7 +442,7 @@ def test_a_journal_that_says_what_cannot_be_is_refused(tmp_path: Path, change: d
         for path in ("/api/run/0/slide", "/tiles/labels/0/slide/0/0/0"):
             answer = ask(server, path)
             assert answer.status == 404
-            assert "begun.json says what cannot be" in answer.json["error"]
+            assert "begun.json holds invalid values" in answer.json["error"]
 
 
 def test_a_run_at_work_is_told_from_one_that_was_broken_off(tmp_path: Path) -> None:
@@ -457,7 +457,7 @@ def test_a_run_at_work_is_told_from_one_that_was_broken_off(tmp_path: Path) -> N
     with pytest.raises(StoppedError):
         segment_slide(slide, IdentityEngine(), tmp_path / "out", ALL, stopping=stopping)
     assert set(seen) == {"running"}
-    assert next(iter(Results([tmp_path / "out"]))).status == "broken off"
+    assert next(iter(Results([tmp_path / "out"]))).status == "interrupted"
 
 
 @pytest.mark.parametrize("folder", ["missing", "empty"])

@@ -292,7 +292,7 @@ def test_two_runs_side_by_side_move_together(page: Page, out: Path, tmp_path: Pa
         differ = (one != other).any(axis=2)
         assert 0 < differ.mean() < 1
         page.locator("#differences").check()
-        page.get_by_text("of what both analysed").wait_for()
+        page.get_by_text("of the pixels that both analysed").wait_for()
         magenta = (seen(page) == (255, 0, 255)).all(axis=2)
         np.testing.assert_array_equal(magenta, differ)
         maps = [tifffile.imread(folder / "same" / "labels.tif", level=0) for folder in (out, tmp_path / "other")]
@@ -322,7 +322,7 @@ def test_strips_appear_while_a_run_is_writing(page: Page, tmp_path: Path) -> Non
         page.goto(server.url)
         page.wait_for_selector(".pane")
         page.locator("#opacity").fill("100")
-        page.locator("#status").get_by_text("broken off").wait_for()
+        page.locator("#status").get_by_text("interrupted").wait_for()
         progress = page.locator("#progress")
         first, begun = painted(), progress.evaluate("bar => bar.value")
         assert 0 < begun < 0.5
