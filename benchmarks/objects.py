@@ -42,8 +42,8 @@ from histostream.runtime.slide_run import segment_slide
 from histostream.runtime.stream.memory import peak_memory_mib
 from histostream.wsi.outputs.folder import OutputFolder
 from histostream.wsi.outputs.label_rows import LabelRows, SlideInfo
-from histostream.wsi.outputs.objects.components import connected
 from histostream.wsi.outputs.sinks.objects import Objects
+from histostream.wsi.runs import connected
 from histostream.wsi.synthetic import CLASSES, SyntheticSlide
 
 Labels = NDArray[np.uint8]

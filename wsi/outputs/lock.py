@@ -1,14 +1,15 @@
-"""One process for each slide, also across hosts: a lock file that says who is at work.
+"""Lock an output folder for one process, also across hosts that share a drive.
 
-The file is made by linking a whole file to its name, which is atomic on network drives too. Its
-holder touches it while it works. It is taken over from a process of this host that is no longer
-there, from one that the caller knows to have ended, and from one of another host that has not
-touched it for `STALE_S`.
+filelock cannot do this: its locks of the operating system do not reach across hosts on every network
+drive, and its soft locks cannot tell a dead process from a busy one on another host or in another
+container. Here the lock is a file that names its holder. It is made by linking a complete file to its
+name, which is atomic on network drives too, and its holder touches it every `BEAT_S`. It is taken over
+if its holder was a process of this host that has ended, if the caller knows that it has ended, or if it
+was not touched for `STALE_S`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -17,30 +18,26 @@ import threading
 import time
 import uuid
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
 from histostream.wsi.errors import HistoError, OutputError
+from histostream.wsi.files import writing
 
 BEAT_S = 30.0  # between two touches
 STALE_S = 600.0  # without a touch, a process on another host counts as dead
-TAKING_S = 60.0  # a takeover itself takes milliseconds
+TAKEOVER_S = 60.0  # a takeover itself takes milliseconds
 NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EACCES}
 
 
-Process = tuple[str, int, int]  # machine, number and start, as of a `Holder`
+Process = tuple[str, int, int]  # machine, pid and start, as of a `Holder`
 
 
 class LockedError(HistoError):
-    """Another process is at work; ``holder`` says which.
-
-    Attributes
-    ----------
-    holder
-        The process.
-    """
+    """Another process holds the lock: ``holder``."""
 
     def __init__(self, path: Path, holder: Holder) -> None:
         super().__init__(
@@ -55,20 +52,20 @@ class LockedError(HistoError):
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """A process that holds a lock.
+    """A process that holds a lock; the content of the lock file.
 
     Attributes
     ----------
     host, pid
         Name of its host, and its number there.
     machine
-        Where the number counts: this boot of the machine, and the container.
+        Where the number is valid: this boot of the machine, and the container.
     started
-        When the system started it, so that a number used again is told apart; 0 if not known.
+        When the system started it, which tells a reused number apart; 0 if not known.
     since
         When it took the lock, UTC.
     token
-        Of this one lock.
+        Random name of this one lock.
     """
 
     host: str
@@ -81,19 +78,17 @@ class Holder:
     @classmethod
     def here(cls) -> Holder:
         """Return this process, with a new token."""
-        pid = os.getpid()
-        since = datetime.now(UTC).isoformat(timespec="seconds")
-        started = _started(pid) or 0
-        return cls(socket.gethostname(), pid, _machine(), started, since, uuid.uuid4().hex)
+        pid, since = os.getpid(), datetime.now(UTC).isoformat(timespec="seconds")
+        return cls(socket.gethostname(), pid, _machine(), _started(pid) or 0, since, uuid.uuid4().hex)
 
     @property
     def process(self) -> Process:
-        """The process itself, told apart from all others."""
+        """Machine, number and start, which tell the process from all others."""
         return self.machine, self.pid, self.started
 
-    def is_gone(self) -> bool:
+    def has_ended(self) -> bool:
         """Whether it is a process of this machine that has ended."""
-        if self.machine != _machine() or os.name == "nt":  # whose os.kill would kill it
+        if self.machine != _machine() or os.name == "nt":  # os.kill would end it on Windows
             return False
         try:
             os.kill(self.pid, 0)
@@ -111,44 +106,38 @@ class Lock:
     ----------
     path
         The file; its folder must exist.
-    gone
+    dead_processes
         Processes, maybe of other hosts, that are known to have ended.
 
     Raises
     ------
     LockedError
-        On entering, if another process is at work.
+        On entering, if another process holds it.
     OutputError
         On entering, if the file cannot be written.
     """
 
-    def __init__(self, path: Path, gone: Collection[Process] = ()) -> None:
-        self.path, self._gone = path, gone
-        self._me: Holder | None = None
+    def __init__(self, path: Path, dead_processes: Collection[Process] = ()) -> None:
+        self.path, self._dead_processes = path, dead_processes
+        self._token = ""
         self._lost = False
         self._done = threading.Event()
         self._beat: threading.Thread | None = None
 
     def __enter__(self) -> Self:
         me = Holder.here()
-        try:
+        with writing(self.path):
             while not _create(self.path, me):
                 holder = _read(self.path)
                 if holder is None:
-                    time.sleep(0.01)  # being removed just now, or written by a drive without links
-                    if _age_s(self.path) > TAKING_S:
+                    time.sleep(0.01)  # it is just being removed, or written on a drive without links
+                    if _age_s(self.path) > TAKEOVER_S:
                         self.path.unlink(missing_ok=True)
-                elif holder.process in self._gone or holder.is_gone() or _age_s(self.path) > STALE_S:
-                    _clear(self.path, holder)
+                elif holder.process in self._dead_processes or holder.has_ended() or _age_s(self.path) > STALE_S:
+                    _remove_lock_of(holder, self.path)
                 else:
                     raise LockedError(self.path, holder)
-        except OSError as error:
-            if isinstance(error, HistoError):
-                raise
-            raise OutputError(
-                f"cannot write {self.path} ({error.strerror or error}): check the folder's permissions and room"
-            ) from error
-        self._me = me
+        self._token = me.token
         self._beat = threading.Thread(target=self._touch, name="lock", daemon=True)
         self._beat.start()
         return self
@@ -157,17 +146,17 @@ class Lock:
         self._done.set()
         if self._beat is not None:
             self._beat.join()
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             if self._is_mine():
                 self.path.unlink(missing_ok=True)
 
     def check(self) -> None:
-        """Make sure that the lock was not lost.
+        """Raise unless the lock is still held.
 
         Raises
         ------
         OutputError
-            If another process has taken it, while this one was suspended or cut off.
+            If another process took it over, while this one was suspended or cut off.
         """
         if self._lost:
             raise OutputError(
@@ -177,11 +166,11 @@ class Lock:
 
     def _is_mine(self) -> bool:
         holder = _read(self.path)
-        return holder is not None and self._me is not None and holder.token == self._me.token
+        return holder is not None and holder.token == self._token
 
     def _touch(self) -> None:
         while not self._done.wait(BEAT_S):
-            with contextlib.suppress(OSError):  # a drive that is away for a moment
+            with suppress(OSError):  # the drive may be away for a moment
                 if not self._is_mine():
                     self._lost = True
                     return
@@ -189,19 +178,19 @@ class Lock:
 
 
 def holder_of(path: Path) -> Holder | None:
-    """Return who is at work under a lock file, as far as can be told without touching it.
+    """Return the process that holds a lock file, without touching the file; None if there is none.
 
-    A process of another host counts as at work as long as its lock is there.
+    A process of another host counts as the holder as long as its lock is there.
     """
     try:
         holder = _read(path)
     except OSError:
         return None
-    return None if holder is None or holder.is_gone() else holder
+    return None if holder is None or holder.has_ended() else holder
 
 
 def _create(path: Path, me: Holder) -> bool:
-    """Make the lock file with its content, in one step; False if there is one."""
+    """Make the lock file with its content in one step; return False if there is one."""
     text = json.dumps(asdict(me)) + "\n"
     own = path.with_name(f"{path.name}.{me.token}")
     try:
@@ -213,44 +202,38 @@ def _create(path: Path, me: Holder) -> bool:
         except OSError as error:
             if error.errno not in NO_LINKS:
                 raise
-            return _create_without_links(path, text)
+            try:
+                with path.open("x", encoding="utf-8") as file:
+                    file.write(text)
+            except FileExistsError:
+                return False
         return True
     finally:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             own.unlink(missing_ok=True)
 
 
-def _create_without_links(path: Path, text: str) -> bool:
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        return False
-    return True
-
-
-def _clear(path: Path, gone: Holder) -> None:
-    """Remove the lock of a process that is gone, unless another process does so just now."""
+def _remove_lock_of(ended: Holder, path: Path) -> None:
+    """Remove the lock of a process that has ended, unless another process is just doing so."""
     guard = path.with_name(f"{path.name}.taking")
     try:
         guard.open("x").close()
     except FileExistsError:
-        if _age_s(guard) > TAKING_S:
+        if _age_s(guard) > TAKEOVER_S:
             guard.unlink(missing_ok=True)
         time.sleep(0.01)
         return
     try:
-        if _read(path) == gone:
+        if _read(path) == ended:
             path.unlink(missing_ok=True)
     finally:
         guard.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> Holder | None:
-    """Return who holds a lock; None if nobody does, or the file is not whole."""
+    """Return the holder of a lock; None if there is no file, or it is not complete."""
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        return Holder(**said)
+        return Holder(**json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, TypeError):
         return None
 
@@ -268,7 +251,7 @@ def _age_s(path: Path) -> float:
 
 
 def _machine() -> str:
-    """Name this boot of this machine and, in containers, the space that process numbers are of."""
+    """Name this boot of this machine and, in a container, the namespace of its process numbers."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
@@ -277,10 +260,10 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> int | None:
-    """When the system started a process, in its own ticks; None where it does not say."""
+    """When the system started a process, in its own ticks; None if it cannot be read."""
     try:
-        # The name, in brackets, may hold anything.
-        after = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2]
-        return int(after.split()[19])
+        # The second field is a name in brackets, which may contain spaces and brackets.
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        return int(fields[19])
     except (OSError, ValueError, IndexError):
         return None

@@ -1,8 +1,8 @@
-"""A tiled pyramid, written tile by tile in any order and in little memory.
+"""Write a tiled pyramid, tile by tile in any order and in little memory.
 
-Tiles are compressed as they come, into a scratch file; the lower levels are made from those at the
-end, four tiles at a time, and an ``Assembler`` puts the compressed bytes in order: tifffile those
-of a BigTIFF. Memory does not grow with the slide: an index of 24 bytes a tile is all that is kept.
+Tiles are compressed as they come, into a scratch file. At the end the lower levels are made of them,
+four tiles at a time, and an ``Assembler`` writes the compressed tiles in order, for a BigTIFF with
+tifffile. Only an index of 16 bytes for each tile is kept in memory.
 """
 
 from __future__ import annotations
@@ -27,13 +27,12 @@ from histostream.wsi.outputs.label_rows import is_one_value
 Pixels = NDArray[np.uint8]
 _ABSENT = -1
 MIN_PX = 512  # the coarsest level has no longer side
-# libdeflate, label maps: 200 Mpx/s, and within 4 % of level 6, which does 140.
-DEFLATE_LEVEL = 5
+DEFLATE_LEVEL = 5  # libdeflate, label maps: 200 Mpx/s, 4 % larger than level 6 with 140 Mpx/s
 
 
 @dataclass(frozen=True, slots=True)
 class TileCodec:
-    """How a tile becomes bytes, and what the file says about it.
+    """Compression of tiles, and the TIFF tags that describe it.
 
     Attributes
     ----------
@@ -50,7 +49,7 @@ class TileCodec:
 
 @dataclass(frozen=True, slots=True)
 class PyramidLayout:
-    """Shape of the image in a file and how its levels follow from each other.
+    """Size of an image, of its tiles and of its levels.
 
     Attributes
     ----------
@@ -59,11 +58,11 @@ class PyramidLayout:
     mpp
         Side of a pixel of level 0, in um.
     halve
-        (2H, 2W[, C]) uint8 to (H, W[, C]): `nearest` or `mean`.
+        Makes the next level: (2H, 2W[, C]) uint8 to (H, W[, C]), `nearest` or `mean`.
     tile_px
         Side of a tile.
     smallest_px
-        Levels halve until neither side is longer.
+        Levels are added until neither side is longer.
     description
         Text of the first page, ASCII.
     """
@@ -83,7 +82,7 @@ class PyramidLayout:
 
     @property
     def level_sizes(self) -> list[tuple[int, int]]:
-        """(width, height) of each level; halves are rounded up."""
+        """(width, height) of each level, finest first."""
         return level_sizes(self.width, self.height, self.smallest_px)
 
     def grid(self, level: int) -> tuple[int, int]:
@@ -93,7 +92,7 @@ class PyramidLayout:
 
 
 def level_sizes(width: int, height: int, smallest_px: int = MIN_PX) -> list[tuple[int, int]]:
-    """(width, height) of each level, finest first, until neither side is longer than the smallest.
+    """Return (width, height) of each level, finest first, until neither side exceeds ``smallest_px``.
 
     Halves are rounded up.
     """
@@ -105,55 +104,38 @@ def level_sizes(width: int, height: int, smallest_px: int = MIN_PX) -> list[tupl
 
 
 def nearest(pixels: Pixels) -> Pixels:
-    """Keep one pixel of each 2 x 2: labels stay labels, and shares of area unbiased."""
+    """Keep one pixel of each 2 x 2, so that labels stay labels."""
     return pixels[::2, ::2]
 
 
 def mean(pixels: Pixels) -> Pixels:
     """Average each 2 x 2, halves rounded up."""
-    wide = pixels.astype(np.uint16)
-    rows = wide[::2] + wide[1::2]
+    pixels = pixels.astype(np.uint16)
+    rows = pixels[::2] + pixels[1::2]
     return ((rows[:, ::2] + rows[:, 1::2] + 2) >> 2).astype(np.uint8)
 
 
 @dataclass
-class _Index:
-    """Where each tile of one level lies in the scratch file."""
-
-    offsets: NDArray[np.int64]
-    sizes: NDArray[np.int64]
-    constant: NDArray[np.bool_]
-
-    @classmethod
-    def empty(cls, shape: tuple[int, int]) -> _Index:
-        return cls(np.full(shape, _ABSENT), np.zeros(shape, np.int64), np.zeros(shape, np.bool_))
-
-
-@dataclass
 class _Band:
-    """A column band that is being received: where it is, and rows that fill no tile yet."""
+    """The column band that is being written, and its rows that do not fill a tile yet."""
 
     x: int
     width: int
     y: int = 0
     waiting: list[Pixels] = field(default_factory=list)
 
-    @property
-    def waiting_rows(self) -> int:
-        return sum(len(rows) for rows in self.waiting)
-
 
 class PyramidWriter:
-    """Write one pyramid: a TIFF, or what else is made of tiles.
+    """Writes one pyramid, as a TIFF or another format that is made of tiles.
 
     Parameters
     ----------
     path
-        Final name; nothing is written under it, see `finish`.
+        Final name; the file is completed under a temporary name, see `finish`.
     layout, codec
-        What is written, and how.
+        Size and compression.
     assemble
-        Makes the file, or folder, of the finished tiles; see `write_tiff`, the default.
+        Makes the file, or folder, of the compressed tiles; the default is `write_tiff`.
     """
 
     def __init__(
@@ -167,42 +149,37 @@ class PyramidWriter:
         self._assemble = assemble or partial(write_tiff, subifds=False)
         self._temporary = temporary_name(path)
         self._scratch_path = temporary_name(path, "tiles")
-        self._levels = [_Index.empty(layout.grid(0))]
-        self._same: dict[bytes, tuple[int, int]] = {}
+        # For each level (rows, columns, 2): offset and size of each tile in the scratch file.
+        self._levels = [np.full((*layout.grid(0), 2), _ABSENT)]
+        self._constant: dict[bytes, tuple[int, int]] = {}  # of tiles of one value, by that value
         self._band: _Band | None = None
         self._end = 0
         with writing(path):
             self._scratch = self._scratch_path.open("w+b")
 
     def write(self, x: int, y: int, pixels: Pixels) -> None:
-        """Take the next rows of a column band; see `histostream.wsi.outputs.folder.Sink` for the order.
-
-        Parameters
-        ----------
-        pixels
-            (H, W) or (H, W, C) uint8.
+        """Take the next rows of a column band, (H, W[, C]) uint8; see `label_rows.Sink` for the order.
 
         Raises
         ------
         ValueError
-            If rows are missing, or come twice, or do not fit the image.
+            If rows are missing, come twice, or do not fit the image.
         OutputError
-            If the disk is full or refuses.
+            If the file cannot be written.
         """
         band = self._advance(x, y, pixels)
         band.waiting.append(pixels)
         band.y += len(pixels)
         tile_px, done = self.layout.tile_px, band.y == self.layout.height
-        if band.waiting_rows < tile_px and not done:
-            # The caller may reuse its buffer.
-            band.waiting[-1] = _kept(pixels)
+        if sum(map(len, band.waiting)) < tile_px and not done:
+            band.waiting[-1] = _copied(pixels)  # the caller may reuse its buffer
             return
         rows = _joined(band.waiting)
         first = band.y - len(rows)
-        whole = len(rows) if done else len(rows) // tile_px * tile_px
-        for top in range(0, whole, tile_px):
-            self._put_row(band, first + top, rows[top : min(top + tile_px, whole)])
-        band.waiting = [_kept(rows[whole:])] if whole < len(rows) else []
+        end = len(rows) if done else len(rows) // tile_px * tile_px
+        for top in range(0, end, tile_px):
+            self._put_row(band, first + top, rows[top : min(top + tile_px, end)])
+        band.waiting = [_copied(rows[end:])] if end < len(rows) else []
 
     def put(self, row: int, column: int, tile: Pixels) -> None:
         """Take one tile of level 0, in any order.
@@ -210,22 +187,22 @@ class PyramidWriter:
         Parameters
         ----------
         row, column
-            Its place, in tiles.
+            Position in the grid of tiles.
         tile
-            (H, W[, C]) uint8; less than tile_px only at the right and bottom border.
+            (H, W[, C]) uint8; smaller than a tile only at the right and bottom border.
         """
         with writing(self.path):
             self._put(self._levels[0], row, column, tile)
 
     def finish(self) -> tuple[Path, Path]:
-        """Make the lower levels and complete the file; return its temporary and final name.
+        """Make the lower levels and the file; return its temporary and its final name.
 
         Raises
         ------
         ValueError
             If tiles are missing.
         """
-        missing = int((self._levels[0].offsets == _ABSENT).sum())
+        missing = int((self._levels[0][..., 0] == _ABSENT).sum())
         if missing:
             raise ValueError(f"{self.path.name}: {missing} tiles were never written: write all rows")
         with writing(self.path):
@@ -239,13 +216,12 @@ class PyramidWriter:
 
     def tiles(self, level: int) -> Iterator[bytes]:
         """Yield the encoded tiles of a level, row by row; for an ``Assembler``."""
-        index = self._levels[level]
-        for row, column in product(*map(range, index.offsets.shape)):
-            yield self._read(index, row, column)
+        for row, column in product(*map(range, self.layout.grid(level))):
+            yield self._read(level, row, column)
 
     def tile_bytes(self, level: int) -> NDArray[np.int64]:
-        """Return how long each of `tiles` is, (rows, columns)."""
-        return self._levels[level].sizes
+        """Return the size in bytes of each of `tiles`, (rows, columns)."""
+        return self._levels[level][..., 1]
 
     def abort(self) -> None:
         """Remove what was written."""
@@ -274,33 +250,31 @@ class PyramidWriter:
     def _put_row(self, band: _Band, y: int, rows: Pixels) -> None:
         tile_px = self.layout.tile_px
         if is_one_value(rows):
-            row, first = y // tile_px, band.x // tile_px
+            first = band.x // tile_px
             with writing(self.path):
-                place = slice(first, first + -(-band.width // tile_px))
-                self._put_same(self._levels[0], row, place, rows[0, 0])
+                columns = slice(first, first + -(-band.width // tile_px))
+                self._levels[0][y // tile_px, columns] = self._append_constant(rows[0, 0])
             return
         for left in range(0, band.width, tile_px):
             tile = rows[:, left : left + tile_px]
             self.put(y // tile_px, (band.x + left) // tile_px, tile)
 
-    def _put(self, index: _Index, row: int, column: int, tile: Pixels) -> None:
+    def _put(self, index: NDArray[np.int64], row: int, column: int, tile: Pixels) -> None:
         # Edges are repeated into the padding, which keeps JPEG's ringing out of the image.
-        full = _pad(tile, self.layout.tile_px)
-        # The first row alone rules out most tiles, at once.
-        if (full[0] == full[0, 0]).all() and (full == full[0]).all():
-            self._put_same(index, row, slice(column, column + 1), full[0, 0])
-            return
-        index.offsets[row, column], index.sizes[row, column] = self._append(self.codec.encode(full))
+        padded = _pad(tile, self.layout.tile_px)
+        # Most tiles that are not constant differ in their first row already, which is tested first.
+        if (padded[0] == padded[0, 0]).all() and (padded == padded[0]).all():
+            index[row, column] = self._append_constant(padded[0, 0])
+        else:
+            index[row, column] = self._append(self.codec.encode(padded))
 
-    def _put_same(self, index: _Index, row: int, columns: slice, pixel: Pixels) -> None:
-        """Put tiles of one value, all of them the same bytes."""
+    def _append_constant(self, pixel: Pixels) -> tuple[int, int]:
+        """Return offset and size of a tile of one value; it is stored once."""
         key = pixel.tobytes()
-        if key not in self._same:
-            px = self.layout.tile_px
-            tile = np.full((px, px, *pixel.shape), pixel, np.uint8)
-            self._same[key] = self._append(self.codec.encode(tile))
-        index.offsets[row, columns], index.sizes[row, columns] = self._same[key]
-        index.constant[row, columns] = True
+        if key not in self._constant:
+            side = self.layout.tile_px
+            self._constant[key] = self._append(self.codec.encode(np.full((side, side, *pixel.shape), pixel, np.uint8)))
+        return self._constant[key]
 
     def _append(self, data: bytes) -> tuple[int, int]:
         self._scratch.seek(self._end)
@@ -308,34 +282,32 @@ class PyramidWriter:
         self._end += len(data)
         return self._end - len(data), len(data)
 
-    def _read(self, index: _Index, row: int, column: int) -> bytes:
-        self._scratch.seek(int(index.offsets[row, column]))
-        return self._scratch.read(int(index.sizes[row, column]))
+    def _read(self, level: int, row: int, column: int) -> bytes:
+        offset, size = self._levels[level][row, column].tolist()
+        self._scratch.seek(offset)
+        return self._scratch.read(size)
 
-    def _halved(self, level: int) -> _Index:
-        above, index = self._levels[level - 1], _Index.empty(self.layout.grid(level))
-        for row, column in product(*map(range, index.offsets.shape)):
-            four = slice(2 * row, 2 * row + 2), slice(2 * column, 2 * column + 2)
-            offsets = above.offsets[four]
-            if above.constant[four].all() and (offsets == offsets[0, 0]).all():
-                index.offsets[row, column] = offsets[0, 0]
-                index.sizes[row, column] = above.sizes[2 * row, 2 * column]
-                index.constant[row, column] = True
+    def _halved(self, level: int) -> NDArray[np.int64]:
+        above, index = self._levels[level - 1], np.full((*self.layout.grid(level), 2), _ABSENT)
+        constant = {offset for offset, _ in self._constant.values()}
+        for row, column in product(*map(range, self.layout.grid(level))):
+            four = above[2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+            if int(four[0, 0, 0]) in constant and (four == four[0, 0]).all():
+                index[row, column] = four[0, 0]
             else:
-                tile = self.layout.halve(self._four(level - 1, row, column))
-                self._put(index, row, column, tile)
+                self._put(index, row, column, self.layout.halve(self._four(level - 1, row, column)))
         return index
 
     def _four(self, level: int, row: int, column: int) -> Pixels:
-        """Up to 2 x 2 tiles of ``level`` as one image, padded to whole tiles."""
-        px, index = self.layout.tile_px, self._levels[level]
-        rows, columns = index.offsets[2 * row : 2 * row + 2, 2 * column : 2 * column + 2].shape
+        """Return up to 2 x 2 tiles of ``level`` as one image, padded to whole tiles."""
+        side = self.layout.tile_px
+        rows, columns = self._levels[level][2 * row : 2 * row + 2, 2 * column : 2 * column + 2].shape[:2]
         samples = () if self.layout.samples == 1 else (self.layout.samples,)
-        canvas = np.empty((rows * px, columns * px, *samples), np.uint8)
+        canvas = np.empty((rows * side, columns * side, *samples), np.uint8)
         for r, c in product(range(rows), range(columns)):
-            data = self._read(index, 2 * row + r, 2 * column + c)
-            tile = self.codec.decode(data, (px, px, *samples))
-            canvas[r * px : (r + 1) * px, c * px : (c + 1) * px] = tile
+            data = self._read(level, 2 * row + r, 2 * column + c)
+            tile = self.codec.decode(data, (side, side, *samples))
+            canvas[r * side : (r + 1) * side, c * side : (c + 1) * side] = tile
         # Tiles are padded with their edge already, so an odd last pixel averages with itself.
         return canvas
 
@@ -344,17 +316,17 @@ Assembler = Callable[[PyramidWriter, Path], None]
 
 
 def write_tiff(pyramid: PyramidWriter, path: Path, *, subifds: bool) -> None:
-    """Put the tiles of a pyramid in a BigTIFF.
+    """Write the tiles of a finished pyramid to a BigTIFF.
 
     Parameters
     ----------
     pyramid
-        With all its levels.
+        The pyramid with all its levels.
     path
         The file.
     subifds
-        Whether the reduced images are SubIFDs of the first page, where OME-TIFF has them, or
-        pages of their own (both of subfile type 1): OpenSlide sees only those.
+        Whether the reduced images are SubIFDs of the first page, as in OME-TIFF, or pages of their
+        own, which OpenSlide needs. Both are of subfile type 1.
     """
     layout = pyramid.layout
     sizes = layout.level_sizes
@@ -379,13 +351,13 @@ def write_tiff(pyramid: PyramidWriter, path: Path, *, subifds: bool) -> None:
 
 
 def deflate_codec(tags: dict[str, Any]) -> TileCodec:
-    """Lossless; ``tags`` say what the values mean."""
+    """Return a lossless codec; ``tags`` describe the meaning of the values."""
 
     def encode(tile: Pixels) -> bytes:
         return bytes(imagecodecs.deflate_encode(tile.tobytes(), level=DEFLATE_LEVEL))
 
     def decode(data: bytes, shape: tuple[int, ...]) -> Pixels:
-        # Told the size, it decodes twice as fast.
+        # With a known size it decodes twice as fast.
         values = imagecodecs.deflate_decode(data, out=prod(shape))
         return np.frombuffer(values, np.uint8).reshape(shape)
 
@@ -393,7 +365,7 @@ def deflate_codec(tags: dict[str, Any]) -> TileCodec:
 
 
 def jpeg_codec(quality: int) -> TileCodec:
-    """Colour photographs: YCbCr with halved colour, as slide scanners write them."""
+    """Return a codec for RGB images: JPEG in YCbCr with halved colour, as slide scanners write it."""
 
     def encode(tile: Pixels) -> bytes:
         return bytes(
@@ -414,15 +386,15 @@ def jpeg_codec(quality: int) -> TileCodec:
     return TileCodec(encode, decode, tags)
 
 
-def _kept(pixels: Pixels) -> Pixels:
-    """Copy pixels (H, W[, C]); of one value that is broadcast only that."""
+def _copied(pixels: Pixels) -> Pixels:
+    """Copy pixels (H, W[, C]); one value that is broadcast stays broadcast."""
     if is_one_value(pixels):
         return np.broadcast_to(pixels[:1, :1].copy(), pixels.shape)
     return pixels.copy()
 
 
 def _joined(parts: list[Pixels]) -> Pixels:
-    """Put rows below each other; one value stays broadcast."""
+    """Join rows below each other; one value that is broadcast stays broadcast."""
     first = parts[0]
     if all(is_one_value(part) and (part[0, 0] == first[0, 0]).all() for part in parts):
         return np.broadcast_to(first[:1, :1], (sum(map(len, parts)), *first.shape[1:]))

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from histostream.wsi.errors import SlideError, reason
 from histostream.wsi.geometry import Box
+from histostream.wsi.runs import Runs
 from histostream.wsi.slides.resolution import LIGHT_MPP, SlideView, thumbnail
 from histostream.wsi.tiling.grid import TileGrid
 
@@ -251,50 +252,9 @@ def _otsu(signal: NDArray[np.uint8]) -> int:
 
 def _without_small(mask: NDArray[np.bool_], min_px: float) -> NDArray[np.bool_]:
     """Drop the 8-connected pieces of fewer than ``min_px`` pixels."""
-    starts, ends, stride = _runs(mask)
-    if not len(starts):
-        return mask
-    piece = _pieces(starts, ends, stride)
-    area = np.bincount(piece, weights=ends - starts)
-    kept = area[piece] >= min_px
-    # +1 where a kept run starts and -1 where it ends; the running sum is the mask again.
-    edges = np.zeros(stride * mask.shape[0] + 1, np.int8)
-    edges[starts[kept]], edges[ends[kept]] = 1, -1
-    flat = np.cumsum(edges[:-1], dtype=np.int8) > 0
-    return flat.reshape(mask.shape[0], stride)[:, :-1]
-
-
-def _runs(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
-    """Return the start and end of each horizontal run of a mask, and the length of a row.
-
-    They index the mask as flattened with a spare column, which keeps the rows' runs apart.
-    """
-    height, width = mask.shape
-    flat = np.zeros((height, width + 1), np.int8)
-    flat[:, :width] = mask
-    edges = np.diff(flat.ravel(), prepend=0)
-    return np.flatnonzero(edges == 1), np.flatnonzero(edges == -1), width + 1
-
-
-def _pieces(starts: NDArray[np.int64], ends: NDArray[np.int64], stride: int) -> NDArray[np.int64]:
-    """Return for each run the number of the lowest run that it is connected with."""
-    # The runs of the next row that touch run i, corners included, are those from first[i] to
-    # last[i]: they end after its start and start before its end, one pixel wider on each side.
-    first = np.searchsorted(ends, starts + stride, side="left")
-    last = np.searchsorted(starts, ends + stride, side="right")
-    touching = np.maximum(last - first, 0)
-    upper = np.repeat(np.arange(len(starts)), touching)
-    nth = np.arange(len(upper)) - np.repeat(np.cumsum(touching) - touching, touching)
-    lower = np.repeat(first, touching) + nth
-    piece = np.arange(len(starts))
-    while True:
-        # Hook each root to the lowest root that it touches, then shorten all paths to the roots.
-        a, b = piece[upper], piece[lower]
-        if np.array_equal(a, b):
-            return piece
-        np.minimum.at(piece, np.maximum(a, b), np.minimum(a, b))
-        while not np.array_equal(piece, piece[piece]):
-            piece = piece[piece]
+    runs = Runs(mask.view(np.uint8), corners=True)
+    area = np.bincount(runs.component, weights=runs.end - runs.start, minlength=runs.components)
+    return runs.painted(area >= min_px)
 
 
 def _touching(mask: NDArray[np.bool_], grid: TileGrid) -> NDArray[np.bool_]:

@@ -1,4 +1,4 @@
-"""Laws of objects: the same for every cut into bands and parts, and the same as by the book."""
+"""Laws of objects: the same for every cut into bands and parts, and the same as scipy finds."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from histostream.wsi.outputs.objects import components
 from histostream.wsi.outputs.objects.components import Complete, Components
 from histostream.wsi.outputs.objects.outline import trace
 from histostream.wsi.outputs.objects.store import Shape, Store, eccentricity
+from histostream.wsi.runs import Runs
 
 Labels = NDArray[np.uint8]
 WANTED = [1, 2]
@@ -31,7 +32,7 @@ label_maps = arrays(
 )
 
 
-def by_the_book(labels: Labels) -> list[tuple[int, int, NDArray[np.bool_]]]:
+def with_scipy(labels: Labels) -> list[tuple[int, int, NDArray[np.bool_]]]:
     """First pixel, class and mask of each component, by scipy, which joins sides by default."""
     found = []
     for value in WANTED:
@@ -77,7 +78,7 @@ def crossings(mask: NDArray[np.bool_]) -> float:
 
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of a few pixels, and books that are settled all the time."""
+    """Blocks of a few pixels, and components that are settled all the time."""
     monkeypatch.setattr(components, "BLOCK_PX", 30)
     monkeypatch.setattr(components, "SETTLE_CORNERS", 9)
     monkeypatch.setattr(components, "SETTLE_COMPONENTS", 2)
@@ -91,7 +92,7 @@ def test_objects_are_those_of_the_whole_map_however_it_is_cut(
 ) -> None:
     path = tmp_path_factory.getbasetemp()
     found = stored(path, components_of(labels, band_px, rows))
-    expected = by_the_book(labels)
+    expected = with_scipy(labels)
     assert len(found) == len(expected)
     for shape, (_, value, mask) in zip(found, expected, strict=True):
         ys, xs = np.nonzero(mask)
@@ -167,11 +168,11 @@ def test_sums_of_a_class_that_fills_a_slide_do_not_overflow() -> None:
     found = Components(side, side, [1])
     row = np.broadcast_to(np.uint8(1), (1, side))
     book = found._book
-    runs = components._Runs(np.array(row))
+    runs = Runs(np.array(row))
     book.add(runs, 0, side - 1, side)
     totals = book.totals(book.roots())
     for _ in range(20):  # doubled to a million rows
-        totals.sums *= 2
+        totals.sums[...] *= 2
         low, high = totals.sums[:, 3::2], totals.sums[:, 4::2]
         high += low >> 32
         low &= (1 << 32) - 1

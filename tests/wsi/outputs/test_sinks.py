@@ -508,7 +508,8 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, limit: int) -> None:
         import resource, numpy as np
         from pathlib import Path
         from histostream.wsi.errors import OutputError
-        from histostream.wsi.outputs.folder import ClassInfo, OutputFolder, LabelRows, SlideInfo
+        from histostream.wsi.outputs.folder import OutputFolder
+        from histostream.wsi.outputs.label_rows import ClassInfo, LabelRows, SlideInfo
         from histostream.wsi.outputs.sinks.tiff import LabelTiff
 
         classes = tuple(ClassInfo(str(k), (k, k, k)) for k in range(5))

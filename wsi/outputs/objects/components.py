@@ -1,40 +1,43 @@
-"""Connected components of a label map that comes in parts: each leaves once, when it is complete.
+"""Connected components of a label map that is written in parts: each is returned once, when it is complete.
 
 ::
 
     rows ──> runs ──> components of a block ──> joined with the row above and the band to the left
                  └──> corners of their outlines, which is all that is kept of their pixels
 
-Two pixels are connected if they share a side and a class (4-connectivity): an object's inside is
-then in one piece, and its outline a valid polygon; see `outline`. Objects are numbered within; a
-component that turns out to be part of another is only noted (union-find), and now and then the
-books are settled: what can grow no more leaves, the rest is numbered anew.
+Two pixels are connected if they share a side and a class (4-connectivity): the inside of an object
+is then in one piece, and its outline a valid polygon; see `outline`. When parts of a component meet,
+this is only noted (union-find). From time to time the components are settled: those that cannot
+grow any more are returned, and the others are renumbered.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from histostream.wsi.runs import Runs, connected
 
 Bytes = NDArray[np.uint8]
 Ints = NDArray[np.int32]
 Longs = NDArray[np.int64]
 
 BLOCK_PX = 1 << 20  # rows are taken in blocks of this: temporaries of about 25 bytes a pixel
-# Corners and components that may come in before the books are settled. Also as many as were kept
-# the last time: then the whole time is proportional to the corners, whatever stays open.
+# New corners or components after which components are settled; but at least as many as stayed open
+# the last time, so that the total time is proportional to the number of corners.
 SETTLE_CORNERS, SETTLE_COMPONENTS = 1 << 18, 1 << 16
 
-# Of a corner: where its horizontal and its vertical edge lead, and whether the object has one
-# quadrant of the four around it (convex), or three.
-RIGHT, DOWN, CONVEX, FLAGS = 1, 2, 4, 3  # the last: how many bits
+# Flags of a corner: whether its horizontal edge leads right, whether its vertical edge leads down, and
+# whether the object fills one of the four quadrants around it (convex) or three.
+RIGHT, DOWN, CONVEX = 1, 2, 4
+FLAGS = 3  # number of bits of the flags
 
 _SUMS = ("area", "x", "y", "xx_low", "xx_high", "yy_low", "yy_high", "xy_low", "xy_high")
-_COLUMNS = ("sums", "code", "first", "left", "right", "bottom")
-_LIMB = 32  # squares of 200 000 px summed over a slide do not fit 64 bits, so they are kept in two
+_LIMB = 32  # bits: sums of squares over a slide of 200 000 px do not fit 64 bits, so each is kept in two numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,26 +47,26 @@ class Corners:
     Attributes
     ----------
     owner
-        (n,) the object of each.
+        (n,) the object of each corner.
     x_flags
-        (n,) column of the vertex, 0 is the left edge of the first pixel, times 8, plus `RIGHT`,
-        `DOWN` and `CONVEX`.
+        (n,) x of the vertex in pixel edges (0 is the left edge of the first pixel) times 8, plus
+        `RIGHT`, `DOWN` and `CONVEX`.
     y
-        (n,) row of the vertex.
+        (n,) y of the vertex.
     """
 
     owner: Ints
     x_flags: Ints
     y: Ints
 
-    def of(self, chosen: NDArray[np.bool_], number: Ints) -> Corners:
-        """Return some of them, their objects renumbered."""
+    def select(self, chosen: NDArray[np.bool_], number: Ints) -> Corners:
+        """Return the chosen corners; object i becomes object number[i]."""
         return Corners(number[self.owner[chosen]], self.x_flags[chosen], self.y[chosen])
 
 
 @dataclass(frozen=True, slots=True)
 class Complete:
-    """Objects that are complete, in the order of their first pixels.
+    """Complete objects, in the order of their first pixels.
 
     Attributes
     ----------
@@ -74,12 +77,12 @@ class Complete:
     area
         (n,) pixels.
     box
-        (n, 4) left, top, right and bottom; the latter two exclusive.
+        (n, 4) left, top, right and bottom; right and bottom are exclusive.
     moments
-        (n, 5) sums over the pixels of x, y, x^2, y^2 and xy, Python integers; a pixel's x is its
-        column.
+        (n, 5) sums over the pixels of x, y, x^2, y^2 and xy, as Python integers; the x of a pixel is
+        its column.
     corners
-        Of all of them; an owner is the place of an object in the arrays above.
+        Corners of all objects; an owner is an index into the arrays above.
     """
 
     value: Bytes
@@ -91,19 +94,19 @@ class Complete:
 
 
 class Components:
-    """Components of the wanted classes.
+    """Find the connected components of the wanted classes in rows that come as `Sink` describes.
 
-    Parts come as `Sink` says. Memory: a few bytes for each row and column, and 12 bytes for each
-    corner of what is still open, which may be twice that until the books are settled.
+    Memory: a few bytes for each row and column, and 12 to 24 bytes for each corner of a component
+    that is not complete.
 
     Parameters
     ----------
     width, height
-        The label map, in pixels.
+        Size of the label map in pixels.
     wanted
-        Classes whose components are wanted.
+        Classes whose components are returned.
     min_area
-        Components with fewer pixels are left out.
+        Smallest number of pixels of a component that is returned.
     """
 
     def __init__(self, width: int, height: int, wanted: list[int], min_area: float = 0) -> None:
@@ -111,16 +114,15 @@ class Components:
         self._code = np.zeros(256, np.uint8)  # 0: not wanted
         self._code[wanted] = np.arange(1, len(wanted) + 1)
         self._wanted = np.array([0, *wanted], np.uint8)
-        # The last column of the band to the left, and of this one; the row above.
-        self._left, self._right = _Line(height), _Line(height)
-        self._above = _Line(0)
+        # The last column of the band to the left, that of this band, and the row above.
+        self._left, self._right, self._above = _Line.empty(height), _Line.empty(height), _Line.empty(0)
         self._x0 = self._x1 = self._y = 0
         self._book = _Book()
         self._corners: list[Corners] = []
         self._new_corners = self._kept_corners = self._kept_components = 0
 
     def add(self, x: int, y: int, labels: Bytes) -> Iterator[Complete]:
-        """Take the next rows; yields what is complete."""
+        """Take the next rows; yield the objects that are complete."""
         if y == 0:
             self._begin_band(x, labels.shape[1])
         rows = max(1, BLOCK_PX // labels.shape[1])
@@ -130,17 +132,17 @@ class Components:
                 yield self._settle(self._open())
 
     def finish(self) -> Complete:
-        """Return what the end of the slide completes.
+        """Return the objects that the end of the slide completes.
 
         Raises
         ------
         ValueError
-            If rows are missing: outlines would be open.
+            If rows are missing.
         """
         if (self._x1, self._y) != (self._width, self._height):
             raise ValueError(
-                f"column {self._x1}, row {self._y} of {self._width} x {self._height} px is the "
-                "last that came: the rest was never written"
+                f"the label map ended at column {self._x1}, row {self._y} of {self._width} x {self._height} px: "
+                "write all rows"
             )
         return self._settle(np.zeros(0, np.int32))
 
@@ -148,24 +150,20 @@ class Components:
         if x != self._x1 or self._y not in {0, self._height}:
             raise ValueError(f"a band begins at x={x}, row {self._y} of that before at {self._x1}")
         if x:
-            self._left, self._right = self._right, _Line(self._height)
-        self._x0, self._x1, self._y, self._above = x, x + width, 0, _Line(width)
+            self._left, self._right = self._right, _Line.empty(self._height)
+        self._x0, self._x1, self._y, self._above = x, x + width, 0, _Line.empty(width)
 
     def _add_block(self, codes: Bytes) -> None:
         height, width = codes.shape
         y, self._y = self._y, self._y + height
         here, before = slice(y, y + height), slice(max(y - 1, 0), y + height)
         if not (codes.any() or self._above.code.any() or self._left.code[before].any()):
-            self._above.clear()
+            self._above = _Line.empty(width)
             return
-        runs = _Runs(codes)
+        runs = Runs(codes)
         number = self._book.add(runs, self._x0, y, self._width)
         ids = runs.painted(number)
-        # One pixel more on each side.
-        framed = np.zeros((height + 2, width + 2), np.uint8)
-        framed[1:-1, 1:-1] = codes
-        framed_ids = np.zeros(framed.shape, np.int32)
-        framed_ids[1:-1, 1:-1] = ids
+        framed, framed_ids = np.pad(codes, 1), np.pad(ids, 1)
         for frame, above, left in (
             (framed, self._above.code, self._left.code),
             (framed_ids, self._above.number, self._left.number),
@@ -174,16 +172,16 @@ class Components:
             frame[1 - (y > 0) : -1, 0] = left[before]
         self._join(codes[0], ids[0], self._above.code, self._above.number)
         self._join(codes[:, 0], ids[:, 0], self._left.code[here], self._left.number[here])
-        # Vertices at the right and at the bottom are of the next band or rows, if there are any.
+        # Vertices on the right and bottom edges belong to the next band and the next rows, if any.
         kept = np.s_[: height + 1 + (self._y == self._height), : width + 1 + (self._x1 == self._width)]
-        found = _corners(framed[kept], framed_ids[kept], self._x0, y)
-        self._corners.append(found)
-        self._new_corners += len(found.y)
-        self._above = _Line.of(codes[-1], ids[-1])
+        corners = _corners(framed[kept], framed_ids[kept], self._x0, y)
+        self._corners.append(corners)
+        self._new_corners += len(corners.y)
+        self._above = _Line(codes[-1].copy(), ids[-1].copy())
         self._right.code[here], self._right.number[here] = codes[:, -1], ids[:, -1]
 
     def _join(self, codes: Bytes, ids: Ints, other_codes: Bytes, other_ids: Ints) -> None:
-        """Note that neighbours of one class are one component."""
+        """Join components of one class along a line of pixels and the line beside it."""
         touch = np.flatnonzero((codes == other_codes) & (codes > 0))
         if len(touch):
             pairs = np.stack([ids[touch], other_ids[touch]])
@@ -191,10 +189,10 @@ class Components:
             self._book.join(*pairs[:, first])
 
     def _open(self) -> Ints:
-        """Components that may still grow."""
+        """Return the components that may still grow."""
         waiting = [self._above.number] if self._y < self._height else []
         if self._x0:
-            # From the last row on: the vertices below it are still to come.
+            # From the last row on, since the vertices below it are not known yet.
             waiting.append(self._left.number[max(self._y - 1, 0) :])
         if self._x1 < self._width:
             waiting.append(self._right.number[: self._y])
@@ -207,230 +205,146 @@ class Components:
         )
 
     def _settle(self, still_open: Ints) -> Complete:
-        """Let go what is complete, and number the rest anew."""
+        """Return the components that are complete, and renumber the others."""
         root = self._book.roots()
         totals, corners = self._book.totals(root), _joined(self._corners, root)
         stays = np.zeros(len(root), bool)
         stays[root[still_open]] = True
         stays[0] = False
-        whole = np.flatnonzero(root == np.arange(len(root)))[1:]
-        complete = self._complete(totals, whole[~stays[whole]], corners)
+        roots = np.flatnonzero(root == np.arange(len(root)))[1:]
+        complete = self._complete(totals, roots[~stays[roots]], corners)
 
-        kept = whole[stays[whole]]
+        kept = roots[stays[roots]]
         number = np.zeros(len(root), np.int32)
         number[kept] = np.arange(1, len(kept) + 1, dtype=np.int32)
-        self._book = totals.only(kept)
-        self._corners = [corners.of(stays[corners.owner], number)]
+        self._book = _Book(totals.select(kept))
+        self._corners = [corners.select(stays[corners.owner], number)]
         for line in (self._above, self._left, self._right):
             line.number = number[root[line.number]]
         self._kept_corners, self._new_corners = len(self._corners[0].y), 0
         self._kept_components = len(kept)
         return complete
 
-    def _complete(self, book: _Book, leaving: Longs, corners: Corners) -> Complete:
-        leaving = leaving[book.sums[leaving, 0] >= self._min_area]
-        leaving = leaving[np.argsort(book.first[leaving])]
-        place = np.full(len(book) + 1, -1, np.int32)
-        place[leaving] = np.arange(len(leaving), dtype=np.int32)
-        top = book.first // self._width
-        box = np.stack([book.left, top, book.right, book.bottom], axis=1)
+    def _complete(self, totals: _Measures, leaving: Longs, corners: Corners) -> Complete:
+        leaving = leaving[totals.sums[leaving, 0] >= self._min_area]
+        leaving = leaving[np.argsort(totals.least[leaving, 0])]
+        index = np.full(len(totals.code), -1, np.int32)
+        index[leaving] = np.arange(len(leaving), dtype=np.int32)
+        measures = totals.select(leaving)
+        first, left, right, bottom = measures.least.T
         return Complete(
-            self._wanted[book.code[leaving]],
-            book.first[leaving],
-            book.sums[leaving, 0],
-            box[leaving].astype(np.int32),
-            _moments(book.sums[leaving]),
-            corners.of(place[corners.owner] >= 0, place),
+            self._wanted[measures.code],
+            first,
+            measures.sums[:, 0],
+            np.stack([left, first // self._width, -right, -bottom], axis=1).astype(np.int32),
+            _moments(measures.sums),
+            corners.select(index[corners.owner] >= 0, index),
         )
 
 
+@dataclass(slots=True)
 class _Line:
-    """Classes and components along a line of pixels."""
+    """Class codes and component numbers along a line of pixels."""
 
-    def __init__(self, length: int) -> None:
-        self.code: Bytes = np.zeros(length, np.uint8)
-        self.number: Ints = np.zeros(length, np.int32)
+    code: Bytes
+    number: Ints
 
     @classmethod
-    def of(cls, code: Bytes, number: Ints) -> _Line:
-        """Copy them."""
-        line = cls(0)
-        line.code, line.number = code.copy(), number.copy()
-        return line
-
-    def clear(self) -> None:
-        """Forget them."""
-        self.code[:], self.number[:] = 0, 0
+    def empty(cls, length: int) -> _Line:
+        """Return a line without components."""
+        return cls(np.zeros(length, np.uint8), np.zeros(length, np.int32))
 
 
-class _Runs:
-    """Runs of one class in the rows of a block, and which of them are connected.
+@dataclass(frozen=True, slots=True)
+class _Measures:
+    """What is known of n components.
 
     Attributes
     ----------
-    row, start, end
-        Where each run is; end exclusive.
     code
-        Its class.
-    component
-        0 to ``components - 1``, in the order of their first pixels.
+        (n,) class code.
+    sums
+        (n, 9) sums over the pixels, in the order of `_SUMS`.
+    least
+        (n, 4) place of the first pixel, left edge, and the right and bottom edges times -1: of
+        several parts of a component the minimum counts.
     """
 
-    def __init__(self, codes: Bytes) -> None:
-        height, width = codes.shape
-        self._shape, stride = codes.shape, width + 1
-        padded = np.zeros((height, stride), np.uint8)  # a gap after each row
-        padded[:, :width] = codes
-        flat = padded.ravel()
-        edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-        self._edges = np.concatenate([[0], edges, [flat.size]])
-        code = flat[self._edges[:-1]]
-        self._filled = np.flatnonzero(code)
-        first, last = self._edges[:-1][self._filled], self._edges[1:][self._filled]
-        self.code = code[self._filled]
-        self.row = first // stride
-        self.start = first - self.row * stride
-        self.end = self.start + (last - first)
-        # The runs of the row above that each run lies under.
-        low = np.searchsorted(last, first - stride, side="right")
-        many = np.searchsorted(first, last - stride, side="left") - low
-        below = np.repeat(np.arange(len(first)), many)
-        above = np.arange(many.sum()) + np.repeat(low - (np.cumsum(many) - many), many)
-        same = self.code[below] == self.code[above]
-        root = connected(len(first), below[same], above[same])
-        new = root == np.arange(len(root))
-        self.components = int(new.sum())
-        self.component = (np.cumsum(new) - 1)[root]
+    code: Bytes
+    sums: Longs
+    least: Longs
 
-    def painted(self, number: Ints) -> Ints:
-        """Each pixel's component, numbered so; 0 where there is none."""
-        height, width = self._shape
-        value = np.zeros(len(self._edges) - 1, np.int32)
-        value[self._filled] = number[self.component]
-        return np.repeat(value, np.diff(self._edges)).reshape(height, width + 1)[:, :width]
+    @classmethod
+    def merged(cls, count: int, owner: NDArray[Any], code: Bytes, sums: list[Longs], least: list[Longs]) -> _Measures:
+        """Merge parts into ``count`` components; ``owner`` is the component of each part."""
+        merged = cls(
+            np.zeros(count, np.uint8),
+            np.zeros((count, len(sums)), np.int64),
+            np.full((count, len(least)), np.iinfo(np.int64).max),
+        )
+        merged.code[owner] = code
+        for i, column in enumerate(sums):
+            np.add.at(merged.sums[:, i], owner, column)
+        for i, column in enumerate(least):
+            np.minimum.at(merged.least[:, i], owner, column)
+        return merged
+
+    def select(self, chosen: Longs) -> _Measures:
+        """Return the measures of some components."""
+        return _Measures(self.code[chosen], self.sums[chosen], self.least[chosen])
 
 
 class _Book:
-    """What is known of each component; the first entry is none."""
+    """The components so far, and which of them have joined (union-find). Number 0 is no component."""
 
-    def __init__(self) -> None:
-        self._used = 1
-        self._parent = np.zeros(1, np.int32)
-        self.sums = np.zeros((1, len(_SUMS)), np.int64)
-        self.code = np.zeros(1, np.uint8)
-        self.first = np.zeros(1, np.int64)
-        self.left, self.right, self.bottom = (np.zeros(1, np.int64) for _ in range(3))
+    def __init__(self, parts: _Measures | None = None) -> None:
+        none = _Measures(np.zeros(1, np.uint8), np.zeros((1, len(_SUMS)), np.int64), np.zeros((1, 4), np.int64))
+        self._parts = [none] if parts is None else [none, parts]
+        self._parent = np.arange(sum(len(part.code) for part in self._parts), dtype=np.int32)
 
     def __len__(self) -> int:
-        return self._used - 1
+        return len(self._parent) - 1
 
-    def add(self, runs: _Runs, x: int, y: int, width: int) -> Ints:
-        """Enter the components of a block at x, y; returns their numbers."""
-        begin, end = self._used, self._used + runs.components
-        self._reserve(end)
-        number = np.arange(begin, end, dtype=np.int32)
-        self._parent[begin:end] = number
-        of = runs.component + begin
+    def add(self, runs: Runs, x: int, y: int, width: int) -> Ints:
+        """Add the components of a block at (x, y) of an image ``width`` wide; return their numbers."""
         start, stop, row = runs.start + x, runs.end + x, runs.row + y
         area, sum_x = stop - start, _triangle(stop) - _triangle(start)
-        squares = (
-            _pyramid(stop) - _pyramid(start),
-            row * row * area,
-            row * sum_x,
-        )
-        columns = [area, sum_x, row * area]
-        for square in squares:  # each below 2^63 / 2^31
-            columns += [square & ((1 << _LIMB) - 1), square >> _LIMB]
-        for i, column in enumerate(columns):
-            np.add.at(self.sums[:, i], of, column)
-        first = row * width + start
-        self.code[of] = runs.code
-        self.first[begin:end] = np.iinfo(np.int64).max
-        self.left[begin:end] = width
-        np.minimum.at(self.first, of, first)
-        np.minimum.at(self.left, of, start)
-        np.maximum.at(self.right, of, stop)
-        np.maximum.at(self.bottom, of, row + 1)
-        self._used = end
+        sums = [area, sum_x, row * area]
+        for square in (_pyramid(stop) - _pyramid(start), row * row * area, row * sum_x):  # each below 2^63 / 2^31
+            sums += [square & ((1 << _LIMB) - 1), square >> _LIMB]
+        least = [row * width + start, start, -stop, -row - 1]
+        self._parts.append(_Measures.merged(runs.components, runs.component, runs.value, sums, least))
+        number = np.arange(runs.components, dtype=np.int32) + np.int32(len(self._parent))
+        self._parent = np.concatenate([self._parent, number])
         return number
 
     def join(self, a: Ints, b: Ints) -> None:
-        """Note that components are parts of one."""
+        """Note that the components a[i] and b[i] are parts of one."""
         a, b = self._roots_of(a), self._roots_of(b)
         differ = a != b
         if differ.any():
-            both = np.concatenate([a[differ], b[differ]])
-            nodes, at = np.unique(both, return_inverse=True)
+            nodes, at = np.unique(np.concatenate([a[differ], b[differ]]), return_inverse=True)
             half = len(at) // 2
             self._parent[nodes] = nodes[connected(len(nodes), at[:half], at[half:])]
 
     def roots(self) -> Ints:
-        """Return the number that each component goes by: the least of its parts."""
-        return self._roots_of(self._parent[: self._used])
+        """Return the lowest number of the parts of each component."""
+        return self._roots_of(self._parent)
 
-    def totals(self, root: Ints) -> _Book:
-        """Add up the parts of each component, at its root."""
-        book = _Book()
-        book._used = self._used
-        for name in _COLUMNS:
-            old = getattr(self, name)
-            setattr(book, name, np.zeros((self._used, *old.shape[1:]), old.dtype))
-        used = slice(0, self._used)
-        for i in range(len(_SUMS)):
-            np.add.at(book.sums[:, i], root, self.sums[used, i])
-        book.code[root] = self.code[used]
-        book.first[used], book.left[used] = self.first[used], self.left[used]
-        np.minimum.at(book.first, root, self.first[used])
-        np.minimum.at(book.left, root, self.left[used])
-        np.maximum.at(book.right, root, self.right[used])
-        np.maximum.at(book.bottom, root, self.bottom[used])
-        return book
-
-    def only(self, kept: Longs) -> _Book:
-        """Return some components, numbered from 1."""
-        book, chosen = _Book(), np.concatenate([[0], kept])
-        book._used = len(chosen)
-        book._parent = np.arange(len(chosen), dtype=np.int32)
-        for name in _COLUMNS:
-            setattr(book, name, getattr(self, name)[chosen])
-        return book
+    def totals(self, root: Ints) -> _Measures:
+        """Return the measures of each component at its root."""
+        sums, least = (np.concatenate([getattr(part, name) for part in self._parts]).T for name in ("sums", "least"))
+        code = np.concatenate([part.code for part in self._parts])
+        return _Measures.merged(len(root), root, code, list(sums), list(least))
 
     def _roots_of(self, numbers: Ints) -> Ints:
-        while True:
-            above = self._parent[numbers]
-            if np.array_equal(above, numbers):
-                return numbers
+        while not np.array_equal(numbers, above := self._parent[numbers]):
             numbers = above
-
-    def _reserve(self, size: int) -> None:
-        room = len(self._parent)
-        if size > room:
-            more = max(size, 2 * room) - room
-            for name in ("_parent", *_COLUMNS):
-                old = getattr(self, name)
-                new = np.zeros((more, *old.shape[1:]), old.dtype)
-                setattr(self, name, np.concatenate([old, new]))
-
-
-def connected(n: int, a: Longs, b: Longs) -> Longs:
-    """Return the least node that each of n nodes is connected to, by edges from a to b."""
-    root = np.arange(n)
-    while True:
-        from_a, from_b = root[a], root[b]
-        differ = from_a != from_b
-        if not differ.any():
-            return root
-        a, b, from_a, from_b = a[differ], b[differ], from_a[differ], from_b[differ]
-        np.minimum.at(root, np.maximum(from_a, from_b), np.minimum(from_a, from_b))
-        while True:
-            above = root[root]
-            if np.array_equal(above, root):
-                break
-            root = above
+        return numbers
 
 
 def _corners(codes: Bytes, ids: Ints, x: int, y: int) -> Corners:
-    """Corners at the vertices between pixels; (x, y) is the vertex after the first of them."""
+    """Find the corners at the vertices between pixels; (x, y) is the vertex after the first pixel."""
     across, down = codes[:, 1:] != codes[:, :-1], codes[1:] != codes[:-1]
     bends = (across[1:] | across[:-1]) & (down[:, 1:] | down[:, :-1])
     rows, columns = np.divmod(np.flatnonzero(bends), bends.shape[1])  # np.nonzero takes 5 times that
@@ -458,13 +372,10 @@ def _corners(codes: Bytes, ids: Ints, x: int, y: int) -> Corners:
 
 
 def _joined(several: list[Corners], root: Ints) -> Corners:
-    """Put corners together, each with the root of its component."""
+    """Put corners together; their owners become the roots of their components."""
     none = np.zeros(0, np.int32)
-    return Corners(
-        root[np.concatenate([none, *(c.owner for c in several)])],
-        np.concatenate([none, *(c.x_flags for c in several)]),
-        np.concatenate([none, *(c.y for c in several)]),
-    )
+    owner, x_flags, y = (np.concatenate([none, *(getattr(c, n) for c in several)]) for n in ("owner", "x_flags", "y"))
+    return Corners(root[owner], x_flags, y)
 
 
 def _moments(sums: Longs) -> NDArray[np.object_]:

@@ -1,10 +1,9 @@
-"""From the corners of objects to their outlines: closed rings along the edges of pixels.
+"""Outlines of objects from their corners: closed rings along the edges of pixels.
 
-Where two pixels of an object meet only in a corner, the ring turns there so that it keeps to the
-background. Each ring is then the border of the object to one connected piece of background, and
-since that piece cannot come back to the same corner from the other side (the object, in one piece,
-lies between), no ring touches itself. Rings may touch each other, but only in single points: that
-is a valid polygon of OGC 06-103r4.
+Where two pixels of an object meet only in a corner, the ring turns so that it follows the same piece
+of background. Each ring is then the border between the object and one connected piece of background.
+No ring touches itself, since the object, which is in one piece, separates the two sides of such a
+corner. Rings may touch each other in single points: that is a valid polygon of OGC 06-103r4.
 """
 
 from __future__ import annotations
@@ -26,23 +25,20 @@ class Outlines:
     Attributes
     ----------
     points
-        (p, 2) int32, x and y of the vertices in pixel edges: pixel i lies between i and i + 1. The
-        first point of a ring is its topmost, of these the leftmost; it is not repeated.
+        (p, 2) int32, x and y of the vertices in pixel edges: pixel i lies between i and i + 1. A
+        ring begins with its topmost point, of several the leftmost; it is not repeated at the end.
     ring_ends
-        (r,) where each ring ends in ``points``.
+        (r,) index into ``points`` where each ring ends.
     object_ends
-        (n,) where the rings of each object end: its outside, then its holes. With y down, the
-        outside runs clockwise and holes the other way.
-    edge_px
-        (n,) length of all rings.
+        (n,) index into ``ring_ends`` where the rings of each object end: its outside, then its
+        holes. With y down, the outside runs clockwise and holes the other way.
     perimeter_px
-        (n,) the same as if borders were smooth; see `perimeter`.
+        (n,) length of all rings, as if borders were smooth; see `perimeter`.
     """
 
     points: NDArray[np.int32]
     ring_ends: Longs
     object_ends: Longs
-    edge_px: Longs
     perimeter_px: NDArray[np.float64]
 
 
@@ -62,19 +58,19 @@ def trace(corners: Corners, count: int) -> Outlines:
     owner, x, y, right, down = owner[order], x[order], y[order], right[order], down[order]
     convex = corners.x_flags[order] & CONVEX > 0
 
-    # Two pixels of an object that meet in a corner: exchange the vertical edges, which makes it
-    # two corners of the background.
+    # Where two pixels of an object meet in a corner, exchange the vertical edges of the two corners:
+    # they become two corners of the background.
     same = (owner[1:] == owner[:-1]) & (x[1:] == x[:-1]) & (y[1:] == y[:-1])
     twins = np.flatnonzero(same)
     down[twins], down[twins + 1] = down[twins + 1], down[twins]
     convex[twins] = convex[twins + 1] = False
 
-    # In this order each corner has its horizontal neighbour beside it, in the other the vertical.
+    # In this order the horizontal neighbour of a corner lies beside it, in the other order the vertical one.
     here = np.arange(len(order))
     vertical = _order(owner, x, y, down)
     partner = np.empty_like(here)
     partner[vertical[0::2]], partner[vertical[1::2]] = vertical[1::2], vertical[0::2]
-    # Edges above the object lead right, so that it lies to their right hand.
+    # Edges above the object lead right, so that the object lies on the right of every edge.
     along = right == (down == convex)
     following = np.where(along, here ^ 1, partner)
     place, ring_ends = _rings(following)
@@ -90,14 +86,14 @@ def trace(corners: Corners, count: int) -> Outlines:
     edge_px = np.bincount(owner[0::2], lengths, minlength=count).astype(np.int64)
     number = np.bincount(owner, minlength=count)
     meeting = np.bincount(owner[twins], minlength=count)
-    return Outlines(points, ring_ends, object_ends, edge_px, perimeter(edge_px, number, meeting))
+    return Outlines(points, ring_ends, object_ends, perimeter(edge_px, number, meeting))
 
 
 def perimeter(edge_px: Longs, corners: Longs, meeting: Longs) -> NDArray[np.float64]:
-    """Length of a smooth border, from its image in pixels.
+    """Estimate the length of a smooth border from its image in pixels (Crofton's formula).
 
-    The length of the pixel edges is 4 / pi times too long for a disc, however fine the pixels.
-    Crofton's formula counts instead how often lines in four directions cross the border,
+    The pixel edges of a disc are 4 / pi times too long, however fine the pixels. Crofton's formula
+    counts how often lines in four directions cross the border instead,
     P = pi / 8 (rows + columns + (both diagonals) / sqrt 2). Rows and columns cross once for each
     pixel edge. Diagonals cross twice where the border runs straight past a vertex, once at a
     corner, and not at all where two pixels of the object meet in a corner.
@@ -109,7 +105,7 @@ def perimeter(edge_px: Longs, corners: Longs, meeting: Longs) -> NDArray[np.floa
     corners
         Number of corners.
     meeting
-        Number of vertices where two pixels of the object meet; they are two corners each.
+        Number of vertices where two pixels of the object meet; each counts as two corners.
     """
     diagonals = 2 * edge_px - corners - 2 * meeting
     length: NDArray[np.float64] = np.pi / 8 * (edge_px + diagonals / np.sqrt(2))
@@ -117,7 +113,7 @@ def perimeter(edge_px: Longs, corners: Longs, meeting: Longs) -> NDArray[np.floa
 
 
 def _order(owner: Longs, major: NDArray[np.int32], minor: NDArray[np.int32], last: NDArray[np.bool_]) -> Longs:
-    """Sort by all of them, the first first."""
+    """Return the order that sorts by owner, then by the other keys in turn."""
     if not len(owner):
         return np.zeros(0, np.int64)
     majors, minors = int(major.max()) + 1, int(minor.max()) + 1
@@ -129,11 +125,11 @@ def _order(owner: Longs, major: NDArray[np.int32], minor: NDArray[np.int32], las
 def _rings(following: Longs) -> tuple[Longs, Longs]:
     """Lay cycles one after the other, each from its least member.
 
-    All corners follow the cycle at once, in steps of 1, 2, 4, ...
+    All corners follow their cycle at once, in steps of 1, 2, 4, ... (pointer jumping).
 
     Returns
     -------
-    Place of each corner, and where each ring ends.
+    Position of each corner, and the end of each ring.
     """
     count = len(following)
     following = following.astype(np.int32)  # corners in memory are fewer than 2^31
@@ -143,7 +139,7 @@ def _rings(following: Longs) -> tuple[Longs, Longs]:
         if np.array_equal(less, least):
             break
         least, jump = less, jump[jump]
-    # Corners from here to the last of the ring.
+    # Count the corners from each one to the last of its ring.
     is_last = following == least
     jump = np.where(is_last, np.arange(count, dtype=np.int32), following)
     left = (~is_last).astype(np.int32)

@@ -1,4 +1,4 @@
-"""Polygons with fewer points, which stay valid."""
+"""Simplify polygons so that they stay valid."""
 
 from __future__ import annotations
 
@@ -9,45 +9,44 @@ from numpy.typing import NDArray
 
 Rings = Sequence[NDArray[np.float64]]
 
-MANY_RINGS = 64
+MANY_RINGS = 64  # above, GEOS takes too long; see `_ring_by_ring`
 
 
 def simplify(polygons: Sequence[Rings], tolerance: float) -> list[list[NDArray[np.float64]]]:
-    """Leave out points of polygons, as Douglas and Peucker do.
+    """Remove points of polygons by the algorithm of Douglas and Peucker.
 
-    What remains are points of the polygon, in their order. None that is left out is further than
-    the tolerance from the new outline; only where a ring began, and that point is left out in the
-    end, it may be twice as far. Rings do not vanish, cross or change sides (GEOS's
-    ``TopologyPreservingSimplifier``).
+    The remaining points keep their order. A removed point lies within the tolerance of the new
+    outline; only the first point of a ring, if removed, may be twice as far. Rings do not vanish,
+    cross or change sides (GEOS's ``TopologyPreservingSimplifier``).
 
     Parameters
     ----------
     polygons
         Rings of each, (n, 2), the outside first; the first point of a ring is not repeated.
     tolerance
-        In the units of the points.
+        Largest distance, in the units of the points.
     """
     import shapely
 
-    found: list[list[NDArray[np.float64]]] = [[] for _ in polygons]
+    simplified: list[list[NDArray[np.float64]]] = [[] for _ in polygons]
     few = [i for i, polygon in enumerate(polygons) if len(polygon) <= MANY_RINGS]
     exact = _polygons([polygons[i] for i in few])
     simple = shapely.simplify(exact, tolerance, preserve_topology=True)
-    # Nothing is known to break them, but a file that others refuse would be the worst outcome.
+    # No case is known that makes them invalid, but a file that other programs refuse would be worst.
     simple = np.where(shapely.is_valid(simple) & ~shapely.is_empty(simple), simple, exact)
     rings, owners = shapely.get_rings(simple, return_index=True)
     for owner, ring in zip(owners.tolist(), _open(rings), strict=True):
-        found[few[owner]].append(ring)
+        simplified[few[owner]].append(ring)
     for i, polygon in enumerate(polygons):
         if len(polygon) > MANY_RINGS:
-            found[i] = _ring_by_ring(polygon, tolerance)
-    return found
+            simplified[i] = _ring_by_ring(polygon, tolerance)
+    return simplified
 
 
 def _ring_by_ring(polygon: Rings, tolerance: float) -> list[NDArray[np.float64]]:
-    """Simplify each ring for itself; those that then meet another go back to what they were.
+    """Simplify each ring on its own, and restore the rings that then meet another ring.
 
-    GEOS compares each ring with each other one: an hour for a tissue with 100 000 nuclei in it.
+    GEOS compares every ring with every other: an hour for a tissue with 100 000 nuclei in it.
     """
     import shapely
 
@@ -68,8 +67,8 @@ def _ring_by_ring(polygon: Rings, tolerance: float) -> list[NDArray[np.float64]]
         if not len(meeting):
             break
         simple[meeting], done[meeting] = exact[meeting], True
-    whole = shapely.Polygon(lines[0], lines[1:])
-    return list(_open(lines)) if whole.is_valid else list(polygon)
+    polygon_of_lines = shapely.Polygon(lines[0], lines[1:])
+    return list(_open(lines)) if polygon_of_lines.is_valid else list(polygon)
 
 
 def _polygons(polygons: Sequence[Rings]) -> NDArray[np.object_]:
@@ -81,12 +80,12 @@ def _polygons(polygons: Sequence[Rings]) -> NDArray[np.object_]:
     of_ring = np.repeat(np.arange(len(rings)), [len(ring) for ring in rings])
     of_polygon = np.repeat(np.arange(len(polygons)), [len(polygon) for polygon in polygons])
     closed = shapely.linearrings(np.concatenate(rings), indices=of_ring)
-    found: NDArray[np.object_] = shapely.polygons(closed, indices=of_polygon)
-    return found
+    result: NDArray[np.object_] = shapely.polygons(closed, indices=of_polygon)
+    return result
 
 
 def _open(rings: NDArray[np.object_]) -> Iterator[NDArray[np.float64]]:
-    """Points of rings, without the last, which is the first again."""
+    """Yield the points of each ring without the last one, which repeats the first."""
     import shapely
 
     points, of_point = shapely.get_coordinates(rings, return_index=True)

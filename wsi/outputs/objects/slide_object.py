@@ -1,4 +1,4 @@
-"""An object at the slide's full size, and the contract of a file of objects."""
+"""An object as output files show it, and the contract of a file of objects."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class SlideObject:
-    """An object as files show it; places are in pixels of the slide's full size (level 0).
+    """An object in pixels of the slide's full size (level 0).
 
     Attributes
     ----------
     number
         1, 2, ..., in the order of their topmost rows.
     label
-        Its class.
+        Class.
     area_um2, perimeter_um, eccentricity
-        See `Shape`; simplified outlines change nothing in them.
+        As in `Shape`, measured before outlines are simplified.
     x, y
         Centroid.
     box

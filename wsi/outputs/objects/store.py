@@ -1,7 +1,6 @@
-"""Objects wait on disk until all are found, and come back in the order of their first pixels.
+"""Keep objects on disk until all are found, and return them in the order of their first pixels.
 
-They are found in an order that depends on the column bands and parts that the rows came in; files
-must not.
+The order in which they are found depends on the column bands; the order in files must not.
 """
 
 from __future__ import annotations
@@ -30,17 +29,17 @@ class Shape:
     Attributes
     ----------
     value
-        Its class.
+        Class.
     area_px, perimeter_px
-        Its pixels, and the length of its border with holes; see `outline.perimeter`.
+        Number of pixels, and length of the border with its holes; see `outline.perimeter`.
     eccentricity
-        Of the ellipse with the same second moments: 0 is round, near 1 is thin.
+        Eccentricity of the ellipse with the same second moments: 0 is round, near 1 is thin.
     x, y
-        Its centroid.
+        Centroid.
     box
         Left, top, right, bottom.
     rings
-        (n, 2) int32 each: its outside, then its holes; see `outline.Outlines`.
+        (n, 2) int32 each: the outside, then the holes; see `outline.Outlines`.
     """
 
     value: int
@@ -59,7 +58,7 @@ class Store:
     Parameters
     ----------
     path
-        Of the file; what is there is overwritten.
+        The file; an older one is overwritten.
     """
 
     def __init__(self, path: Path) -> None:
@@ -71,7 +70,7 @@ class Store:
     def __len__(self) -> int:
         return len(self._first)
 
-    def add(self, found: Complete) -> None:
+    def add(self, complete: Complete) -> None:
         """Keep objects.
 
         Raises
@@ -79,14 +78,12 @@ class Store:
         OutputError
             If the disk is full.
         """
-        if not len(found.first):
+        if not len(complete.first):
             return
-        end, records = self._end[-1], []
-        for record in _records(found, trace(found.corners, len(found.first))):
-            records.append(record)
-            end += len(record)
-            self._end.append(end)
-        self._first.extend(found.first.tolist())
+        records = list(_records(complete, trace(complete.corners, len(complete.first))))
+        for record in records:
+            self._end.append(self._end[-1] + len(record))
+        self._first.extend(complete.first.tolist())
         with writing(self._path):
             self._file.write(b"".join(records))
 
@@ -98,23 +95,19 @@ class Store:
                 yield _shape(self._file.read(self._end[i + 1] - self._end[i]))
 
     def remove(self) -> None:
-        """Forget everything. Allowed twice."""
+        """Remove the file. Allowed twice."""
         self._file.close()
         remove([self._path])
 
 
 def eccentricity(area: NDArray[np.int64], moments: NDArray[np.object_]) -> NDArray[np.float64]:
-    """Eccentricity of the ellipse with the same second moments.
+    """Return the eccentricity of the ellipses with the same area and moments as objects; see `Complete`.
 
-    Parameters
-    ----------
-    area, moments
-        As in `Complete`. Pixels are squares, which adds 1/12 to their variance along each axis, as
-        in scikit-image.
+    Pixels are squares, which adds 1/12 to their variance along each axis, as in scikit-image.
     """
     n = area.astype(object)
     x, y, xx, yy, xy = moments.T
-    # Integers up to the division: far from the origin floats would leave nothing of the difference.
+    # Integers up to the division: far from the origin the difference is lost in floating point.
     along_x, along_y, both = (
         ((n * square - product) / (n * n)).astype(np.float64)
         for square, product in ((xx, x * x), (yy, y * y), (xy, x * y))
@@ -123,18 +116,18 @@ def eccentricity(area: NDArray[np.int64], moments: NDArray[np.object_]) -> NDArr
     half = np.hypot((along_x - along_y) / 2, both)
     middle = (along_x + along_y) / 2
     ratio = (middle - half) / (middle + half)
-    found: NDArray[np.float64] = np.sqrt(np.clip(1 - ratio, 0, 1))
-    return found
+    eccentric: NDArray[np.float64] = np.sqrt(np.clip(1 - ratio, 0, 1))
+    return eccentric
 
 
-def _records(found: Complete, outlines: Outlines) -> Iterator[bytes]:
-    centers = (found.moments[:, :2] / found.area[:, None].astype(object)).astype(np.float64) + 0.5
+def _records(complete: Complete, outlines: Outlines) -> Iterator[bytes]:
+    centers = (complete.moments[:, :2] / complete.area[:, None].astype(object)).astype(np.float64) + 0.5
     columns = zip(
-        found.value.tolist(),
-        found.area.tolist(),
-        found.box.tolist(),
+        complete.value.tolist(),
+        complete.area.tolist(),
+        complete.box.tolist(),
         outlines.perimeter_px.tolist(),
-        eccentricity(found.area, found.moments).tolist(),
+        eccentricity(complete.area, complete.moments).tolist(),
         centers.tolist(),
         outlines.object_ends.tolist(),
         strict=True,
