@@ -21,7 +21,6 @@ from histostream.wsi.slides.resolution import LIGHT_MPP, MAX_MPP
 from histostream.wsi.slides.sources.base import file_name, is_plain_name, is_remote, redact_url
 from histostream.wsi.slides.staging import list_files
 
-TIFF_SUFFIXES = frozenset({".tif", ".tiff", ".ptif", ".ptiff", ".qptiff"})
 DICOM = ".dcm"
 IMAGES = frozenset({".png", ".jpg", ".jpeg"})  # not taken from folders, where most are thumbnails and masks
 LIST = ".csv"
