@@ -12,15 +12,15 @@ import torch.nn.functional as F
 from histostream.export.bundle import Options
 from histostream.export.trained import export_checkpoint
 from histostream.runtime import open_engine, segment_pixels
-from histostream.training import checkpoint, command, loop, synthetic
-from histostream.training import datasets as sets
+from histostream.training import checkpoint, datasets, loop, synthetic
 from histostream.training.augment import Augmentation
 from histostream.training.batches import Batches, divide
 from histostream.training.device import Compute, prepare
-from histostream.training.methods import Batch, State
 from histostream.training.methods.imems import method as imems
 from histostream.training.networks.unet import TwoDecoderUNet
+from histostream.training.recipe import read_recipe
 from histostream.training.schedule import Schedule, set_rates
+from histostream.training.state import Batch, State
 
 ALGORITHMS = {
     "imems": (),
@@ -151,7 +151,7 @@ def test_an_unknown_discriminator_is_named() -> None:
 
 
 def algorithm(name: str) -> imems.Config:
-    config: imems.Config = command.read_recipe("imems", imems, ALGORITHMS[name], TINY, mpp=0.5).config
+    config: imems.Config = read_recipe("imems", imems, ALGORITHMS[name], TINY, mpp=0.5).config
     return config
 
 
@@ -200,8 +200,8 @@ def test_every_algorithm_trains_exports_and_runs(name: str, nuclei_folder: Path,
         "schedule.test=0.25",
         "method.learning_rate=2e-3",
     )
-    recipe = command.read_recipe("imems", imems, ALGORITHMS[name], settings, mpp=0.5)
-    found = sets.open_set(str(nuclei_folder))
+    recipe = read_recipe("imems", imems, ALGORITHMS[name], settings, mpp=0.5)
+    found = datasets.open_dataset(str(nuclei_folder))
     logged: list[dict[str, float]] = []
     loop.train(recipe, imems, found, tmp_path / "run", report=lambda p: logged.append(p.losses))
     main_loss = "l1" if "l1" in logged[0] else "cross_entropy"

@@ -25,20 +25,16 @@ from histostream.export.graph.model import FORBIDDEN_NODES, GraphError
 from histostream.export.parity import open_session
 from histostream.export.trained import export_checkpoint
 from histostream.runtime import open_engine, segment_pixels
-from histostream.training import checkpoint, cli, command, loop, sample, synthetic
-from histostream.training import datasets as sets
-from histostream.training import preview as pictures
+from histostream.training import checkpoint, cli, datasets, loop, preview, sample, synthetic
 from histostream.training.augment import Augmentation
 from histostream.training.batches import Batches, Parts, check_pools, divide
 from histostream.training.checkpoint import Checkpoint, CheckpointError
 from histostream.training.data import DataError, DataSet, Picture
 from histostream.training.device import Compute, prepare
-from histostream.training.loop import Recipe
-from histostream.training.methods import Batch, State
 from histostream.training.methods.pyramid_gan import method as pyramid_gan
+from histostream.training.methods.pyramid_gan.fc_densenet import FCDenseNet
 from histostream.training.methods.pyramid_gan.method import Config
-from histostream.training.networks.fc_densenet import FCDenseNet
-from histostream.training.networks.pyramid import (
+from histostream.training.methods.pyramid_gan.networks import (
     Generator,
     MultiScaleDiscriminator,
     PatchDiscriminator,
@@ -50,8 +46,10 @@ from histostream.training.networks.pyramid import (
     singan_trunk,
     up2,
 )
-from histostream.training.networks.vgg import LAYERS, VGG19Features, WeightsError
+from histostream.training.methods.pyramid_gan.vgg import LAYERS, VGG19Features, WeightsError
+from histostream.training.recipe import Recipe, read_recipe
 from histostream.training.schedule import Schedule, set_rates
+from histostream.training.state import Batch, State
 from histostream.wsi.errors import OutputError
 from tests.training.resuming import killed_and_resumed, logged, weights_of
 
@@ -1075,7 +1073,7 @@ def test_a_checkpoint_of_an_early_level_deploys_what_is_trained(batch: Batch) ->
 
 def read(*names: str, settings: tuple[str, ...] = ()) -> Recipe:
     configs = ("pyramid-paper", *names)
-    return command.read_recipe("pyramid_gan", pyramid_gan, configs, settings, mpp=0.5)
+    return read_recipe("pyramid_gan", pyramid_gan, configs, settings, mpp=0.5)
 
 
 RECIPES = {
@@ -1318,7 +1316,7 @@ def test_painted_images_are_a_data_set_of_their_own(trained: Path, tmp_path: Pat
         "labels",
         "sheet.png",
     ]
-    again = sets.open_set(str(out))
+    again = datasets.open_dataset(str(out))
     assert (again.name, again.mpp) == ("painted", 0.5)
     assert again.classes == found.classes
     assert len({s.group for s in again.train}) == 3
@@ -1348,7 +1346,7 @@ def test_classes_can_be_exchanged_by_name_or_number(trained: Path, tmp_path: Pat
     found = synthetic.colored_regions(1, 1, side_px=48, seed=2)
     for name, swap in (("by name", "stroma=gland"), ("by number", "1=0")):
         sample.sample(painter, found, tmp_path / name, swap=swap)
-        (one,) = sets.open_set(str(tmp_path / name)).train
+        (one,) = datasets.open_dataset(str(tmp_path / name)).train
         np.testing.assert_array_equal(one.labels, 1 - found.train[0].labels)
     labels = np.array([[0, 1, 2]], np.uint8)
     np.testing.assert_array_equal(sample.swapped(labels, 2, 1), [[0, 2, 1]])
@@ -1418,7 +1416,7 @@ def test_nothing_is_left_of_a_set_that_could_not_be_written(
     def full(rows: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pictures, "sheet", full)
+    monkeypatch.setattr(preview, "sheet", full)
     found = synthetic.colored_regions(1, 1, side_px=32)
     with pytest.raises(OutputError, match=r"cannot be written .No space left"):
         sample.sample(sample.open_painter(trained), found, tmp_path / "out")

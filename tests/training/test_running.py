@@ -20,19 +20,19 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from histostream.training import checkpoint, loop
-from histostream.training import datasets as sets
+from histostream.training import checkpoint, datasets, loop
 from histostream.training import device as compute
 from histostream.training.augment import Augmentation, warp
 from histostream.training.batches import Batches, divide
 from histostream.training.checkpoint import CheckpointError
 from histostream.training.data import DataError, DataSet
 from histostream.training.device import Compute, ComputeError
-from histostream.training.loop import Recipe, TrainError
-from histostream.training.methods import State
+from histostream.training.loop import TrainError
 from histostream.training.methods.imems import method as imems
 from histostream.training.methods.imems.method import Config
+from histostream.training.recipe import Recipe
 from histostream.training.schedule import Schedule
+from histostream.training.state import State
 
 STEPS = 12
 TINY = (
@@ -54,7 +54,7 @@ def recipe(**schedule: Any) -> Recipe:
 
 @pytest.fixture(scope="module")
 def found(nuclei_folder: Path) -> DataSet:
-    return sets.open_set(str(nuclei_folder))
+    return datasets.open_dataset(str(nuclei_folder))
 
 
 def command(folder: Path, run: Path, *more: str) -> list[str]:

@@ -22,19 +22,15 @@ from histostream.export.explanation import export_explanation
 from histostream.export.graph.model import GraphError
 from histostream.export.trained import export_checkpoint
 from histostream.runtime import open_engine, segment_pixels
-from histostream.training import checkpoint, command, loop
-from histostream.training import datasets as sets
+from histostream.training import checkpoint, datasets, loop
 from histostream.training.augment import Augmentation
 from histostream.training.batches import Batches, Parts, divide
 from histostream.training.checkpoint import CheckpointError
-from histostream.training.data import DataError, DataSet, Split, StoredPicture, StoredSample
+from histostream.training.data import DataError, DataSet, StoredPicture, StoredSample
 from histostream.training.device import Compute, prepare
-from histostream.training.loop import Recipe
-from histostream.training.methods import Batch, State
 from histostream.training.methods.translation import method as translation
 from histostream.training.methods.translation.method import Config, Translated
-from histostream.training.metrics import SoftDice
-from histostream.training.networks.translation import (
+from histostream.training.methods.translation.networks import (
     AdaptiveNorms,
     Conv,
     Decoder,
@@ -45,7 +41,11 @@ from histostream.training.networks.translation import (
     fold_spectral_norm,
     mirrored,
 )
+from histostream.training.metrics import SoftDice
+from histostream.training.recipe import Recipe, read_recipe
 from histostream.training.schedule import Schedule, set_rates
+from histostream.training.splits import Split
+from histostream.training.state import Batch, State
 from tests.training.resuming import killed_and_resumed, logged, weights_of
 
 CLASSES = (("background", (0, 0, 0)), ("digit", (255, 200, 60)))
@@ -1011,7 +1011,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def read(*names: str, settings: tuple[str, ...] = (), mpp: float | None = None) -> Recipe:
-    return command.read_recipe("translation", translation, names, settings, mpp=mpp)
+    return read_recipe("translation", translation, names, settings, mpp=mpp)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -1105,7 +1105,7 @@ def test_tissue_goes_from_folders_to_labels(tmp_path: Path) -> None:
         Image.fromarray(sample.labels).save(tmp_path / "set" / "labels" / sample.name)
     more = ("schedule.crop_px=64", "method.discriminator_stages=3", "method.depth=4", "schedule.validation=0.5")
     recipe = read("translation-tissue", settings=(*TINY, *more), mpp=0.5)
-    opened = sets.open_set(str(tmp_path / "set"))
+    opened = datasets.open_dataset(str(tmp_path / "set"))
     loop.train(recipe, translation, opened, tmp_path / "run")
     options = Options(precisions=("fp32", "fp16"), tensorrt="off", tile_px=64, calibrate=tmp_path / "set" / "presence")
     done = export_checkpoint("translation", tmp_path / "run", tmp_path / "bundle", options)
@@ -1279,7 +1279,7 @@ def test_the_residual_is_on_the_digit_and_the_digit_is_found(data_dir: Path) -> 
     """
     if not (data_dir / "mnist").is_dir():
         pytest.skip(f"no MNIST files: {data_dir / 'mnist'} does not exist")
-    found = sets.open_set(f"mnist:{data_dir / 'mnist'}?variant=simple&count=2000")
+    found = datasets.open_dataset(f"mnist:{data_dir / 'mnist'}?variant=simple&count=2000")
     config = Config(
         width=4, unique_channels=16, mlp_width=32, discriminator_width=8, learning_rate=2e-3, lambda_seg=10.0
     )
