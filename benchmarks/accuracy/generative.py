@@ -40,8 +40,9 @@ from histostream.benchmarks.accuracy.image_metrics import (
 )
 from histostream.benchmarks.accuracy.score import Predict, score
 from histostream.export.trained import config_of, find_checkpoint
-from histostream.training import checkpoint, datasets, methods, sample, synthetic
+from histostream.training import checkpoint, datasets, methods, synthetic
 from histostream.training.data import DataSet, Sample, StoredPicture
+from histostream.training.methods.pyramid_gan import sample
 from histostream.training.methods.translation import method as translation
 from histostream.training.metrics import SoftDice
 from histostream.training.recipe import read_recipe

@@ -536,7 +536,6 @@ def test_the_papers_comparators_ship_as_recipes(name: str) -> None:
     assert ("reconstructor" in state.modules) == terms[0]
     assert ("discriminator_feat" in state.modules) == (terms[1] != "none")
     assert ("discriminator_pred" in state.modules) == terms[2]
-    assert apma_net.score_kind(config) == "probability"
 
 
 def test_the_oracle_needs_no_target_but_its_own_data() -> None:

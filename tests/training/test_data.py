@@ -15,6 +15,7 @@ from PIL import Image
 
 from histostream.training import data, splits
 from histostream.training.data import DataError, DataSet, Picture, StoredPicture, StoredSample
+from histostream.training.image_files import read_image, read_labels
 from histostream.training.splits import Split
 from histostream.wsi.slides.resolution import at_mpp
 from tests.wsi.slides.test_resolution import ArraySlide
@@ -316,10 +317,10 @@ def test_several_images_in_a_file_are_refused(tmp_path: Path) -> None:
 def test_a_label_image_has_one_channel_of_whole_numbers(tmp_path: Path) -> None:
     for dtype in (np.uint8, np.uint16, np.int32, bool):
         Image.fromarray(np.ones((20, 20), dtype)).save(tmp_path / "ok.tif")
-        assert data.read_labels(tmp_path / "ok.tif").max() == 1
+        assert read_labels(tmp_path / "ok.tif").max() == 1
     Image.new("RGB", (20, 20)).save(tmp_path / "rgb.png")
     with pytest.raises(DataError, match=r"rgb\.png: 3 channels"):
-        data.read_labels(tmp_path / "rgb.png")
+        read_labels(tmp_path / "rgb.png")
     Image.fromarray(np.ones((20, 20), np.float32)).save(tmp_path / "float.tif")
     with pytest.raises(DataError, match="whole numbers"):
-        data.read_labels(tmp_path / "float.tif")
+        read_labels(tmp_path / "float.tif")

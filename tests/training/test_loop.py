@@ -13,6 +13,7 @@ from histostream.training import checkpoint, data, datasets, loop, methods
 from histostream.training.augment import Augmentation, draw_crop
 from histostream.training.checkpoint import CheckpointError
 from histostream.training.cli import main
+from histostream.training.datasets.folder import read_folder
 from histostream.training.methods.imems import method as imems
 from histostream.training.methods.imems.method import Config
 from histostream.training.recipe import Recipe
@@ -102,7 +103,7 @@ def test_training_lowers_the_loss(nuclei_folder: Path, tmp_path: Path) -> None:
 
 def test_a_crop_keeps_pixels_and_labels_together(nuclei_folder: Path) -> None:
     """Pixels are made from the labels, so that any step that moves one but not the other shows."""
-    (sample, *_) = data.read_folder(nuclei_folder)
+    (sample, *_) = read_folder(nuclei_folder)
     assert isinstance(sample, data.StoredSample)
     painted = replace(sample, image=np.repeat(sample.labels[..., None] * np.uint8(200), 3, axis=-1))
     geometry = Augmentation(flips=True, object_px=9.0, zoom=1.4)
@@ -136,7 +137,7 @@ def test_weights_that_do_not_fit_are_refused(tiny_checkpoint: Path) -> None:
 def test_an_unknown_method_names_the_nearest() -> None:
     with pytest.raises(methods.MethodError, match="did you mean 'imems'"):
         methods.load_method("imem")
-    assert "imems" in methods.names()
+    assert "imems" in methods.METHODS.names()
 
 
 def train(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -191,6 +192,6 @@ def test_a_broken_training_set_is_one_clear_line(nuclei_folder: Path, tmp_path: 
     (folder / "images" / "3.png").unlink()
     (folder / "labels_instance" / "5.png").unlink()
     with pytest.raises(data.DataError, match=r"5\.png: no label file"):
-        data.read_folder(folder)
+        read_folder(folder)
     with pytest.raises(data.DataError, match="no folder 'images'"):
-        data.read_folder(tmp_path)
+        read_folder(tmp_path)

@@ -190,8 +190,8 @@ def test_processes_share_the_crops_of_one_batch(found: DataSet) -> None:
 
 
 def test_bfloat16_trains_and_resumes(found: DataSet, tmp_path: Path) -> None:
-    how = Compute("cpu", "bf16")
-    loop.train(recipe(), imems, found, tmp_path / "whole", how=how)
+    settings = Compute("cpu", "bf16")
+    loop.train(recipe(), imems, found, tmp_path / "whole", compute=settings)
 
     class Stop(Exception):
         pass
@@ -201,11 +201,11 @@ def test_bfloat16_trains_and_resumes(found: DataSet, tmp_path: Path) -> None:
             raise Stop
 
     with pytest.raises(Stop):
-        loop.train(recipe(), imems, found, tmp_path / "broken", how=how, report=stop)
-    loop.train(recipe(), imems, found, tmp_path / "broken", how=how)
+        loop.train(recipe(), imems, found, tmp_path / "broken", compute=settings, report=stop)
+    loop.train(recipe(), imems, found, tmp_path / "broken", compute=settings)
     assert same(tmp_path / "whole", tmp_path / "broken")
     assert checkpoint.read(tmp_path / "whole" / "best").record["precision"] == "bf16"
-    loop.train(recipe(), imems, found, tmp_path / "fp32", how=Compute("cpu"))
+    loop.train(recipe(), imems, found, tmp_path / "fp32", compute=Compute("cpu"))
     assert not same(tmp_path / "whole", tmp_path / "fp32")
     assert all(t.dtype != torch.bfloat16 for t in weights(tmp_path / "whole").values())
 
@@ -392,7 +392,7 @@ def test_learning_rates_fall_as_named(name: str) -> None:
 
 def method_that(step: Any, pools: tuple[str, ...] = (), **more: Any) -> ModuleType:
     """iMEMS with another step, and maybe other functions."""
-    names = ("build", "validate", "paint", "align_px", "deployed", "score_kind", "Config", "before_step", "finish")
+    names = ("build", "validate", "paint", "align_px", "deployed", "score_kind", "Config")
     kept = {name: getattr(imems, name) for name in names}
     mine = {**kept, "step": step, "pools": lambda _: pools, **more}
     return cast(ModuleType, SimpleNamespace(**mine))
@@ -437,8 +437,8 @@ def test_the_deterministic_mode_trains_every_algorithm(found: DataSet, tmp_path:
         for i, second in enumerate(("none", "image+features")):
             config = replace(recipe().config, target="labels", adversarial=False, second_task=second)
             mine = replace(recipe(), config=config)
-            how = Compute("cpu", deterministic=True)
-            loop.train(mine, imems, found, tmp_path / str(i), how=how)
+            settings = Compute("cpu", deterministic=True)
+            loop.train(mine, imems, found, tmp_path / str(i), compute=settings)
     finally:
         torch.use_deterministic_algorithms(False)
 

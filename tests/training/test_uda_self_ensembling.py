@@ -25,7 +25,7 @@ from histostream.training.losses import logit_loss
 from histostream.training.methods.uda_self_ensembling import method as uda
 from histostream.training.methods.uda_self_ensembling.networks import BatchNormUNet
 from histostream.training.networks.discriminator import DomainDiscriminator
-from histostream.training.recipe import read_recipe
+from histostream.training.recipe import Recipe, read_recipe
 from histostream.training.schedule import Schedule, set_rates
 from histostream.training.state import Batch, State
 from tests.training.resuming import killed_and_resumed, weights_of
@@ -58,7 +58,7 @@ def tiny(channels: int = 3, **more: Any) -> State:
     return uda.build(config, classes=2, channels=channels)
 
 
-def algorithm(name: str, *settings: str) -> loop.Recipe:
+def algorithm(name: str, *settings: str) -> Recipe:
     configs = ("uda-paper", *ALGORITHMS[name][0])
     return read_recipe("uda_self_ensembling", uda, configs, (*TINY, *settings), mpp=0.5)
 
