@@ -26,9 +26,9 @@ from histostream.training import synthetic
 from histostream.training.augment import Augmentation
 from histostream.training.batches import Batches, divide
 from histostream.training.device import Compute
-from histostream.training.methods import Batch
 from histostream.training.methods.imems import method as imems
 from histostream.training.schedule import Schedule
+from histostream.training.state import Batch
 from histostream.wsi.files import json_text
 
 WARM_UP = 3  # steps before the clock runs

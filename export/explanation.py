@@ -53,7 +53,7 @@ def export_explanation(run: Path, out: Path, *, tile_px: int | None = None) -> o
     """
     folder = find_checkpoint(run)
     said = checkpoints.read(folder)
-    method = methods.load(said.method)
+    method = methods.load_method(said.method)
     if not hasattr(method, "explained"):
         raise CheckpointError(
             f"{folder}: {said.method} has no graph that explains its labels; use a run of translation"

@@ -22,8 +22,8 @@ from histostream.export.bundle import TILE_PX
 from histostream.export.graph.from_torch import to_onnx, write_model
 from histostream.export.graph.model import GraphError
 from histostream.export.parity import check_images
-from histostream.training.networks.pyramid import one_hot_levels
-from histostream.training.sample import Painter, open_painter
+from histostream.training.methods.pyramid_gan.networks import one_hot_levels
+from histostream.training.methods.pyramid_gan.sample import Painter, open_painter
 
 
 def export_generator(run: Path, out: Path, *, tile_px: int | None = None) -> onnx.ModelProto:
@@ -72,7 +72,7 @@ def example_inputs(painter: Painter, tile_px: int) -> dict[str, Tensor]:
     if tile_px < 1 or tile_px % painter.align_px:
         raise GraphError(f"tile of {tile_px} px: these generators take multiples of {painter.align_px}")
     source = torch.Generator().manual_seed(0)
-    classes, channels = len(painter.said.classes), painter.said.channels
+    classes, channels = len(painter.checkpoint.classes), painter.checkpoint.channels
     labels = torch.randint(classes, (2, tile_px, tile_px), generator=source)
     masks = one_hot_levels(labels, classes, painter.config.levels)
     named = {f"mask_{n}": mask for n, mask in reversed(list(enumerate(masks)))}

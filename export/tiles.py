@@ -12,7 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histostream.runtime.engines.base import to_channels
-from histostream.training.data import DataError, read_folder, read_image
+from histostream.training.data import DataError
+from histostream.training.datasets.folder import read_folder
+from histostream.training.image_files import read_image
 from histostream.wsi.errors import HistoError, SlideError
 from histostream.wsi.slides.reader import open_slide
 from histostream.wsi.slides.resolution import at_mpp

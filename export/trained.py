@@ -47,7 +47,7 @@ def read_checkpoint(method_name: str, run: Path | None) -> tuple[Path, Checkpoin
     CheckpointError
         If it is missing, damaged or of another method.
     """
-    methods.load(method_name)
+    methods.load_method(method_name)
     folder = shipped_checkpoint(method_name) if run is None else find_checkpoint(run)
     said = checkpoints.read(folder)
     if said.method != method_name:
@@ -64,7 +64,7 @@ def config_of(folder: Path, said: Checkpoint) -> Any:
         If it does not fit the method.
     """
     try:
-        return methods.load(said.method).Config(**said.config)
+        return methods.load_method(said.method).Config(**said.config)
     except (TypeError, ValueError) as error:
         raise CheckpointError(
             f"{folder}: its config does not fit {said.method}: {error}; "
@@ -80,7 +80,7 @@ def load_deployed(folder: Path, said: Checkpoint) -> nn.Module:
     CheckpointError
         If its config does not fit its method, or its weights are damaged.
     """
-    method = methods.load(said.method)
+    method = methods.load_method(said.method)
     state = method.build(config_of(folder, said), len(said.classes), said.channels)
     checkpoints.load(folder, state)
     module: nn.Module = method.deployed(state)
@@ -128,7 +128,7 @@ def export_checkpoint(
         mpp=said.mpp,
         channels=said.channels,
         tile_px=options.tile_px or own_tile_px(module) or TILE_PX,
-        score_kind=methods.load(method_name).score_kind(config_of(folder, said)),
+        score_kind=methods.load_method(method_name).score_kind(config_of(folder, said)),
         training={**said.record, "step": said.step, "torch": torch.__version__},
         note=checkpoints.read_note(folder),
     )

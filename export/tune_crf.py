@@ -24,8 +24,7 @@ from histostream.runtime.crf import CrfParams, dense_crf
 from histostream.runtime.crf.options import read_params
 from histostream.runtime.crf.stage import to_probabilities
 from histostream.runtime.slide_run import score_pixels
-from histostream.training import batches, checkpoint
-from histostream.training import datasets as sets
+from histostream.training import batches, checkpoint, datasets
 from histostream.training.augment import zoom
 from histostream.training.data import Sample
 from histostream.training.metrics import Confusion
@@ -126,7 +125,7 @@ def samples_of(source: str, part: str, run: Path | None = None) -> tuple[tuple[S
     Parameters
     ----------
     source
-        As of `sets.open_set`.
+        As of `datasets.open_dataset`.
     part
         "validation", "test", "train" or "all"; all where the set has no such part.
     run
@@ -141,7 +140,7 @@ def samples_of(source: str, part: str, run: Path | None = None) -> tuple[tuple[S
     DataError, CheckpointError
         If the set or the run cannot be used.
     """
-    found = sets.open_set(source)
+    found = datasets.open_dataset(source)
     every = (*found.train, *found.validation, *found.test)
     if part == "all":
         return every, found.mpp

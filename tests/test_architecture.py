@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "export": {"training", "runtime", "wsi"},
     "benchmarks": {"wsi", "runtime", "training", "export"},
 }
-PUBLIC = ("histostream.wsi", "histostream.runtime")
+PUBLIC = ("histostream.wsi", "histostream.runtime", "histostream.training")
 
 
 def imported_names(source: Path) -> list[str]:
@@ -220,7 +220,7 @@ def test_the_wheel_holds_the_model_and_the_recipes(tmp_path: Path) -> None:
         "histostream/runtime/models/nuclei/card.json",
         "histostream/runtime/models/nuclei/model.onnx",
         "histostream/training/weights/imems/checkpoint.safetensors",
-        "histostream/training/recipes/nuclei.toml",
+        "histostream/training/methods/imems/nuclei.toml",
         "histostream/wsi/py.typed",
         "histostream/runtime/viewer/static/index.html",
         "histostream/runtime/viewer/static/openseadragon/LICENSE.txt",

@@ -41,7 +41,7 @@ class Augmentation:
         Zoom each image so that its median object has this diameter in pixels (sets without a
         pixel size); 0 keeps the size.
     zoom
-        MemoryNeeds random zoom, log-uniform between 1/zoom and zoom.
+        Further random zoom, log-uniform between 1/zoom and zoom.
     stain
         Strength of random gains and offsets of the haematoxylin, eosin and residual channels
         (Tellez et al. 2018); 0 is off.

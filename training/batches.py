@@ -13,11 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from histostream.training import augment, data
+from histostream.training import augment, splits
 from histostream.training.augment import Augmentation
-from histostream.training.data import DataError, DataSet, Picture, Sample, Split, StoredSample
-from histostream.training.methods import Batch
+from histostream.training.data import DataError, DataSet, Picture, Sample, StoredSample
 from histostream.training.schedule import Schedule
+from histostream.training.splits import Split
+from histostream.training.state import Batch
 
 Crop = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 UNLABELLED = "unlabelled"  # pool that images join whose labels are left out
@@ -89,7 +90,7 @@ def parts_of(found: DataSet, schedule: Schedule | None = None) -> dict[str, tupl
 
 def _with_fewer_labels(parts: Parts, schedule: Schedule) -> Parts:
     train = [parts.samples[i] for i in parts.split.train]
-    kept = set(data.keep_labels(train, share=schedule.labelled, seed=schedule.seed, by=schedule.labelled_by))
+    kept = set(splits.keep_labels(train, share=schedule.labelled, seed=schedule.seed, by=schedule.labelled_by))
     hidden = [sample for i, sample in enumerate(train) if i not in kept]
     still = tuple(place for i, place in enumerate(parts.split.train) if i in kept)
     pools = {**parts.pools, UNLABELLED: (*parts.pools.get(UNLABELLED, ()), *hidden)}
@@ -99,19 +100,19 @@ def _with_fewer_labels(parts: Parts, schedule: Schedule) -> Parts:
 def _divided(found: DataSet, schedule: Schedule) -> Parts:
     every = (*found.train, *found.validation, *found.test)
     if schedule.folds:
-        split = data.fold(
+        split = splits.fold(
             every, folds=schedule.folds, fold=schedule.fold, validation=schedule.validation, seed=schedule.seed
         )
         return Parts(every, split, found.pools)
     if schedule.test or not (found.validation or found.test):
-        split = data.split(every, validation=schedule.validation, test=schedule.test, seed=schedule.seed)
+        split = splits.split(every, validation=schedule.validation, test=schedule.test, seed=schedule.seed)
         return Parts(every, split, found.pools)
     train, validation = len(found.train), len(found.validation)
     test = tuple(range(train + validation, len(every)))
     if validation:
         split = Split(tuple(range(train)), tuple(range(train, train + validation)), test)
     else:
-        inner = data.split(found.train, validation=schedule.validation, test=0.0, seed=schedule.seed)
+        inner = splits.split(found.train, validation=schedule.validation, test=0.0, seed=schedule.seed)
         split = Split(inner.train, inner.validation, test)
     return Parts(every, split, found.pools)
 

@@ -1,8 +1,7 @@
 """Checkpoints: a folder with weights and optimiser states (safetensors) and ``checkpoint.json``.
 
-A ``note.md`` beside them, written by a person, says what the model is for and where it fails.
-
-Data, never code: reading one unpickles nothing.
+A person may add ``note.md``: what the model is for and where it fails. Reading a checkpoint
+unpickles nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from histostream.training.methods import State
+from histostream.training.state import State
 from histostream.wsi.errors import HistoError
 from histostream.wsi.files import whole_file
 from histostream.wsi.slides.staging import sha256_of
@@ -26,12 +25,12 @@ SCHEMA = 1
 
 
 class CheckpointError(HistoError, ValueError):
-    """A checkpoint is missing, damaged or of another kind than asked for."""
+    """A checkpoint is missing or damaged, or does not fit the networks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What ``checkpoint.json`` says: how the model was built and what it was trained on.
+    """Contents of ``checkpoint.json``: how the model was built and what it was trained on.
 
     Attributes
     ----------
@@ -59,29 +58,34 @@ class Checkpoint:
 
 
 def save(folder: Path, checkpoint: Checkpoint, state: State, *, optimizers: bool = True) -> None:
-    """Write a checkpoint; an earlier one in ``folder`` is replaced only when this one is whole.
+    """Write a checkpoint; an earlier one in ``folder`` is replaced once this one is complete.
 
-    The optimiser states are left out of a checkpoint that is only to be exported.
+    A checkpoint that is only to be exported is written without ``optimizers``.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = _weights(state)
+    tensors = {
+        f"{name}.{key}": value.detach().cpu().contiguous()
+        for name, module in state.modules.items()
+        for key, value in module.state_dict().items()
+    }
     if optimizers:
         tensors |= _optimizer_tensors(state)
     # One file holds all tensors and the json goes in its header, so that one rename replaces both.
-    text = json.dumps({"schema": SCHEMA, **_plain(checkpoint)})
+    header = {name: getattr(checkpoint, name) for name in Checkpoint.__slots__}
+    text = json.dumps({"schema": SCHEMA, **header})
     with whole_file(folder / "checkpoint.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"checkpoint": text})
     (folder / "checkpoint.json").write_text(json.dumps(json.loads(text), indent=1) + "\n")
 
 
 def read_note(folder: Path) -> str:
-    """Return what ``note.md`` beside a checkpoint says of the model, "" without one."""
+    """Return the text of ``note.md`` beside a checkpoint, "" without one."""
     path = folder / "note.md"
     return " ".join(path.read_text(encoding="utf-8").split()) if path.is_file() else ""
 
 
 def read(folder: Path) -> Checkpoint:
-    """Read what a checkpoint says of itself.
+    """Read the header of a checkpoint, without its weights.
 
     Raises
     ------
@@ -117,20 +121,18 @@ def load(folder: Path, state: State) -> Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What a run starts from: weights of an earlier run.
+    """The weights of an earlier run that a run starts from.
 
     Attributes
     ----------
-    checkpoint
-        Folder that they come from.
-    sha256
-        Of its file.
+    checkpoint, sha256
+        Folder of the earlier run's checkpoint, and hash of its file.
     method, step
         Of the earlier run.
     loaded
-        Tensors that fitted, by name and shape.
+        Number of tensors that fitted by name and shape.
     left
-        What keeps the weights it was built with, by name: a module of which nothing fitted, or a
+        Names of what keeps the weights it was built with: a module of which nothing fitted, or a
         tensor of one.
     """
 
@@ -162,7 +164,7 @@ def start_from(run: Path, state: State) -> Start:
     """
     folder = run / "best" if (run / "best").is_dir() else run
     path = _file(folder)
-    said, tensors = _read_header(path), load_file(path)
+    header, tensors = _read_header(path), load_file(path)
     loaded, left, kernels = 0, [], 0
     for name, module in state.modules.items():
         if next(module.parameters(), None) is None:
@@ -177,12 +179,12 @@ def start_from(run: Path, state: State) -> Start:
         loaded += len(fits)
         kernels += sum(value.ndim > 1 for value in fits.values())
         left += [f"{name}.{key}" for key in own if key not in fits] if fits else [name]
-    if not kernels:  # a bias of so many classes fits many a network
+    if not kernels:  # a bias alone fits many networks
         raise CheckpointError(
-            f"{folder}: none of its weights fits the networks ({said.method}, {said.config}): "
+            f"{folder}: none of its weights fits the networks ({header.method}, {header.config}): "
             "start from a run of the same networks"
         )
-    return Start(str(folder), sha256_of(path), said.method, said.step, loaded, tuple(left))
+    return Start(str(folder), sha256_of(path), header.method, header.step, loaded, tuple(left))
 
 
 def _file(folder: Path) -> Path:
@@ -197,27 +199,15 @@ def _file(folder: Path) -> Path:
 def _read_header(path: Path) -> Checkpoint:
     try:
         with safe_open(path, framework="pt") as file:
-            said = json.loads((file.metadata() or {})["checkpoint"])
+            header = json.loads((file.metadata() or {})["checkpoint"])
     except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
         raise CheckpointError(
             f"{path}: damaged or not a checkpoint ({error}); copy it again, or train it again"
         ) from error
-    if said.pop("schema", None) != SCHEMA:
+    if header.pop("schema", None) != SCHEMA:
         raise CheckpointError(f"{path}: made by another version; train or export it again")
-    said["classes"] = [(name, tuple(color)) for name, color in said["classes"]]
-    return Checkpoint(**said)
-
-
-def _plain(checkpoint: Checkpoint) -> dict[str, Any]:
-    return {name: getattr(checkpoint, name) for name in Checkpoint.__slots__}
-
-
-def _weights(state: State) -> dict[str, Tensor]:
-    return {
-        f"{name}.{key}": value.detach().cpu().contiguous()
-        for name, module in state.modules.items()
-        for key, value in module.state_dict().items()
-    }
+    header["classes"] = [(name, tuple(color)) for name, color in header["classes"]]
+    return Checkpoint(**header)
 
 
 def _optimizer_tensors(state: State) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """``histo-train``: annotated images in, a checkpoint out.
 
-Only options are here. What takes time to import is imported when they are parsed.
+This module defines the options; libraries that are slow to import are loaded once they are parsed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _one_line_errors = one_line_errors(
     "pools",
     multiple=True,
     metavar="NAME=SET",
-    help="MemoryNeeds images without labels, as target=monuseg:PATH; may be repeated.",
+    help="More images without labels, as target=monuseg:PATH; may be repeated.",
 )
 @click.option(
     "--validation",
@@ -97,24 +97,23 @@ def main(
         return
     if source is None or run is None:
         raise click.UsageError("--data and --out are needed; or use sample (--help shows it)")
-    from histostream.training.command import run_training
+    from histostream.training.command import RunOptions, run_training
+    from histostream.training.device import Compute
 
-    run_training(
-        method_name,
-        source,
-        run,
+    options = RunOptions(
+        method=method_name,
+        data=source,
+        out=run,
         pools=pools,
-        validation_set=validation_set,
-        test_set=test_set,
+        validation=validation_set,
+        test=test_set,
         configs=configs,
         settings=settings,
         mpp=mpp,
-        device=device,
-        precision=precision,
-        compiled=compiled,
-        deterministic=deterministic,
+        compute=Compute(device, precision, compiled, deterministic),
         processes=processes,
     )
+    run_training(options)
 
 
 @main.command("sample")
@@ -153,13 +152,13 @@ def paint_samples(
 
     RUN is a run of the pyramid GAN.
     """
-    from histostream.training import datasets as sets
-    from histostream.training import device as compute
-    from histostream.training import sample
-    from histostream.training.device import Compute
+    from histostream.training import datasets
+    from histostream.training import device as devices
+    from histostream.training.methods.pyramid_gan import sample
 
-    painter = sample.open_painter(run, compute.open_device(Compute(device)))
-    count = sample.sample(painter, sets.open_set(source), out, per_mask=per_mask, masks=masks, swap=swap, seed=seed)
+    painter = sample.open_painter(run, devices.open_device(devices.Compute(device)))
+    data = datasets.open_dataset(source)
+    count = sample.sample(painter, data, out, per_mask=per_mask, masks=masks, swap=swap, seed=seed)
     click.echo(f"{count} images and their labels: {out}; to look at: {out / 'sheet.png'}")
 
 

@@ -8,22 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import math
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile
 
 from histostream.wsi.errors import HistoError
 from histostream.wsi.slides.resolution import resampled
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 SAME_MPP = 1e-6  # relative
 
 Classes = tuple[tuple[str, tuple[int, int, int]], ...]
@@ -211,121 +207,6 @@ def same_mpp(own_mpp: float, mpp: float) -> bool:
     return math.isclose(own_mpp, mpp, rel_tol=SAME_MPP)
 
 
-@dataclass(frozen=True, slots=True)
-class Split:
-    """Sample indices for training, for choosing the checkpoint, and for the final score."""
-
-    train: tuple[int, ...]
-    validation: tuple[int, ...]
-    test: tuple[int, ...]
-
-
-def split(samples: Sequence[Picture], *, validation: float, test: float, seed: int) -> Split:
-    """Divide images at random, whole groups at a time; the same seed gives the same split.
-
-    Parameters
-    ----------
-    samples
-        The images.
-    validation, test
-        Shares of the images that these parts should have; groups are whole, so the nearest
-        possible number is taken. Validation has one group at least.
-    seed
-        Another seed is another split.
-
-    Raises
-    ------
-    DataError
-        If a part would be empty.
-    """
-    groups, count = _groups(samples), len(samples)
-    shuffled = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
-    n_test = round(test * count)
-    message = f"{_amount(samples)} are too few for validation={validation}, test={test}: set smaller shares"
-    if test > 0 and not n_test:
-        raise DataError(message)
-    test_part, rest = _taken(shuffled, n_test) if n_test else ([], shuffled)
-    validation_part, train_part = _taken(rest, max(1, round(validation * count)))
-    if not train_part:
-        raise DataError(message)
-    return Split(*(_indices(part) for part in (train_part, validation_part, test_part)))
-
-
-def fold(samples: Sequence[Picture], *, folds: int, fold: int, validation: float, seed: int) -> Split:
-    """Divide images for cross-validation, whole groups at a time.
-
-    Each image is in the test part of exactly one of the ``folds`` folds, which are made as equal
-    in images as the groups allow.
-
-    Parameters
-    ----------
-    samples
-        The images.
-    folds, fold
-        How many folds, and which of them (from 0) is the test part.
-    validation
-        Share of all images to choose the checkpoint by, one group at least, drawn from the rest.
-    seed
-        Another seed is another division; use one for all folds.
-
-    Raises
-    ------
-    DataError
-        If there are more folds than groups, no such fold, or nothing left to train on.
-    """
-    groups = _groups(samples)
-    if not 2 <= folds <= len(groups):
-        raise DataError(f"folds={folds}: {_amount(samples)} can make 2 to {len(groups)} folds")
-    if not 0 <= fold < folds:
-        raise DataError(
-            f"fold={fold}: the {folds} folds are numbered 0 to {folds - 1}: set schedule.fold to one of them"
-        )
-    shuffled = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
-    sizes, place = [0] * folds, {}
-    for i in sorted(range(len(shuffled)), key=lambda i: -len(shuffled[i])):
-        place[i] = sizes.index(min(sizes))
-        sizes[place[i]] += len(shuffled[i])
-    test_part = [group for i, group in enumerate(shuffled) if place[i] == fold]
-    rest = [group for i, group in enumerate(shuffled) if place[i] != fold]
-    validation_part, train_part = _taken(rest, max(1, round(validation * len(samples))))
-    if not train_part:
-        raise DataError(
-            f"{_amount(samples)} in {folds} folds with validation={validation} leave nothing to "
-            "train on: use a smaller validation part, or more folds"
-        )
-    return Split(*(_indices(part) for part in (train_part, validation_part, test_part)))
-
-
-def keep_labels(samples: Sequence[Picture], *, share: float, seed: int, by: str = "patient") -> tuple[int, ...]:
-    """Choose the images that keep their labels at random.
-
-    Parameters
-    ----------
-    samples
-        The images.
-    share
-        Of them, in (0, 1); the nearest number that whole groups allow is taken, one at least.
-    seed
-        Another seed is another choice. With one seed, a larger share holds a smaller one.
-    by
-        "patient": whole groups at a time, so that no patient is on both sides; or "image".
-
-    Raises
-    ------
-    DataError
-        If none would be left without labels.
-    """
-    groups = [[i] for i in range(len(samples))] if by == "image" else _groups(samples)
-    shuffled = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
-    kept, others = _taken(shuffled, round(share * len(samples)))
-    if not others:
-        raise DataError(
-            f"labelled={share}: of {_amount(samples)} to train on none is left without labels; "
-            "use a smaller share, or 1"
-        )
-    return _indices(kept)
-
-
 def checksum(samples: Sequence[Picture]) -> str:
     """SHA-256 over all digests in order, so that a training record says what it saw."""
     return hashlib.sha256(b"".join(sample.digest() for sample in samples)).hexdigest()
@@ -345,83 +226,6 @@ def class_count(samples: Sequence[Sample]) -> int:
     return classes
 
 
-def read_folder(folder: Path) -> list[Sample]:
-    """Read all labelled images of a folder, sorted by name; see ``docs/data.md`` for its layout.
-
-    Raises
-    ------
-    DataError
-        If the folder cannot be used as it is.
-    """
-    from histostream.training.datasets import folder as layout
-
-    found = layout.read(folder)
-    every = (*found.train, *found.validation, *found.test)
-    return sorted(every, key=lambda sample: sample.name)
-
-
-def read_image(path: Path) -> NDArray[np.uint8]:
-    """Read an image as (H, W, 3) uint8 RGB, or (H, W, 1) where it is grey.
-
-    Raises
-    ------
-    DataError
-        If it is no image, has more than one page or more than 8 bits, or is too large to be read
-        as a whole.
-    """
-    image = open_image(path)
-    if image.mode.startswith(("I", "F")) or ";16" in str(image.tile):
-        image.close()
-        raise DataError(f"{path}: more than 8 bits per channel; convert it to 8 bit")
-    pixels = _loaded(path, image)
-    if pixels.mode in ("L", "1"):
-        return np.asarray(pixels.convert("L"))[..., None]
-    return np.asarray(pixels.convert("RGB"))
-
-
-def read_labels(path: Path) -> NDArray[np.integer]:
-    """Read a label image, (H, W) of whole numbers as they are in the file.
-
-    Raises
-    ------
-    DataError
-        If it cannot be read, or has more than one channel or no whole numbers.
-    """
-    raw = np.asarray(_loaded(path, open_image(path)))
-    if raw.ndim != 2:
-        raise DataError(f"{path}: {raw.shape[2]} channels; a label image has a single one: save it with one")
-    if raw.dtype.kind not in "biu":
-        raise DataError(f"{path}: labels are {raw.dtype}; save them as whole numbers (PNG)")
-    return raw.astype(np.uint8) if raw.dtype == bool else raw
-
-
-def open_image(path: Path) -> ImageFile.ImageFile:
-    """Open an image; its pixels are not read yet.
-
-    Raises
-    ------
-    DataError
-        If it is no image, holds more than one, or is larger than Pillow takes.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path)
-            pages = getattr(image, "n_frames", 1)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{path}: too large to be read as a whole ({error}); cut it into parts, or train from it as a slide"
-        ) from error
-    except (OSError, ValueError, SyntaxError) as error:
-        if path.is_file() and path.stat().st_size == 0:
-            raise DataError(f"{path}: the file is empty; copy it again") from error
-        raise DataError(f"{path}: cannot be read as an image ({error}); save it again, or remove it") from error
-    if pages > 1:
-        image.close()
-        raise DataError(f"{path}: {pages} images in one file; save each as a file of its own")
-    return image
-
-
 def median_diameter(instances: NDArray[np.integer]) -> float:
     """Median diameter of the objects (of the circle of equal area), in pixels; nan without any."""
     areas = np.unique(instances[instances > 0], return_counts=True)[1]
@@ -434,15 +238,6 @@ def listed(names: Sequence[object], most: int = 8) -> str:
     return text + f" and {len(names) - most} more" if len(names) > most else text
 
 
-def _loaded(path: Path, image: ImageFile.ImageFile) -> ImageFile.ImageFile:
-    try:
-        image.load()
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
-        image.close()
-        raise DataError(f"{path}: cannot be read as an image ({error}); save it again, or remove it") from error
-    return image
-
-
 def _sha256(*parts: str | NDArray[np.generic] | None) -> bytes:
     """Hash texts and arrays so that no two lists of them are mistaken for each other."""
     digest = hashlib.sha256()
@@ -453,33 +248,6 @@ def _sha256(*parts: str | NDArray[np.generic] | None) -> bytes:
             digest.update(f"{part.shape}{part.dtype.str}".encode())
             digest.update(np.ascontiguousarray(part).data)
     return digest.digest()
-
-
-def _groups(samples: Sequence[Picture]) -> list[list[int]]:
-    """Return the indices of the samples of each group, in the order in which the groups appear."""
-    found: dict[str, list[int]] = {}
-    for i, sample in enumerate(samples):
-        found.setdefault(sample.group, []).append(i)
-    return list(found.values())
-
-
-def _taken(groups: list[list[int]], wanted: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Take the first groups, one at least, that have the number of images nearest to ``wanted``."""
-    if not groups:
-        return [], []
-    total = np.cumsum([len(group) for group in groups])
-    end = 1 + int(np.abs(total - wanted).argmin())
-    return groups[:end], groups[end:]
-
-
-def _indices(groups: list[list[int]]) -> tuple[int, ...]:
-    return tuple(sorted(chain.from_iterable(groups)))
-
-
-def _amount(samples: Sequence[Picture]) -> str:
-    groups = len({sample.group for sample in samples})
-    of_groups = f" of {groups} groups" if groups < len(samples) else ""
-    return f"{len(samples)} images{of_groups}"
 
 
 # ----------------------------------------------------------------------------- resolution

@@ -1,9 +1,9 @@
-"""Where and how to compute: device, precision, compilation, and several processes as one.
+"""Where and how to compute: device, precision, compilation, and several processes that train together.
 
-Methods stay plain PyTorch. Mixed precision and compilation go into the networks' ``forward``, the
-average over processes into the optimisers' ``step``, so that a method with three networks that
-take turns needs nothing of its own. (DistributedDataParallel wants every forward pass followed by
-a backward pass through all parameters, which adversaries that are frozen in turn do not do.)
+Methods are plain PyTorch. Mixed precision and compilation are put into the networks' ``forward``,
+the average over processes into the optimisers' ``step``, so that methods need no code for them.
+(DistributedDataParallel needs a backward pass through all parameters after every forward pass;
+adversaries that are frozen in turn do not have one.)
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from histostream.training.choices import PRECISIONS
-from histostream.training.methods import State
+from histostream.training.state import State
 from histostream.wsi.errors import HistoError
 
-PATIENCE = timedelta(hours=2)
+TIMEOUT = timedelta(hours=2)  # the other processes wait while the first validates
 
 
 class ComputeError(HistoError, RuntimeError):
-    """The machine cannot compute as asked."""
+    """The machine has no such device or precision."""
 
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """How to train; it does not define the run, so a run may go on with other settings.
+    """How to compute. It does not define a run, which may be continued with other settings.
 
     Attributes
     ----------
@@ -44,7 +44,7 @@ class Compute:
     compiled
         Compile the networks (torch.compile); the first steps take minutes.
     deterministic
-        Refuse operations whose result differs from run to run (GPUs); slower.
+        Refuse operations whose result differs from run to run (on GPUs); slower.
     """
 
     device: str = "auto"
@@ -82,16 +82,15 @@ def open_device(compute: Compute) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ComputeError(f"device {name!r}: use auto, cpu, cuda or cuda:0") from error
-    together = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if device.type == "cuda":
-        device = _cuda(device, together)
+        device = _cuda(device, distributed)
     if compute.precision == "bf16" and device.type == "cuda":
         with torch.cuda.device(device):
             if not torch.cuda.is_bf16_supported(including_emulation=False):
                 raise ComputeError(f"{torch.cuda.get_device_name()} has no bf16: use fp32")
-    if together and not dist.is_initialized():
-        # The others wait while the first validates.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    if distributed and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     if compute.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -99,10 +98,10 @@ def open_device(compute: Compute) -> torch.device:
     return device
 
 
-def _cuda(device: torch.device, together: bool) -> torch.device:
+def _cuda(device: torch.device, distributed: bool) -> torch.device:
     if not torch.cuda.is_available():
         raise ComputeError("device 'cuda': torch sees no GPU here; use --device cpu")
-    index = int(os.environ["LOCAL_RANK"]) if together else (device.index or 0)
+    index = int(os.environ["LOCAL_RANK"]) if distributed else (device.index or 0)
     if index >= torch.cuda.device_count():
         raise ComputeError(f"GPU {index}: there are {torch.cuda.device_count()}; use cuda:0 and up")
     torch.cuda.set_device(index)
@@ -110,13 +109,13 @@ def _cuda(device: torch.device, together: bool) -> torch.device:
 
 
 def close_device() -> None:
-    """Leave the other processes."""
+    """Leave the group of processes."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def prepare(state: State, device: torch.device, compute: Compute) -> None:
-    """Move networks to the device, and put precision, compilation and processes in place."""
+    """Move networks to the device; add precision, compilation and the average over processes to them."""
     for module in state.modules.values():
         # Channels last is how tensor cores and oneDNN want convolutions.
         module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -132,7 +131,7 @@ def prepare(state: State, device: torch.device, compute: Compute) -> None:
 
 
 def _autocast(module: nn.Module, device_type: str) -> None:
-    """Run ``forward`` in bfloat16, and hand its results on in float32, for losses."""
+    """Run ``forward`` in bfloat16, and return its results in float32, for losses."""
     forward: Callable[..., Any] = module.forward
 
     def mixed(*inputs: Tensor) -> Any:
@@ -161,12 +160,12 @@ def any_process(flag: bool, device: torch.device) -> bool:
     """Whether the flag is set in any of the processes."""
     if processes() == 1:
         return flag
-    said = torch.tensor([float(flag)], device=device)
-    dist.all_reduce(said, dist.ReduceOp.MAX)
-    return bool(said.item())
+    highest = torch.tensor([float(flag)], device=device)
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    return bool(highest.item())
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a device or the host had no memory left."""
-    said = ("not enough memory", "can't allocate memory")  # of torch's allocator on the host
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in said)
+    host_messages = ("not enough memory", "can't allocate memory")  # of torch's allocator on the host
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in host_messages)

@@ -1,4 +1,4 @@
-"""Sheets of sample pictures: what a run sees, what is true, and what it makes of it."""
+"""Sheets of sample images: the image, its true labels, and what the networks make of it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-SIDE_PX = 256  # of one picture; larger images are cut, smaller ones stay
+MAX_SIDE_PX = 256  # larger images are cut
 GAP_PX = 4
 HEAD_PX = 14
 
-Pictures = dict[str, NDArray[np.uint8]]
+Row = dict[str, NDArray[np.uint8]]  # images by name
 
 
 def colored(labels: NDArray[np.integer], colors: Sequence[tuple[int, int, int]]) -> NDArray[np.uint8]:
@@ -22,21 +22,21 @@ def colored(labels: NDArray[np.integer], colors: Sequence[tuple[int, int, int]])
     return palette[np.asarray(labels, np.int64)]
 
 
-def sheet(rows: Sequence[Pictures]) -> Image.Image:
-    """Lay named pictures out in rows, one row an image, the names above.
+def sheet(rows: Sequence[Row]) -> Image.Image:
+    """Lay named images out in rows below their names.
 
     Parameters
     ----------
     rows
-        Pictures by name, (H, W) or (H, W, 1 or 3) uint8; the same names in each row.
+        Images, (H, W) or (H, W, 1 or 3) uint8; the same names in each row.
     """
     names = list(rows[0])
-    cut = [[_rgb(row[name])[:SIDE_PX, :SIDE_PX] for name in names] for row in rows]
+    cut = [[_rgb(row[name])[:MAX_SIDE_PX, :MAX_SIDE_PX] for name in names] for row in rows]
     font = ImageFont.load_default()
     widths = [
         max(math.ceil(font.getlength(name)) + GAP_PX, *(row[i].shape[1] for row in cut)) for i, name in enumerate(names)
     ]
-    heights = [max(picture.shape[0] for picture in row) for row in cut]
+    heights = [max(image.shape[0] for image in row) for row in cut]
     width = sum(widths) + GAP_PX * (len(names) - 1)
     height = HEAD_PX + sum(heights) + GAP_PX * (len(rows) - 1)
     page = Image.new("RGB", (width, height), "white")
@@ -46,12 +46,12 @@ def sheet(rows: Sequence[Pictures]) -> Image.Image:
     for name, left in zip(names, lefts, strict=True):
         pen.text((int(left) + 2, 1), name, fill="black")
     for row, top in zip(cut, tops, strict=True):
-        for picture, left in zip(row, lefts, strict=True):
-            page.paste(Image.fromarray(picture), (int(left), int(top)))
+        for image, left in zip(row, lefts, strict=True):
+            page.paste(Image.fromarray(image), (int(left), int(top)))
     return page
 
 
-def _rgb(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    if picture.ndim == 2:
-        picture = picture[..., None]
-    return np.ascontiguousarray(np.broadcast_to(picture, (*picture.shape[:2], 3)))
+def _rgb(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    if image.ndim == 2:
+        image = image[..., None]
+    return np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], 3)))

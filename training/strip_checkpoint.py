@@ -17,11 +17,12 @@ from pathlib import Path
 import click
 import torch
 
-from histostream.training import checkpoint, methods
+from histostream.training import checkpoint
+from histostream.training.methods import load_method
 from histostream.wsi.errors import HistoError
 
 
-def publish(run: Path, out: Path) -> None:
+def strip_checkpoint(run: Path, out: Path) -> None:
     """Write the networks of ``run/best`` that are deployed to ``out``, in half precision.
 
     Raises
@@ -29,14 +30,14 @@ def publish(run: Path, out: Path) -> None:
     CheckpointError
         If the run has no checkpoint, or it is damaged.
     """
-    said = checkpoint.read(run / "best")
-    method = methods.load(said.method)
-    state = method.build(method.Config(**said.config), len(said.classes), said.channels)
+    saved = checkpoint.read(run / "best")
+    method = load_method(saved.method)
+    state = method.build(method.Config(**saved.config), len(saved.classes), saved.channels)
     checkpoint.load(run / "best", state)
     deployed = {name: state.modules[name].to(torch.float16) for name in state.needed}
     small = replace(state, modules=deployed, optimizers={})
-    record = {**said.record, "weights": "rounded to float16 after training"}
-    checkpoint.save(out, replace(said, record=record), small)
+    record = {**saved.record, "weights": "rounded to float16 after training"}
+    checkpoint.save(out, replace(saved, record=record), small)
 
 
 @click.command()
@@ -45,9 +46,9 @@ def publish(run: Path, out: Path) -> None:
 def main(run: Path, out: Path) -> None:
     """Make the best checkpoint of RUN small enough to ship, in folder OUT."""
     try:
-        publish(run, out)
+        strip_checkpoint(run, out)
     except HistoError as error:
-        click.echo(f"publish: {error}", err=True)
+        click.echo(f"strip_checkpoint: {error}", err=True)
         sys.exit(1)
 
 

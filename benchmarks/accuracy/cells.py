@@ -26,7 +26,8 @@ from histostream.training.checkpoint import Checkpoint
 from histostream.training.choices import PRECISIONS
 from histostream.training.data import DataSet, Sample
 from histostream.training.device import Compute
-from histostream.training.loop import Progress, Recipe
+from histostream.training.loop import Progress
+from histostream.training.recipe import Recipe
 from histostream.wsi.errors import HistoError
 from histostream.wsi.files import locked, write_json
 
@@ -194,10 +195,10 @@ def train(cell: Cell, found: DataSet, runs: Path, how: Compute) -> Checkpoint:
 
     return loop.train(
         cell.recipe,
-        methods.load(cell.recipe.method),
+        methods.load_method(cell.recipe.method),
         found,
         runs / cell.name,
-        how=how,
+        compute=how,
         start=begin,
         report=report,
         record={"commit": command.commit()},

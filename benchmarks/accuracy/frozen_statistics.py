@@ -32,8 +32,10 @@ from histostream.export.trained import trained_network
 from histostream.runtime import Engine, open_engine
 from histostream.training.augment import Augmentation, draw_crop
 from histostream.training.batches import typical_object_px
-from histostream.training.data import Sample, read_folder, split
+from histostream.training.data import Sample
+from histostream.training.datasets.folder import read_folder
 from histostream.training.networks.unet import UNet
+from histostream.training.splits import split
 from histostream.wsi.outputs.label_rows import ClassInfo
 from histostream.wsi.slides.reader import open_slide
 from histostream.wsi.slides.resolution import at_mpp

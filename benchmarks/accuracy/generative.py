@@ -31,20 +31,21 @@ import torch
 from torch import Tensor
 
 from histostream.benchmarks.accuracy.cells import Cell, Plain, fill_table, options, settings_of
-from histostream.benchmarks.accuracy.score import Predict, score
-from histostream.export.trained import config_of, find_checkpoint
-from histostream.training import checkpoint, command, methods, sample, synthetic
-from histostream.training import datasets as sets
-from histostream.training.data import DataSet, Sample, StoredPicture
-from histostream.training.image_metrics import (
+from histostream.benchmarks.accuracy.image_metrics import (
     MS_SSIM_MIN_PX,
     frechet_inception_distance,
     ms_ssim,
     ms_ssim_among,
     nuclei_encoder,
 )
+from histostream.benchmarks.accuracy.score import Predict, score
+from histostream.export.trained import config_of, find_checkpoint
+from histostream.training import checkpoint, datasets, methods, synthetic
+from histostream.training.data import DataSet, Sample, StoredPicture
+from histostream.training.methods.pyramid_gan import sample
 from histostream.training.methods.translation import method as translation
 from histostream.training.metrics import SoftDice
+from histostream.training.recipe import read_recipe
 
 PYRAMID, TRANSLATION = "pyramid_gan", "translation"
 # Name in the paper, and the shipped recipes that make it (none: the method as it is).
@@ -171,7 +172,7 @@ def _digits(variant: str, *further: str) -> Table:
 
 def _reduced(paper: Size) -> Size:
     """Return the run of 40,000 steps (methods.md 4.11.3), of all algorithms alike."""
-    recipe = command.read_recipe(TRANSLATION, methods.load(TRANSLATION), (*paper.recipes, "translation-reduced"))
+    recipe = read_recipe(TRANSLATION, methods.load_method(TRANSLATION), (*paper.recipes, "translation-reduced"))
     steps = {"steps": recipe.schedule.steps, "validate_every": recipe.schedule.validate_every}
     return dataclasses.replace(paper, settings={"schedule": steps})
 
@@ -219,11 +220,11 @@ def cell(table: str, size: str, algorithm: str, number: int, data: Path = Path()
     """Return a cell; cells of one table and size differ in the algorithm, and the seed."""
     of = TABLES[table]
     how = of.sizes[size]
-    method, configs = methods.load(of.method), (*how.recipes, *of.algorithms[algorithm])
+    method, configs = methods.load_method(of.method), (*how.recipes, *of.algorithms[algorithm])
     tables = [how.settings, how.own.get(algorithm, {}), {"schedule": {"seed": number}}]
     if of.labelled < 1:
         tables.append({"schedule": {"labelled": of.labelled}})
-    recipe = command.read_recipe(of.method, method, configs, settings_of(*tables), mpp=how.mpp)
+    recipe = read_recipe(of.method, method, configs, settings_of(*tables), mpp=how.mpp)
     if how.level_steps:
         steps = how.level_steps * recipe.config.levels
         schedule = dataclasses.replace(recipe.schedule, steps=steps)
@@ -233,7 +234,7 @@ def cell(table: str, size: str, algorithm: str, number: int, data: Path = Path()
     def opened() -> DataSet:
         if callable(of.source):
             return of.source(number)
-        found = sets.open_set(of.source.format(data=data, seed=number) + how.query)
+        found = datasets.open_dataset(of.source.format(data=data, seed=number) + how.query)
         return transductive(found) if algorithm.endswith(TRANSDUCTIVE) else found
 
     further: Callable[[Path, Sequence[Sample]], Plain] | None = None
@@ -284,7 +285,7 @@ def digit_scores(run: Path, samples: Sequence[Sample]) -> Plain:
     said = checkpoint.read(folder)
     state = translation.build(config_of(folder, said), len(said.classes), said.channels)
     checkpoint.load(folder, state)
-    dice = SoftDice(2, smooth=translation.SMOOTH)
+    dice = SoftDice(2, smooth=1.0)
     sums, counts = np.zeros(2), np.zeros(2)
     for one in samples:
         image = _nchw(one.image)
@@ -362,7 +363,7 @@ def main(table: str, **how: Any) -> None:
 
 
 def _references_of(source: str) -> Plain:
-    return references(sets.open_set(source))
+    return references(datasets.open_dataset(source))
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ from typing import Any
 import click
 
 from histostream.benchmarks.accuracy.cells import Cell, fill_table, options, settings_of
-from histostream.training import command
-from histostream.training import datasets as sets
+from histostream.training import datasets
 from histostream.training.methods.imems import method as imems
+from histostream.training.recipe import read_recipe
 from histostream.training.schedule import Schedule
 
 # Name in the paper, and the shipped recipe that makes it (none: iMEMS as it is).
@@ -93,7 +93,7 @@ def cell(table: str, size: str, algorithm: str, number: int, data: Path = Path()
     of = TABLES[table]
     how = of.sizes[size]
     drawn = {"folds": of.folds, "fold": number} if of.folds else {"seed": number}
-    recipe = command.read_recipe(
+    recipe = read_recipe(
         "imems",
         imems,
         (*how.recipes, *of.algorithms[algorithm]),
@@ -105,7 +105,7 @@ def cell(table: str, size: str, algorithm: str, number: int, data: Path = Path()
         algorithm,
         number,
         recipe,
-        functools.partial(sets.open_set, of.source.format(data=data)),
+        functools.partial(datasets.open_dataset, of.source.format(data=data)),
     )
 
 

@@ -26,7 +26,8 @@ from histostream.runtime.crf.options import read_params
 from histostream.runtime.crf.stage import to_probabilities
 from histostream.runtime.slide_run import score_pixels
 from histostream.training.augment import zoom
-from histostream.training.data import Sample, read_folder
+from histostream.training.data import Sample
+from histostream.training.datasets.folder import read_folder
 from histostream.training.metrics import Confusion
 
 SETS = {"tnbc": "nuclei-tnbc", "monuseg-test": "nuclei-monuseg/test"}

@@ -16,18 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from histostream.benchmarks.accuracy.object_metrics import MIN_GLAND_PX, ObjectScores, instances_from_labels
 from histostream.export.bundle import Options
 from histostream.export.trained import export_checkpoint, find_checkpoint
 from histostream.runtime import Engine, open_engine, segment_pixels
 from histostream.runtime.crf import CrfParams, dense_crf
 from histostream.runtime.crf.stage import to_probabilities
 from histostream.runtime.slide_run import score_pixels
-from histostream.training import batches, checkpoint, data
-from histostream.training import datasets as sets
+from histostream.training import batches, checkpoint, data, datasets, image_files
 from histostream.training.augment import zoom
 from histostream.training.data import DataError, DataSet, Sample
 from histostream.training.metrics import Confusion, PerImage
-from histostream.training.object_metrics import MIN_GLAND_PX, ObjectScores, instances_from_labels
 from histostream.training.schedule import Schedule
 from histostream.wsi.errors import HistoError
 
@@ -93,7 +92,7 @@ def score_set(
     HistoError
         If the set, the model or the checkpoint cannot be used.
     """
-    found = sets.open_set(source)
+    found = datasets.open_dataset(source)
     mpp = mpp or found.mpp
     schedule = _held_back(run, found) if run is not None else None
     samples = choose(found, part, schedule)
@@ -391,7 +390,7 @@ def _from_folder(folder: Path) -> Predict:
         stem = Path(sample.name).stem
         for path in (folder / f"{stem}.png", folder / f"{stem}.tif", folder / stem / "labels.tif"):
             if path.is_file():
-                found = data.read_labels(path)
+                found = image_files.read_labels(path)
                 if found.size and found.max() > NOT_ANALYSED:
                     raise ScoreError(f"{path}: label {found.max()}; classes are 0 to 254: save it with those")
                 return found.astype(np.uint8)

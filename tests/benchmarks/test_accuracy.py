@@ -16,11 +16,11 @@ from histostream.benchmarks.accuracy.cells import Cell, fill
 from histostream.benchmarks.accuracy.score import ScoreError, choose, score
 from histostream.benchmarks.cli import main
 from histostream.benchmarks.tables import accuracy_imems
-from histostream.training import checkpoint, command, loop
-from histostream.training import datasets as sets
+from histostream.training import checkpoint, datasets, loop
 from histostream.training.data import DataSet, StoredSample
 from histostream.training.device import Compute
 from histostream.training.methods.imems import method as imems
+from histostream.training.recipe import read_recipe
 from histostream.training.schedule import Schedule
 
 TOML = """
@@ -71,9 +71,9 @@ def run(blobs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "schedule.validate_every=30",
         "method.dropout=0",
     )
-    recipe = command.read_recipe("imems", imems, ("unet-c-single",), settings, mpp=0.5)
+    recipe = read_recipe("imems", imems, ("unet-c-single",), settings, mpp=0.5)
     folder = tmp_path_factory.mktemp("runs") / "blobs"
-    loop.train(recipe, imems, sets.open_set(str(blobs)), folder)
+    loop.train(recipe, imems, datasets.open_dataset(str(blobs)), folder)
     return folder
 
 
@@ -197,7 +197,7 @@ def test_the_tables_cells_differ_in_the_algorithm_alone() -> None:
     assert len({repr(r.config) for r in recipes}) == len(table.ALGORITHMS)
     assert len({repr((r.schedule, r.augmentation, r.mpp)) for r in recipes}) == 1
     assert recipes[0].schedule.seed == 1
-    shipped = command.read_recipe("imems", imems, ("imems-paper",), mpp=0.62005)
+    shipped = read_recipe("imems", imems, ("imems-paper",), mpp=0.62005)
     assert table.cell("glas", "paper", "iMEMS", 0).recipe == shipped
     paper = table.cell("glas", "paper", "iMEMS", 0).recipe
     assert (paper.config.base_width, paper.schedule.epochs, paper.schedule.batch) == (64, 300, 1)
@@ -209,12 +209,12 @@ def test_cells_fill_a_result_file_once(blobs: Path, run: Path, tmp_path: Path) -
     said = checkpoint.read(run / "best").record["recipe"]["schedule"]
     settings = [f"schedule.{k}={json.dumps(v)}" for k, v in said.items()]
     settings += ["schedule.steps=4", "schedule.validate_every=2", "method.base_width=4"]
-    recipe = command.read_recipe("imems", imems, ("unet-c-single",), (*settings, "method.depth=2"), mpp=0.5)
+    recipe = read_recipe("imems", imems, ("unet-c-single",), (*settings, "method.depth=2"), mpp=0.5)
     opened: list[int] = []
 
     def data() -> DataSet:
         opened.append(1)
-        return sets.open_set(str(blobs))
+        return datasets.open_dataset(str(blobs))
 
     cells = [Cell(f"blobs-{i}", "UNet", i, recipe, data) for i in range(2)]
     path = tmp_path / "results" / "table.json"

@@ -14,9 +14,10 @@ from histostream.benchmarks.accuracy import adaptation
 from histostream.benchmarks.accuracy.adaptation import ORACLE, PAIRS, cell
 from histostream.benchmarks.accuracy.cells import Cell, fill, train
 from histostream.benchmarks.tables import accuracy_variants
-from histostream.training import command, methods
+from histostream.training import methods
 from histostream.training.data import DataSet
 from histostream.training.device import Compute
+from histostream.training.recipe import read_recipe
 
 
 def opened(pair: str, algorithm: str, number: int, root: Path) -> DataSet:
@@ -92,8 +93,8 @@ def test_the_papers_size_is_the_recipe_that_ships(pair: str, base: tuple[str, ..
     of = PAIRS[pair]
     for name, own in of.algorithms.items():
         mine = cell(pair, "paper", name, 3)
-        shipped = command.read_recipe(
-            of.method, methods.load(of.method), (*base, *own, *rule), ("schedule.seed=3",), mpp=mine.recipe.mpp
+        shipped = read_recipe(
+            of.method, methods.load_method(of.method), (*base, *own, *rule), ("schedule.seed=3",), mpp=mine.recipe.mpp
         )
         assert mine.recipe == shipped
 

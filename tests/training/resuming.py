@@ -14,7 +14,7 @@ from torch import Tensor
 from histostream.training import loop
 from histostream.training.checkpoint import Checkpoint
 from histostream.training.data import DataSet
-from histostream.training.loop import Recipe
+from histostream.training.recipe import Recipe
 
 
 class Killed(Exception):

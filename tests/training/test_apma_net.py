@@ -18,18 +18,23 @@ from PIL import Image
 from histostream.export.bundle import Options
 from histostream.export.trained import export_checkpoint
 from histostream.runtime import open_engine, segment_pixels
-from histostream.training import checkpoint, command, loop, synthetic
+from histostream.training import checkpoint, loop, synthetic
 from histostream.training.augment import Augmentation
 from histostream.training.batches import Batches, divide
 from histostream.training.data import DataError, DataSet, StoredSample
 from histostream.training.device import Compute, prepare
-from histostream.training.loop import Recipe
-from histostream.training.methods import Batch, State
 from histostream.training.methods.apma_net import method as apma_net
 from histostream.training.methods.apma_net.method import Config
-from histostream.training.networks.domain_classifier import damt_classifier, ganin_classifier, reverse_gradient
-from histostream.training.networks.group_norm_unet import GroupNormUNet, ReconstructionDecoder
+from histostream.training.methods.apma_net.networks import (
+    GroupNormUNet,
+    ReconstructionDecoder,
+    damt_classifier,
+    ganin_classifier,
+    reverse_gradient,
+)
+from histostream.training.recipe import Recipe, read_recipe
 from histostream.training.schedule import Schedule, set_rates
+from histostream.training.state import Batch, State
 from histostream.wsi.slides.reader import open_slide
 from tests.training.resuming import killed_and_resumed, logged, weights_of
 
@@ -156,14 +161,14 @@ def test_a_classifier_says_one_logit_an_image(make: Callable[..., Any]) -> None:
 
 def test_undecided_discriminators_lose_ln_2() -> None:
     nothing = torch.zeros(2, 1, 3, 3)
-    assert apma_net.telling_loss(nothing, nothing[:, :, :1]) == pytest.approx(math.log(2))
+    assert apma_net.domain_loss(nothing, nothing[:, :, :1]) == pytest.approx(math.log(2))
     assert apma_net.fooling_loss(nothing) == pytest.approx(math.log(2))
 
 
 def test_the_discriminators_loss_is_equations_4_and_5() -> None:
     source, target = torch.tensor([2.0, -1.0]), torch.tensor([0.5])
     told = source.sigmoid().log().mean() + (1 - target.sigmoid()).log().mean()
-    torch.testing.assert_close(apma_net.telling_loss(source, target), -told / 2)
+    torch.testing.assert_close(apma_net.domain_loss(source, target), -told / 2)
     torch.testing.assert_close(apma_net.fooling_loss(target), -target.sigmoid().log().mean())
 
 
@@ -511,7 +516,7 @@ def test_validation_has_the_scale_that_the_config_names(batch: Batch) -> None:
 
 def read(name: str, *settings: str, mpp: float = 0.005) -> Recipe:
     names = ("apma-paper",) if name == "apma-paper" else ("apma-paper", name)
-    return command.read_recipe("apma_net", apma_net, names, settings, mpp=mpp)
+    return read_recipe("apma_net", apma_net, names, settings, mpp=mpp)
 
 
 @pytest.mark.parametrize("name", TERMS)
@@ -531,7 +536,6 @@ def test_the_papers_comparators_ship_as_recipes(name: str) -> None:
     assert ("reconstructor" in state.modules) == terms[0]
     assert ("discriminator_feat" in state.modules) == (terms[1] != "none")
     assert ("discriminator_pred" in state.modules) == terms[2]
-    assert apma_net.score_kind(config) == "probability"
 
 
 def test_the_oracle_needs_no_target_but_its_own_data() -> None:

@@ -13,8 +13,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from histostream.training import data
-from histostream.training.data import DataError, DataSet, Picture, Split, StoredPicture, StoredSample
+from histostream.training import data, splits
+from histostream.training.data import DataError, DataSet, Picture, StoredPicture, StoredSample
+from histostream.training.image_files import read_image, read_labels
+from histostream.training.splits import Split
 from histostream.wsi.slides.resolution import at_mpp
 from tests.wsi.slides.test_resolution import ArraySlide
 
@@ -59,17 +61,17 @@ def test_images_of_their_own_are_divided_as_the_shipped_model_was(count: int, sh
         order = np.random.default_rng(seed).permutation(count)
         n_test, n_validation = round(test * count), max(1, round(validation * count))
         cut = [sorted(p) for p in np.split(order, [n_test, n_test + n_validation])]
-        found = data.split(alone(count), validation=validation, test=test, seed=seed)
+        found = splits.split(alone(count), validation=validation, test=test, seed=seed)
         assert [list(part) for part in (found.test, found.validation, found.train)] == cut
 
 
 @pytest.mark.parametrize("seed", range(100))
 def test_no_group_is_in_two_parts_of_a_split(seed: int) -> None:
     samples = patients(seed)
-    found = data.split(samples, validation=0.2, test=0.2, seed=seed)
+    found = splits.split(samples, validation=0.2, test=0.2, seed=seed)
     check_division(found, samples)
     assert all(parts(found))
-    assert found == data.split(samples, validation=0.2, test=0.2, seed=seed)
+    assert found == splits.split(samples, validation=0.2, test=0.2, seed=seed)
     largest = max(sum(s.group == g.group for s in samples) for g in samples)
     assert abs(len(found.test) - 0.2 * len(samples)) <= largest / 2 + 0.5
 
@@ -77,7 +79,7 @@ def test_no_group_is_in_two_parts_of_a_split(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(50))
 def test_each_image_is_tested_in_exactly_one_fold(seed: int) -> None:
     samples = patients(seed)
-    folds = [data.fold(samples, folds=5, fold=i, validation=0.1, seed=seed) for i in range(5)]
+    folds = [splits.fold(samples, folds=5, fold=i, validation=0.1, seed=seed) for i in range(5)]
     for found in folds:
         check_division(found, samples)
         assert all(parts(found))
@@ -88,31 +90,31 @@ def test_each_image_is_tested_in_exactly_one_fold(seed: int) -> None:
 
 def test_folds_of_single_images_are_equal_and_differ_by_seed() -> None:
     samples = alone(42)
-    folds = [data.fold(samples, folds=5, fold=i, validation=0.1, seed=1) for i in range(5)]
+    folds = [splits.fold(samples, folds=5, fold=i, validation=0.1, seed=1) for i in range(5)]
     assert sorted(len(found.test) for found in folds) == [8, 8, 8, 9, 9]
     assert all(len(found.validation) == 4 for found in folds)
-    assert folds[0] != data.fold(samples, folds=5, fold=0, validation=0.1, seed=2)
+    assert folds[0] != splits.fold(samples, folds=5, fold=0, validation=0.1, seed=2)
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: data.split(alone(3), validation=0.5, test=0.5, seed=0), "3 images are too few"),
-        (lambda: data.split(alone(3), validation=0.2, test=0.1, seed=0), "test=0.1"),
-        (lambda: data.split(alone(1), validation=0.2, test=0.0, seed=0), "too few"),
-        (lambda: data.split([], validation=0.2, test=0.0, seed=0), "0 images are too few"),
+        (lambda: splits.split(alone(3), validation=0.5, test=0.5, seed=0), "3 images are too few"),
+        (lambda: splits.split(alone(3), validation=0.2, test=0.1, seed=0), "test=0.1"),
+        (lambda: splits.split(alone(1), validation=0.2, test=0.0, seed=0), "too few"),
+        (lambda: splits.split([], validation=0.2, test=0.0, seed=0), "0 images are too few"),
         (
-            lambda: data.split(pictures(list("aaabbb")), validation=0.3, test=0.3, seed=0),
+            lambda: splits.split(pictures(list("aaabbb")), validation=0.3, test=0.3, seed=0),
             "6 images of 2 groups are too few",
         ),
         (
-            lambda: data.fold(pictures(list("aabbc")), folds=4, fold=0, validation=0.1, seed=0),
+            lambda: splits.fold(pictures(list("aabbc")), folds=4, fold=0, validation=0.1, seed=0),
             "folds=4: 5 images of 3 groups can make 2 to 3 folds",
         ),
-        (lambda: data.fold(alone(5), folds=1, fold=0, validation=0.1, seed=0), "folds=1"),
-        (lambda: data.fold(alone(5), folds=5, fold=5, validation=0.1, seed=0), "numbered 0 to 4"),
-        (lambda: data.fold(alone(5), folds=5, fold=-1, validation=0.1, seed=0), "fold=-1"),
-        (lambda: data.fold(alone(5), folds=5, fold=0, validation=0.9, seed=0), "nothing to train"),
+        (lambda: splits.fold(alone(5), folds=1, fold=0, validation=0.1, seed=0), "folds=1"),
+        (lambda: splits.fold(alone(5), folds=5, fold=5, validation=0.1, seed=0), "numbered 0 to 4"),
+        (lambda: splits.fold(alone(5), folds=5, fold=-1, validation=0.1, seed=0), "fold=-1"),
+        (lambda: splits.fold(alone(5), folds=5, fold=0, validation=0.9, seed=0), "nothing to train"),
     ],
 )
 def test_an_impossible_division_is_refused(make: Callable[[], Split], words: str) -> None:
@@ -255,7 +257,7 @@ def test_an_object_is_as_wide_as_the_circle_of_its_area() -> None:
 def test_images_of_any_mode_become_grey_or_rgb(tmp_path: Path, mode: str) -> None:
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
     Image.fromarray(np.full((20, 30, 3), 255, np.uint8)).convert(mode).save(path)
-    image = data.read_image(path)
+    image = read_image(path)
     assert image.shape == (20, 30, 1 if mode in ("L", "1") else 3)
     assert image.dtype == np.uint8
     assert image.min() >= 250
@@ -270,19 +272,19 @@ def test_more_than_8_bits_are_refused(tmp_path: Path) -> None:
     for shape in ((20, 20), (20, 20, 3)):
         write_deep(path, np.full(shape, 40_000, np.uint16))
         with pytest.raises(DataError, match=r"deep\.png: more than 8 bits.*convert it to 8 bit"):
-            data.read_image(path)
+            read_image(path)
     Image.fromarray(np.ones((20, 20), np.float32)).save(tmp_path / "float.tif")
     with pytest.raises(DataError, match="convert it to 8 bit"):
-        data.read_image(tmp_path / "float.tif")
+        read_image(tmp_path / "float.tif")
 
 
 def test_a_file_that_is_no_image_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"empty\.png: the file is empty"):
-        data.read_image(tmp_path / "empty.png")
+        read_image(tmp_path / "empty.png")
     (tmp_path / "text.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"text\.png: cannot be read as an image"):
-        data.read_image(tmp_path / "text.png")
+        read_image(tmp_path / "text.png")
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (64, 64, 3)).astype(np.uint8)).save(tmp_path / "cut.png")
     for suffix in (".png", ".tif", ".jpg", ".webp", ".bmp"):
@@ -291,9 +293,9 @@ def test_a_file_that_is_no_image_is_refused(tmp_path: Path) -> None:
         broken = tmp_path / f"broken{suffix}"
         broken.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         with pytest.raises(DataError, match=f"broken{suffix}: cannot be read as an image"):
-            data.read_image(broken)
+            read_image(broken)
     with pytest.raises(DataError, match=r"none\.png: cannot be read"):
-        data.read_image(tmp_path / "none.png")
+        read_image(tmp_path / "none.png")
 
 
 @pytest.mark.parametrize("limit", [300, 150], ids=["warning", "error"])
@@ -302,23 +304,23 @@ def test_an_image_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pyte
     Image.new("L", (20, 20)).save(tmp_path / "large.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     with pytest.raises(DataError, match=r"large\.png: too large.*cut it into parts"):
-        data.read_image(tmp_path / "large.png")
+        read_image(tmp_path / "large.png")
 
 
 def test_several_images_in_a_file_are_refused(tmp_path: Path) -> None:
     pages = [Image.new("L", (20, 20), value) for value in (0, 9)]
     pages[0].save(tmp_path / "stack.tif", save_all=True, append_images=pages[1:])
     with pytest.raises(DataError, match=r"stack\.tif: 2 images in one file"):
-        data.read_image(tmp_path / "stack.tif")
+        read_image(tmp_path / "stack.tif")
 
 
 def test_a_label_image_has_one_channel_of_whole_numbers(tmp_path: Path) -> None:
     for dtype in (np.uint8, np.uint16, np.int32, bool):
         Image.fromarray(np.ones((20, 20), dtype)).save(tmp_path / "ok.tif")
-        assert data.read_labels(tmp_path / "ok.tif").max() == 1
+        assert read_labels(tmp_path / "ok.tif").max() == 1
     Image.new("RGB", (20, 20)).save(tmp_path / "rgb.png")
     with pytest.raises(DataError, match=r"rgb\.png: 3 channels"):
-        data.read_labels(tmp_path / "rgb.png")
+        read_labels(tmp_path / "rgb.png")
     Image.fromarray(np.ones((20, 20), np.float32)).save(tmp_path / "float.tif")
     with pytest.raises(DataError, match="whole numbers"):
-        data.read_labels(tmp_path / "float.tif")
+        read_labels(tmp_path / "float.tif")

@@ -12,15 +12,16 @@ import torch.nn.functional as F
 from histostream.export.bundle import Options
 from histostream.export.trained import export_checkpoint
 from histostream.runtime import open_engine, segment_pixels
-from histostream.training import checkpoint, command, loop, synthetic
-from histostream.training import datasets as sets
+from histostream.training import checkpoint, datasets, loop, synthetic
 from histostream.training.augment import Augmentation
 from histostream.training.batches import Batches, divide
 from histostream.training.device import Compute, prepare
-from histostream.training.methods import Batch, State
 from histostream.training.methods.imems import method as imems
-from histostream.training.networks.unet import TwoDecoderUNet
+from histostream.training.methods.imems.networks import TwoDecoderUNet
+from histostream.training.recipe import read_recipe
 from histostream.training.schedule import Schedule, set_rates
+from histostream.training.state import Batch, State
+from histostream.training.steps import HALF_RANGE
 
 ALGORITHMS = {
     "imems": (),
@@ -73,7 +74,7 @@ def tiny(**more: object) -> State:
 @pytest.mark.parametrize("discriminator", ["encoder", "pix2pix70"])
 def test_the_adversarial_gradient_reaches_the_first_convolution(batch: Batch, discriminator: str) -> None:
     state = tiny(discriminator=discriminator, dropout=0.0)
-    x = batch.images.float() / imems.HALF_RANGE - 1
+    x = batch.images.float() / HALF_RANGE - 1
     generator = state.modules["generator"]
     before = imems.adversarial_loss(state, x, generator(x))
     before.backward()
@@ -125,8 +126,8 @@ def test_the_deployed_module_keeps_the_tile_contract(
     assert torch.equal(scores, again)  # dropout is off
     state.modules["generator"].eval()
     with torch.no_grad():
-        linear = state.modules["generator"](batch.images.float() / imems.HALF_RANGE - 1)
-    wanted = ((linear + 1) * imems.HALF_RANGE).clamp(0, 255)
+        linear = state.modules["generator"](batch.images.float() / HALF_RANGE - 1)
+    wanted = ((linear + 1) * HALF_RANGE).clamp(0, 255)
     assert (scores.float() - wanted).abs().max() <= 0.501
 
 
@@ -151,7 +152,7 @@ def test_an_unknown_discriminator_is_named() -> None:
 
 
 def algorithm(name: str) -> imems.Config:
-    config: imems.Config = command.read_recipe("imems", imems, ALGORITHMS[name], TINY, mpp=0.5).config
+    config: imems.Config = read_recipe("imems", imems, ALGORITHMS[name], TINY, mpp=0.5).config
     return config
 
 
@@ -200,8 +201,8 @@ def test_every_algorithm_trains_exports_and_runs(name: str, nuclei_folder: Path,
         "schedule.test=0.25",
         "method.learning_rate=2e-3",
     )
-    recipe = command.read_recipe("imems", imems, ALGORITHMS[name], settings, mpp=0.5)
-    found = sets.open_set(str(nuclei_folder))
+    recipe = read_recipe("imems", imems, ALGORITHMS[name], settings, mpp=0.5)
+    found = datasets.open_dataset(str(nuclei_folder))
     logged: list[dict[str, float]] = []
     loop.train(recipe, imems, found, tmp_path / "run", report=lambda p: logged.append(p.losses))
     main_loss = "l1" if "l1" in logged[0] else "cross_entropy"
@@ -229,7 +230,7 @@ def test_the_second_task_reaches_the_shared_encoder(batch: Batch) -> None:
     state = imems.build(algorithm("unet-c-multi-int"), 2)
     network = state.modules["generator"]
     assert isinstance(network, TwoDecoderUNet)
-    x = batch.images.float() / imems.HALF_RANGE - 1
+    x = batch.images.float() / HALF_RANGE - 1
     scores, image, encoded, decoded = network(x)
     assert scores.shape == (2, 2, 32, 32)
     assert image.shape == x.shape
@@ -261,7 +262,7 @@ def test_the_weights_of_the_two_tasks_are_the_papers(batch: Batch) -> None:
     config = algorithm("unet-c-multi-int")
     state = imems.build(config, 2)
     network = state.modules["generator"].eval()  # dropout off
-    x = batch.images.float() / imems.HALF_RANGE - 1
+    x = batch.images.float() / HALF_RANGE - 1
     scores, image, encoded, decoded = network(x)
     wanted = (
         0.6 * F.cross_entropy(scores, batch.labels)
@@ -343,7 +344,7 @@ def test_inverted_grey_gives_dark_pixels_the_weight_of_the_label() -> None:
     inverted = [255 - g for g in range(256)]
     own, other = ([128 + g // 2 for g in inverted], [127 - g // 2 for g in inverted])
     wanted = torch.tensor([[own, other], [other, own]])[None].float()
-    output = wanted / imems.HALF_RANGE - 1
+    output = wanted / HALF_RANGE - 1
     state.modules["generator"] = Perfect(output)
     loss, predicted = imems.validate(state, images, labels)
     assert loss == pytest.approx(0, abs=1e-6)
@@ -377,7 +378,7 @@ def test_cgan_c_learns_by_cross_entropy_beside_its_discriminator(batch: Batch) -
     names, found = gradients()
     assert names == {"cross_entropy", "adversarial", "discriminator"}
     state = tiny(target="labels", dropout=0.0)
-    x = batch.images.float() / imems.HALF_RANGE - 1
+    x = batch.images.float() / HALF_RANGE - 1
     scores = state.modules["generator"](x)
     loss = 100 * F.cross_entropy(scores, batch.labels) + imems.adversarial_loss(state, x, scores.softmax(dim=1))
     wanted = torch.autograd.grad(loss, list(state.modules["generator"].parameters()))
@@ -391,7 +392,7 @@ def test_two_tasks_choose_their_checkpoint_by_the_joint_loss(name: str, batch: B
     torch.manual_seed(0)
     state = imems.build(algorithm(name), 2)
     loss, predicted = imems.validate(state, batch.images, batch.labels)
-    x = batch.images.float() / imems.HALF_RANGE - 1
+    x = batch.images.float() / HALF_RANGE - 1
     with torch.no_grad():
         scores, image, encoded, decoded = state.modules["generator"].eval()(x)
     wanted = 0.6 * F.cross_entropy(scores, batch.labels) + 0.4 * F.mse_loss(image, x)

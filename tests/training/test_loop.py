@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from histostream.training import checkpoint, data, loop, methods
-from histostream.training import datasets as sets
+from histostream.training import checkpoint, data, datasets, loop, methods
 from histostream.training.augment import Augmentation, draw_crop
 from histostream.training.checkpoint import CheckpointError
 from histostream.training.cli import main
-from histostream.training.loop import Recipe
+from histostream.training.datasets.folder import read_folder
 from histostream.training.methods.imems import method as imems
 from histostream.training.methods.imems.method import Config
+from histostream.training.recipe import Recipe
 from histostream.training.schedule import Schedule
 from tests.commands import call
 from tests.training.resuming import killed_and_resumed, logged
@@ -61,7 +61,7 @@ def recipe(steps: int = 6, **more: object) -> Recipe:
 def test_a_killed_run_goes_on_as_if_it_never_stopped(
     algorithm: dict[str, object], nuclei_folder: Path, tmp_path: Path
 ) -> None:
-    found = sets.open_set(str(nuclei_folder))
+    found = datasets.open_dataset(str(nuclei_folder))
     mine = replace(recipe(), config=replace(recipe().config, **algorithm))
     whole, resumed = killed_and_resumed(mine, imems, found, tmp_path, step=5)
     assert resumed.record["scores"] == whole.record["scores"]
@@ -70,7 +70,7 @@ def test_a_killed_run_goes_on_as_if_it_never_stopped(
 
 
 def test_a_run_of_another_recipe_or_other_data_is_not_continued(nuclei_folder: Path, tmp_path: Path) -> None:
-    found = sets.open_set(str(nuclei_folder))
+    found = datasets.open_dataset(str(nuclei_folder))
     loop.train(recipe(3), imems, found, tmp_path)
     with pytest.raises(CheckpointError, match="another recipe"):
         loop.train(recipe(3, seed=5), imems, found, tmp_path)
@@ -79,7 +79,7 @@ def test_a_run_of_another_recipe_or_other_data_is_not_continued(nuclei_folder: P
 
 
 def test_the_record_tells_what_was_trained_on_what(nuclei_folder: Path, tmp_path: Path) -> None:
-    found = sets.open_set(str(nuclei_folder))
+    found = datasets.open_dataset(str(nuclei_folder))
     best = loop.train(recipe(3), imems, found, tmp_path)
     record = checkpoint.read(tmp_path / "best").record
     assert record == best.record
@@ -94,7 +94,7 @@ def test_the_record_tells_what_was_trained_on_what(nuclei_folder: Path, tmp_path
 
 @pytest.mark.full
 def test_training_lowers_the_loss(nuclei_folder: Path, tmp_path: Path) -> None:
-    found = sets.open_set(str(nuclei_folder))
+    found = datasets.open_dataset(str(nuclei_folder))
     plain = replace(recipe(60), augmentation=Augmentation())
     losses: list[float] = []
     loop.train(plain, imems, found, tmp_path, report=lambda p: losses.append(p.losses["l1"]))
@@ -103,7 +103,7 @@ def test_training_lowers_the_loss(nuclei_folder: Path, tmp_path: Path) -> None:
 
 def test_a_crop_keeps_pixels_and_labels_together(nuclei_folder: Path) -> None:
     """Pixels are made from the labels, so that any step that moves one but not the other shows."""
-    (sample, *_) = data.read_folder(nuclei_folder)
+    (sample, *_) = read_folder(nuclei_folder)
     assert isinstance(sample, data.StoredSample)
     painted = replace(sample, image=np.repeat(sample.labels[..., None] * np.uint8(200), 3, axis=-1))
     geometry = Augmentation(flips=True, object_px=9.0, zoom=1.4)
@@ -136,8 +136,8 @@ def test_weights_that_do_not_fit_are_refused(tiny_checkpoint: Path) -> None:
 
 def test_an_unknown_method_names_the_nearest() -> None:
     with pytest.raises(methods.MethodError, match="did you mean 'imems'"):
-        methods.load("imem")
-    assert "imems" in methods.names()
+        methods.load_method("imem")
+    assert "imems" in methods.METHODS.names()
 
 
 def train(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -192,6 +192,6 @@ def test_a_broken_training_set_is_one_clear_line(nuclei_folder: Path, tmp_path: 
     (folder / "images" / "3.png").unlink()
     (folder / "labels_instance" / "5.png").unlink()
     with pytest.raises(data.DataError, match=r"5\.png: no label file"):
-        data.read_folder(folder)
+        read_folder(folder)
     with pytest.raises(data.DataError, match="no folder 'images'"):
-        data.read_folder(tmp_path)
+        read_folder(tmp_path)

@@ -25,33 +25,33 @@ from histostream.export.graph.model import FORBIDDEN_NODES, GraphError
 from histostream.export.parity import open_session
 from histostream.export.trained import export_checkpoint
 from histostream.runtime import open_engine, segment_pixels
-from histostream.training import checkpoint, cli, command, loop, sample, synthetic
-from histostream.training import datasets as sets
-from histostream.training import preview as pictures
+from histostream.training import checkpoint, cli, datasets, loop, preview, synthetic
 from histostream.training.augment import Augmentation
 from histostream.training.batches import Batches, Parts, check_pools, divide
 from histostream.training.checkpoint import Checkpoint, CheckpointError
 from histostream.training.data import DataError, DataSet, Picture
 from histostream.training.device import Compute, prepare
-from histostream.training.loop import Recipe
-from histostream.training.methods import Batch, State
+from histostream.training.methods import hook
 from histostream.training.methods.pyramid_gan import method as pyramid_gan
+from histostream.training.methods.pyramid_gan import sample
+from histostream.training.methods.pyramid_gan.fc_densenet import FCDenseNet
 from histostream.training.methods.pyramid_gan.method import Config
-from histostream.training.networks.fc_densenet import FCDenseNet
-from histostream.training.networks.pyramid import (
+from histostream.training.methods.pyramid_gan.networks import (
     Generator,
-    MultiScaleDiscriminator,
     PatchDiscriminator,
     Pix2PixUNet,
     SegmenterPyramid,
     halved,
+    multi_scale_discriminator,
     one_hot_levels,
     resnet_trunk,
     singan_trunk,
     up2,
 )
-from histostream.training.networks.vgg import LAYERS, VGG19Features, WeightsError
+from histostream.training.methods.pyramid_gan.vgg import LAYERS, VGG19Features, WeightsError
+from histostream.training.recipe import Recipe, read_recipe
 from histostream.training.schedule import Schedule, set_rates
+from histostream.training.state import Batch, State
 from histostream.wsi.errors import OutputError
 from tests.training.resuming import killed_and_resumed, logged, weights_of
 
@@ -147,7 +147,7 @@ def test_the_cited_networks_have_their_parameters() -> None:
     conv = convolution
     with torch.device("meta"):
         singan = singan_trunk(5, 3, 64)
-        judge = MultiScaleDiscriminator(5, 64)
+        judge = multi_scale_discriminator(5, 64, 3)
         unet, resnet = Pix2PixUNet(3, 3, 64, 8), resnet_trunk(36, 3, 64, 4, 9)
         patch = PatchDiscriminator(6, 64)
     assert count(singan) == conv(3, 5, 64) + 3 * conv(3, 64, 64) + conv(3, 64, 3) + 4 * 128
@@ -213,7 +213,7 @@ def test_a_generator_adds_a_residual_to_the_coarser_image() -> None:
 
 
 def test_discriminators_judge_the_pair_at_three_sizes() -> None:
-    judge = MultiScaleDiscriminator(5, 4)
+    judge = multi_scale_discriminator(5, 4, 3)
     pair = torch.rand(2, 5, 64, 64)
     judged = judge(pair)
     assert [len(maps) for maps in judged] == [5, 5, 5]
@@ -375,7 +375,6 @@ def test_what_ships_has_the_statistics_that_were_measured(on: bool) -> None:
     settled = {n: running(m) for n, m in state.modules.items() if n.startswith("segmenter")}
     same = {n for n in before if all(torch.equal(before[n][k], settled[n][k]) for k in before[n])}
     assert same == ({"segmenter_1"} if on else {"segmenter_0", "segmenter_1"})
-    pyramid_gan.finish(state, parts)  # once more is the same
     assert all(
         torch.equal(value, running(state.modules["segmenter_0"])[name])
         for name, value in settled["segmenter_0"].items()
@@ -425,7 +424,7 @@ def test_painted_pairs_are_admitted_by_their_quality(batch: Batch, share: float,
     before = pyramid_gan.step(state, batch)  # an untrained painter, at the end of the level
     assert float(before["painting_error"]) > 0.7
     assert float(before["synthetic"]) == 0
-    state.modules["progress"].forget()  # type: ignore[operator]
+    state.modules["progress"].restart()  # type: ignore[operator]
     state.modules["generator_0"] = Painter(batch.images / 127.5 - 1, share)
     said = pyramid_gan.step(state, replace(batch, step=4))  # at the begin of the level
     assert float(said["painting_error"]) == pytest.approx(error, abs=1e-4)
@@ -435,15 +434,15 @@ def test_painted_pairs_are_admitted_by_their_quality(batch: Batch, share: float,
 def test_the_error_of_paintings_is_a_running_mean_that_begins_anew_with_each_level() -> None:
     run = pyramid_gan.Progress(2, 2, 1)
     bright, dark = torch.full((1, 1, 2, 2), 1.0), torch.full((1, 1, 2, 2), -1.0)
-    run.see(torch.zeros(1, 1, 2, 2), bright)
-    run.see(torch.zeros(1, 1, 2, 2), dark)
+    run.update(torch.zeros(1, 1, 2, 2), bright)
+    run.update(torch.zeros(1, 1, 2, 2), dark)
     assert run.painting_error().item() == pytest.approx(1)  # the images deviate by 1 from 0
-    run.see(bright, bright)
-    run.see(dark, dark)
+    run.update(bright, bright)
+    run.update(dark, dark)
     assert run.painting_error().item() == pytest.approx(math.sqrt(0.5))
     for _ in range(200):  # long ago does not count
-        run.see(bright, bright)
-        run.see(dark, dark)
+        run.update(bright, bright)
+        run.update(dark, dark)
     assert run.painting_error().item() < 0.2
     state = tiny(synthetic_rule="quality")
     measured = state.modules["progress"]
@@ -1047,7 +1046,7 @@ def test_the_pyramid_is_one_graph_of_all_levels(batch: Batch) -> None:
     loss, labels = pyramid_gan.validate(state, batch.images, batch.labels)
     assert torch.equal(labels, wanted.argmax(dim=1))
     assert loss == pytest.approx(float(F.nll_loss(wanted.log(), batch.labels)), rel=1e-4)
-    assert pyramid_gan.score_kind(state.config) == "probability"
+    assert hook(pyramid_gan, "score_kind")(state.config) == "probability"
     kinds = {type(m) for m in module.modules()}
     assert torch.nn.InstanceNorm2d not in kinds  # no discriminator
     assert not module.training
@@ -1075,7 +1074,7 @@ def test_a_checkpoint_of_an_early_level_deploys_what_is_trained(batch: Batch) ->
 
 def read(*names: str, settings: tuple[str, ...] = ()) -> Recipe:
     configs = ("pyramid-paper", *names)
-    return command.read_recipe("pyramid_gan", pyramid_gan, configs, settings, mpp=0.5)
+    return read_recipe("pyramid_gan", pyramid_gan, configs, settings, mpp=0.5)
 
 
 RECIPES = {
@@ -1318,7 +1317,7 @@ def test_painted_images_are_a_data_set_of_their_own(trained: Path, tmp_path: Pat
         "labels",
         "sheet.png",
     ]
-    again = sets.open_set(str(out))
+    again = datasets.open_dataset(str(out))
     assert (again.name, again.mpp) == ("painted", 0.5)
     assert again.classes == found.classes
     assert len({s.group for s in again.train}) == 3
@@ -1348,7 +1347,7 @@ def test_classes_can_be_exchanged_by_name_or_number(trained: Path, tmp_path: Pat
     found = synthetic.colored_regions(1, 1, side_px=48, seed=2)
     for name, swap in (("by name", "stroma=gland"), ("by number", "1=0")):
         sample.sample(painter, found, tmp_path / name, swap=swap)
-        (one,) = sets.open_set(str(tmp_path / name)).train
+        (one,) = datasets.open_dataset(str(tmp_path / name)).train
         np.testing.assert_array_equal(one.labels, 1 - found.train[0].labels)
     labels = np.array([[0, 1, 2]], np.uint8)
     np.testing.assert_array_equal(sample.swapped(labels, 2, 1), [[0, 2, 1]])
@@ -1418,7 +1417,7 @@ def test_nothing_is_left_of_a_set_that_could_not_be_written(
     def full(rows: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pictures, "sheet", full)
+    monkeypatch.setattr(preview, "sheet", full)
     found = synthetic.colored_regions(1, 1, side_px=32)
     with pytest.raises(OutputError, match=r"cannot be written .No space left"):
         sample.sample(sample.open_painter(trained), found, tmp_path / "out")

@@ -20,19 +20,19 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from histostream.training import checkpoint, loop
-from histostream.training import datasets as sets
+from histostream.training import checkpoint, datasets, loop
 from histostream.training import device as compute
 from histostream.training.augment import Augmentation, warp
 from histostream.training.batches import Batches, divide
 from histostream.training.checkpoint import CheckpointError
 from histostream.training.data import DataError, DataSet
 from histostream.training.device import Compute, ComputeError
-from histostream.training.loop import Recipe, TrainError
-from histostream.training.methods import State
+from histostream.training.loop import TrainError
 from histostream.training.methods.imems import method as imems
 from histostream.training.methods.imems.method import Config
+from histostream.training.recipe import Recipe
 from histostream.training.schedule import Schedule
+from histostream.training.state import State
 
 STEPS = 12
 TINY = (
@@ -54,7 +54,7 @@ def recipe(**schedule: Any) -> Recipe:
 
 @pytest.fixture(scope="module")
 def found(nuclei_folder: Path) -> DataSet:
-    return sets.open_set(str(nuclei_folder))
+    return datasets.open_dataset(str(nuclei_folder))
 
 
 def command(folder: Path, run: Path, *more: str) -> list[str]:
@@ -190,8 +190,8 @@ def test_processes_share_the_crops_of_one_batch(found: DataSet) -> None:
 
 
 def test_bfloat16_trains_and_resumes(found: DataSet, tmp_path: Path) -> None:
-    how = Compute("cpu", "bf16")
-    loop.train(recipe(), imems, found, tmp_path / "whole", how=how)
+    settings = Compute("cpu", "bf16")
+    loop.train(recipe(), imems, found, tmp_path / "whole", compute=settings)
 
     class Stop(Exception):
         pass
@@ -201,11 +201,11 @@ def test_bfloat16_trains_and_resumes(found: DataSet, tmp_path: Path) -> None:
             raise Stop
 
     with pytest.raises(Stop):
-        loop.train(recipe(), imems, found, tmp_path / "broken", how=how, report=stop)
-    loop.train(recipe(), imems, found, tmp_path / "broken", how=how)
+        loop.train(recipe(), imems, found, tmp_path / "broken", compute=settings, report=stop)
+    loop.train(recipe(), imems, found, tmp_path / "broken", compute=settings)
     assert same(tmp_path / "whole", tmp_path / "broken")
     assert checkpoint.read(tmp_path / "whole" / "best").record["precision"] == "bf16"
-    loop.train(recipe(), imems, found, tmp_path / "fp32", how=Compute("cpu"))
+    loop.train(recipe(), imems, found, tmp_path / "fp32", compute=Compute("cpu"))
     assert not same(tmp_path / "whole", tmp_path / "fp32")
     assert all(t.dtype != torch.bfloat16 for t in weights(tmp_path / "whole").values())
 
@@ -392,7 +392,7 @@ def test_learning_rates_fall_as_named(name: str) -> None:
 
 def method_that(step: Any, pools: tuple[str, ...] = (), **more: Any) -> ModuleType:
     """iMEMS with another step, and maybe other functions."""
-    names = ("build", "validate", "paint", "align_px", "deployed", "score_kind", "Config", "before_step", "finish")
+    names = ("build", "validate", "paint", "align_px", "deployed", "score_kind", "Config")
     kept = {name: getattr(imems, name) for name in names}
     mine = {**kept, "step": step, "pools": lambda _: pools, **more}
     return cast(ModuleType, SimpleNamespace(**mine))
@@ -437,8 +437,8 @@ def test_the_deterministic_mode_trains_every_algorithm(found: DataSet, tmp_path:
         for i, second in enumerate(("none", "image+features")):
             config = replace(recipe().config, target="labels", adversarial=False, second_task=second)
             mine = replace(recipe(), config=config)
-            how = Compute("cpu", deterministic=True)
-            loop.train(mine, imems, found, tmp_path / str(i), how=how)
+            settings = Compute("cpu", deterministic=True)
+            loop.train(mine, imems, found, tmp_path / str(i), compute=settings)
     finally:
         torch.use_deterministic_algorithms(False)
 

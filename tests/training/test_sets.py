@@ -19,11 +19,11 @@ import tifffile
 from numpy.typing import NDArray
 from PIL import Image
 
-from histostream.training import command, data
-from histostream.training import datasets as sets
+from histostream.training import command, data, datasets
 from histostream.training.data import DataError, StoredSample
-from histostream.training.datasets import _layout, _slides, folder, open_pool, open_set
+from histostream.training.datasets import _layout, _slides, folder, open_dataset, open_pool
 from histostream.training.datasets._slides import SlideSample, filled
+from histostream.training.datasets.folder import read_folder
 from histostream.wsi.errors import SlideError
 from histostream.wsi.geometry import Box
 from histostream.wsi.slides.reader import open_slide
@@ -77,7 +77,7 @@ name = "lumen"
 
 
 def test_a_folder_is_read_with_nothing_said_about_it(root: Path) -> None:
-    found = open_set(str(root))
+    found = open_dataset(str(root))
     assert (found.name, found.classes, found.mpp, found.channels) == ("mine", (), None, 3)
     assert [s.name for s in found.train] == [f"{n}.png" for n in ("a1", "a2", "b1", "b2", "c1", "c2")]
     assert [s.group for s in found.train] == ["a1", "a2", "b1", "b2", "c1", "c2"]
@@ -96,7 +96,7 @@ def test_objects_are_two_classes(tmp_path: Path) -> None:
     objects[2:12, 2:12], objects[15:25, 15:25] = 300, 7
     save(tmp_path / "images" / "a.png", noise(0, 30, 30))
     save(tmp_path / "labels_instance" / "a.png", objects)
-    (sample,) = open_set(str(tmp_path)).train
+    (sample,) = open_dataset(str(tmp_path)).train
     np.testing.assert_array_equal(sample.labels, objects > 0)
     np.testing.assert_array_equal(sample.instances, objects)
     assert sample.object_px == pytest.approx(2 * np.sqrt(100 / np.pi))
@@ -106,7 +106,7 @@ def test_objects_are_two_classes(tmp_path: Path) -> None:
 def test_both_kinds_of_labels_give_classes_and_objects(root: Path) -> None:
     for i, path in enumerate(sorted((root / "labels").iterdir())):
         save(root / "labels_instance" / path.name, classes_of(i, 40, 48) * np.uint16(500))
-    for i, sample in enumerate(open_set(str(root)).train):
+    for i, sample in enumerate(open_dataset(str(root)).train):
         np.testing.assert_array_equal(sample.labels, classes_of(i, 40, 48))
         np.testing.assert_array_equal(sample.instances, sample.labels * np.int32(500))
 
@@ -125,7 +125,7 @@ def test_the_file_names_classes_and_their_values(root: Path) -> None:
                    {name = "lumen", value = 255}]
         """.replace("\n                  ", ""),
     )
-    found = open_set(str(root))
+    found = open_dataset(str(root))
     assert (found.name, found.mpp) == ("glands", 0.5)
     assert [name for name, _ in found.classes] == ["stroma", "gland", "lumen"]
     assert found.classes[1][1] == (1, 2, 3)
@@ -136,13 +136,13 @@ def test_the_file_names_classes_and_their_values(root: Path) -> None:
 
 def test_official_parts_are_patterns_of_names(root: Path) -> None:
     say(root, '[splits]\ntest = ["c*"]\nvalidation = ["b1"]')
-    found = open_set(str(root))
+    found = open_dataset(str(root))
     parts = (found.train, found.validation, found.test)
     named = [[s.name.removesuffix(".png") for s in part] for part in parts]
     assert named == [["a1", "a2", "b2"], ["b1"], ["c1", "c2"]]
-    assert [s.name for s in data.read_folder(root)] == sorted(s.name for p in parts for s in p)
+    assert [s.name for s in read_folder(root)] == sorted(s.name for p in parts for s in p)
     say(root, '[splits]\ntrain = ["a1"]\ntest = ["c*"]')
-    found = open_set(str(root))
+    found = open_dataset(str(root))
     assert [len(part) for part in (found.train, found.validation, found.test)] == [1, 0, 2]
 
 
@@ -150,9 +150,9 @@ def test_official_parts_are_patterns_of_names(root: Path) -> None:
 def test_parts_cover_each_image_and_stay_in_its_group(root: Path, rows: int, columns: int) -> None:
     for i, path in enumerate(sorted((root / "labels").iterdir())):
         save(root / "labels_instance" / path.name, classes_of(i, 40, 48))
-    whole = open_set(str(root)).train
+    whole = open_dataset(str(root)).train
     say(root, f"parts = [{rows}, {columns}]")
-    cut_up = open_set(str(root)).train
+    cut_up = open_dataset(str(root)).train
     assert len(cut_up) == 6 * rows * columns
     assert len({s.name for s in cut_up}) == len(cut_up)
     for i, one in enumerate(whole):
@@ -178,7 +178,7 @@ def test_parts_are_measured_on_their_own() -> None:
 def test_pools_are_pictures_without_labels(root: Path) -> None:
     save(root / "target" / "t.png", noise(9, 30, 30, 3))
     save(root / "absence" / "n.jpg", noise(9, 30, 30, 3))
-    found = open_set(str(root))
+    found = open_dataset(str(root))
     assert sorted(found.pools) == ["absence", "target"]
     assert [p.name for p in found.pools["target"]] == ["t.png"]
     np.testing.assert_array_equal(found.pools["target"][0].image, noise(9, 30, 30, 3))
@@ -195,10 +195,10 @@ def test_the_documented_file_is_read(root: Path) -> None:
         save(labels, classes_of(i, 40, 48, 2) * np.uint8(255))
         labels.rename(labels.with_name(f"P0{4 + i}_1.png"))
     say(root, example)
-    found = open_set(str(root))
+    found = open_dataset(str(root))
     assert (found.name, found.mpp, len(found.train), len(found.test)) == ("my-glands", 0.5, 16, 8)
     assert {s.group for s in found.test} == {"P08", "P09"}
-    assert {name: f"`{name}`" in text for name in sets.names()} == dict.fromkeys(sets.names(), True)
+    assert {name: f"`{name}`" in text for name in datasets.names()} == dict.fromkeys(datasets.names(), True)
 
 
 # ----------------------------------------------------------------------------- what is refused
@@ -333,7 +333,7 @@ def break_empty_pool(root: Path) -> None:
 def test_a_broken_set_is_refused_by_file(root: Path, spoil: Callable[[Path], None], words: str) -> None:
     spoil(root)
     with pytest.raises(DataError, match=words) as error:
-        open_set(str(root))
+        open_dataset(str(root))
     assert "\n" not in str(error.value)
 
 
@@ -341,13 +341,13 @@ def test_only_the_first_of_many_problems_are_told(root: Path) -> None:
     for path in (root / "images").iterdir():
         path.write_bytes(b"")
     with pytest.raises(DataError, match="and 2 more like these"):
-        open_set(str(root))
+        open_dataset(str(root))
 
 
 def test_an_image_above_the_limit_is_refused_without_a_warning(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1500)
     with pytest.raises(DataError, match=r"a1\.png: too large"):
-        open_set(str(root))
+        open_dataset(str(root))
 
 
 @pytest.mark.parametrize(
@@ -383,7 +383,7 @@ def test_an_image_above_the_limit_is_refused_without_a_warning(root: Path, monke
 def test_a_wrong_word_in_the_file_is_named(root: Path, text: str, words: str) -> None:
     say(root, text)
     with pytest.raises(DataError, match=words) as error:
-        open_set(str(root))
+        open_dataset(str(root))
     assert "\n" not in str(error.value)
 
 
@@ -392,14 +392,14 @@ def test_three_classes_need_more_than_objects(tmp_path: Path) -> None:
     save(tmp_path / "labels_instance" / "a.png", classes_of(0, 30, 30))
     say(tmp_path, THREE)
     with pytest.raises(DataError, match="3 classes, but labels_instance/ alone tells two apart"):
-        open_set(str(tmp_path))
+        open_dataset(str(tmp_path))
 
 
 # ----------------------------------------------------------------------------- the registry
 
 
 def test_the_folder_is_the_registry() -> None:
-    assert sets.names() == ["brats", "dsb2018", "epfl", "glas", "mnist", "monuseg", "tnbc", "vnc"]
+    assert datasets.names() == ["brats", "dsb2018", "epfl", "glas", "mnist", "monuseg", "tnbc", "vnc"]
 
 
 def patient(folder: Path, seed: int) -> None:
@@ -424,7 +424,7 @@ def test_volumes_become_half_slices_with_and_without_the_tumour(tmp_path: Path) 
     for grade, count in (("HGG", 10), ("LGG", 3)):
         for i in range(count):
             patient(tmp_path / grade / f"Brats17_{grade}_{i}", i)
-    found = open_set(f"brats:{tmp_path}?labelled=0.2")
+    found = open_dataset(f"brats:{tmp_path}?labelled=0.2")
     assert (found.channels, found.mpp) == (3, 1000.0)
     parts = {name: {s.group for s in getattr(found, name)} for name in ("validation", "test")}
     pools = {name: {p.group for p in pool} for name, pool in found.pools.items()}
@@ -444,14 +444,14 @@ def test_volumes_become_half_slices_with_and_without_the_tumour(tmp_path: Path) 
     assert one.labels.sum() == 80
     inside = one.image[one.labels > 0].mean()
     assert inside > one.image[(one.labels == 0) & (one.image[..., 0] != 128)].mean() + 20
-    grey = open_set(f"brats:{tmp_path}?sequences=t2")
+    grey = open_dataset(f"brats:{tmp_path}?sequences=t2")
     assert grey.channels == 1
     (tmp_path / "HGG" / "Brats17_HGG_3" / "Brats17_HGG_3_seg.nii.gz").write_bytes(b"damaged")
     with pytest.raises(DataError, match=r"_seg\.nii\.gz: cannot be read"):
-        open_set(f"brats:{tmp_path}")
+        open_dataset(f"brats:{tmp_path}")
     (tmp_path / "HGG" / "Brats17_HGG_3" / "Brats17_HGG_3_seg.nii.gz").unlink()
     with pytest.raises(DataError, match=r"no Brats17_HGG_3_seg\.nii\.gz in it"):
-        open_set(f"brats:{tmp_path}")
+        open_dataset(f"brats:{tmp_path}")
 
 
 @pytest.mark.parametrize(
@@ -483,12 +483,12 @@ def test_volumes_become_half_slices_with_and_without_the_tumour(tmp_path: Path) 
 )
 def test_a_wrong_name_or_option_is_told(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(DataError, match=words):
-        open_set(text.format(tmp_path))
+        open_dataset(text.format(tmp_path))
 
 
 def test_a_folder_whose_name_has_a_colon_is_a_folder(root: Path) -> None:
     odd = root.rename(root.parent / "my:set?x=1")
-    assert len(open_set(str(odd)).train) == 6
+    assert len(open_dataset(str(odd)).train) == 6
 
 
 # ----------------------------------------------------------------------------- slides
@@ -537,7 +537,7 @@ def slides(tmp_path: Path, slide_file: Path) -> Path:
 @pytest.mark.parametrize("mpp", [0.5, 0.8, 1.0])
 def test_training_sees_the_tiles_that_inference_reads(slides: Path, mpp: float) -> None:
     say(slides, f"mpp = {mpp}\ntile_px = {TILE}\n{THREE}")
-    samples = iter(open_set(str(slides)).train)
+    samples = iter(open_dataset(str(slides)).train)
     with open_slide(slides / "slides" / "one.tif") as slide:
         view = at_mpp(slide, mpp)
         grid = TileGrid.cover(view.width, view.height, tile_px=TILE, overlap_px=0)
@@ -559,7 +559,7 @@ def test_labels_are_the_smallest_polygon_at_each_pixel(slides: Path) -> None:
     truth[200:700, 100:900] = 1
     truth[300:400, 300:400] = 0
     truth[250:350, 500:600] = 2
-    found = open_set(str(slides))
+    found = open_dataset(str(slides))
     assert [name for name, _ in found.classes] == ["stroma", "gland", "lumen"]
     assert data.class_count(found.train) == 3
     for sample in found.train:
@@ -569,7 +569,7 @@ def test_labels_are_the_smallest_polygon_at_each_pixel(slides: Path) -> None:
 
 def test_labels_follow_the_resolution(slides: Path) -> None:
     say(slides, f"mpp = 1.0\ntile_px = {TILE}\n{THREE}")
-    for sample in open_set(str(slides)).train:
+    for sample in open_dataset(str(slides)).train:
         if sample.name == "one_x0_y0":
             assert (sample.labels[100:, 50:] == 1).sum() == 156 * 206 - 50 * 50 - 6 * 50
             return
@@ -579,7 +579,7 @@ def test_labels_follow_the_resolution(slides: Path) -> None:
 def test_a_region_of_interest_limits_what_is_used(slides: Path) -> None:
     gland = polygon("gland", rectangle(100, 200, 900, 700))
     annotate(slides, "one", gland, polygon("ROI", rectangle(200, 300, 700, 600)))
-    samples = open_set(str(slides)).train
+    samples = open_dataset(str(slides)).train
     boxes = [s._box for s in samples if isinstance(s, SlideSample)]
     assert boxes
     assert all(200 <= b.x < b.right <= 700 and 300 <= b.y < b.bottom <= 600 for b in boxes)
@@ -589,7 +589,7 @@ def test_a_region_of_interest_limits_what_is_used(slides: Path) -> None:
         assert sample.labels.all()
     triangle = [(0.0, 0.0), (SIDE_PX, 0.0), (0.0, 1400.0)]
     annotate(slides, "one", gland, polygon("roi", triangle))
-    whole = [s._box for s in open_set(str(slides)).train if isinstance(s, SlideSample)]
+    whole = [s._box for s in open_dataset(str(slides)).train if isinstance(s, SlideSample)]
     assert whole
     assert all(b.right / SIDE_PX + b.bottom / 1400 <= 1.01 for b in whole)
 
@@ -598,13 +598,13 @@ def test_slides_and_images_make_one_set(slides: Path, root: Path) -> None:
     shutil.copytree(root / "images", slides / "images")
     shutil.copytree(root / "labels", slides / "labels")
     say(slides, f'mpp = 0.5\ntile_px = {TILE}\n{THREE}\n[splits]\ntest = ["one", "a1"]')
-    found = open_set(str(slides))
+    found = open_dataset(str(slides))
     assert [s.name for s in found.train] == ["a2.png", "b1.png", "b2.png", "c1.png", "c2.png"]
     assert {s.group for s in found.test} == {"a1", "one"}
     save(slides / "images" / "one.png", noise(0, 40, 48, 3))
     save(slides / "labels" / "one.png", classes_of(0, 40, 48))
     with pytest.raises(DataError, match="one is an image and a slide"):
-        open_set(str(slides))
+        open_dataset(str(slides))
 
 
 def test_slides_in_a_pool_give_their_tissue(root: Path, slide_file: Path) -> None:
@@ -612,7 +612,7 @@ def test_slides_in_a_pool_give_their_tissue(root: Path, slide_file: Path) -> Non
     (root / "target").mkdir()
     shutil.copy(slide_file, root / "target" / "far.tif")
     save(root / "target" / "plain.tif", noise(3, 50, 50, 3))
-    pool = open_set(str(root)).pools["target"]
+    pool = open_dataset(str(root)).pools["target"]
     assert pool[0].name == "plain.tif"
     assert len(pool) > 3
     assert {p.group for p in pool} == {"plain", "far"}
@@ -633,7 +633,7 @@ def test_a_small_slide_is_one_tile_of_its_size(tmp_path: Path) -> None:
     )
     annotate(tmp_path, "s", polygon("gland", rectangle(0, 0, 150, 200)))
     say(tmp_path, f"mpp = 0.5\n{THREE}")
-    (sample,) = open_set(str(tmp_path)).train
+    (sample,) = open_dataset(str(tmp_path)).train
     np.testing.assert_array_equal(sample.image, tissue)
     assert sample.shape == (200, 300)
 
@@ -645,7 +645,7 @@ def test_tiles_are_read_by_many_threads_and_few_slides_stay_open(slides: Path, m
         shutil.copy(annotations, slides / "annotations" / f"{name}.geojson")
     monkeypatch.setattr(_slides, "OPEN_SLIDES", 2)
     monkeypatch.setattr(_slides, "CACHED_TILES", 3)
-    samples = open_set(str(slides)).train
+    samples = open_dataset(str(slides)).train
     assert len({s.group for s in samples}) == 4
     first = {s.name.partition("_")[2]: s.image for s in samples if s.group == "one"}
     order = np.random.default_rng(0).permutation(np.repeat(np.arange(len(samples)), 3))
@@ -660,13 +660,13 @@ def test_tiles_are_read_by_many_threads_and_few_slides_stay_open(slides: Path, m
 
 
 def test_the_digest_tells_slide_place_and_annotation(slides: Path, tmp_path: Path) -> None:
-    before = open_set(str(slides)).train
-    assert data.checksum(before) == data.checksum(open_set(str(slides)).train)
+    before = open_dataset(str(slides)).train
+    assert data.checksum(before) == data.checksum(open_dataset(str(slides)).train)
     assert len({s.digest() for s in before}) == len(before)
     annotate(slides, "one", polygon("gland", rectangle(100, 200, 901, 700)))
-    assert data.checksum(before) != data.checksum(open_set(str(slides)).train)
+    assert data.checksum(before) != data.checksum(open_dataset(str(slides)).train)
     say(slides, f"mpp = 0.5\ntile_px = {TILE // 2}\n{THREE}")
-    other = open_set(str(slides)).train
+    other = open_dataset(str(slides)).train
     assert not {s.digest() for s in before} & {s.digest() for s in other}
 
 
@@ -744,23 +744,23 @@ def refuse_glass(root: Path) -> None:
 def test_a_slide_that_cannot_be_trained_on_is_refused(slides: Path, spoil: Callable[[Path], None], words: str) -> None:
     spoil(slides)
     with pytest.raises(DataError, match=words) as error:
-        open_set(str(slides))
+        open_dataset(str(slides))
     assert "\n" not in str(error.value)
 
 
 def test_a_damaged_slide_or_annotation_is_refused(slides: Path) -> None:
     (slides / "annotations" / "one.geojson").write_text("no JSON")
     with pytest.raises((DataError, SlideError), match=r"one\.geojson: not valid GeoJSON"):
-        open_set(str(slides))
+        open_dataset(str(slides))
     (slides / "slides" / "one.tif").write_bytes(b"")
     with pytest.raises((DataError, SlideError), match=r"one\.tif: the file is empty"):
-        open_set(str(slides))
+        open_dataset(str(slides))
 
 
 def test_the_resolution_of_slides_can_be_told(slides: Path) -> None:
     refuse_unknown_mpp(slides)
     say(slides, f"mpp = 0.5\nslide_mpp = 0.25\n{THREE}")
-    (sample,) = open_set(str(slides)).train
+    (sample,) = open_dataset(str(slides)).train
     assert sample.shape == (300, 300)
 
 
@@ -833,7 +833,7 @@ def test_a_real_set_is_read_whole(
 ) -> None:
     name, _, place = text.partition(":")
     real(data_dir, re.split(r"[?/]", place)[0])
-    found = open_set(f"{name}:{data_dir / place}")
+    found = open_dataset(f"{name}:{data_dir / place}")
     assert (len(found.train), len(found.validation), len(found.test)) == counts
     assert len({s.group for s in found.train}) == groups
     assert (found.name, found.channels, found.mpp) == (name, channels, mpp)
@@ -846,7 +846,7 @@ def test_a_real_set_is_read_whole(
 
 
 def test_glas_groups_are_patients_in_the_order_of_numbers(data_dir: Path) -> None:
-    found = open_set(f"glas:{real(data_dir, 'glands-glas')}")
+    found = open_dataset(f"glas:{real(data_dir, 'glands-glas')}")
     names = [s.name.partition(".")[0] for s in found.train]
     assert names == [f"train_{i}" for i in range(1, 86)]
     assert [s.name.partition(".")[0] for s in found.test] == [f"testB_{i}" for i in range(1, 21)]
@@ -858,32 +858,32 @@ def test_glas_is_read_as_published_in_one_folder(tmp_path: Path) -> None:
     for name in ("train_1", "train_2", "testA_1", "testB_1"):
         save(tmp_path / f"{name}.bmp", noise(0, 20, 20, 3))
         save(tmp_path / f"{name}_anno.bmp", classes_of(0, 20, 20))
-    found = open_set(f"glas:{tmp_path}")
+    found = open_dataset(f"glas:{tmp_path}")
     assert [s.name for s in found.train] == ["train_1.bmp", "train_2.bmp"]
     assert [s.name for s in found.test] == ["testA_1.bmp", "testB_1.bmp"]
     assert [s.group for s in found.train] == ["train_1", "train_2"]
     (tmp_path / "testB_1_anno.bmp").unlink()
     with pytest.raises(DataError, match=r"no annotation \(NAME_anno\) for testB_1\.bmp"):
-        open_set(f"glas:{tmp_path}")
+        open_dataset(f"glas:{tmp_path}")
 
 
 def test_em_masks_are_mitochondria_of_a_known_share(data_dir: Path) -> None:
     """5.3 % and 5.4 % of the pixels, as the sets' own descriptions say."""
     for name, place in (("epfl", "em-epfl-hippocampus"), ("vnc", "em-vnc-sstem")):
-        found = open_set(f"{name}:{real(data_dir, place)}")
+        found = open_dataset(f"{name}:{real(data_dir, place)}")
         labels = np.concatenate([s.labels.ravel() for s in (*found.train, *found.test)])
         assert 0.045 < labels.mean() < 0.065
 
 
 def test_vnc_sections_are_cut_between_columns_685_and_686(data_dir: Path) -> None:
     path = real(data_dir, "em-vnc-sstem")
-    found = open_set(f"vnc:{path}")
+    found = open_dataset(f"vnc:{path}")
     raw = np.asarray(Image.open(path / "stack1" / "raw" / "07.png"))
     left, right = found.train[7], found.test[7]
     assert (left.shape, right.shape) == ((1024, 686), (1024, 338))
     assert left.group == right.group == "section 07"
     np.testing.assert_array_equal(np.hstack([left.image, right.image])[..., 0], raw)
-    again = open_set(f"vnc:{path / 'stack1'}")
+    again = open_dataset(f"vnc:{path / 'stack1'}")
     assert data.checksum(again.train) == data.checksum(found.train)
 
 
@@ -909,7 +909,7 @@ def test_cluttered_digits_are_the_same_each_time(tmp_path: Path, variant: str, s
     write_mnist(tmp_path / "plain")
     write_mnist(tmp_path / "packed", packed=True)
     text = f"?variant={variant}&count=30&seed=4"
-    one, other = (open_set(f"mnist:{tmp_path / kind}{text}") for kind in ("plain", "packed"))
+    one, other = (open_dataset(f"mnist:{tmp_path / kind}{text}") for kind in ("plain", "packed"))
     for name in ("train", "validation", "test"):
         assert data.checksum(getattr(one, name)) == data.checksum(getattr(other, name))
     for name in ("presence", "absence"):
@@ -917,14 +917,14 @@ def test_cluttered_digits_are_the_same_each_time(tmp_path: Path, variant: str, s
         assert len(one.pools[name]) == 30
     assert (len(one.train), len(one.validation), len(one.test)) == (30, 500, 700)
     assert one.train[0].image.shape == (side, side, 1)
-    reseeded = open_set(f"mnist:{tmp_path / 'plain'}?variant={variant}&count=30&seed=5")
+    reseeded = open_dataset(f"mnist:{tmp_path / 'plain'}?variant={variant}&count=30&seed=5")
     assert data.checksum(reseeded.train) != data.checksum(one.train)
 
 
 def test_a_digit_is_whole_under_its_clutter(tmp_path: Path) -> None:
     """The mask is the digit's ink wherever it was put; clutter covers it and is not in the mask."""
     write_mnist(tmp_path)
-    found = open_set(f"mnist:{tmp_path}?count=50")
+    found = open_dataset(f"mnist:{tmp_path}?count=50")
     for sample in found.train:
         ys, xs = np.nonzero(sample.labels)
         assert len(ys) == 20 * 6
@@ -938,7 +938,7 @@ def test_a_digit_is_whole_under_its_clutter(tmp_path: Path) -> None:
 
 def test_absence_images_have_clutter_and_no_digit(tmp_path: Path) -> None:
     write_mnist(tmp_path)
-    found = open_set(f"mnist:{tmp_path}?count=200")
+    found = open_dataset(f"mnist:{tmp_path}?count=200")
     bright = {name: np.mean([(p.image > 200).mean() for p in found.pools[name]]) for name in ("presence", "absence")}
     assert bright["absence"] > 0.01
     digit = 120 / 48**2
@@ -949,8 +949,8 @@ def test_absence_images_have_clutter_and_no_digit(tmp_path: Path) -> None:
 
 def test_few_masks_are_all_of_nines(tmp_path: Path) -> None:
     write_mnist(tmp_path)
-    found = open_set(f"mnist:{tmp_path}?count=200&labelled=0.02")
-    whole = open_set(f"mnist:{tmp_path}?count=200")
+    found = open_dataset(f"mnist:{tmp_path}?count=200&labelled=0.02")
+    whole = open_dataset(f"mnist:{tmp_path}?count=200")
     assert len(found.train) == 4
     assert len(found.pools["presence"]) == len(whole.train) == 200
     for sample in found.train:
@@ -958,11 +958,11 @@ def test_few_masks_are_all_of_nines(tmp_path: Path) -> None:
         assert np.median(sample.image[sample.labels == 1]) == 246
     assert {s.name for s in found.train} <= {s.name for s in whole.train}
     with pytest.raises(DataError, match="100 images of the digit 9"):
-        open_set(f"mnist:{tmp_path}?count=200&labelled=0.5")
+        open_dataset(f"mnist:{tmp_path}?count=200&labelled=0.5")
     with pytest.raises(DataError, match="labelled=0"):
-        open_set(f"mnist:{tmp_path}?count=200&labelled=0")
+        open_dataset(f"mnist:{tmp_path}?count=200&labelled=0")
     with pytest.raises(DataError, match="count=201: use 1 to 200"):
-        open_set(f"mnist:{tmp_path}?count=201")
+        open_dataset(f"mnist:{tmp_path}?count=201")
 
 
 def test_a_damaged_digit_file_is_refused(tmp_path: Path) -> None:
@@ -971,20 +971,20 @@ def test_a_damaged_digit_file_is_refused(tmp_path: Path) -> None:
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"cannot be read.*fetch it again"):
-        open_set(f"mnist:{tmp_path}")
+        open_dataset(f"mnist:{tmp_path}")
     file.write_bytes(b"not packed")
     with pytest.raises(DataError, match="cannot be read"):
-        open_set(f"mnist:{tmp_path}")
+        open_dataset(f"mnist:{tmp_path}")
     file.write_bytes(gzip.compress(gzip.decompress(whole)[:-5]))
     with pytest.raises(DataError, match="cut off"):
-        open_set(f"mnist:{tmp_path}")
+        open_dataset(f"mnist:{tmp_path}")
     file.write_bytes(gzip.compress(b"\0\0\x0d\x03" + bytes(40)))
     with pytest.raises(DataError, match="not an idx file of uint8"):
-        open_set(f"mnist:{tmp_path}")
+        open_dataset(f"mnist:{tmp_path}")
 
 
 def test_real_digits_make_2000_images(data_dir: Path) -> None:
-    found = open_set(f"mnist:{real(data_dir, 'mnist')}")
+    found = open_dataset(f"mnist:{real(data_dir, 'mnist')}")
     assert (len(found.train), len(found.validation), len(found.test)) == (2000, 500, 1000)
     assert len(found.pools["presence"]) == len(found.pools["absence"]) == 2000
     share = np.mean([s.labels.mean() for s in found.train])
@@ -1002,7 +1002,7 @@ def test_a_pool_is_a_folder_of_pictures_an_image_or_a_set(root: Path, tmp_path: 
     assert [p.name for p in open_pool(str(tmp_path / "plain"), "target", 0.5)] == ["t.png", "u.jpg"]
     (one,) = open_pool(str(tmp_path / "plain" / "t.png"), "target", 0.5)
     np.testing.assert_array_equal(one.image, noise(9, 30, 30, 3))
-    assert len(open_pool(str(root), "target", 0.5)) == len(open_set(str(root)).train)
+    assert len(open_pool(str(root), "target", 0.5)) == len(open_dataset(str(root)).train)
     save(root / "target" / "t.png", noise(9, 30, 30, 3))
     assert [p.name for p in open_pool(str(root), "target", 0.5)] == ["t.png"]
 
@@ -1039,12 +1039,12 @@ def test_what_is_no_pool_is_named(tmp_path: Path, name: str, said: str) -> None:
 def test_grey_and_coloured_sets_are_not_mixed(root: Path, tmp_path: Path) -> None:
     save(tmp_path / "grey" / "t.png", noise(9, 30, 30, 3)[..., 0])
     with pytest.raises(DataError, match=r"its images are grey, those of .* RGB"):
-        command.with_pools(open_set(str(root)), (f"target={tmp_path / 'grey'}",), 0.5)
+        command.with_pools(open_dataset(str(root)), (f"target={tmp_path / 'grey'}",), 0.5)
 
 
 def test_sets_that_know_no_resolution_are_met_at_that_of_the_run(root: Path, tmp_path: Path) -> None:
     save(tmp_path / "t.png", noise(9, 40, 60, 3))
     (tmp_path / "dataset.toml").write_text("mpp = 0.25\n")
-    assert open_set(str(root)).mpp is None
-    found = command.with_pools(open_set(str(root)), (f"target={tmp_path}",), 0.5)
+    assert open_dataset(str(root)).mpp is None
+    found = command.with_pools(open_dataset(str(root)), (f"target={tmp_path}",), 0.5)
     assert found.pools["target"][0].shape == (20, 30)

@@ -22,30 +22,30 @@ from histostream.export.explanation import export_explanation
 from histostream.export.graph.model import GraphError
 from histostream.export.trained import export_checkpoint
 from histostream.runtime import open_engine, segment_pixels
-from histostream.training import checkpoint, command, loop
-from histostream.training import datasets as sets
+from histostream.training import checkpoint, datasets, loop
 from histostream.training.augment import Augmentation
 from histostream.training.batches import Batches, Parts, divide
 from histostream.training.checkpoint import CheckpointError
-from histostream.training.data import DataError, DataSet, Split, StoredPicture, StoredSample
+from histostream.training.data import DataError, DataSet, StoredPicture, StoredSample
 from histostream.training.device import Compute, prepare
-from histostream.training.loop import Recipe
-from histostream.training.methods import Batch, State
 from histostream.training.methods.translation import method as translation
 from histostream.training.methods.translation.method import Config, Translated
-from histostream.training.metrics import SoftDice
-from histostream.training.networks.translation import (
+from histostream.training.methods.translation.networks import (
     AdaptiveNorms,
     Conv,
     Decoder,
     Encoder,
     LayerNorm,
-    MultiScaleDiscriminator,
     doubled,
     fold_spectral_norm,
     mirrored,
+    multi_scale_discriminator,
 )
+from histostream.training.metrics import SoftDice
+from histostream.training.recipe import Recipe, read_recipe
 from histostream.training.schedule import Schedule, set_rates
+from histostream.training.splits import Split
+from histostream.training.state import Batch, State
 from tests.training.resuming import killed_and_resumed, logged, weights_of
 
 CLASSES = (("background", (0, 0, 0)), ("digit", (255, 200, 60)))
@@ -189,9 +189,9 @@ def test_the_discriminators_are_tables_8_and_9() -> None:
         return [(tuple(c.weight.shape), c.stride[0]) for c in convolutions(module)]
 
     with torch.device("meta"):
-        mnist = MultiScaleDiscriminator(1, 128, 3, spectral=False)
-        brats = MultiScaleDiscriminator(4, 64, 4, spectral=False)
-        authors = MultiScaleDiscriminator(1, 128, 3, layout="authors_code", spectral=False)
+        mnist = multi_scale_discriminator(1, 128, 3, spectral=False)
+        brats = multi_scale_discriminator(4, 64, 4, spectral=False)
+        authors = multi_scale_discriminator(1, 128, 3, layout="authors_code", spectral=False)
     assert len(mnist.scales) == len(brats.scales) == 3
     table_8 = [
         ((128, 1, 4, 4), 1),
@@ -230,7 +230,7 @@ def test_the_discriminators_are_tables_8_and_9() -> None:
 
 def test_a_discriminator_sees_the_image_its_half_and_its_quarter() -> None:
     torch.manual_seed(0)
-    judge = MultiScaleDiscriminator(1, 4, 3, spectral=False)
+    judge = multi_scale_discriminator(1, 4, 3, spectral=False)
     x = torch.rand(2, 1, 48, 48)
     with torch.no_grad():
         maps = judge(x)
@@ -845,7 +845,6 @@ def test_image_px_counts_only_where_a_size_is_fixed() -> None:
         config = tiny_config(image_px=50, **more)
         assert (config.fixed_px, translation.align_px(config)) == (0, 1)
     assert translation.align_px(tiny_config()) == 48
-    assert translation.score_kind(tiny_config()) == "probability"
 
 
 def test_images_of_another_size_are_named() -> None:
@@ -1011,7 +1010,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def read(*names: str, settings: tuple[str, ...] = (), mpp: float | None = None) -> Recipe:
-    return command.read_recipe("translation", translation, names, settings, mpp=mpp)
+    return read_recipe("translation", translation, names, settings, mpp=mpp)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -1105,7 +1104,7 @@ def test_tissue_goes_from_folders_to_labels(tmp_path: Path) -> None:
         Image.fromarray(sample.labels).save(tmp_path / "set" / "labels" / sample.name)
     more = ("schedule.crop_px=64", "method.discriminator_stages=3", "method.depth=4", "schedule.validation=0.5")
     recipe = read("translation-tissue", settings=(*TINY, *more), mpp=0.5)
-    opened = sets.open_set(str(tmp_path / "set"))
+    opened = datasets.open_dataset(str(tmp_path / "set"))
     loop.train(recipe, translation, opened, tmp_path / "run")
     options = Options(precisions=("fp32", "fp16"), tensorrt="off", tile_px=64, calibrate=tmp_path / "set" / "presence")
     done = export_checkpoint("translation", tmp_path / "run", tmp_path / "bundle", options)
@@ -1279,7 +1278,7 @@ def test_the_residual_is_on_the_digit_and_the_digit_is_found(data_dir: Path) -> 
     """
     if not (data_dir / "mnist").is_dir():
         pytest.skip(f"no MNIST files: {data_dir / 'mnist'} does not exist")
-    found = sets.open_set(f"mnist:{data_dir / 'mnist'}?variant=simple&count=2000")
+    found = datasets.open_dataset(f"mnist:{data_dir / 'mnist'}?variant=simple&count=2000")
     config = Config(
         width=4, unique_channels=16, mlp_width=32, discriminator_width=8, learning_rate=2e-3, lambda_seg=10.0
     )

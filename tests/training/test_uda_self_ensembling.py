@@ -16,16 +16,18 @@ from torch import Tensor, nn
 from histostream.export.bundle import Options
 from histostream.export.trained import export_checkpoint, load_deployed
 from histostream.runtime import open_engine, segment_pixels
-from histostream.training import checkpoint, command, loop, synthetic
+from histostream.training import checkpoint, loop, synthetic
 from histostream.training.augment import Augmentation
 from histostream.training.batches import Batches, Parts, divide
 from histostream.training.data import DataError, DataSet, StoredPicture
 from histostream.training.device import Compute, prepare
-from histostream.training.methods import Batch, State
+from histostream.training.losses import logit_loss
 from histostream.training.methods.uda_self_ensembling import method as uda
-from histostream.training.networks.bn_unet import BatchNormUNet
+from histostream.training.methods.uda_self_ensembling.networks import BatchNormUNet
 from histostream.training.networks.discriminator import DomainDiscriminator
+from histostream.training.recipe import Recipe, read_recipe
 from histostream.training.schedule import Schedule, set_rates
+from histostream.training.state import Batch, State
 from tests.training.resuming import killed_and_resumed, weights_of
 
 TINY = ("method.base_width=2", "method.discriminator_width=2")
@@ -56,9 +58,9 @@ def tiny(channels: int = 3, **more: Any) -> State:
     return uda.build(config, classes=2, channels=channels)
 
 
-def algorithm(name: str, *settings: str) -> loop.Recipe:
+def algorithm(name: str, *settings: str) -> Recipe:
     configs = ("uda-paper", *ALGORITHMS[name][0])
-    return command.read_recipe("uda_self_ensembling", uda, configs, (*TINY, *settings), mpp=0.5)
+    return read_recipe("uda_self_ensembling", uda, configs, (*TINY, *settings), mpp=0.5)
 
 
 @pytest.fixture
@@ -162,9 +164,9 @@ def test_each_entropy_has_its_own_maximum() -> None:
 def test_the_domain_loss_is_cross_entropy() -> None:
     """At logits 0, 2 ln 2 for both sets; printed, flipping z would change nothing (equation 7)."""
     logits = torch.zeros(2, 1, 4, 4)
-    both = uda.domain_loss(logits, source=True) + uda.domain_loss(logits, source=False)
+    both = logit_loss(logits, real=True) + logit_loss(logits, real=False)
     assert float(both) == pytest.approx(2 * math.log(2), abs=1e-6)
-    assert uda.domain_loss(logits + 1, source=True) < uda.domain_loss(logits + 1, source=False)
+    assert logit_loss(logits + 1, real=True) < logit_loss(logits + 1, real=False)
 
 
 def test_the_dice_loss_is_smoothed_and_pools_the_batch() -> None:

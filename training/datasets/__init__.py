@@ -29,7 +29,7 @@ def names() -> list[str]:
     return sorted(name for name in found if not name.startswith("_") and name != "folder")
 
 
-def open_set(text: str) -> DataSet:
+def open_dataset(text: str) -> DataSet:
     """Read a data set.
 
     Parameters
@@ -62,7 +62,7 @@ def open_pool(text: str, name: str, mpp: float) -> tuple[Picture, ...]:
     Parameters
     ----------
     text
-        A slide or an image; a folder of slides and images; or a set, as of `open_set`: its pool of
+        A slide or an image; a folder of slides and images; or a set, as of `open_dataset`: its pool of
         that name, else all its training images without their labels.
     name
         Of the pool.
@@ -80,7 +80,7 @@ def open_pool(text: str, name: str, mpp: float) -> tuple[Picture, ...]:
     path = Path(text).expanduser()
     if folder.holds_pictures(path):
         return folder.read_pictures(path, mpp)
-    found = open_set(text).at_mpp(mpp)
+    found = open_dataset(text).at_mpp(mpp)
     return tuple(found.pools.get(name) or found.train)
 
 

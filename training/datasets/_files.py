@@ -12,17 +12,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.training.data import (
-    IMAGE_SUFFIXES,
-    Classes,
-    DataError,
-    StoredPicture,
-    StoredSample,
-    listed,
-    median_diameter,
-    read_image,
-    read_labels,
-)
+from histostream.training.data import Classes, DataError, StoredPicture, StoredSample, listed, median_diameter
+from histostream.training.image_files import IMAGE_SUFFIXES, read_image, read_labels
 from histostream.wsi.errors import HistoError
 
 LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".webp")

@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histostream.training.data import (
-    IMAGE_SUFFIXES,
     DataError,
     DataSet,
     Picture,
@@ -43,6 +42,7 @@ from histostream.training.datasets._files import (
     sample,
 )
 from histostream.training.datasets._layout import SPLITS, Layout, read_layout
+from histostream.training.image_files import IMAGE_SUFFIXES
 from histostream.wsi.slides.reader import slide_suffixes
 
 POOLS = ("target", "unlabelled", "presence", "absence")
@@ -75,6 +75,18 @@ def read(path: Path) -> DataSet:
     _refuse_split_groups(layout, found, parts)
     train, validation, test = (tuple(s for stem in parts[part] for s in found[stem]) for part in SPLITS)
     return DataSet(layout.name, layout.classes, layout.mpp, train, validation, test, pools)
+
+
+def read_folder(folder: Path) -> list[Sample]:
+    """Read all labelled images of a folder, of whichever part, sorted by name.
+
+    Raises
+    ------
+    DataError
+        As `read`.
+    """
+    data = read(folder)
+    return sorted((*data.train, *data.validation, *data.test), key=lambda sample: sample.name)
 
 
 def holds_pictures(path: Path) -> bool:

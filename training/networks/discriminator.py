@@ -1,39 +1,15 @@
-"""Patch discriminators of conditional GANs: one logit for each patch of an image-output pair."""
+"""Discriminators that several methods use: one logit for each patch of what they judge."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
+from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from histostream.training.networks.unet import double_conv, init_he_normal
-
-
-class EncoderDiscriminator(nn.Module):
-    """The U-Net's encoder with a convolutional head: (N, C, H, W) to logits (N, 1, H/16, W/16).
-
-    Four stages of double convolution and max pooling, conv3-ReLU, conv3. "Same operations as the
-    generator's encoder" (iMEMS, section III-B); the sigmoid is in the loss.
-    """
-
-    def __init__(self, in_channels: int, *, base_width: int, dropout: float) -> None:
-        super().__init__()
-        widths = [in_channels, *(base_width << i for i in range(4))]
-        stages: list[nn.Module] = []
-        for a, b in pairwise(widths):
-            stages += [double_conv(a, b, dropout), nn.MaxPool2d(2)]
-        self.layers = nn.Sequential(
-            *stages,
-            nn.Conv2d(widths[-1], widths[-1], 3, padding=1),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(widths[-1], 1, 3, padding=1),
-        )
-        self.apply(init_he_normal)
-
-    def forward(self, pair: Tensor) -> Tensor:
-        """Return the logit of "real" for each patch."""
-        logits: Tensor = self.layers(pair)
-        return logits
+from histostream.training.networks.unet import group_norm, init_he_normal
 
 
 class DomainDiscriminator(nn.Module):
@@ -64,7 +40,7 @@ class DomainDiscriminator(nn.Module):
         for i, (a, b) in enumerate(pairwise((in_channels, *widths))):
             layers.append(nn.Conv2d(a, b, 4, stride=2, padding=1))
             if norm == "group" and i:
-                layers.append(nn.GroupNorm(min(32, b), b, affine=False))
+                layers.append(group_norm(b))
             layers.append(nn.LeakyReLU(0.2, inplace=True))
         layers.append(nn.Conv2d(widths[-1], 1, 4, stride=2, padding=1))
         self.layers = nn.Sequential(*layers)
@@ -101,3 +77,26 @@ class Pix2PixDiscriminator(nn.Module):
         """Return the logit of "real" for each patch."""
         logits: Tensor = self.layers(pair)
         return logits
+
+
+class MultiScaleDiscriminator(nn.Module):
+    """Discriminators of an input, of its half, of its quarter, ...: pix2pixHD (Wang et al. 2018).
+
+    Parameters
+    ----------
+    scales
+        The discriminator of each scale, finest first.
+    """
+
+    def __init__(self, scales: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.scales = nn.ModuleList(scales)
+
+    def forward(self, x: Tensor) -> list[Any]:
+        """Return what the discriminator of each scale returns, finest first."""
+        results = []
+        for i, scale in enumerate(self.scales):
+            if i:
+                x = F.avg_pool2d(x, 3, stride=2, padding=1, count_include_pad=False)
+            results.append(scale(x))
+        return results

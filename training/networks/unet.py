@@ -1,31 +1,51 @@
-"""The plain U-Net that iMEMS and its comparators share, and its encoder."""
+"""Encoder, decoder and U-Net that methods share."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-NORMS = ("none", "instance")
+GROUPS = 32  # of a GroupNorm; DAMT-Net
 
 
-def double_conv(in_channels: int, out_channels: int, dropout: float, norm: str = "none") -> nn.Sequential:
-    """conv3-ReLU, dropout, conv3-ReLU; zero padding keeps H and W.
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm without affine part, in gcd(32, channels) groups, as in DAMT-Net.
 
-    With ``norm="instance"`` an affine instance normalisation follows each convolution.
+    For the narrow networks of tests (a power of two below 32) that is one channel a group.
     """
+    return nn.GroupNorm(math.gcd(GROUPS, channels), channels, affine=False)
+
+
+NORMS: dict[str, Callable[[int], list[nn.Module]]] = {  # layers after a convolution, by its channels
+    "none": lambda channels: [],
+    "instance": lambda channels: [nn.InstanceNorm2d(channels, affine=True)],
+    "batch": lambda channels: [nn.BatchNorm2d(channels)],
+    "group": lambda channels: [group_norm(channels)],
+}
+
+
+def double_conv(
+    in_channels: int, out_channels: int, *, norm: str = "none", dropout: float | None = None
+) -> nn.Sequential:
+    """Twice conv3, normalisation, ReLU, with dropout between; zero padding keeps H and W."""
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 3, padding=1),
-        *_norm(norm, out_channels),
+        *NORMS[norm](out_channels),
         nn.ReLU(inplace=True),
-        nn.Dropout(dropout),
+        *([] if dropout is None else [nn.Dropout(dropout)]),
         nn.Conv2d(out_channels, out_channels, 3, padding=1),
-        *_norm(norm, out_channels),
+        *NORMS[norm](out_channels),
         nn.ReLU(inplace=True),
     )
 
 
-def _norm(norm: str, channels: int) -> list[nn.Module]:
-    return [nn.InstanceNorm2d(channels, affine=True)] if norm == "instance" else []
+def widths_of(base_width: int, depth: int) -> tuple[int, ...]:
+    """Channels of the stages of a U-Net, finest first: each coarser one has twice as many."""
+    return tuple(base_width << i for i in range(depth + 1))
 
 
 class Encoder(nn.Module):
@@ -35,10 +55,13 @@ class Encoder(nn.Module):
     (N, width * 2^i, H / 2^i, W / 2^i).
     """
 
-    def __init__(self, in_channels: int, widths: tuple[int, ...], dropout: float, norm: str = "none") -> None:
+    def __init__(
+        self, in_channels: int, widths: Sequence[int], *, norm: str = "none", dropout: float | None = None
+    ) -> None:
         super().__init__()
-        inputs = (in_channels, *widths)
-        self.stages = nn.ModuleList(double_conv(a, b, dropout, norm) for a, b in zip(inputs, widths, strict=False))
+        self.stages = nn.ModuleList(
+            double_conv(a, b, norm=norm, dropout=dropout) for a, b in pairwise((in_channels, *widths))
+        )
         self.pool = nn.MaxPool2d(2)
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -52,19 +75,19 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Nearest x2 and conv3-ReLU, concatenation with the encoder's map, double convolution."""
 
-    def __init__(self, widths: tuple[int, ...], dropout: float, norm: str = "none") -> None:
+    def __init__(self, widths: Sequence[int], *, norm: str = "none", dropout: float | None = None) -> None:
         super().__init__()
-        coarse_to_fine = list(zip(widths[:0:-1], widths[-2::-1], strict=True))
+        coarse_to_fine = list(pairwise(reversed(widths)))
         self.up = nn.ModuleList(
             nn.Sequential(
                 nn.Upsample(scale_factor=2, mode="nearest"),
                 nn.Conv2d(a, b, 3, padding=1),
-                *_norm(norm, b),
+                *NORMS[norm](b),
                 nn.ReLU(inplace=True),
             )
             for a, b in coarse_to_fine
         )
-        self.stages = nn.ModuleList(double_conv(2 * b, b, dropout, norm) for _, b in coarse_to_fine)
+        self.stages = nn.ModuleList(double_conv(2 * b, b, norm=norm, dropout=dropout) for _, b in coarse_to_fine)
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
         """Return the decoded map of every stage, coarsest first, shaped as the encoder's."""
@@ -92,7 +115,7 @@ class UNet(nn.Module):
     dropout
         Rate of the dropout inside each double convolution, in training only.
     norm
-        "none" or "instance", after each convolution.
+        Name of the normalisation after each convolution, of `NORMS`.
     """
 
     def __init__(
@@ -106,11 +129,10 @@ class UNet(nn.Module):
         norm: str = "none",
     ) -> None:
         super().__init__()
-        widths = tuple(base_width << i for i in range(depth + 1))
-        self.encoder = Encoder(in_channels, widths, dropout, norm)
-        self.decoder = Decoder(widths, dropout, norm)
+        widths = widths_of(base_width, depth)
+        self.encoder = Encoder(in_channels, widths, norm=norm, dropout=dropout)
+        self.decoder = Decoder(widths, norm=norm, dropout=dropout)
         self.head = nn.Conv2d(base_width, out_channels, 1)
-        self.out_channels = out_channels
         self.stride_px = 1 << depth
         self.apply(init_he_normal)
 
@@ -119,58 +141,6 @@ class UNet(nn.Module):
         check_sides(x, self.stride_px)
         out: Tensor = self.head(self.decoder(self.encoder(x))[-1])
         return out
-
-
-class TwoDecoderUNet(nn.Module):
-    """A U-Net whose encoder serves two decoders, both with skips: labels, and the image itself.
-
-    The multi-task comparator of iMEMS (section IV). ``forward`` runs both; ``segmenter`` is the
-    plain U-Net inside, which is all that is deployed.
-
-    Parameters
-    ----------
-    in_channels, out_channels
-        Channels of the image and of the label scores.
-    base_width, depth, dropout, norm
-        As `UNet`.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        base_width: int,
-        depth: int,
-        dropout: float,
-        norm: str = "none",
-    ) -> None:
-        super().__init__()
-        self.segmenter = UNet(in_channels, out_channels, base_width=base_width, depth=depth, dropout=dropout, norm=norm)
-        widths = tuple(base_width << i for i in range(depth + 1))
-        self.image_decoder = Decoder(widths, dropout, norm)
-        self.image_head = nn.Conv2d(base_width, in_channels, 1)
-        self.image_decoder.apply(init_he_normal)
-        self.image_head.apply(init_he_normal)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-        """Map (N, C, H, W) to label scores, image, and the two sides of each inner level.
-
-        Returns
-        -------
-        scores
-            (N, K, H, W), without an activation.
-        image
-            (N, C, H, W), the reconstruction.
-        encoded, decoded
-            The encoder's and the image decoder's maps, level by level of one shape, coarsest
-            first; the bottleneck, which has no counterpart, is left out.
-        """
-        check_sides(x, self.segmenter.stride_px)
-        maps = self.segmenter.encoder(x)
-        scores = self.segmenter.head(self.segmenter.decoder(maps)[-1])
-        decoded = self.image_decoder(maps)
-        return scores, self.image_head(decoded[-1]), maps[-2::-1], decoded
 
 
 def check_sides(x: Tensor, stride_px: int) -> None:

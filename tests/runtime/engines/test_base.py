@@ -120,7 +120,7 @@ def test_exact_blending_equals_whole_image_inference(tiny_bundle: Path, tiny_che
     result = segment_slide(path, open_engine(tiny_bundle, backend="cpu"), tmp_path, options)
     found = tifffile.imread(result.folder / "probabilities.tif", level=0)
 
-    imems = methods.load("imems")
+    imems = methods.load_method("imems")
     state = imems.build(imems.Config(base_width=4, depth=2, discriminator_width=4), 3)
     checkpoint.load(tiny_checkpoint, state)
     with torch.no_grad():

@@ -1,8 +1,8 @@
 """APMA-Net: a segmentation learned on one domain, adapted to images of another without labels.
 
 "Adversarial-prediction guided multi-task adaptation for semantic segmentation of electron
-microscopy images", paper 004 of the project. One encoder serves a segmentation decoder and a
-reconstruction decoder; two discriminators tell the domains apart, by the last features and by the
+microscopy images" (Yi, Yuan and Peng). One encoder serves a segmentation decoder and a
+reconstruction decoder. Two discriminators tell the domains apart, by the last features and by the
 predictions, and the networks learn to fool them on the target.
 
 =================  ==============================================================
@@ -18,7 +18,7 @@ D_feat, D_pred     ``discriminator_feat``, ``discriminator_pred``: logits of "so
 Slips of the paper: "the MMD loss is unsupervised" means supervised; "the combination of DE and
 DE_feat" means EN + DE_feat. Equations 3 to 7 are right as printed: source is 1, and the generator
 side minimises -log D(target), not equation 4's term with 1 - D, whose minimum would make the
-domains easier to tell apart. Equation 1 is lost with its page: the mean cross-entropy, as in
+domains easier to tell apart. Equation 1 is on the missing page: it is the mean cross-entropy, as in
 DAMT-Net.
 """
 
@@ -27,25 +27,31 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from histostream.training.batches import Parts
+from histostream.training.checks import check_at_least, check_choices, check_shares
 from histostream.training.data import DataError, Picture
-from histostream.training.methods import Batch, State
+from histostream.training.losses import logit_loss, one_hot, soft_dice
+from histostream.training.methods.apma_net.networks import (
+    GroupNormUNet,
+    ReconstructionDecoder,
+    damt_classifier,
+    ganin_classifier,
+    reverse_gradient,
+)
 from histostream.training.networks.discriminator import DomainDiscriminator
-from histostream.training.networks.domain_classifier import damt_classifier, ganin_classifier, reverse_gradient
-from histostream.training.networks.group_norm_unet import NORMS, GroupNormUNet, ReconstructionDecoder
-
-if TYPE_CHECKING:
-    from histostream.training.batches import Parts
+from histostream.training.networks.tile_model import TileModel
+from histostream.training.state import Batch, State
+from histostream.training.steps import descend, evaluating, evenly_chosen, frozen
 
 DOMAINS = ("source", "target")
 TARGET = "target"  # name of the pool
-MEASURED = 256  # images of a domain, at most, whose minima and maxima are measured
+MAX_MEASURED = 256  # images of a domain whose minima and maxima are measured
 PRED_PX = 32  # smallest maps of D_pred: five convolutions of stride 2
 FEAT_PX = {"fcn": 16, "damt": 8, "ganin": 32}  # of D_feat: 4 convolutions, 3 or 5 poolings
 
@@ -105,26 +111,21 @@ class Config:
     validation_domain: str = "target"  # whose scale images to validate and test have; or "source"
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("seg_loss", ("cross_entropy", "dice")),
-            ("adapt_features", ("none", "adversarial", "reversal")),
-            ("reconstruction_reduction", ("mean", "sum")),
-            ("norm", NORMS),
-            ("feat_disc", ("fcn", "damt", "ganin")),
-            ("grl_at", ("last", "bottleneck")),
-            ("pred_disc_norm", ("none", "group")),
-            ("normalise", ("fixed", "per_image")),
-            ("validation_domain", DOMAINS),
-        ):
-            value = getattr(self, name)
-            if value not in known:
-                raise ValueError(f"{name}={value!r}: use {' or '.join(map(repr, known))}")
-        if min(self.base_width, self.discriminator_width) < 1:
-            raise ValueError("base_width and discriminator_width must be at least 1")
-        if not 0 <= self.source_only_steps <= 1:
-            raise ValueError(f"source_only_steps={self.source_only_steps}: a share, use 0 to 1")
-        if min(self.lambda_rec, self.lambda_feat, self.lambda_pred) < 0:
-            raise ValueError("lambda_rec, lambda_feat and lambda_pred must not be negative")
+        check_choices(
+            self,
+            seg_loss=("cross_entropy", "dice"),
+            adapt_features=("none", "adversarial", "reversal"),
+            reconstruction_reduction=("mean", "sum"),
+            norm=("group", "none"),
+            feat_disc=("fcn", "damt", "ganin"),
+            grl_at=("last", "bottleneck"),
+            pred_disc_norm=("none", "group"),
+            normalise=("fixed", "per_image"),
+            validation_domain=DOMAINS,
+        )
+        check_at_least(self, 1, "base_width", "discriminator_width")
+        check_at_least(self, 0, "lambda_rec", "lambda_feat", "lambda_pred")
+        check_shares(self, "source_only_steps")
         if self.feat_disc != "fcn" and (self.feat_crop < 1 or self.feat_crop % self.least_crop_px):
             raise ValueError(f"feat_crop={self.feat_crop}: use a multiple of {self.least_crop_px}")
 
@@ -150,15 +151,8 @@ class Config:
         return least
 
 
-def score_kind(config: Config) -> str:
-    """Say what the deployed graph's scores are."""
-    del config
-    return "probability"
-
-
 def align_px(config: Config) -> int:
     """Height and width are multiples of this: four poolings."""
-    del config
     return GroupNormUNet.stride_px
 
 
@@ -205,8 +199,7 @@ class DomainScale(nn.Module):
 
     def measure(self, domain: str, pictures: Sequence[Picture]) -> None:
         """Keep the mean minimum and the mean maximum of up to 256 images, evenly chosen."""
-        places = np.linspace(0, len(pictures) - 1, min(MEASURED, len(pictures))).round()
-        images = [pictures[int(i)].image for i in places]
+        images = [picture.image for picture in evenly_chosen(pictures, MAX_MEASURED)]
         index = DOMAINS.index(domain)
         self.low[index] = float(np.mean([image.min() for image in images]))
         self.high[index] = float(np.mean([image.max() for image in images]))
@@ -257,7 +250,6 @@ def _doubled(config: Config, count: int) -> tuple[int, ...]:
 
 def before_step(state: State, parts: Parts, step: int, steps: int) -> None:
     """Measure the scale of both domains before the first step; a resumed run has it kept."""
-    del steps
     scale = state.modules["scale"]
     if step or state.config.normalise != "fixed":
         return
@@ -267,10 +259,6 @@ def before_step(state: State, parts: Parts, step: int, steps: int) -> None:
         scale.measure("target", parts.pools[TARGET])
 
 
-def finish(state: State, parts: Parts) -> None:
-    """Nothing is measured at the end."""
-
-
 # ----------------------------------------------------------------------------- losses
 
 
@@ -278,12 +266,8 @@ def segmentation_loss(config: Config, scores: Tensor, labels: Tensor) -> Tensor:
     """Return the mean cross-entropy of all pixels (equation 1), or 1 - the mean soft Dice."""
     if config.seg_loss == "cross_entropy":
         return F.cross_entropy(scores, labels)
-    probability = scores.softmax(dim=1)
-    truth = F.one_hot(labels, scores.shape[1]).movedim(-1, 1)
-    axes = (0, 2, 3)
-    both = (probability * truth).sum(axes)
-    either = probability.sum(axes) + truth.sum(axes)
-    return 1 - (2 * both / either.clamp(min=1)).mean()
+    truth = one_hot(labels, scores.shape[1])
+    return 1 - soft_dice(scores.softmax(dim=1), truth, smooth=0.0).mean()
 
 
 def reconstruction_loss(config: Config, rebuilt: Tensor, images: Tensor) -> Tensor:
@@ -295,22 +279,13 @@ def reconstruction_loss(config: Config, rebuilt: Tensor, images: Tensor) -> Tens
     return error * images[0].numel() if config.reconstruction_reduction == "sum" else error
 
 
-def telling_loss(source: Tensor, target: Tensor) -> Tensor:
+def domain_loss(source: Tensor, target: Tensor) -> Tensor:
     """Loss of a discriminator, from its logits: equations 3 to 5, source is 1.
 
     The mean of the two halves. Lambda is left out: it only scales the gradient, which Adam
     undoes.
     """
-    halves = (
-        F.binary_cross_entropy_with_logits(source, torch.ones_like(source)),
-        F.binary_cross_entropy_with_logits(target, torch.zeros_like(target)),
-    )
-    return (halves[0] + halves[1]) / 2
-
-
-def fooling_loss(target: Tensor) -> Tensor:
-    """-L' of equation 7, -E log D(target), from D's logits: what equation 6 minimises."""
-    return F.binary_cross_entropy_with_logits(target, torch.ones_like(target))
+    return (logit_loss(source, real=True) + logit_loss(target, real=False)) / 2
 
 
 def reversal_strength(config: Config, batch: Batch) -> float:
@@ -357,7 +332,7 @@ def step(state: State, batch: Batch) -> dict[str, Tensor]:
     if config.adapts and batch.step >= _first_joint_step(config, batch.steps):
         losses |= _step_jointly(state, batch, x, maps, segmentation)
     else:
-        _descend([state.optimizers["generator"]], segmentation)
+        descend(segmentation, state.optimizers["generator"])
     nothing = torch.zeros_like(segmentation)
     return {name: losses.get(name, nothing).detach() for name in _loss_names(config)}
 
@@ -395,7 +370,7 @@ def _step_jointly(state: State, batch: Batch, x: Tensor, source: Maps, segmentat
     for name, weight, _, of_target in games:
         losses[f"fooling_{name}"] = _fool(state, f"discriminator_{name}", of_target)
         total = total + weight * losses[f"fooling_{name}"]
-    _descend(stepping, total)
+    descend(total, *stepping)
     for name, _, of_source, of_target in games:
         judge = f"discriminator_{name}"
         losses[judge] = _step_discriminator(state, judge, of_source, of_target)
@@ -433,33 +408,28 @@ def _check_crops(config: Config, batch: Batch) -> None:
             )
 
 
+def fooling_loss(target: Tensor) -> Tensor:
+    """-L' of equation 7, -E log D(target), from D's logits: what equation 6 minimises."""
+    return logit_loss(target, real=True)
+
+
 def _fool(state: State, name: str, target: Tensor) -> Tensor:
     """Fooling loss of target maps; the discriminator gets no gradient."""
-    discriminator = state.modules[name].requires_grad_(False)
-    loss = fooling_loss(discriminator(target))
-    discriminator.requires_grad_(True)
-    return loss
+    with frozen(state.modules[name]) as discriminator:
+        return fooling_loss(discriminator(target))
 
 
 def _step_discriminator(state: State, name: str, source: Tensor, target: Tensor) -> Tensor:
     discriminator = state.modules[name]
-    loss = telling_loss(discriminator(source.detach()), discriminator(target.detach()))
-    _descend([state.optimizers[name]], loss)
+    loss = domain_loss(discriminator(source.detach()), discriminator(target.detach()))
+    descend(loss, state.optimizers[name])
     return loss
 
 
 def _reversed_loss(state: State, source: Tensor, target: Tensor, strength: float) -> Tensor:
     classifier = state.modules["discriminator_feat"]
     source, target = (classifier(reverse_gradient(m, strength)) for m in (source, target))
-    return telling_loss(source, target)
-
-
-def _descend(optimizers: Sequence[torch.optim.Optimizer], loss: Tensor) -> None:
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    for optimizer in optimizers:
-        optimizer.step()
+    return domain_loss(source, target)
 
 
 # ----------------------------------------------------------------------------- evaluation
@@ -472,10 +442,9 @@ def validate(state: State, images: Tensor, labels: Tensor) -> tuple[float, Tenso
     Images count as of ``config.validation_domain``; the adversarial terms are left out, they
     cannot be compared between steps.
     """
-    network = state.modules["generator"].eval()
     x = state.modules["scale"](images, state.config.validation_domain)
-    scores = network(x)[0]
-    network.train()
+    with evaluating(state.modules["generator"]):
+        scores = state.modules["generator"](x)[0]
     return float(segmentation_loss(state.config, scores, labels)), scores.argmax(dim=1)
 
 
@@ -491,12 +460,8 @@ def paint(state: State, images: Tensor) -> dict[str, Tensor]:
     return {"reconstruction": scale.undo(rebuilt, images, domain)}
 
 
-class Deployed(nn.Module):
-    """E and GE behind the tile contract: uint8 (N, H, W, C) in, uint8 (N, K, H, W) out.
-
-    The output is 255 times the probability of each class, rounded; the arg-max over K is the
-    label.
-    """
+class Deployed(TileModel):
+    """E and GE behind the tile contract."""
 
     def __init__(self, generator: nn.Module, scale: nn.Module, domain: str) -> None:
         super().__init__()
@@ -504,12 +469,10 @@ class Deployed(nn.Module):
         self.scale = scale
         self.domain = domain
 
-    def forward(self, tiles: Tensor) -> Tensor:
-        """Scale, segment, return to 0..255."""
-        # Cast before transpose: TensorRT refuses a uint8 transpose.
-        x = tiles.to(torch.float32).permute(0, 3, 1, 2)
-        scores = self.generator(self.scale(x, self.domain))[0]
-        return torch.clamp(scores.softmax(dim=1) * 255 + 0.5, 0, 255).to(torch.uint8)
+    def scores(self, images: Tensor) -> Tensor:
+        """Return 255 times the probability of each class."""
+        logits: Tensor = self.generator(self.scale(images, self.domain))[0]
+        return logits.softmax(dim=1) * 255
 
 
 def deployed(state: State) -> nn.Module:

@@ -1,8 +1,8 @@
 """iMEMS: segmentation by a conditional GAN that paints an image embedded in the label map.
 
-"iMEMS: image embedded segmentation", paper 000 of the project. The generator does not predict the
-label map alone, but a map in which the grey image is embedded (equation 1), so it has to learn
-the image content together with the classes.
+The iMEMS paper ("image embedded segmentation"). The generator does not predict the label map
+alone, but a map in which the grey image is embedded (equation 1), so that it learns the image
+content together with the classes.
 
 ==========  ======================================================
 paper       here
@@ -18,23 +18,20 @@ D(x, O)     ``discriminator``
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from histostream.training.losses import cross_entropy
-from histostream.training.methods import Batch, State
-from histostream.training.networks.discriminator import EncoderDiscriminator, Pix2PixDiscriminator
-from histostream.training.networks.unet import NORMS, TwoDecoderUNet, UNet
+from histostream.training.checks import check_at_least, check_choices
+from histostream.training.losses import cross_entropy, logit_loss, one_hot
+from histostream.training.methods.imems.networks import EncoderDiscriminator, TwoDecoderUNet
+from histostream.training.networks.discriminator import Pix2PixDiscriminator
+from histostream.training.networks.tile_model import TileModel
+from histostream.training.networks.unet import UNet
+from histostream.training.state import Batch, State
+from histostream.training.steps import HALF_RANGE, descend, evaluating, frozen, to_grey_levels, to_unit_range
 
-if TYPE_CHECKING:
-    from histostream.training.batches import Parts
-
-HALF_RANGE = 127.5  # uint8 0..255 <-> [-1, 1]: v / 127.5 - 1
-TARGETS = ("embedding", "labels")
-SECOND_TASKS = ("none", "image", "image+features")
 TwoTasks = tuple[Tensor, Tensor, list[Tensor], list[Tensor]]  # of `TwoDecoderUNet`
 
 
@@ -59,12 +56,11 @@ class Config:
     target: str = "embedding"  # paper; "labels" paints the one-hot label map instead
     adversarial: bool = True  # paper
     second_task: str = "none"  # or "image": reconstruct it too; "+features": and the inner maps
-    # Of target="labels". L1 on the softmax ends with one class for all pixels, with and without a D
-    # (F of nuclei 0 after 300 steps, .83 by cross-entropy); "l1", or "auto", which was the default
-    # once: l1 beside a D, else cross_entropy.
+    # For target="labels". L1 on the softmax ends with one class for all pixels, with and without a D
+    # (docs/methods.md): "l1", or "auto", the earlier default: l1 beside a D, else cross_entropy.
     label_loss: str = "cross_entropy"
-    # "inverted": 255 - G takes the place of G in equation 1, which weighs a wrong label by
-    # (2 floor(G/2) + 1) / 255, and so dark nuclei least.
+    # "inverted": 255 - G in place of G. Equation 1 weighs a wrong label by (2 floor(G/2) + 1) / 255,
+    # and so dark nuclei least (docs/methods.md).
     grey: str = "paper"
     segmentation_weight: float = 0.6  # paper, colon (0.4 epithelium, tubule); image: 1 - this
     feature_weight: float = 0.8  # paper, colon (0.7 epithelium, 0.3 tubule)
@@ -81,19 +77,16 @@ class Config:
     beta2: float = 0.999  # ours: pix2pix
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("target", TARGETS),
-            ("second_task", SECOND_TASKS),
-            ("label_loss", ("cross_entropy", "l1", "auto")),
-            ("grey", ("paper", "inverted")),
-            ("norm", NORMS),
-            ("discriminator", ("encoder", "pix2pix70")),
-        ):
-            value = getattr(self, name)
-            if value not in known:
-                raise ValueError(f"{name}={value!r}: use {' or '.join(map(repr, known))}")
-        if self.base_width < 1 or self.depth < 1 or self.discriminator_width < 1:
-            raise ValueError("base_width, depth and discriminator_width must be at least 1")
+        check_choices(
+            self,
+            target=("embedding", "labels"),
+            second_task=("none", "image", "image+features"),
+            label_loss=("cross_entropy", "l1", "auto"),
+            grey=("paper", "inverted"),
+            norm=("none", "instance"),
+            discriminator=("encoder", "pix2pix70"),
+        )
+        check_at_least(self, 1, "base_width", "depth", "discriminator_width")
         if not 0 < self.segmentation_weight < 1:
             raise ValueError(f"segmentation_weight={self.segmentation_weight}: use 0 to 1")
         if self.second_task != "none" and (self.adversarial or self.target == "embedding"):
@@ -103,19 +96,13 @@ class Config:
 
 
 def score_kind(config: Config) -> str:
-    """Say what the deployed graph's scores are."""
+    """Return what the scores of the deployed graph are."""
     return "embedding" if config.target == "embedding" else "probability"
 
 
 def align_px(config: Config) -> int:
     """Height and width are multiples of this; the encoder discriminator pools four times."""
     return max(1 << config.depth, 16 if config.adversarial else 1)
-
-
-def pools(config: Config) -> tuple[str, ...]:
-    """No images without labels."""
-    del config
-    return ()
 
 
 def luma(images: Tensor) -> Tensor:
@@ -138,10 +125,7 @@ def luma(images: Tensor) -> Tensor:
 
 
 def embedded_grey(config: Config, images: Tensor) -> Tensor:
-    """G of equation 1 for images (N, C, H, W) uint8: their grey level, or 255 less it.
-
-    It is its own inverse: of the G that an embedding is decoded to, it is the image's grey level.
-    """
+    """Return G of equation 1 for images (N, C, H, W) uint8: their grey level, or 255 minus it."""
     grey = luma(images)
     return 255 - grey if config.grey == "inverted" else grey
 
@@ -165,8 +149,7 @@ def embed(labels: Tensor, grey: Tensor, classes: int) -> Tensor:
     (N, K, H, W) int64 in 0..255.
     """
     half = torch.div(grey, 2, rounding_mode="floor")[:, None]
-    own = F.one_hot(labels, classes).movedim(-1, 1).to(torch.bool)
-    return torch.where(own, half + 128, 127 - half)
+    return torch.where(one_hot(labels, classes).to(torch.bool), half + 128, 127 - half)
 
 
 def decode(embedding: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,14 +192,6 @@ def build(config: Config, classes: int, channels: int = 3) -> State:
     return State(config, modules, optimizers)
 
 
-def before_step(state: State, parts: Parts, step: int, steps: int) -> None:
-    """Nothing depends on the whole of the data."""
-
-
-def finish(state: State, parts: Parts) -> None:
-    """Nothing is measured at the end."""
-
-
 def step(state: State, batch: Batch) -> dict[str, Tensor]:
     """Train on one batch: the discriminator, where there is one, then the generator.
 
@@ -225,29 +200,23 @@ def step(state: State, batch: Batch) -> dict[str, Tensor]:
     The losses, without their weights: ``l1`` or ``cross_entropy``, and with an adversary
     ``adversarial`` and ``discriminator``, with a second task ``image`` and ``features``.
     """
-    if state.config.second_task != "none":
-        return _step_two_tasks(state, batch)
-    x = _normalised(batch.images)
-    output = state.modules["generator"](x)
+    config, generator = state.config, state.modules["generator"]
+    x = to_unit_range(batch.images)
+    output = generator(x)
     losses: dict[str, Tensor] = {}
-    name, loss = _painting_loss(state.config, output, batch.images, batch.labels)
-    total = loss if name == "cross_entropy" else state.config.l1_weight * loss
-    if state.config.adversarial:
-        painted = _painted(state.config, output)
-        real = _wanted(state.config, batch.images, batch.labels, output.shape[1])
-        losses["discriminator"] = _step_discriminator(state, x, real, painted.detach())
-        losses["adversarial"] = adversarial_loss(state, x, painted)
-        total = state.config.l1_weight * loss + losses["adversarial"]
-    losses[name] = loss
-    _descend(state.optimizers["generator"], total)
-    return {name: loss.detach() for name, loss in losses.items()}
-
-
-def _step_two_tasks(state: State, batch: Batch) -> dict[str, Tensor]:
-    """UNet-C-multi and UNet-C-multi-int: labels and image from one encoder."""
-    x = _normalised(batch.images)
-    total, losses = _joint_loss(state.config, state.modules["generator"](x), x, batch.labels)
-    _descend(state.optimizers["generator"], total)
+    if config.second_task != "none":
+        total, losses = _joint_loss(config, output, x, batch.labels)
+    else:
+        name, loss = _painting_loss(config, output, batch.images, batch.labels)
+        total = loss if name == "cross_entropy" else config.l1_weight * loss
+        if config.adversarial:
+            painted = _painted(config, output)
+            real = _target_maps(config, batch.images, batch.labels, output.shape[1])
+            losses["discriminator"] = _step_discriminator(state, x, real, painted.detach())
+            losses["adversarial"] = adversarial_loss(state, x, painted)
+            total = config.l1_weight * loss + losses["adversarial"]
+        losses[name] = loss
+    descend(total, state.optimizers["generator"])
     return {name: loss.detach() for name, loss in losses.items()}
 
 
@@ -266,43 +235,30 @@ def _joint_loss(config: Config, output: TwoTasks, x: Tensor, labels: Tensor) -> 
 
 def adversarial_loss(state: State, x: Tensor, painted: Tensor) -> Tensor:
     """Mean BCE(D(x, G(x)), 1), the non-saturating loss; the discriminator gets no gradient."""
-    discriminator = state.modules["discriminator"].requires_grad_(False)
-    logits = discriminator(torch.cat([x, painted], dim=1))
-    discriminator.requires_grad_(True)
-    return F.binary_cross_entropy_with_logits(logits, torch.ones_like(logits))
+    with frozen(state.modules["discriminator"]) as discriminator:
+        return logit_loss(discriminator(torch.cat([x, painted], dim=1)), real=True)
 
 
 def _step_discriminator(state: State, x: Tensor, real: Tensor, fake: Tensor) -> Tensor:
-    discriminator = state.modules["discriminator"]
     pairs = torch.cat([torch.cat([x, real], dim=1), torch.cat([x, fake], dim=1)])
-    logits = discriminator(pairs)
-    wanted = torch.zeros_like(logits)
-    wanted[: len(x)] = 1
+    logits = state.modules["discriminator"](pairs)
+    truth = torch.zeros_like(logits)
+    truth[: len(x)] = 1
     # The mean over real and fake is the half-sum of the two terms (pix2pix's factor 1/2).
-    loss = F.binary_cross_entropy_with_logits(logits, wanted)
-    _descend(state.optimizers["discriminator"], loss)
+    loss = F.binary_cross_entropy_with_logits(logits, truth)
+    descend(loss, state.optimizers["discriminator"])
     return loss
 
 
-def _descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
-
-
-def _normalised(images: Tensor) -> Tensor:
-    return images.to(torch.float32) / HALF_RANGE - 1
-
-
-def _wanted(config: Config, images: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Make what is to be painted, (N, K, H, W): the embedding in [-1, 1], or one-hot maps."""
+def _target_maps(config: Config, images: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Return the maps to paint, (N, K, H, W): the embedding in [-1, 1], or one-hot labels."""
     if config.target == "embedding":
-        return _normalised(embed(labels, embedded_grey(config, images), classes))
-    return F.one_hot(labels, classes).movedim(-1, 1).to(torch.float32)
+        return to_unit_range(embed(labels, embedded_grey(config, images), classes))
+    return one_hot(labels, classes).to(torch.float32)
 
 
 def _painted(config: Config, output: Tensor) -> Tensor:
-    """Return what was painted, in the units of `_wanted`."""
+    """Return the painted maps, in the units of `_target_maps`."""
     return output if config.target == "embedding" else output.softmax(dim=1)
 
 
@@ -312,8 +268,7 @@ def _painting_loss(config: Config, output: Tensor, images: Tensor, labels: Tenso
     label_loss = beside_d if config.label_loss == "auto" else config.label_loss
     if config.target == "labels" and label_loss == "cross_entropy":
         return "cross_entropy", cross_entropy(output, labels)
-    wanted = _wanted(config, images, labels, output.shape[1])
-    return "l1", F.l1_loss(_painted(config, output), wanted)
+    return "l1", F.l1_loss(_painted(config, output), _target_maps(config, images, labels, output.shape[1]))
 
 
 @torch.no_grad()
@@ -323,9 +278,9 @@ def validate(state: State, images: Tensor, labels: Tensor) -> tuple[float, Tenso
     The adversarial term is left out: it cannot be compared between epochs. With a second task it is
     the joint loss of both tasks, which the network is trained for.
     """
-    network, x = state.modules["generator"].eval(), _normalised(images)
-    output = network(x)
-    network.train()
+    x = to_unit_range(images)
+    with evaluating(state.modules["generator"]):
+        output = state.modules["generator"](x)
     if state.config.second_task != "none":
         return float(_joint_loss(state.config, output, x, labels)[0]), output[0].argmax(dim=1)
     loss = _painting_loss(state.config, output, images, labels)[1]
@@ -338,40 +293,31 @@ def paint(state: State, images: Tensor) -> dict[str, Tensor]:
 
     Returns
     -------
-    Pictures (N, 1 or C, H, W) uint8; none for networks that paint labels only.
+    Images (N, 1 or C, H, W) uint8; none for networks that paint labels only.
     """
-    network = state.modules["generator"].eval()
-    output = network(_normalised(images))
-    network.train()
+    with evaluating(state.modules["generator"]):
+        output = state.modules["generator"](to_unit_range(images))
     if state.config.target == "embedding":
         grey = decode((output + 1) * HALF_RANGE)[1]
         levels = grey[:, None].round().clamp(0, 255).to(torch.uint8)
         return {"grey": 255 - levels if state.config.grey == "inverted" else levels}
     if state.config.second_task != "none":
-        image = ((output[1] + 1) * HALF_RANGE).round().clamp(0, 255)
-        return {"reconstruction": image.to(torch.uint8)}
+        return {"reconstruction": to_grey_levels(output[1])}
     return {}
 
 
-class Deployed(nn.Module):
-    """The generator behind the tile contract: uint8 (N, H, W, C) in, uint8 (N, K, H, W) out.
-
-    The output is the embedding in its own units, 0..255, rounded, or 255 times the probability
-    of each class; the arg-max over K is the label.
-    """
+class Deployed(TileModel):
+    """The generator behind the tile contract; of an embedding, the scores are its own units, 0..255."""
 
     def __init__(self, generator: nn.Module, *, embedding: bool) -> None:
         super().__init__()
         self.generator = generator
         self.embedding = embedding
 
-    def forward(self, tiles: Tensor) -> Tensor:
-        """Normalise, run the generator, return to 0..255."""
-        # Cast before transpose: TensorRT refuses a uint8 transpose.
-        x = tiles.to(torch.float32).permute(0, 3, 1, 2)
-        y = self.generator(x / HALF_RANGE - 1)
-        scores = (y + 1) * HALF_RANGE if self.embedding else y.softmax(dim=1) * 255
-        return torch.clamp(scores + 0.5, 0, 255).to(torch.uint8)
+    def scores(self, images: Tensor) -> Tensor:
+        """Return the embedding, or 255 times the probability of each class."""
+        y: Tensor = self.generator(images / HALF_RANGE - 1)
+        return (y + 1) * HALF_RANGE if self.embedding else y.softmax(dim=1) * 255
 
 
 def deployed(state: State) -> nn.Module:

@@ -1,7 +1,7 @@
 """Pyramid GAN: images painted from masks, and segmented, coarse to fine, at every level.
 
-"High resolution histopathology image generation and segmentation through adversarial training",
-paper 002 of the project. Each level has a generator that paints masks, a segmenter, and a
+"High resolution histopathology image generation and segmentation through adversarial training"
+(Li et al. 2021). Each level has a generator that paints masks, a segmenter, and a
 discriminator that tells the pairs of both from true ones. Levels are trained one after another,
 the coarsest first; a finished level only hands its result on.
 
@@ -10,7 +10,7 @@ paper                 here
 ====================  ==========================================================
 x_n, y_n              images in [-1, 1] and one-hot masks, 1 / 2^n of the crop
 G_n, S_n, D_n         ``generator_n``, ``segmenter_n``, ``discriminator_n``
-xt_n, yh_n            what G_n paints, the softmax of what S_n says
+xt_n, yh_n            what G_n paints, the softmax of the scores of S_n
 N                     ``levels - 1``, the coarsest
 m_l, m_g, m_u         images of a level's step: labelled, painted, unlabelled
 alpha, beta, gamma    ``lambda_rec``, ``lambda_feat``, ``lambda_perc``
@@ -33,7 +33,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -41,39 +41,46 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from histostream.training import device as compute
-from histostream.training.batches import UNLABELLED, padded
+from histostream.training import device
+from histostream.training.batches import UNLABELLED, Parts, padded
+from histostream.training.checks import check_at_least, check_choices, check_shares
 from histostream.training.data import DataError, Sample
-from histostream.training.losses import cross_entropy
-from histostream.training.methods import Batch, State
-from histostream.training.networks.fc_densenet import FCDenseNet
-from histostream.training.networks.pyramid import (
+from histostream.training.losses import EPSILON, cross_entropy, logit_loss, one_hot
+from histostream.training.methods.pyramid_gan.fc_densenet import FCDenseNet
+from histostream.training.methods.pyramid_gan.networks import (
     Generator,
     GeneratorPyramid,
     Judged,
-    MultiScaleDiscriminator,
     PatchDiscriminator,
     Pix2PixUNet,
     SegmenterPyramid,
     halved,
+    multi_scale_discriminator,
     one_hot_levels,
     resnet_trunk,
     singan_trunk,
     up2,
 )
-from histostream.training.networks.vgg import STRIDE_PX as VGG_STRIDE_PX
-from histostream.training.networks.vgg import VGG19Features
+from histostream.training.methods.pyramid_gan.vgg import STRIDE_PX as VGG_STRIDE_PX
+from histostream.training.methods.pyramid_gan.vgg import VGG19Features
+from histostream.training.networks.tile_model import TileModel
 from histostream.training.schedule import DECAYS, Schedule
+from histostream.training.state import Batch, State
+from histostream.training.steps import (
+    HALF_RANGE,
+    descend,
+    evenly_chosen,
+    follow,
+    frozen,
+    measure_statistics,
+    to_unit_range,
+)
 
-if TYPE_CHECKING:
-    from histostream.training.batches import Parts
-
-REMEMBERED = 100  # steps that the running estimate of the paintings' error is about
-MEASURED = 64  # training images, at most, over which noise and batch statistics are measured
-MIXED = 4  # whole images in a batch whose statistics are measured; the paper's finest level
+AVERAGED_STEPS = 100  # of the running estimate of the paintings' error
+MAX_MEASURED = 64  # training images over which noise and batch statistics are measured
+MEASURED_BATCH = 4  # whole images in a batch whose statistics are measured; the paper's finest level
 PENALTY = 0.1  # weight of WGAN-GP's gradient penalty; SinGAN
 VGG_WEIGHTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0)  # of relu1_1 to relu5_1; pix2pixHD
-EPSILON = 1e-7  # probability whose logarithm is taken
 PATCH_PX = 32  # smallest images of pix2pix's discriminator
 
 
@@ -159,42 +166,22 @@ class Config:
     beta2: float = 0.999  # paper
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("g_arch", ("singan", "resnet", "unet", "none")),
-            ("d_arch", ("multiscale", "patch")),
-            ("gan", ("bce", "lsgan", "wgan-gp")),
-            ("mask_for_discriminator", ("softmax", "straight_through")),
-            ("rec_loss", ("l2", "l1")),
-            ("synthetic_rule", ("epochs", "quality")),
-            ("perceptual", ("none", "vgg19")),
-            ("level_decay", DECAYS),
-        ):
-            value = getattr(self, name)
-            if value not in known:
-                raise ValueError(f"{name}={value!r}: use {' or '.join(map(repr, known))}")
-        for name in ("levels", "g_width", "first_width", "growth", "layers", "d_width", "d_scales"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: use 1 or more")
-        for name in (
-            "g_downs",
-            "g_blocks",
-            "noise",
-            "segmenter_noise",
-            "poolings",
-            "lambda_rec",
-            "lambda_feat",
-            "lambda_perc",
-            "lambda_ce",
-            "synthetic_weight",
-            "synthetic_quality",
-            "lambda_consistency",
-            "consistency_noise",
-        ):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: use 0 or more")
-        for name in ("synthetic_from", "pseudo_from", "pseudo_to", "consistency_ramp"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)}: a share of a level, use 0 to 1")
+        check_choices(
+            self,
+            g_arch=("singan", "resnet", "unet", "none"),
+            d_arch=("multiscale", "patch"),
+            gan=("bce", "lsgan", "wgan-gp"),
+            mask_for_discriminator=("softmax", "straight_through"),
+            rec_loss=("l2", "l1"),
+            synthetic_rule=("epochs", "quality"),
+            perceptual=("none", "vgg19"),
+            level_decay=DECAYS,
+        )
+        check_at_least(self, 1, "levels", "g_width", "first_width", "growth", "layers", "d_width", "d_scales")
+        check_at_least(self, 0, "g_downs", "g_blocks", "noise", "segmenter_noise", "poolings")
+        check_at_least(self, 0, "lambda_rec", "lambda_feat", "lambda_perc", "lambda_ce", "lambda_consistency")
+        check_at_least(self, 0, "synthetic_weight", "synthetic_quality", "consistency_noise")
+        check_shares(self, "synthetic_from", "pseudo_from", "pseudo_to", "consistency_ramp")
         for name in ("dropout", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: use 0 or more, less than 1")
@@ -269,12 +256,6 @@ class Config:
         if self.perceptual == "vgg19":
             coarsest = max(coarsest, VGG_STRIDE_PX)
         return coarsest << (self.levels - 1)
-
-
-def score_kind(config: Config) -> str:
-    """Say what the deployed graph's scores are."""
-    del config
-    return "probability"
 
 
 def align_px(config: Config) -> int:
@@ -378,18 +359,18 @@ class Progress(nn.Module):
         self.register_buffer("painted_square", torch.tensor(0.0))
         self.register_buffer("grey", torch.zeros(2, channels))
 
-    def forget(self) -> None:
+    def restart(self) -> None:
         """Begin the running means anew."""
         self.paintings.zero_()
 
     @torch.no_grad()
-    def see(self, painted: Tensor, images: Tensor) -> None:
-        """Take paintings and the true images of the same masks, (N, C, h, w), into the means.
+    def update(self, painted: Tensor, images: Tensor) -> None:
+        """Add paintings and the true images of the same masks, (N, C, h, w), to the means.
 
-        They are plain means of the first `REMEMBERED` steps, then exponential ones.
+        They are plain means of the first `AVERAGED_STEPS` steps, then exponential ones.
         """
         self.paintings.add_(1)
-        share = 1 / min(int(self.paintings), REMEMBERED)
+        share = 1 / min(int(self.paintings), AVERAGED_STEPS)
         square = ((painted - images) ** 2).mean()
         grey = torch.stack([images.mean((0, 2, 3)), (images**2).mean((0, 2, 3))])
         self.painted_square.copy_(torch.lerp(self.painted_square, square, share))
@@ -460,7 +441,7 @@ def _trunk(config: Config, classes: int, channels: int) -> nn.Module:
 def _discriminator(config: Config, in_channels: int) -> nn.Module:
     if config.d_arch == "patch":
         return PatchDiscriminator(in_channels, config.d_width)
-    return MultiScaleDiscriminator(in_channels, config.d_width, config.d_scales)
+    return multi_scale_discriminator(in_channels, config.d_width, config.d_scales)
 
 
 def before_step(state: State, parts: Parts, step: int, steps: int) -> None:
@@ -485,7 +466,7 @@ def before_step(state: State, parts: Parts, step: int, steps: int) -> None:
     if config.reestimate and phase.level < config.levels - 1:
         reestimate(state, parts, phase.level + 1)
     run.level.fill_(phase.level)
-    run.forget()
+    run.restart()
     if config.paints and phase.level < config.levels - 1:
         samples = [parts.samples[i] for i in parts.split.train]
         run.amplitudes[phase.level] = config.noise * painting_error(state, samples, phase.level)
@@ -513,10 +494,10 @@ def painting_error(state: State, samples: Sequence[Sample], level: int) -> float
     """
     config, run = state.config, _progress(state)
     squares, values = 0.0, 0
-    for sample in _chosen(samples):
+    for sample in evenly_chosen(samples, MAX_MEASURED):
         image, labels = padded(sample.image, sample.labels, align_px(config))
         nchw = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)[None]))
-        wanted = halved(_scaled(nchw.to(run.amplitudes.device)), level + 1)[level]
+        wanted = halved(to_unit_range(nchw.to(run.amplitudes.device)), level + 1)[level]
         truth = torch.from_numpy(labels[None].astype(np.int64)).to(wanted.device)
         masks = one_hot_levels(truth, run.classes, config.levels)
         off = _painted_above(state, masks, level)[0] - wanted
@@ -528,10 +509,6 @@ def settle(state: State, parts: Parts) -> None:
     """Measure the batch statistics of the level in training anew, as before it is frozen."""
     if state.config.reestimate:
         reestimate(state, parts, finest_level(state))
-
-
-def finish(state: State, parts: Parts) -> None:
-    """Nothing is left to measure: the best checkpoint was settled before it was judged."""
 
 
 @torch.no_grad()
@@ -552,42 +529,28 @@ def reestimate(state: State, parts: Parts, level: int) -> None:
         n.
     """
     config: Config = state.config
-    segmenter = state.modules[f"segmenter_{level}"]
-    layers = [m for m in segmenter.modules() if isinstance(m, nn.BatchNorm2d)]
-    momenta, training = [layer.momentum for layer in layers], segmenter.training
-    segmenter.eval()
-    for layer in layers:
-        layer.train()
-        layer.reset_running_stats()
-        layer.momentum = None  # the plain mean over all that comes
-    device = _progress(state).amplitudes.device
-    for images in _batched_whole(parts, align_px(config), MIXED):
-        shown = halved(_scaled(images.to(device)), config.levels)
-        _segment(state, level, shown[level], _segmented_above(state, shown[::-1], level), 0.0)
-    for layer, momentum in zip(layers, momenta, strict=True):
-        layer.momentum = momentum
-    segmenter.train(training)
+
+    def pass_images() -> None:
+        for images in _whole_image_batches(parts, align_px(config)):
+            pyramid = halved(to_unit_range(images.to(_progress(state).amplitudes.device)), config.levels)
+            _segment(state, level, pyramid[level], _segmented_above(state, pyramid[::-1], level), 0.0)
+
+    measure_statistics(state.modules[f"segmenter_{level}"], pass_images)
 
 
-def _batched_whole(parts: Parts, align: int, most: int) -> Iterator[Tensor]:
-    """Yield training images, (m, C, H, W) uint8; those of one size together, up to ``most``.
+def _whole_image_batches(parts: Parts, align: int) -> Iterator[Tensor]:
+    """Yield training images, (m, C, H, W) uint8; up to four of one size together.
 
-    Several at a time, since the variance of a batch is to be that between images, too.
+    Several at a time, since the variance of a batch includes that between images.
     """
     sizes: dict[tuple[int, ...], list[NDArray[np.uint8]]] = {}
-    for sample in _chosen([parts.samples[i] for i in parts.split.train]):
+    for sample in evenly_chosen([parts.samples[i] for i in parts.split.train], MAX_MEASURED):
         image = padded(sample.image, sample.labels, align)[0]
         sizes.setdefault(image.shape, []).append(image.transpose(2, 0, 1))
     for images in sizes.values():
-        # Batches as equal as can be: all count alike in the mean.
-        for some in np.array_split(np.stack(images), -(-len(images) // most)):
-            yield torch.from_numpy(np.ascontiguousarray(some))
-
-
-def _chosen(samples: Sequence[Sample]) -> list[Sample]:
-    """Return up to 64 samples, evenly chosen."""
-    places = np.linspace(0, len(samples) - 1, min(MEASURED, len(samples))).round()
-    return [samples[int(place)] for place in places]
+        # Batches of sizes as equal as possible, as each counts alike in the mean.
+        for batch in np.array_split(np.stack(images), -(-len(images) // MEASURED_BATCH)):
+            yield torch.from_numpy(np.ascontiguousarray(batch))
 
 
 @contextmanager
@@ -604,11 +567,6 @@ def _statistics(network: nn.Module, *, move: bool) -> Iterator[None]:
 
 
 # ----------------------------------------------------------------------------- levels
-
-
-def _scaled(images: Tensor) -> Tensor:
-    """Grey levels 0..255 to [-1, 1]."""
-    return images.to(torch.float32) / 127.5 - 1
 
 
 def _progress(state: State) -> Progress:
@@ -676,8 +634,8 @@ def _with_mask(image: Tensor, mask: Tensor) -> Tensor:
 def adversarial_loss(kind: str, judged: Judged, *, real: bool) -> Tensor:
     """How far D's logits are from "real", or from "not real": the mean of its scales.
 
-    With ``real`` for what is not, it is what G and S minimise: -log D, the non-saturating form of
-    equations 2 and 6.
+    With ``real`` for pairs that are not, it is what G and S minimise: -log D, the non-saturating
+    form of equations 2 and 6.
 
     Parameters
     ----------
@@ -686,15 +644,16 @@ def adversarial_loss(kind: str, judged: Judged, *, real: bool) -> Tensor:
     judged
         What D returned.
     real
-        What the logits are to say.
+        Whether the logits should be those of true pairs.
     """
     losses = []
     for *_, logits in judged:
-        if kind == "wgan-gp":
+        if kind == "bce":
+            losses.append(logit_loss(logits, real=real))
+        elif kind == "wgan-gp":
             losses.append(-logits.mean() if real else logits.mean())
         else:
-            compare = F.binary_cross_entropy_with_logits if kind == "bce" else F.mse_loss
-            losses.append(compare(logits, torch.full_like(logits, float(real))))
+            losses.append(F.mse_loss(logits, torch.full_like(logits, float(real))))
     return torch.stack(losses).mean()
 
 
@@ -709,7 +668,7 @@ def shown_mask(kind: str, scores: Tensor) -> Tensor:
     p = scores.softmax(dim=1)
     if kind == "softmax":
         return p
-    hard = F.one_hot(p.argmax(dim=1), p.shape[1]).movedim(-1, 1).to(p.dtype)
+    hard = one_hot(p.argmax(dim=1), p.shape[1]).to(p.dtype)
     return hard + (p - p.detach())  # in this order it is 0 or 1 exactly
 
 
@@ -730,8 +689,8 @@ def perceptual_loss(vgg: nn.Module, painted: Tensor, images: Tensor) -> Tensor:
     """Weighted distance of VGG19's maps of painted and true images, as pix2pixHD."""
     with torch.no_grad():
         wanted = vgg(images)
-    found = vgg(painted)
-    weighted = [weight * F.l1_loss(a, b) for weight, a, b in zip(VGG_WEIGHTS, found, wanted, strict=True)]
+    maps = zip(VGG_WEIGHTS, vgg(painted), wanted, strict=True)
+    weighted = [weight * F.l1_loss(a, b) for weight, a, b in maps]
     return torch.stack(weighted).sum()
 
 
@@ -767,8 +726,8 @@ def consistency_weight(config: Config, progress: float) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """What one level sees of a batch.
+class LevelBatch:
+    """A batch at the size of one level.
 
     Attributes
     ----------
@@ -821,28 +780,28 @@ def step(state: State, batch: Batch) -> dict[str, Tensor]:
     phase = phase_at(config, batch.step, batch.steps)
     n = phase.level
     _set_modes(state, n)
-    seen = _look(state, batch, n)
-    scores = _segment(state, n, seen.images, seen.coarser, config.segmenter_noise)
+    level_batch = _at_level(state, batch, n)
+    scores = _segment(state, n, level_batch.images, level_batch.coarser, config.segmenter_noise)
     losses: dict[str, Tensor] = {}
     fakes: list[tuple[Tensor, Tensor]] = []
     above: list[Tensor] = []
     if config.paints:
-        coarser, above = _painted_above(state, seen.masks, n)
+        coarser, above = _painted_above(state, level_batch.masks, n)
         noise = _noise(state, coarser, n)
-        painted = state.modules[f"generator_{n}"](seen.mask, noise, coarser)
-        fakes.append((painted, seen.mask))
+        painted = state.modules[f"generator_{n}"](level_batch.mask, noise, coarser)
+        fakes.append((painted, level_batch.mask))
         above = [*above, painted.detach()]
         if _measures_paintings(config):
-            _progress(state).see(painted.detach(), seen.images[: seen.labelled])
+            _progress(state).update(painted.detach(), level_batch.images[: level_batch.labelled])
             losses["painting_error"] = _progress(state).painting_error()
     if config.judge_segmenter:
-        fakes.append((seen.images, shown_mask(config.mask_for_discriminator, scores)))
+        fakes.append((level_batch.images, shown_mask(config.mask_for_discriminator, scores)))
     if config.judges:
-        reals = _true_pairs(config, seen, scores, phase.progress)
+        reals = _true_pairs(config, level_batch, scores, phase.progress)
         losses["discriminator"] = _step_discriminator(state, n, reals, fakes)
     if config.paints:
-        losses |= _step_generator(state, seen, painted)
-    losses |= _step_segmenter(state, phase, seen, scores, above)
+        losses |= _step_generator(state, level_batch, painted)
+    losses |= _step_segmenter(state, phase, level_batch, scores, above)
     nothing = torch.zeros_like(losses["segmentation"])
     return {name: losses.get(name, nothing).detach() for name in _loss_names(config)}
 
@@ -902,7 +861,7 @@ def _images_of(config: Config, batch: Batch, level: int) -> tuple[Tensor, int]:
     count = len(batch.images)
     if config.batches:
         # Processes share a level's batch as they share the schedule's.
-        share = -(-config.batches[config.levels - 1 - level] // compute.processes())
+        share = -(-config.batches[config.levels - 1 - level] // device.processes())
         count = min(count, share)
     if not config.uses_pool:
         return batch.images[:count], count
@@ -910,13 +869,13 @@ def _images_of(config: Config, batch: Batch, level: int) -> tuple[Tensor, int]:
     return torch.cat([batch.images[:half], batch.pools[UNLABELLED][:half]]), half
 
 
-def _look(state: State, batch: Batch, level: int) -> Seen:
+def _at_level(state: State, batch: Batch, level: int) -> LevelBatch:
     config = state.config
     images, labelled = _images_of(config, batch, level)
-    shown = halved(_scaled(images), config.levels)
+    pyramid = halved(to_unit_range(images), config.levels)
     masks = one_hot_levels(batch.labels[:labelled], _progress(state).classes, config.levels)
-    coarser = _segmented_above(state, shown[::-1], level)
-    return Seen(shown[level], coarser, masks[level].argmax(dim=1), masks, level)
+    coarser = _segmented_above(state, pyramid[::-1], level)
+    return LevelBatch(pyramid[level], coarser, masks[level].argmax(dim=1), masks, level)
 
 
 def _segment(state: State, level: int, images: Tensor, coarser: Tensor, noise: float) -> Tensor:
@@ -927,20 +886,20 @@ def _segment(state: State, level: int, images: Tensor, coarser: Tensor, noise: f
     return scores
 
 
-def _true_pairs(config: Config, seen: Seen, scores: Tensor, progress: float) -> Tensor:
+def _true_pairs(config: Config, level_batch: LevelBatch, scores: Tensor, progress: float) -> Tensor:
     """Pairs that D is to call true, (m_l or more, C + K, h, w).
 
     Algorithm 3 adds some of S's own on images without labels, hard as true masks are. Each is drawn
     with the probability that gives them, on average, their share.
     """
-    count = seen.labelled
-    images, mask = seen.images[:count], seen.mask
+    count = level_batch.labelled
+    images, mask = level_batch.images[:count], level_batch.mask
     if config.semi_supervised and (share := pseudo_share(config, progress)):
         drawn = torch.rand(len(scores) - count) < share / (1 - share)
         chosen = [count + i for i, wanted in enumerate(drawn.tolist()) if wanted]
-        found = F.one_hot(scores[chosen].argmax(dim=1), scores.shape[1]).movedim(-1, 1)
-        mask = torch.cat([mask, found.to(mask.dtype)])
-        images = torch.cat([images, seen.images[chosen]])
+        own = one_hot(scores[chosen].argmax(dim=1), scores.shape[1])
+        mask = torch.cat([mask, own.to(mask.dtype)])
+        images = torch.cat([images, level_batch.images[chosen]])
     return torch.cat([images, mask], dim=1)
 
 
@@ -955,16 +914,18 @@ def _step_discriminator(state: State, level: int, reals: Tensor, fakes: list[tup
             count = min(len(reals), len(pairs))
             own = own + PENALTY * gradient_penalty(judge, reals[:count], pairs[:count])
         loss = loss + own / len(fakes)
-    _descend(state, f"discriminator_{level}", loss)
+    descend(loss, state.optimizers[f"discriminator_{level}"])
     return loss
 
 
-def _step_generator(state: State, seen: Seen, painted: Tensor) -> dict[str, Tensor]:
+def _step_generator(state: State, level_batch: LevelBatch, painted: Tensor) -> dict[str, Tensor]:
     """Step G_n: equation 2, D frozen."""
     config: Config = state.config
-    level, images, mask = seen.level, seen.images[: seen.labelled], seen.mask
-    judge = state.modules[f"discriminator_{level}"].requires_grad_(False)
-    fake: Judged = judge(torch.cat([painted, mask], dim=1))
+    level, images, mask = level_batch.level, level_batch.images[: level_batch.labelled], level_batch.mask
+    with frozen(state.modules[f"discriminator_{level}"]) as judge:
+        fake: Judged = judge(torch.cat([painted, mask], dim=1))
+        with torch.no_grad():
+            real: Judged = judge(torch.cat([images, mask], dim=1)) if config.lambda_feat else []
     losses = {"generator_adversarial": adversarial_loss(config.gan, fake, real=True)}
     total = losses["generator_adversarial"]
     if config.lambda_rec:
@@ -972,19 +933,18 @@ def _step_generator(state: State, seen: Seen, painted: Tensor) -> dict[str, Tens
         losses["reconstruction"] = distance(painted, images)
         total = total + config.lambda_rec * losses["reconstruction"]
     if config.lambda_feat:
-        with torch.no_grad():
-            real: Judged = judge(torch.cat([images, mask], dim=1))
         losses["features"] = feature_loss(real, fake)
         total = total + config.lambda_feat * losses["features"]
     if config.perceptual != "none":
         losses["perceptual"] = perceptual_loss(state.modules["perceptual"], painted, images)
         total = total + config.lambda_perc * losses["perceptual"]
-    judge.requires_grad_(True)
-    _descend(state, f"generator_{level}", total)
+    descend(total, state.optimizers[f"generator_{level}"])
     return losses
 
 
-def _step_segmenter(state: State, phase: Phase, seen: Seen, scores: Tensor, painted: list[Tensor]) -> dict[str, Tensor]:
+def _step_segmenter(
+    state: State, phase: Phase, level_batch: LevelBatch, scores: Tensor, painted: list[Tensor]
+) -> dict[str, Tensor]:
     """Step S_n: equation 7 and the cross-entropy on painted images, D frozen; or equation 9.
 
     Parameters
@@ -993,59 +953,44 @@ def _step_segmenter(state: State, phase: Phase, seen: Seen, scores: Tensor, pain
         Of the model.
     phase
         Where the run is.
-    seen, scores
-        What S_n saw, and what it said.
+    level_batch, scores
+        The input of S_n, and its scores.
     painted
         xt_N to xt_n, coarsest first.
     """
     config: Config = state.config
     n = phase.level
-    losses = {"segmentation": cross_entropy(scores[: seen.labelled], seen.truth)}
+    losses = {"segmentation": cross_entropy(scores[: level_batch.labelled], level_batch.truth)}
     total = config.lambda_ce * losses["segmentation"]
     if config.judge_segmenter:
-        judge = state.modules[f"discriminator_{n}"].requires_grad_(False)
         mask = shown_mask(config.mask_for_discriminator, scores)
-        judged: Judged = judge(torch.cat([seen.images, mask], dim=1))
-        judge.requires_grad_(True)
+        with frozen(state.modules[f"discriminator_{n}"]) as judge:
+            judged: Judged = judge(torch.cat([level_batch.images, mask], dim=1))
         losses["segmenter_adversarial"] = adversarial_loss(config.gan, judged, real=True)
         total = total + losses["segmenter_adversarial"]
     if painted and config.synthetic_weight and _admits_paintings(state, phase):
         coarser = _segmented_above(state, painted, n)
         with _statistics(state.modules[f"segmenter_{n}"], move=config.painted_statistics):
-            found = _segment(state, n, painted[-1], coarser, config.segmenter_noise)
-        losses["synthetic"] = cross_entropy(found, seen.truth)
+            painted_scores = _segment(state, n, painted[-1], coarser, config.segmenter_noise)
+        losses["synthetic"] = cross_entropy(painted_scores, level_batch.truth)
         total = total + config.synthetic_weight * losses["synthetic"]
     if config.lambda_consistency:
-        losses["consistency"] = _consistency(state, seen)
+        losses["consistency"] = _consistency(state, level_batch)
         total = total + consistency_weight(config, phase.progress) * losses["consistency"]
-    _descend(state, f"segmenter_{n}", total)
+    descend(total, state.optimizers[f"segmenter_{n}"])
     if "teacher" in state.modules:
-        _follow(state.modules["teacher"], state.modules[f"segmenter_{n}"], config.ema)
+        follow(state.modules["teacher"], state.modules[f"segmenter_{n}"], config.ema)
     return losses
 
 
-def _consistency(state: State, seen: Seen) -> Tensor:
+def _consistency(state: State, level_batch: LevelBatch) -> Tensor:
     """Mean square of teacher minus student, each with noise of its own: L_C of equation 9."""
     noise = state.config.consistency_noise
     with torch.no_grad():
-        shown = seen.images + noise * torch.randn_like(seen.images)
-        wanted = state.modules["teacher"](_with_mask(shown, seen.coarser)).softmax(dim=1)
-    found = _segment(state, seen.level, seen.images, seen.coarser, noise).softmax(dim=1)
-    return F.mse_loss(found, wanted)
-
-
-@torch.no_grad()
-def _follow(teacher: nn.Module, student: nn.Module, keep: float) -> None:
-    """Move the mean teacher's weights towards the student's; its batch statistics are its own."""
-    for mean, weight in zip(teacher.parameters(), student.parameters(), strict=True):
-        mean.lerp_(weight, 1 - keep)
-
-
-def _descend(state: State, name: str, loss: Tensor) -> None:
-    optimizer = state.optimizers[name]
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
+        noisy = level_batch.images + noise * torch.randn_like(level_batch.images)
+        wanted = state.modules["teacher"](_with_mask(noisy, level_batch.coarser)).softmax(dim=1)
+    student = _segment(state, level_batch.level, level_batch.images, level_batch.coarser, noise).softmax(dim=1)
+    return F.mse_loss(student, wanted)
 
 
 # ----------------------------------------------------------------------------- evaluation
@@ -1060,16 +1005,15 @@ def segmenters(state: State) -> SegmenterPyramid:
     """Return the levels that are trained, coarsest first, as one network."""
     config = state.config
     levels = range(config.levels - 1, finest_level(state) - 1, -1)
-    found = [cast(FCDenseNet, state.modules[f"segmenter_{n}"]) for n in levels]
-    return SegmenterPyramid(found, config.levels)
+    return SegmenterPyramid([cast(FCDenseNet, state.modules[f"segmenter_{n}"]) for n in levels], config.levels)
 
 
 def generators(state: State) -> GeneratorPyramid:
     """Return the levels that are trained, coarsest first, as one network."""
     config, run = state.config, _progress(state)
     levels = range(config.levels - 1, int(run.level) - 1, -1)
-    found = [state.modules[f"generator_{n}"] for n in levels]
-    return GeneratorPyramid(found, [float(run.amplitudes[n]) for n in levels])
+    amplitudes = [float(run.amplitudes[n]) for n in levels]
+    return GeneratorPyramid([state.modules[f"generator_{n}"] for n in levels], amplitudes)
 
 
 @torch.no_grad()
@@ -1078,7 +1022,7 @@ def validate(state: State, images: Tensor, labels: Tensor) -> tuple[float, Tenso
 
     Of the pyramid as far as it is trained: what a checkpoint of this moment would deploy.
     """
-    probability = segmenters(state).eval()(_scaled(images))
+    probability = segmenters(state).eval()(to_unit_range(images))
     own = probability.gather(1, labels[:, None]).clamp(min=EPSILON)
     return float(-own.log().mean()), probability.argmax(dim=1)
 
@@ -1093,7 +1037,7 @@ def paint(state: State, images: Tensor) -> dict[str, Tensor]:
     if not config.paints:
         return {}
     run = _progress(state)
-    predicted = segmenters(state).eval()(_scaled(images)).argmax(dim=1)
+    predicted = segmenters(state).eval()(to_unit_range(images)).argmax(dim=1)
     masks = one_hot_levels(predicted, run.classes, config.levels)[int(run.level) :][::-1]
     source = torch.Generator().manual_seed(0)
     noises = [torch.randn(len(m), run.channels, *m.shape[-2:], generator=source).to(m.device) for m in masks]
@@ -1102,22 +1046,17 @@ def paint(state: State, images: Tensor) -> dict[str, Tensor]:
     return {"painted": small.repeat_interleave(times, -2).repeat_interleave(times, -1)}
 
 
-class Deployed(nn.Module):
-    """S_N to S_0 behind the tile contract: uint8 (N, H, W, C) in, uint8 (N, K, H, W) out.
-
-    The output is 255 times the probability of each class, rounded; the arg-max over K is the
-    label.
-    """
+class Deployed(TileModel):
+    """S_N to S_0 behind the tile contract."""
 
     def __init__(self, pyramid: SegmenterPyramid) -> None:
         super().__init__()
         self.pyramid = pyramid
 
-    def forward(self, tiles: Tensor) -> Tensor:
-        """Scale, segment coarse to fine, return to 0..255."""
-        # Cast before transpose: TensorRT refuses a uint8 transpose.
-        x = tiles.to(torch.float32).permute(0, 3, 1, 2) / 127.5 - 1
-        return torch.clamp(self.pyramid(x) * 255 + 0.5, 0, 255).to(torch.uint8)
+    def scores(self, images: Tensor) -> Tensor:
+        """Return 255 times the probability of each class."""
+        probability: Tensor = self.pyramid(images / HALF_RANGE - 1)
+        return probability * 255
 
 
 def deployed(state: State) -> nn.Module:

@@ -1,9 +1,9 @@
 """Segmentation by image-to-image translation: few masks, and images with and without the target.
 
-"Towards semi-supervised segmentation via image-to-image translation", paper 003 of the project.
-The encoder divides an image into what it has in common with images of the absence domain A and
-what is unique to the presence domain P, as tumours or digits are. To take the target out of an
-image is to decode the common part only; the decoder of the difference segments too.
+"Towards semi-supervised segmentation via image-to-image translation" (Vorontsov et al.). The
+encoder divides an image into what it has in common with images of the absence domain A and what is
+unique to the presence domain P, as tumours or digits are. Decoding the common part alone takes the
+target out of an image; the decoder of the difference segments too.
 
 =====================  ==========================================================
 paper                  here
@@ -32,37 +32,32 @@ all kinds of long skips are better than the baselines; its table says that "none
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from histostream.training.batches import Parts
+from histostream.training.checks import check_at_least, check_choices, check_shares
 from histostream.training.data import DataError
-from histostream.training.methods import Batch, State
-from histostream.training.networks.translation import (
-    HEADS,
-    LAYOUTS,
-    MLPS,
-    SKIPS,
+from histostream.training.losses import one_hot, soft_dice
+from histostream.training.methods.translation.networks import (
     AdaptiveNorms,
     Decoder,
     Encoder,
-    MultiScaleDiscriminator,
     ResidualDecoder,
     SeparateNorms,
     fold_spectral_norm,
+    multi_scale_discriminator,
 )
-
-if TYPE_CHECKING:
-    from histostream.training.batches import Parts
+from histostream.training.networks.tile_model import TileModel
+from histostream.training.state import Batch, State
+from histostream.training.steps import HALF_RANGE, descend, evaluating, frozen
 
 PRESENCE, ABSENCE = "presence", "absence"  # names of the pools
-SMOOTH = 1.0  # of the Dice loss; authors' code
-HALF_RANGE = 127.5  # uint8 0..255 <-> [-1, 1]: v / 127.5 - 1
 EXPLAINED_BY = ("encoder", "common")  # the modules of `explained`
 
 
@@ -122,26 +117,21 @@ class Config:
     weight_decay: float = 1e-4  # authors' code
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("objective", ("translation", "autoencoder", "segmentation")),
-            ("skips", SKIPS),
-            ("segmentation_norm", ("adain", "layer")),
-            ("head", HEADS),
-            ("mlp", MLPS),
-            ("image_activation", ("tanh", "none")),
-            ("pixel_range", ("0..1", "-1..1")),
-            ("discriminator", LAYOUTS),
-            ("hinge", ("per_pixel", "mean_first")),
-        ):
-            value = getattr(self, name)
-            if value not in known:
-                raise ValueError(f"{name}={value!r}: use {' or '.join(map(repr, known))}")
-        for name in ("width", "depth", "mlp_width", "discriminator_width", "discriminator_stages"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: use 1 or more")
-        for name in ("adv", "rec", "lat", "cyc", "seg"):
-            if (value := getattr(self, f"lambda_{name}")) < 0:
-                raise ValueError(f"lambda_{name}={value}: use 0 (off) or more")
+        check_choices(
+            self,
+            objective=("translation", "autoencoder", "segmentation"),
+            skips=("compress", "concat", "sum", "none"),
+            segmentation_norm=("adain", "layer"),
+            head=("paper", "authors_code"),
+            mlp=("paper", "authors_code"),
+            image_activation=("tanh", "none"),
+            pixel_range=("0..1", "-1..1"),
+            discriminator=("paper", "authors_code"),
+            hinge=("per_pixel", "mean_first"),
+        )
+        check_at_least(self, 1, "width", "depth", "mlp_width", "discriminator_width", "discriminator_stages")
+        check_at_least(self, 0, "lambda_adv", "lambda_rec", "lambda_lat", "lambda_cyc", "lambda_seg")
+        check_shares(self, "labelled_share")
         if not 0 < self.unique_channels < self.code_channels:
             raise ValueError(
                 f"unique_channels={self.unique_channels}: the code has {self.code_channels} "
@@ -152,8 +142,6 @@ class Config:
                 f"image_px={self.image_px}: use a multiple of {self.stride_px}, {self.least_px} or "
                 'more; or segmentation_norm="layer", which takes any size'
             )
-        if not 0 <= self.labelled_share <= 1:
-            raise ValueError(f"labelled_share={self.labelled_share}: use 0 (as the data) to 1")
 
     @property
     def stride_px(self) -> int:
@@ -178,12 +166,6 @@ class Config:
         if self.objective == "translation" and self.lambda_adv:
             least = max(least, 4 << self.discriminator_stages)
         return least
-
-
-def score_kind(config: Config) -> str:
-    """Say what the deployed graph's scores are."""
-    del config
-    return "probability"
 
 
 def align_px(config: Config) -> int:
@@ -230,7 +212,7 @@ def build(config: Config, classes: int, channels: int = 3) -> State:
     optimizers = {"generator": _optimizer(config, generator, config.learning_rate)}
     if config.objective == "translation" and config.lambda_adv:
         for domain in (ABSENCE, PRESENCE):
-            modules[f"discriminator_{domain}"] = MultiScaleDiscriminator(
+            modules[f"discriminator_{domain}"] = multi_scale_discriminator(
                 channels,
                 config.discriminator_width,
                 config.discriminator_stages,
@@ -285,7 +267,6 @@ def _discriminators(modules: dict[str, nn.Module]) -> list[nn.Module]:
 
 def before_step(state: State, parts: Parts, step: int, steps: int) -> None:
     """Count the P images and those with a mask before the first step."""
-    del steps
     if step or not pools(state.config):
         return
     # A labelled image may be in the pool too, as it is in cluttered MNIST.
@@ -295,15 +276,11 @@ def before_step(state: State, parts: Parts, step: int, steps: int) -> None:
     cast(LabelledShare, state.modules["labelled"]).share.fill_(share)
 
 
-def finish(state: State, parts: Parts) -> None:
-    """Nothing is measured at the end."""
-
-
 # ----------------------------------------------------------------------------- losses
 
 
 def dice_loss(probability: Tensor, labels: Tensor) -> Tensor:
-    """Minus the soft Dice coefficient of all images together, smoothed by 1: equation 8.
+    """Minus the soft Dice coefficient of all images together, smoothed by 1 (authors' code): equation 8.
 
     The mean over the classes without the background; -1 is best.
 
@@ -314,11 +291,8 @@ def dice_loss(probability: Tensor, labels: Tensor) -> Tensor:
     labels
         (N, H, W), 0..K-1.
     """
-    truth = F.one_hot(labels, probability.shape[1] + 1).movedim(-1, 1)[:, 1:]
-    axes = (0, 2, 3)
-    both = (probability * truth).sum(axes)
-    either = probability.sum(axes) + truth.sum(axes)
-    return -((2 * both + SMOOTH) / (either + SMOOTH)).mean()
+    truth = one_hot(labels, probability.shape[1] + 1)[:, 1:]
+    return -soft_dice(probability, truth).mean()
 
 
 def judging_loss(real: Sequence[Tensor], fake: Sequence[Tensor], hinge: str) -> Tensor:
@@ -445,10 +419,8 @@ def translation_losses(state: State, t: Translated) -> dict[str, Tensor]:
 
 def _fool(state: State, domain: str, fake: Tensor) -> Tensor:
     """Return the loss of images that shall pass for those of a domain; D gets no gradient."""
-    discriminator = state.modules[f"discriminator_{domain}"].requires_grad_(False)
-    loss = fooling_loss(discriminator(fake))
-    discriminator.requires_grad_(True)
-    return loss
+    with frozen(state.modules[f"discriminator_{domain}"]) as discriminator:
+        return fooling_loss(discriminator(fake))
 
 
 def judge(state: State, t: Translated) -> Tensor:
@@ -495,7 +467,7 @@ def step(state: State, batch: Batch) -> dict[str, Tensor]:
         "adversarial": config.lambda_adv,
     }
     total = torch.stack([w * losses[name] for name, w in weights.items() if name in losses]).sum()
-    _descend(state.optimizers["generator"], total)
+    descend(total, state.optimizers["generator"])
     return {name: loss.detach() for name, loss in losses.items()}
 
 
@@ -507,7 +479,7 @@ def _step_translation(state: State, batch: Batch) -> dict[str, Tensor]:
     if state.config.lambda_adv:
         judged["discriminator"] = judge(state, t)
         # Times lambda, as in equations 7 and 12; with a weight decay Adam is not blind to it.
-        _descend(state.optimizers["discriminator"], state.config.lambda_adv * judged["discriminator"])
+        descend(state.config.lambda_adv * judged["discriminator"], state.optimizers["discriminator"])
     code = torch.cat([t.c_p, t.u_p], dim=1)
     losses = {"segmentation": _segmentation_loss(state, code, t.maps_p, labels)}
     return losses | translation_losses(state, t) | judged
@@ -565,26 +537,20 @@ def _check_images(config: Config, batch: Batch) -> None:
     """Refuse images that the networks cannot take, with what to set."""
     shapes = {images.shape[-2:] for images in (batch.images, *batch.pools.values())}
     for height, width in sorted(shapes):
-        said = f"crops are {width} x {height} px"
+        crops = f"crops are {width} x {height} px"
         if config.fixed_px and (height, width) != (config.fixed_px, config.fixed_px):
             raise DataError(
-                f"{said}, the model is built for image_px={config.fixed_px}: set method.image_px "
+                f"{crops}, the model is built for image_px={config.fixed_px}: set method.image_px "
                 'and schedule.crop_px alike, or method.segmentation_norm="layer"'
             )
         if min(height, width) < config.least_px:
-            raise DataError(f"{said}, the networks take {config.least_px} px or more: set schedule.crop_px higher")
+            raise DataError(f"{crops}, the networks take {config.least_px} px or more: set schedule.crop_px higher")
     if len(shapes) > 1:
-        found = ", ".join(f"{width} x {height}" for height, width in sorted(shapes))
+        sizes = ", ".join(f"{width} x {height}" for height, width in sorted(shapes))
         raise DataError(
-            f"images of several sizes ({found}) do not stack: set a schedule.crop_px, or bring "
+            f"images of several sizes ({sizes}) do not stack: set a schedule.crop_px, or bring "
             "labelled images and pools to one size"
         )
-
-
-def _descend(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
 
 
 # ----------------------------------------------------------------------------- evaluation
@@ -598,8 +564,11 @@ def scaled(images: Tensor, config: Config) -> Tensor:
 
 def levels(x: Tensor, config: Config) -> Tensor:
     """Map back to grey levels, uint8; what is beyond black or white is cut off."""
-    grey = x * 255 if config.pixel_range == "0..1" else (x + 1) * HALF_RANGE
-    return torch.clamp(grey + 0.5, 0, 255).to(torch.uint8)
+    return torch.clamp(_grey(x, config) + 0.5, 0, 255).to(torch.uint8)
+
+
+def _grey(x: Tensor, config: Config) -> Tensor:
+    return x * 255 if config.pixel_range == "0..1" else (x + 1) * HALF_RANGE
 
 
 @torch.no_grad()
@@ -614,21 +583,20 @@ def probabilities(state: State, images: Tensor) -> Tensor:
         If the image is too small, or cannot be cut into whole tiles.
     """
     tiles = _cut(images, state.config)
-    with _evaluating(state):
+    with evaluating(*state.modules.values()):
         code, maps = state.modules["encoder"](scaled(tiles, state.config))
-        found = segment(_segmenter(state), code, maps).sigmoid()
-    return _joined(found, images.shape[-2:])
+        tile_probabilities = segment(_segmenter(state), code, maps).sigmoid()
+    return _joined(tile_probabilities, images.shape[-2:])
 
 
 @torch.no_grad()
 def validate(state: State, images: Tensor, labels: Tensor) -> tuple[float, Tensor]:
     """Return the Dice loss, and the predicted labels (N, H, W).
 
-    The other terms are left out: they say nothing of the segmentation.
+    The other terms are left out: they do not measure the segmentation.
     """
-    found = probabilities(state, images)
-    loss = float(dice_loss(found, labels))
-    return loss, with_background(found).argmax(dim=1)
+    probability = probabilities(state, images)
+    return float(dice_loss(probability, labels)), with_background(probability).argmax(dim=1)
 
 
 def with_background(probability: Tensor) -> Tensor:
@@ -645,13 +613,13 @@ def paint(state: State, images: Tensor) -> dict[str, Tensor]:
 
     Returns
     -------
-    Pictures, (N, C, H, W) uint8: "absence", "residual" (grey is 0, white 1) and "reconstruction";
+    Images, (N, C, H, W) uint8: "absence", "residual" (grey is 0, white 1) and "reconstruction";
     of the AE baseline the last alone.
     """
     config = state.config
     if config.objective == "segmentation":
         return {}
-    with _evaluating(state):
+    with evaluating(*state.modules.values()):
         code, maps = state.modules["encoder"](scaled(_cut(images, config), config))
         if config.objective == "autoencoder":
             painted = {"reconstruction": state.modules["reconstructor"](code, maps)}
@@ -659,24 +627,11 @@ def paint(state: State, images: Tensor) -> dict[str, Tensor]:
             x_pa = state.modules["common"](code[:, : -config.unique_channels], maps)
             d_pa = state.modules["residual"](code, maps)
             painted = {"absence": x_pa, "reconstruction": x_pa + d_pa}
-    pictures = {name: levels(x, config) for name, x in painted.items()}
+    columns = {name: levels(x, config) for name, x in painted.items()}
     if config.objective == "translation":
         grey = torch.clamp((d_pa + 1) * HALF_RANGE + 0.5, 0, 255)
-        pictures["residual"] = grey.to(torch.uint8)
-    return {name: _joined(x, images.shape[-2:]) for name, x in pictures.items()}
-
-
-@contextmanager
-def _evaluating(state: State) -> Iterator[None]:
-    """Stop the power iterations, which are training."""
-    modes = [(module, module.training) for module in state.modules.values()]
-    for module, _ in modes:
-        module.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.train(training)
+        columns["residual"] = grey.to(torch.uint8)
+    return {name: _joined(x, images.shape[-2:]) for name, x in columns.items()}
 
 
 def _cut(images: Tensor, config: Config) -> Tensor:
@@ -699,11 +654,8 @@ def _joined(tiles: Tensor, shape: torch.Size) -> Tensor:
     return grid.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, height, width)
 
 
-class Deployed(nn.Module):
+class Deployed(TileModel):
     """Encoder and segmenting decoder behind the tile contract.
-
-    uint8 (N, H, W, C) in, uint8 (N, K, H, W) out: 255 times the probability of each class, rounded;
-    the arg-max over K is the label.
 
     Attributes
     ----------
@@ -718,13 +670,10 @@ class Deployed(nn.Module):
         self.config = config
         self.tile_px = config.fixed_px
 
-    def forward(self, tiles: Tensor) -> Tensor:
-        """Scale, segment, return to 0..255."""
-        # Cast before transpose: TensorRT refuses a uint8 transpose.
-        x = scaled(tiles.to(torch.float32).permute(0, 3, 1, 2), self.config)
-        code, maps = self.encoder(x)
-        scores = with_background(segment(self.segmenter, code, maps).sigmoid()) * 255
-        return torch.clamp(scores + 0.5, 0, 255).to(torch.uint8)
+    def scores(self, images: Tensor) -> Tensor:
+        """Return 255 times the probability of each class."""
+        code, maps = self.encoder(scaled(images, self.config))
+        return with_background(segment(self.segmenter, code, maps).sigmoid()) * 255
 
 
 def deployed(state: State) -> nn.Module:
@@ -736,7 +685,7 @@ def deployed(state: State) -> nn.Module:
     return fold_spectral_norm(Deployed(encoder, segmenter, state.config)).eval()
 
 
-class Explained(nn.Module):
+class Explained(TileModel):
     """The image without its target, x_PA: uint8 (N, H, W, C) in, uint8 (N, C, H, W) out."""
 
     def __init__(self, encoder: nn.Module, common: nn.Module, config: Config) -> None:
@@ -746,12 +695,10 @@ class Explained(nn.Module):
         self.config = config
         self.tile_px = config.fixed_px
 
-    def forward(self, tiles: Tensor) -> Tensor:
-        """Scale, decode what is common to both domains, return to grey levels."""
-        x = scaled(tiles.to(torch.float32).permute(0, 3, 1, 2), self.config)
-        code, maps = self.encoder(x)
-        x_pa = self.common(code[:, : -self.config.unique_channels], maps)
-        return levels(x_pa, self.config)
+    def scores(self, images: Tensor) -> Tensor:
+        """Return the grey levels of what is common to both domains."""
+        code, maps = self.encoder(scaled(images, self.config))
+        return _grey(self.common(code[:, : -self.config.unique_channels], maps), self.config)
 
 
 def explained(state: State) -> nn.Module:

@@ -1,9 +1,9 @@
 """UDA with self-ensembling: nuclei of a target set without labels, learnt from a labelled source.
 
-"Unsupervised domain adaptation with self-ensembling", paper 001 of the project. S segments images
-of both sets; D tells the source's label maps from the target's, and S learns to deceive it; R
-repaints the target's image from its label map; S agrees with itself about turned images and is
-made sure of itself.
+The paper on unsupervised domain adaptation (UDA) by self-ensembling. S segments images of both
+domains. D tells the source's label maps from the target's, and S learns to deceive it. R repaints
+the target's image from its label map. S is trained to agree with itself on turned images, and to
+be certain.
 
 ==========  ===========================================================
 paper       here
@@ -18,7 +18,7 @@ lambda(E)   `ramp`
 ==========  ===========================================================
 
 Equations 2, 3, 5, 7, 8 and 9 cannot be meant as they are printed; `entropy_loss`, `Config`,
-`ramp`, `domain_loss`, `reconstruction_loss` and `step` say what is done instead. (Equation 11 is
+`ramp`, `step_discriminator`, `reconstruction_loss` and `step` describe what is done instead. (Equation 11 is
 equation 10 printed twice.) The paper's CRF is applied to what is deployed, outside of the network:
 its ablation "-CRF" is inference without that option.
 """
@@ -35,18 +35,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from histostream.training import device as compute
+from histostream.training import device
 from histostream.training.batches import Parts, padded, unannotated
+from histostream.training.checks import check_at_least, check_choices
 from histostream.training.data import DataError, Picture
-from histostream.training.methods import Batch, State
-from histostream.training.networks.bn_unet import BatchNormUNet
+from histostream.training.losses import EPSILON, logit_loss, soft_dice
+from histostream.training.methods.uda_self_ensembling.networks import STRIDE_PX, BatchNormUNet
 from histostream.training.networks.discriminator import DomainDiscriminator
+from histostream.training.networks.tile_model import TileModel
+from histostream.training.networks.unet import widths_of
+from histostream.training.state import Batch, State
+from histostream.training.steps import HALF_RANGE, descend, evaluating, follow, frozen, measure_statistics
 
 SOURCE, TARGET = 0, 1  # rows of the measurements in `Domains`
-HALF_RANGE = 127.5  # of uint8; what normalises until the sets are measured
-SMOOTH = 1.0  # of the Dice loss; the cited code. Equation 1 has none: 0/0 without nuclei
-EPSILON = 1e-7  # probability whose logarithm is taken
-STRIDE_PX = 16  # of S and R
 MIN_PX = 32  # what the discriminator halves five times
 FRACTION_PIXELS = 1 << 22  # pixels that CBST's thresholds are read from
 
@@ -111,23 +112,17 @@ class Config:
     beta2: float = 0.999  # cited code: PyTorch's
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("em_form", ("printed", "binary")),
-            ("em_domains", ("source", "both")),
-            ("consistency_domains", ("both", "source")),
-            ("ramp", ("gaussian_up", "gaussian_peak", "none")),
-            ("normalise", ("each", "source")),
-            ("validation_domain", ("source", "target")),
-        ):
-            value = getattr(self, name)
-            if value not in known:
-                raise ValueError(f"{name}={value!r}: use {' or '.join(map(repr, known))}")
-        for name in ("entropy_weight", "consistency_weight", "lambda_adv", "lambda_rec"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: use 0 (off) or more")
-        for name in ("ramp_epochs", "rounds", "round_epochs", "base_width", "discriminator_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: use 1 or more")
+        check_choices(
+            self,
+            em_form=("printed", "binary"),
+            em_domains=("source", "both"),
+            consistency_domains=("both", "source"),
+            ramp=("gaussian_up", "gaussian_peak", "none"),
+            normalise=("each", "source"),
+            validation_domain=("source", "target"),
+        )
+        check_at_least(self, 0, "entropy_weight", "consistency_weight", "lambda_adv", "lambda_rec")
+        check_at_least(self, 1, "ramp_epochs", "rounds", "round_epochs", "base_width", "discriminator_width")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema={self.ema}: use 0 (off), 0.99 or 0.999")
         if not (0 < self.first_fraction <= self.max_fraction <= 1 and self.fraction_step >= 0):
@@ -177,15 +172,8 @@ class Domains(nn.Module):
         return (images.to(torch.float32) - mean) / std
 
 
-def score_kind(config: Config) -> str:
-    """Say what the deployed graph's scores are."""
-    del config
-    return "probability"
-
-
 def align_px(config: Config) -> int:
     """Height and width are multiples of this."""
-    del config
     return STRIDE_PX
 
 
@@ -226,8 +214,7 @@ def build(config: Config, classes: int, channels: int = 3) -> State:
         "segmenter": torch.optim.Adam(segmenter.parameters(), config.learning_rate, betas)
     }
     if config.lambda_adv:
-        widths = tuple(config.discriminator_width << i for i in range(4))
-        modules["discriminator"] = DomainDiscriminator(1, widths)
+        modules["discriminator"] = DomainDiscriminator(1, widths_of(config.discriminator_width, 3))
         optimizers["discriminator"] = torch.optim.Adam(
             modules["discriminator"].parameters(), config.discriminator_learning_rate, betas
         )
@@ -325,7 +312,9 @@ def draw_turns(images: Tensor, *, flips: bool) -> tuple[list[int], list[bool]]:
 
 
 def dice_loss(probability: Tensor, truth: Tensor, kept: Tensor | None = None) -> Tensor:
-    """One minus the Dice coefficient of the whole batch, smoothed by 1: equation 1.
+    """One minus the Dice coefficient of the whole batch: equation 1, smoothed by 1 as in the cited code.
+
+    The equation has no smoothing: 0/0 without nuclei.
 
     Parameters
     ----------
@@ -336,8 +325,7 @@ def dice_loss(probability: Tensor, truth: Tensor, kept: Tensor | None = None) ->
     """
     if kept is not None:
         probability, truth = probability * kept, truth * kept
-    both = (probability * truth).sum()
-    return 1 - (2 * both + SMOOTH) / (probability.sum() + truth.sum() + SMOOTH)
+    return 1 - soft_dice(probability, truth).mean()
 
 
 def entropy_loss(probability: Tensor, form: str) -> Tensor:
@@ -354,22 +342,10 @@ def entropy_loss(probability: Tensor, form: str) -> Tensor:
     return entropy.mean()
 
 
-def domain_loss(logits: Tensor, *, source: bool) -> Tensor:
-    """Mean cross-entropy of D's patches on maps of one set: equation 7.
-
-    Printed are two terms ``log D(Y^)``, so that the label z would have no effect; the second is
-    meant as ``log(1 - D(Y^))``.
-    """
-    wanted = torch.ones_like(logits) if source else torch.zeros_like(logits)
-    return F.binary_cross_entropy_with_logits(logits, wanted)
-
-
 def adversarial_loss(state: State, probability: Tensor) -> Tensor:
     """``-mean log D(S(X_t))``, equation 6; the discriminator gets no gradient."""
-    discriminator = state.modules["discriminator"].requires_grad_(False)
-    logits = discriminator(probability)
-    discriminator.requires_grad_(True)
-    return domain_loss(logits, source=True)
+    with frozen(state.modules["discriminator"]) as discriminator:
+        return logit_loss(discriminator(probability), real=True)
 
 
 def reconstruction_loss(state: State, probability: Tensor, images: Tensor) -> Tensor:
@@ -396,12 +372,12 @@ def consistency_loss(state: State, images: Tensor, probability: Tensor) -> Tenso
     wanted = turned(probability, turns, mirrored)
     if state.config.stop_gradient:
         wanted = wanted.detach()
-    found = state.modules["segmenter"](turned(images, turns, mirrored)).sigmoid()
-    return F.mse_loss(found, wanted)
+    predicted = state.modules["segmenter"](turned(images, turns, mirrored)).sigmoid()
+    return F.mse_loss(predicted, wanted)
 
 
 def step(state: State, batch: Batch) -> dict[str, Tensor]:
-    """Train on one batch: D on what S says now, then S and R with D frozen.
+    """Train on one batch: D on what S predicts now, then S and R with D frozen.
 
     Equation 9 adds L_dis to what S minimises, against L_adv in the same sum; it trains D only.
 
@@ -413,24 +389,24 @@ def step(state: State, batch: Batch) -> dict[str, Tensor]:
     config, domains = state.config, _domains(state)
     _check_sides(batch)
     if batch.step == 0:
-        together = len(batch.images) * compute.processes()
-        domains.steps_per_epoch.copy_(-(-domains.epoch_images // together))
+        batch_images = len(batch.images) * device.processes()
+        domains.steps_per_epoch.copy_(-(-domains.epoch_images // batch_images))
     source = domains.normalised(batch.images, SOURCE)
     p_source = state.modules["segmenter"](source).sigmoid()
     losses = {"dice": dice_loss(p_source, batch.labels[:, None].to(p_source.dtype))}
     total = losses["dice"]
-    seen = [(source, p_source)]
+    predictions = [(source, p_source)]
     epoch = torch.div(batch.step, domains.steps_per_epoch, rounding_mode="floor")
     rising = ramp(config.ramp, epoch, config.ramp_epochs)
     if _trains_on_target(config):
         target = domains.normalised(batch.pools["target"], TARGET)
         p_target = state.modules["segmenter"](target).sigmoid()
-        seen.append((target, p_target))
+        predictions.append((target, p_target))
     elif config.forward_target:
         with torch.no_grad():
             state.modules["segmenter"](domains.normalised(batch.pools["target"], TARGET))
     if config.lambda_adv:
-        losses["discriminator"] = _step_discriminator(state, p_source, p_target)
+        losses["discriminator"] = step_discriminator(state, p_source, p_target)
         losses["adversarial"] = adversarial_loss(state, p_target)
         total = total + config.lambda_adv * losses["adversarial"]
     if config.lambda_rec:
@@ -438,51 +414,36 @@ def step(state: State, batch: Batch) -> dict[str, Tensor]:
         total = total + config.lambda_rec * losses["reconstruction"]
     if config.entropy_weight:
         # Over both sets it is their mean, so that its weight means the same.
-        of = seen if config.em_domains == "both" else seen[:1]
-        losses["entropy"] = _mean([entropy_loss(p, config.em_form) for _, p in of])
+        chosen = predictions if config.em_domains == "both" else predictions[:1]
+        losses["entropy"] = torch.stack([entropy_loss(p, config.em_form) for _, p in chosen]).mean()
         weight = config.entropy_weight * (rising if config.entropy_ramp else 1)
         total = total + weight * losses["entropy"]
     if config.consistency_weight:
-        of = seen if config.consistency_domains == "both" else seen[:1]
-        losses["consistency"] = _mean([consistency_loss(state, x, p) for x, p in of])
+        chosen = predictions if config.consistency_domains == "both" else predictions[:1]
+        losses["consistency"] = torch.stack([consistency_loss(state, x, p) for x, p in chosen]).mean()
         total = total + config.consistency_weight * rising * losses["consistency"]
     if config.self_training:
         losses["pseudo"] = pseudo_loss(state, batch.pools["target"])
         total = total + losses["pseudo"]
-    _descend(state, ("segmenter", "reconstructor"), total)
+    descend(total, *(state.optimizers[name] for name in ("segmenter", "reconstructor") if name in state.optimizers))
     if "teacher" in state.modules:
-        _follow(state.modules["teacher"], state.modules["segmenter"], config.ema)
+        follow(state.modules["teacher"], state.modules["segmenter"], config.ema)
     return {name: loss.detach() for name, loss in losses.items()}
 
 
-def _step_discriminator(state: State, p_source: Tensor, p_target: Tensor) -> Tensor:
+def step_discriminator(state: State, p_source: Tensor, p_target: Tensor) -> Tensor:
+    """Step D by the cross-entropy of its patches on the maps of both sets: equation 7.
+
+    Printed are two terms ``log D(Y^)``, so that the label z would have no effect; the second is
+    meant as ``log(1 - D(Y^))``.
+    """
     # Two passes, for images of the two sets may differ in size.
     discriminator = state.modules["discriminator"]
-    loss = domain_loss(discriminator(p_source.detach()), source=True) + domain_loss(
-        discriminator(p_target.detach()), source=False
+    loss = logit_loss(discriminator(p_source.detach()), real=True) + logit_loss(
+        discriminator(p_target.detach()), real=False
     )
-    _descend(state, ("discriminator",), loss)
+    descend(loss, state.optimizers["discriminator"])
     return loss
-
-
-def _descend(state: State, names: tuple[str, ...], loss: Tensor) -> None:
-    optimizers = [state.optimizers[name] for name in names if name in state.optimizers]
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    for optimizer in optimizers:
-        optimizer.step()
-
-
-@torch.no_grad()
-def _follow(teacher: nn.Module, student: nn.Module, keep: float) -> None:
-    """Move the mean teacher's weights towards the student's; its batch statistics are its own."""
-    for mean, weight in zip(teacher.parameters(), student.parameters(), strict=True):
-        mean.lerp_(weight, 1 - keep)
-
-
-def _mean(losses: list[Tensor]) -> Tensor:
-    return torch.stack(losses).mean()
 
 
 def _check_sides(batch: Batch) -> None:
@@ -536,12 +497,12 @@ def _relabel(state: State, pool: Sequence[Picture], number: int) -> None:
     labeller.load_state_dict(state.modules["segmenter"].state_dict())
     every = max(1, sum(int(np.prod(p.shape)) for p in pool) // FRACTION_PIXELS)
     with torch.no_grad():
-        found = [
+        logits = [
             labeller(domains.normalised(image, TARGET))[0, 0, :height, :width].flatten()[::every]
-            for image, (height, width) in _whole(pool, domains.mean.device)
+            for image, (height, width) in _whole_images(pool, domains.mean.device)
         ]
     fraction = kept_fraction(state.config, number)
-    domains.thresholds.copy_(class_thresholds(torch.cat(found).cpu(), fraction))
+    domains.thresholds.copy_(class_thresholds(torch.cat(logits).cpu(), fraction))
 
 
 def pseudo_loss(state: State, images: Tensor) -> Tensor:
@@ -559,36 +520,30 @@ def pseudo_loss(state: State, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def settle(state: State, parts: Parts) -> None:
-    """Measure the batch statistics of S anew on the target's images, where that is configured.
+    """Measure the batch statistics of S anew on whole images of the target, where that is configured.
 
-    In training they run over both sets, and over plain and turned images; the average over whole
-    images of the target, without labels, is what S meets once it is deployed, and with which it is
-    judged.
+    In training they are gathered over both sets and over turned images. Those of the target alone
+    are what S meets once it is deployed (docs/methods.md).
     """
     domains = _domains(state)
     if not state.config.bn_recalibrate:
         return
     segmenter = state.modules["segmenter"]
-    layers = [m for m in segmenter.modules() if isinstance(m, nn.BatchNorm2d)]
-    momenta = [layer.momentum for layer in layers]
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None  # the plain average over all that comes
     pictures = parts.pools.get("target") or [parts.samples[i] for i in parts.split.train]
-    segmenter.train()
-    for image, _ in _whole(pictures, domains.mean.device):
-        segmenter(domains.normalised(image, TARGET))
-    for layer, momentum in zip(layers, momenta, strict=True):
-        layer.momentum = momentum
+
+    def pass_images() -> None:
+        for image, _ in _whole_images(pictures, domains.mean.device):
+            segmenter(domains.normalised(image, TARGET))
+
+    measure_statistics(segmenter, pass_images)
 
 
 def finish(state: State, parts: Parts) -> None:
-    """From here on images are normalised as in deployment; the statistics are settled."""
-    del parts
+    """From here on, normalise images as in deployment."""
     _domains(state).finished.fill_(1)
 
 
-def _whole(pictures: Sequence[Picture], device: torch.device) -> Iterator[tuple[Tensor, tuple[int, int]]]:
+def _whole_images(pictures: Sequence[Picture], device: torch.device) -> Iterator[tuple[Tensor, tuple[int, int]]]:
     """Yield whole images (1, C, H, W), mirrored up to what S takes, and their own (h, w)."""
     for picture in pictures:
         sample = unannotated(picture)
@@ -601,10 +556,9 @@ def _whole(pictures: Sequence[Picture], device: torch.device) -> Iterator[tuple[
 def validate(state: State, images: Tensor, labels: Tensor) -> tuple[float, Tensor]:
     """Return the Dice loss, and the predicted labels (N, H, W).
 
-    Images are normalised as ``validation_domain`` says, since only the user knows from which set
-    they are; once training is over, as in deployment, whatever they are.
+    Images are normalised as images of ``validation_domain``; once training is over, as in deployment.
     """
-    probability = _predicted(state, _shown(state, images))
+    probability = _predicted(state, images)
     return float(dice_loss(probability, labels[:, None].float())), (probability[:, 0] > 0.5).long()
 
 
@@ -614,46 +568,40 @@ def paint(state: State, images: Tensor) -> dict[str, Tensor]:
 
     Returns
     -------
-    Pictures, uint8: "probability" (N, 1, H, W), and "reconstruction" (N, C, H, W) where there is an
+    Images, uint8: "probability" (N, 1, H, W), and "reconstruction" (N, C, H, W) where there is an
     R.
     """
-    probability = _predicted(state, _shown(state, images))
+    probability = _predicted(state, images)
     painted = {"probability": (probability * 255).round().to(torch.uint8)}
     if "reconstructor" in state.modules:
-        reconstructor, domains = state.modules["reconstructor"].eval(), _domains(state)
-        image, domain = reconstructor(probability), _shown_domain(state)
-        reconstructor.train()
+        domains, domain = _domains(state), _judged_domain(state)
+        with evaluating(state.modules["reconstructor"]):
+            image = state.modules["reconstructor"](probability)
         levels = image * domains.std[domain, :, None, None] + domains.mean[domain, :, None, None]
         painted["reconstruction"] = levels.round().clamp(0, 255).to(torch.uint8)
     return painted
 
 
-def _predicted(state: State, x: Tensor) -> Tensor:
-    segmenter = state.modules["segmenter"].eval()
-    probability: Tensor = segmenter(x).sigmoid()
-    segmenter.train()
-    return probability
+def _predicted(state: State, images: Tensor) -> Tensor:
+    x = _domains(state).normalised(images, _judged_domain(state))
+    with evaluating(state.modules["segmenter"]):
+        probability: Tensor = state.modules["segmenter"](x).sigmoid()
+        return probability
 
 
-def _shown(state: State, images: Tensor) -> Tensor:
-    return _domains(state).normalised(images, _shown_domain(state))
-
-
-def _shown_domain(state: State) -> int:
-    """Return the domain that the images of `validate` and `paint` are taken for."""
-    over = bool(_domains(state).finished)
-    return TARGET if over or state.config.validation_domain == "target" else SOURCE
+def _judged_domain(state: State) -> int:
+    """Return the domain as whose images those of `validate` and `paint` are normalised."""
+    return TARGET if _domains(state).finished or state.config.validation_domain == "target" else SOURCE
 
 
 def _domains(state: State) -> Domains:
     return cast(Domains, state.modules["domains"])
 
 
-class Deployed(nn.Module):
-    """S behind the tile contract: uint8 (N, H, W, C) in, uint8 (N, 2, H, W) out.
+class Deployed(TileModel):
+    """S behind the tile contract, for ground and nuclei.
 
-    The output is 255 times the probability of ground and of nuclei. The mean and the standard
-    deviation of the target's training images are constants of the graph.
+    The mean and the standard deviation of the target's training images are constants of the graph.
     """
 
     mean: Tensor
@@ -665,13 +613,10 @@ class Deployed(nn.Module):
         self.register_buffer("mean", mean.detach().clone()[:, None, None])
         self.register_buffer("std", std.detach().clone()[:, None, None])
 
-    def forward(self, tiles: Tensor) -> Tensor:
-        """Normalise, run the segmenter, return to 0..255."""
-        # Cast before transpose: TensorRT refuses a uint8 transpose.
-        x = tiles.to(torch.float32).permute(0, 3, 1, 2)
-        logits = self.segmenter((x - self.mean) / self.std)
-        scores = torch.cat([-logits, logits], dim=1).sigmoid() * 255
-        return torch.clamp(scores + 0.5, 0, 255).to(torch.uint8)
+    def scores(self, images: Tensor) -> Tensor:
+        """Return 255 times the probability of each class."""
+        logits = self.segmenter((images - self.mean) / self.std)
+        return torch.cat([-logits, logits], dim=1).sigmoid() * 255
 
 
 def deployed(state: State) -> nn.Module:

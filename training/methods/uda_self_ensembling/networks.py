@@ -7,9 +7,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from histostream.training.networks.unet import check_sides
+from histostream.training.networks.unet import check_sides, double_conv
 
-POOLINGS = 4
+STRIDE_PX = 16  # four poolings
 
 
 class BatchNormUNet(nn.Module):
@@ -34,13 +34,13 @@ class BatchNormUNet(nn.Module):
         super().__init__()
         down = tuple(base_width * times for times in (1, 2, 4, 8, 8))
         up = tuple(base_width * times for times in (8, 4, 2, 1, 1))
-        self.first = _double_conv(in_channels, base_width)
-        self.down = nn.ModuleList(_double_conv(a, b) for a, b in pairwise(down))
+        self.first = double_conv(in_channels, base_width, norm="batch")
+        self.down = nn.ModuleList(double_conv(a, b, norm="batch") for a, b in pairwise(down))
         self.pool = nn.MaxPool2d(2)
         self.rise = nn.ModuleList(nn.ConvTranspose2d(a, a, 2, stride=2) for a in up[:-1])
-        self.up = nn.ModuleList(_double_conv(2 * a, b) for a, b in pairwise(up))
+        self.up = nn.ModuleList(double_conv(2 * a, b, norm="batch") for a, b in pairwise(up))
         self.head = nn.Conv2d(base_width, out_channels, 1)
-        self.stride_px = 1 << POOLINGS
+        self.stride_px = STRIDE_PX
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, H, W) to (N, K, H, W), without an activation."""
@@ -53,15 +53,3 @@ class BatchNormUNet(nn.Module):
             y = stage(torch.cat([maps.pop(), rise(y)], dim=1))
         out: Tensor = self.head(y)
         return out
-
-
-def _double_conv(in_channels: int, out_channels: int) -> nn.Sequential:
-    """conv3-BN-ReLU twice; zero padding keeps H and W."""
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 3, padding=1),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(out_channels, out_channels, 3, padding=1),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(inplace=True),
-    )

@@ -1,11 +1,11 @@
-"""Images that a trained pyramid GAN paints from label maps: more training pairs, or pictures.
+"""Paint images from label maps with the generators of a trained pyramid GAN.
 
 ::
 
     histo-train sample runs/pyramid painted --data glas:PATH --per-mask 3
     histo-train sample runs/pyramid painted --data glas:PATH --swap healthy=adenomatous
 
-``painted`` is a data set of its own (``docs/data.md``), with a ``sheet.png`` to look at.
+``painted`` becomes a data set of its own (``docs/data.md``), for training or to look at: ``sheet.png``.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from histostream.training import checkpoint, methods
-from histostream.training import preview as pictures
+from histostream.training import checkpoint, preview
 from histostream.training.batches import padded
 from histostream.training.checkpoint import Checkpoint, CheckpointError
 from histostream.training.data import DataError, DataSet, Sample
 from histostream.training.methods.pyramid_gan import method as pyramid_gan
 from histostream.training.methods.pyramid_gan.method import Config
-from histostream.training.networks.pyramid import GeneratorPyramid, one_hot_levels
+from histostream.training.methods.pyramid_gan.networks import GeneratorPyramid, one_hot_levels
+from histostream.training.state import State
 from histostream.wsi.errors import HistoError, OutputError
 
 METHOD = "pyramid_gan"
 SHEET_ROWS = 6
-GROUP = r"^(\d+)-"  # of the files of one label map
+GROUP = r"^(\d+)-"  # pattern of the group: the number of the label map
 
 
 class SampleError(HistoError, ValueError):
-    """What is asked for cannot be painted."""
+    """The label maps cannot be painted with these options."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,22 +48,22 @@ class Painter:
 
     Attributes
     ----------
-    said
-        What the checkpoint says of itself.
+    checkpoint
+        Header of the checkpoint.
     network
         All levels.
     config
         Of the model.
     """
 
-    said: Checkpoint
+    checkpoint: Checkpoint
     network: GeneratorPyramid
     config: Config
 
     @property
     def class_names(self) -> list[str]:
         """Names of the classes, in label order."""
-        return [name for name, _ in self.said.classes]
+        return [name for name, _ in self.checkpoint.classes]
 
     @property
     def align_px(self) -> int:
@@ -80,30 +80,30 @@ def open_painter(run: Path, device: torch.device | None = None) -> Painter:
         If there is no checkpoint, it is damaged, has no generators, or not all are trained.
     """
     folder = run / "best" if (run / "best").is_dir() else run
-    said = checkpoint.read(folder)
-    if said.method != METHOD:
+    header = checkpoint.read(folder)
+    if header.method != METHOD:
         raise CheckpointError(
-            f"{folder}: trained by {said.method!r}, which paints no images from labels; use a run of {METHOD!r}"
+            f"{folder}: trained by {header.method!r}, which paints no images from labels; use a run of {METHOD!r}"
         )
     try:
-        config = Config(**said.config)
+        config = Config(**header.config)
     except (TypeError, ValueError) as error:
         raise CheckpointError(
             f"{folder}: its config does not fit {METHOD}: {error}; use the version of HistoStream that trained it"
         ) from error
     if not config.paints:
         raise CheckpointError(f'{folder}: trained with g_arch="none", it has no generator; use another run')
-    state = pyramid_gan.build(config, len(said.classes), said.channels)
+    state = pyramid_gan.build(config, len(header.classes), header.channels)
     generators = tuple(name for name in state.modules if name.startswith("generator_"))
     wanted = {name: state.modules[name] for name in ("progress", *generators)}
-    checkpoint.load(folder, methods.State(config, wanted, {}, needed=tuple(wanted)))
+    checkpoint.load(folder, State(config, wanted, {}, needed=tuple(wanted)))
     if level := pyramid_gan.finest_level(state):
         raise CheckpointError(
             f"{folder}: saved when level {level} was trained, the finer ones were not; train with "
             'schedule.select="last"'
         )
     network = pyramid_gan.generators(state).eval().to(device or torch.device("cpu"))
-    return Painter(said, network, config)
+    return Painter(header, network, config)
 
 
 @torch.no_grad()
@@ -126,9 +126,9 @@ def paint(painter: Painter, labels: NDArray[np.uint8], seed: Sequence[int]) -> N
     height, width = labels.shape
     _, whole = padded(labels[..., None], labels, painter.align_px)
     truth = torch.from_numpy(whole[None].astype(np.int64))
-    levels, channels = painter.config.levels, painter.said.channels
+    levels, channels = painter.config.levels, painter.checkpoint.channels
     rng = np.random.default_rng(seed)
-    masks = one_hot_levels(truth, len(painter.said.classes), levels)[::-1]
+    masks = one_hot_levels(truth, len(painter.checkpoint.classes), levels)[::-1]
     noises = [torch.from_numpy(rng.standard_normal((1, channels, *mask.shape[-2:]), np.float32)) for mask in masks]
     device = next(painter.network.parameters()).device
     image = painter.network([m.to(device) for m in masks], [z.to(device) for z in noises])
@@ -145,7 +145,7 @@ def swapped(labels: NDArray[np.uint8], one: int, other: int) -> NDArray[np.uint8
 
 def sample(
     painter: Painter,
-    found: DataSet,
+    data: DataSet,
     out: Path,
     *,
     per_mask: int = 1,
@@ -153,24 +153,24 @@ def sample(
     swap: str = "",
     seed: int = 0,
 ) -> int:
-    """Paint the label maps of a data set, as a data set of its own.
+    """Paint the label maps of a data set, and write the images as a new data set.
 
     Parameters
     ----------
     painter
         The generators.
-    found
-        The set; its training part is painted.
+    data
+        The data set; its training part is painted.
     out
-        Folder to write, which must not exist; it appears when it is whole.
+        Folder to write, which must not exist; it appears once it is complete.
     per_mask
-        Images of each label map. They are of one group, so that no split divides them.
+        Images of each label map. They have one group, so that no split divides them.
     masks
-        Label maps, the first of the set; 0: all.
+        Number of label maps, the first of the data set; 0: all.
     swap
         "A=B" exchanges two classes, by name or number.
     seed
-        Source of all noise: with it, an image's place and number say how it looks.
+        Source of all noise; an image depends on it and on the image's numbers alone.
 
     Returns
     -------
@@ -189,11 +189,11 @@ def sample(
         raise OutputError(f"{out}: exists already; choose another folder")
     if per_mask < 1 or masks < 0:
         raise SampleError(f"per_mask={per_mask}, masks={masks}: paint one image or more")
-    samples = found.at_mpp(painter.said.mpp).train
+    samples = data.at_mpp(painter.checkpoint.mpp).train
     samples = samples[:masks] if masks else samples
     if not samples:
-        raise SampleError(f"{found.name}: no labelled image to train on, so nothing to paint; use a set with labels")
-    _check_labels(painter, found.name, samples)
+        raise SampleError(f"{data.name}: no labelled image to train on, so nothing to paint; use a set with labels")
+    _check_labels(painter, data.name, samples)
     exchanged = _classes_of(painter, swap) if swap else None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -212,10 +212,10 @@ def sample(
 
 def _check_labels(painter: Painter, name: str, samples: Sequence[Sample]) -> None:
     names = painter.class_names
-    for one in samples:
-        if (highest := int(one.labels.max())) >= len(names):
+    for item in samples:
+        if (highest := int(item.labels.max())) >= len(names):
             raise DataError(
-                f"{name}: label {highest} in {one.name}; the model paints {len(names)} classes "
+                f"{name}: label {highest} in {item.name}; the model paints {len(names)} classes "
                 f"({', '.join(names)}): "
                 "use data of these classes"
             )
@@ -227,15 +227,15 @@ def _classes_of(painter: Painter, swap: str) -> tuple[int, int]:
     first, equals, second = swap.partition("=")
     if not equals:
         raise SampleError(f"--swap {swap!r}: write A=B")
-    found = []
+    classes = []
     for text in (first, second):
         if text in names:
-            found.append(names.index(text))
+            classes.append(names.index(text))
         elif text.isdecimal() and int(text) < len(names):
-            found.append(int(text))
+            classes.append(int(text))
         else:
             raise SampleError(f"--swap {swap!r}: no class {text!r}; there are {', '.join(names)}")
-    return found[0], found[1]
+    return classes[0], classes[1]
 
 
 def _write(
@@ -246,14 +246,14 @@ def _write(
     exchanged: tuple[int, int] | None,
     seed: int,
 ) -> None:
-    colors = [color for _, color in painter.said.classes]
-    rows: list[pictures.Pictures] = []
+    colors = [color for _, color in painter.checkpoint.classes]
+    rows: list[preview.Row] = []
     for name in ("images", "labels"):
         (folder / name).mkdir()
-    for number, one in enumerate(samples):
-        labels = swapped(one.labels, *exchanged) if exchanged else one.labels
-        row = {"true": one.image, "labels": pictures.colored(labels, colors)}
-        stem = re.sub(r"[^\w.-]+", "_", Path(one.name).stem)
+    for number, item in enumerate(samples):
+        labels = swapped(item.labels, *exchanged) if exchanged else item.labels
+        row = {"true": item.image, "labels": preview.colored(labels, colors)}
+        stem = re.sub(r"[^\w.-]+", "_", Path(item.name).stem)
         for k in range(per_mask):
             image = paint(painter, labels, (seed, number, k))
             row[f"painted {k + 1}"] = image
@@ -262,18 +262,18 @@ def _write(
             Image.fromarray(labels).save(folder / "labels" / file)
         if len(rows) < SHEET_ROWS:
             rows.append(row)
-    pictures.sheet(rows).save(folder / "sheet.png")
+    preview.sheet(rows).save(folder / "sheet.png")
 
 
 def _dataset_toml(painter: Painter, name: str) -> str:
-    """Say what the files cannot; a JSON string is a TOML string."""
-    said = painter.said
+    """Return the text of ``dataset.toml``; a JSON string is a TOML string."""
+    header = painter.checkpoint
     lines = [
         f"name = {json.dumps(name, ensure_ascii=False)}",
-        f"mpp = {float(said.mpp)!r}",
+        f"mpp = {float(header.mpp)!r}",
         f"group = '{GROUP}'",
     ]
-    for class_name, color in said.classes:
+    for class_name, color in header.classes:
         lines += [
             "",
             "[[classes]]",

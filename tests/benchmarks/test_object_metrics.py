@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from scipy.spatial.distance import cdist, directed_hausdorff
 
-from histostream.training.object_metrics import ObjectScores, instances_from_labels, score_objects
+from histostream.benchmarks.accuracy.object_metrics import ObjectScores, instances_from_labels, score_objects
 
 
 def square(y: int, x: int, side: int = 10, shape: tuple[int, int] = (40, 50)) -> np.ndarray:

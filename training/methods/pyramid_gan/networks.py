@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from histostream.training.networks.discriminator import Pix2PixDiscriminator
-from histostream.training.networks.fc_densenet import FCDenseNet
+from histostream.training.losses import one_hot
+from histostream.training.methods.pyramid_gan.fc_densenet import FCDenseNet
+from histostream.training.networks.discriminator import MultiScaleDiscriminator, Pix2PixDiscriminator
 
 SINGAN_LAYERS = 5  # convolutions of SinGAN's trunk
 
@@ -23,10 +24,10 @@ SINGAN_LAYERS = 5  # convolutions of SinGAN's trunk
 
 def halved(x: Tensor, levels: int) -> list[Tensor]:
     """Return (N, C, H, W) and its halves, finest first: the mean of 2 x 2 pixels each time."""
-    found = [x]
+    images = [x]
     for _ in range(levels - 1):
-        found.append(F.avg_pool2d(found[-1], 2))
-    return found
+        images.append(F.avg_pool2d(images[-1], 2))
+    return images
 
 
 def up2(x: Tensor) -> Tensor:
@@ -39,12 +40,8 @@ def one_hot_levels(labels: Tensor, classes: int, levels: int) -> list[Tensor]:
 
     The centre of a coarse pixel is a corner of four fine ones; that below it on the right is taken.
     """
-    found = []
-    for level in range(levels):
-        step = 1 << level
-        small = labels[:, step // 2 :: step, step // 2 :: step]
-        found.append(F.one_hot(small, classes).movedim(-1, 1).float())
-    return found
+    steps = [1 << level for level in range(levels)]
+    return [one_hot(labels[:, step // 2 :: step, step // 2 :: step], classes).float() for step in steps]
 
 
 # ----------------------------------------------------------------------------- generators
@@ -224,8 +221,8 @@ class PatchFeatures(nn.Module):
         return maps[1:]
 
 
-class MultiScaleDiscriminator(nn.Module):
-    """D_n: the same layers, with weights of their own, on the pair and on its halves (pix2pixHD).
+def multi_scale_discriminator(in_channels: int, width: int, scales: int) -> MultiScaleDiscriminator:
+    """Make D_n, on the pair and on its halves (pix2pixHD); it returns the maps of each scale.
 
     Parameters
     ----------
@@ -236,24 +233,13 @@ class MultiScaleDiscriminator(nn.Module):
     scales
         Three in the paper: full size, 1/2 and 1/4.
     """
-
-    def __init__(self, in_channels: int, width: int, scales: int = 3) -> None:
-        super().__init__()
-        self.scales = nn.ModuleList(PatchFeatures(in_channels, width) for _ in range(scales))
-        self.apply(_init_gan)
-
-    def forward(self, pair: Tensor) -> Judged:
-        """Map (N, C, H, W) to the maps of each scale, finest first."""
-        found = []
-        for scale, judge in enumerate(self.scales):
-            if scale:
-                pair = F.avg_pool2d(pair, 3, stride=2, padding=1, count_include_pad=False)
-            found.append(judge(pair))
-        return found
+    discriminator = MultiScaleDiscriminator(PatchFeatures(in_channels, width) for _ in range(scales))
+    discriminator.apply(_init_gan)
+    return discriminator
 
 
 class PatchDiscriminator(nn.Module):
-    """Pix2pix's discriminator, which says one scale and no maps but its logits."""
+    """Pix2pix's discriminator: one scale, and no maps but its logits."""
 
     def __init__(self, in_channels: int, width: int) -> None:
         super().__init__()
@@ -294,11 +280,10 @@ class SegmenterPyramid(nn.Module):
         """Segment at every level, coarse to fine."""
         images = halved(x, self.levels)[::-1]
         # Padded channels are zeros, which the coarsest level has in place of a coarser one.
-        seen = F.pad(images[0], (0, 0, 0, 0, 0, self.classes))
-        probability: Tensor = self.segmenters[0](seen).softmax(dim=1)
+        padded = F.pad(images[0], (0, 0, 0, 0, 0, self.classes))
+        probability: Tensor = self.segmenters[0](padded).softmax(dim=1)
         for image, segmenter in zip(images[1:], self.segmenters[1:], strict=False):
-            seen = torch.cat([image, up2(probability)], dim=1)
-            probability = segmenter(seen).softmax(dim=1)
+            probability = segmenter(torch.cat([image, up2(probability)], dim=1)).softmax(dim=1)
         for _ in range(self.levels - len(self.segmenters)):
             probability = up2(probability)
         return probability

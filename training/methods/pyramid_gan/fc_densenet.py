@@ -13,7 +13,7 @@ from histostream.training.networks.unet import check_sides
 class FCDenseNet(nn.Module):
     """A U-Net of dense blocks: each layer sees the maps of all layers before it.
 
-    The defaults are m-FCDenseNet, the segmenter of the pyramid GAN (paper 002 of the project):
+    The defaults are m-FCDenseNet, the segmenter of the pyramid GAN (Li et al. 2021):
     1 + 7 x 5 + 3 + 3 = 42 layers, 966,050 parameters with 5 input channels and 2 classes. The
     paper says "42 layers, roughly 1 M parameters"; the layers are those of the authors' code of
     FC-DenseNet. H and W must be multiples of ``2 ** poolings``.

@@ -10,8 +10,7 @@ import torch
 from scipy.linalg import sqrtm
 from torch import Tensor, nn
 
-from histostream.training.checkpoint import CheckpointError
-from histostream.training.image_metrics import (
+from histostream.benchmarks.accuracy.image_metrics import (
     MS_SSIM_WEIGHTS,
     SHIPPED_WEIGHTS,
     Extractor,
@@ -22,6 +21,7 @@ from histostream.training.image_metrics import (
     ms_ssim_among,
     nuclei_encoder,
 )
+from histostream.training.checkpoint import CheckpointError
 
 
 def noise(n: int, side: int = 32, seed: int = 0) -> Tensor:

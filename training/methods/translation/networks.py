@@ -1,7 +1,7 @@
 """The networks of segmentation by image-to-image translation: encoder, decoders, discriminators.
 
-Layers are those of the paper's tables 2 to 9 (methods.md 4.2 and 4.3). Every normalisation is of
-one image, so that a result does not depend on the batch that an image is in.
+Layers are those of tables 2 to 9 of Vorontsov et al. Every normalisation is of one image, so that
+a result does not depend on the batch that an image is in.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SKIPS = ("compress", "concat", "sum", "none")
-HEADS = ("paper", "authors_code")
-MLPS = ("paper", "authors_code")
-LAYOUTS = ("paper", "authors_code")
+from histostream.training.networks.discriminator import MultiScaleDiscriminator
+
 EPSILON = 1e-5  # beside a standard deviation; PyTorch's of instance normalisation
 FIRST_ITERATIONS = 15  # of a new weight's power iteration, as PyTorch's spectral_norm
 SLOPE = 0.2  # of the leaky ReLU; paper
@@ -60,7 +58,7 @@ class Conv(nn.Conv2d):
         return F.conv2d(mirrored(x, *self.border), self.normalised(), self.bias, self.stride)
 
     def normalised(self) -> Tensor:
-        """Return the weight that is used, of largest singular value 1 if that is asked for."""
+        """Return the weight that is used: with ``spectral``, of largest singular value 1."""
         if not self.spectral:
             return self.weight
         # In single precision whatever the networks compute in: u and v are.
@@ -274,7 +272,7 @@ class Decoder(nn.Module):
         return torch.tanh(y) if self.bounded else y
 
     def trunk(self, code: Tensor, maps: list[Tensor], norm: Norm) -> Tensor:
-        """All but the last layer: (N, C, H, W), with the normalisation that is asked for."""
+        """Return the maps before the last layer, (N, C, H, W), normalised by ``norm``."""
         x = self._merge(self.convs[0](doubled(code)), maps, 0)
         for i in range(1, len(self.convs)):
             y = self.convs[i](doubled(F.relu(norm(i - 1, x))))
@@ -426,39 +424,30 @@ class ResidualDecoder(nn.Module):
         return adaptive
 
 
-class MultiScaleDiscriminator(nn.Module):
-    """The same layers on an image, on its half and on its quarter, each with own weights.
+def multi_scale_discriminator(
+    channels: int, width: int, stages: int, *, layout: str = "paper", spectral: bool
+) -> MultiScaleDiscriminator:
+    """Make a discriminator of an image, of its half and of its quarter.
 
     Tables 8 (width 128, 3 stages) and 9 (64, 4) of the paper: conv4, then so many times layer norm
-    (not the first time, as in the authors' code), leaky ReLU and conv4 of stride 2, then conv1.
+    (not the first time, as in the authors' code), leaky ReLU and conv4 of stride 2, then conv1. It
+    returns the scores of patches, (N, 1, h, w), of each scale; above 0 is real.
 
     Parameters
     ----------
     channels
         Of the image.
     width, stages
-        Channels of the first halving, doubled by each further one, and how many there are.
+        Channels of the first halving, doubled by each further one, and their number.
     layout
         "paper", or "authors_code": the first convolution takes the place of the first halving, and
         normalisation and activation come before the last one too.
     spectral
         Whether the convolutions are normalised.
     """
-
-    def __init__(self, channels: int, width: int, stages: int, *, layout: str = "paper", spectral: bool) -> None:
-        super().__init__()
-        widths = [width << i for i in range(stages)]
-        make = _layers if layout == "paper" else _authors_layers
-        self.scales = nn.ModuleList(nn.Sequential(*make(channels, widths, spectral)) for _ in range(SCALES))
-        self.pool = nn.AvgPool2d(3, stride=2, padding=1, count_include_pad=False)
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Return the scores of patches, (N, 1, h, w), of each scale; above 0 is real."""
-        found = []
-        for scale in self.scales:
-            found.append(scale(x))
-            x = self.pool(x)
-        return found
+    widths = [width << i for i in range(stages)]
+    layers = _layers if layout == "paper" else _authors_layers
+    return MultiScaleDiscriminator(nn.Sequential(*layers(channels, widths, spectral)) for _ in range(SCALES))
 
 
 def _layers(channels: int, widths: list[int], spectral: bool) -> list[nn.Module]:

@@ -38,7 +38,7 @@ LAYERS = (
     (27, 0, 0),
     (28, 512, 512),
 )
-SHOWN = (0, 5, 10, 19, 28)  # relu1_1 to relu5_1
+RETURNED = (0, 5, 10, 19, 28)  # relu1_1 to relu5_1
 STRIDE_PX = 16  # of the last of them
 
 
@@ -79,29 +79,29 @@ class VGG19Features(nn.Module):
         for number, _, after in LAYERS:
             for kind in ("weight", "bias") if after else ():
                 name, own = f"features.{number}.{kind}", self.get_buffer(f"{kind}_{number}")
-                found = tensors.get(name)
-                if found is None or found.shape != own.shape:
-                    said = "missing" if found is None else f"of shape {tuple(found.shape)}"
+                tensor = tensors.get(name)
+                if tensor is None or tensor.shape != own.shape:
+                    state = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
                     raise WeightsError(
-                        f"{path}: {name} is {said}, VGG19 has {tuple(own.shape)}; take the "
+                        f"{path}: {name} is {state}, VGG19 has {tuple(own.shape)}; take the "
                         "weights of torchvision's vgg19"
                     )
-                own.copy_(found)
+                own.copy_(tensor)
         self.ready = True
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Map images (N, 3 or 1, H, W) in [-1, 1] to five maps, of H, H/2, ... H/16."""
         x = ((images.expand(-1, 3, -1, -1) + 1) / 2 - self.mean) / self.std
-        found = []
+        maps = []
         for number, _, after in LAYERS:
             if not after:
                 x = F.max_pool2d(x, 2)
                 continue
             weight, bias = self.get_buffer(f"weight_{number}"), self.get_buffer(f"bias_{number}")
             x = F.conv2d(x, weight, bias, padding=1).relu()
-            if number in SHOWN:
-                found.append(x)
-        return found
+            if number in RETURNED:
+                maps.append(x)
+        return maps
 
 
 def _state_dict(path: Path) -> dict[str, Tensor]:
@@ -112,9 +112,9 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise WeightsError(f"{path}: damaged, or not a state dict in .safetensors or .pth; save it again") from error
-    if not (isinstance(found, dict) and all(isinstance(v, Tensor) for v in found.values())):
+    if not (isinstance(tensors, dict) and all(isinstance(v, Tensor) for v in tensors.values())):
         raise WeightsError(f"{path}: not a state dict (names and tensors); save it again")
-    return found
+    return tensors

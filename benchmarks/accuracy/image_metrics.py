@@ -11,6 +11,7 @@ import hashlib
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 import torch
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 
 from histostream.training import checkpoint
 from histostream.training.methods.imems import method as imems
+from histostream.training.steps import HALF_RANGE
 
-SHIPPED_WEIGHTS = Path(__file__).parent / "weights" / "imems"
+SHIPPED_WEIGHTS = Path(str(resources.files("histostream.training"))) / "weights" / "imems"
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003, finest scale first
 SSIM_WINDOW_PX = 11  # Wang et al. 2004: Gaussian, sigma 1.5 px
 # The window must fit in the coarsest of the scales, each half as fine as the one before.
@@ -261,7 +263,7 @@ class _PooledEncoder(nn.Module):
                 f"images are {images.shape[-1]}x{images.shape[-2]} px; "
                 f"this encoder takes sides of {self.stride_px} px or more"
             )
-        coarsest: Tensor = self.encoder(images.to(torch.float32) / imems.HALF_RANGE - 1)[-1]
+        coarsest: Tensor = self.encoder(images.to(torch.float32) / HALF_RANGE - 1)[-1]
         return coarsest.mean(dim=(2, 3))
 
 

@@ -1,1 +1,0 @@
-"""Recipes that ship: TOML files for ``histo-train --config NAME``."""

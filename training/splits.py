@@ -1,0 +1,153 @@
+"""How the images of a data set are divided at random, whole groups (patients, slides) at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+
+from histostream.training.data import DataError, Picture
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Sample indices for training, for choosing the checkpoint, and for the final score."""
+
+    train: tuple[int, ...]
+    validation: tuple[int, ...]
+    test: tuple[int, ...]
+
+
+def split(samples: Sequence[Picture], *, validation: float, test: float, seed: int) -> Split:
+    """Divide images at random, whole groups at a time; the same seed gives the same split.
+
+    Parameters
+    ----------
+    samples
+        The images.
+    validation, test
+        Shares of the images that these parts should have; groups are whole, so the nearest
+        possible number is taken. Validation has one group at least.
+    seed
+        Another seed is another split.
+
+    Raises
+    ------
+    DataError
+        If a part would be empty.
+    """
+    groups, count = _groups(samples), len(samples)
+    shuffled = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
+    n_test = round(test * count)
+    message = f"{_amount(samples)} are too few for validation={validation}, test={test}: set smaller shares"
+    if test > 0 and not n_test:
+        raise DataError(message)
+    test_part, rest = _taken(shuffled, n_test) if n_test else ([], shuffled)
+    validation_part, train_part = _taken(rest, max(1, round(validation * count)))
+    if not train_part:
+        raise DataError(message)
+    return Split(*(_indices(part) for part in (train_part, validation_part, test_part)))
+
+
+def fold(samples: Sequence[Picture], *, folds: int, fold: int, validation: float, seed: int) -> Split:
+    """Divide images for cross-validation, whole groups at a time.
+
+    Each image is in the test part of exactly one of the ``folds`` folds, which are made as equal
+    in images as the groups allow.
+
+    Parameters
+    ----------
+    samples
+        The images.
+    folds, fold
+        How many folds, and which of them (from 0) is the test part.
+    validation
+        Share of all images to choose the checkpoint by, one group at least, drawn from the rest.
+    seed
+        Another seed is another division; use one for all folds.
+
+    Raises
+    ------
+    DataError
+        If there are more folds than groups, no such fold, or nothing left to train on.
+    """
+    groups = _groups(samples)
+    if not 2 <= folds <= len(groups):
+        raise DataError(f"folds={folds}: {_amount(samples)} can make 2 to {len(groups)} folds")
+    if not 0 <= fold < folds:
+        raise DataError(
+            f"fold={fold}: the {folds} folds are numbered 0 to {folds - 1}: set schedule.fold to one of them"
+        )
+    shuffled = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
+    sizes, place = [0] * folds, {}
+    for i in sorted(range(len(shuffled)), key=lambda i: -len(shuffled[i])):
+        place[i] = sizes.index(min(sizes))
+        sizes[place[i]] += len(shuffled[i])
+    test_part = [group for i, group in enumerate(shuffled) if place[i] == fold]
+    rest = [group for i, group in enumerate(shuffled) if place[i] != fold]
+    validation_part, train_part = _taken(rest, max(1, round(validation * len(samples))))
+    if not train_part:
+        raise DataError(
+            f"{_amount(samples)} in {folds} folds with validation={validation} leave nothing to "
+            "train on: use a smaller validation part, or more folds"
+        )
+    return Split(*(_indices(part) for part in (train_part, validation_part, test_part)))
+
+
+def keep_labels(samples: Sequence[Picture], *, share: float, seed: int, by: str = "patient") -> tuple[int, ...]:
+    """Choose the images that keep their labels at random.
+
+    Parameters
+    ----------
+    samples
+        The images.
+    share
+        Of them, in (0, 1); the nearest number that whole groups allow is taken, one at least.
+    seed
+        Another seed is another choice. With one seed, a larger share holds a smaller one.
+    by
+        "patient": whole groups at a time, so that no patient is on both sides; or "image".
+
+    Raises
+    ------
+    DataError
+        If none would be left without labels.
+    """
+    groups = [[i] for i in range(len(samples))] if by == "image" else _groups(samples)
+    shuffled = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
+    kept, others = _taken(shuffled, round(share * len(samples)))
+    if not others:
+        raise DataError(
+            f"labelled={share}: of {_amount(samples)} to train on none is left without labels; "
+            "use a smaller share, or 1"
+        )
+    return _indices(kept)
+
+
+def _groups(samples: Sequence[Picture]) -> list[list[int]]:
+    """Return the indices of the samples of each group, in the order in which the groups appear."""
+    found: dict[str, list[int]] = {}
+    for i, sample in enumerate(samples):
+        found.setdefault(sample.group, []).append(i)
+    return list(found.values())
+
+
+def _taken(groups: list[list[int]], wanted: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Take the first groups, one at least, that have the number of images nearest to ``wanted``."""
+    if not groups:
+        return [], []
+    total = np.cumsum([len(group) for group in groups])
+    end = 1 + int(np.abs(total - wanted).argmin())
+    return groups[:end], groups[end:]
+
+
+def _indices(groups: list[list[int]]) -> tuple[int, ...]:
+    return tuple(sorted(chain.from_iterable(groups)))
+
+
+def _amount(samples: Sequence[Picture]) -> str:
+    groups = len({sample.group for sample in samples})
+    of_groups = f" of {groups} groups" if groups < len(samples) else ""
+    return f"{len(samples)} images{of_groups}"
