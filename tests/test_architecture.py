@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "export": {"training", "runtime", "wsi"},
     "benchmarks": {"wsi", "runtime", "training", "export"},
 }
-PUBLIC = ("histostream.wsi", "histostream.runtime")
+PUBLIC = ("histostream.wsi", "histostream.runtime", "histostream.export")
 
 
 def imported_names(source: Path) -> list[str]:
