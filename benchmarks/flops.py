@@ -1,9 +1,8 @@
-"""What a graph has to do for one tile: the operations that it counts, the bytes that it moves.
+"""Count what a graph does for one tile: its operations, and the bytes that it moves.
 
-Only products are counted: convolutions, transposed convolutions and matrix products, two
-operations for each multiply-accumulate. Bytes are the inputs, weights and outputs of every node,
-each node by itself: a library that fuses nodes moves less, so the intensity is a lower bound.
-Quantisation is notation, not work: a tensor that is written only to be quantised counts in its
+Only convolutions, transposed convolutions and matrix products are counted, with two operations for each
+multiply-accumulate. Bytes are the inputs, weights and outputs of every node, each node by itself: a library that fuses
+nodes moves fewer bytes, so the intensity is a lower bound. A tensor that is written only to be quantised counts in its
 8-bit form.
 """
 
@@ -16,29 +15,14 @@ from dataclasses import dataclass
 import onnx
 from onnx import NodeProto, helper
 
-from histostream.export.graph.model import GraphError
+from histostream.export.graph.model import GraphError, attribute
+from histostream.export.graph.operators import VIEWS
 from histostream.export.graph.shapes import Shape, known_shapes, with_shapes
-
-# Nodes that say something of a tensor and move none of it.
-VIEWS = frozenset(
-    {
-        "Constant",
-        "Flatten",
-        "Identity",
-        "Reshape",
-        "Shape",
-        "Size",
-        "Squeeze",
-        "Unsqueeze",
-        "QuantizeLinear",
-        "DequantizeLinear",
-    }
-)
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """What one tile costs.
+class TileCost:
+    """Operations and bytes for one tile.
 
     Attributes
     ----------
@@ -57,8 +41,8 @@ class Work:
         return self.flops / self.bytes
 
 
-def count_work(model: onnx.ModelProto, batch: int = 1) -> Work:
-    """Count what a graph does for one tile of a batch.
+def count_flops(model: onnx.ModelProto, batch: int = 1) -> TileCost:
+    """Count the operations and bytes of a graph for one tile of a batch.
 
     Parameters
     ----------
@@ -70,7 +54,7 @@ def count_work(model: onnx.ModelProto, batch: int = 1) -> Work:
     Raises
     ------
     GraphError
-        If the shape of a tensor does not follow from that of the tiles.
+        If the shape of a tensor cannot be inferred from that of the tiles.
     """
     sized = with_shapes(model, batch)
     shapes, sizes = known_shapes(sized), _element_bytes(sized)
@@ -88,28 +72,28 @@ def count_work(model: onnx.ModelProto, batch: int = 1) -> Work:
             tensors = {name for name in (*node.input, *node.output) if name}
             moved_bytes += sum(moved(name) for name in tensors)
     if not moved_bytes:
-        raise GraphError("the graph moves nothing: it has no nodes that compute; give that of a network")
-    return Work(flops / batch, moved_bytes / batch)
+        raise GraphError("the graph has no nodes that compute; use the graph of a network")
+    return TileCost(flops / batch, moved_bytes / batch)
 
 
 def _convolution(node: NodeProto, shapes: dict[str, Shape]) -> int:
-    """Every output pixel is a product with the whole kernel."""
+    """Count one product with the whole kernel for every output pixel."""
     weights = node.input[3 if node.op_type == "QLinearConv" else 1]
     out = _shape(shapes, node.output[0])
     return 2 * out[0] * math.prod(out[2:]) * math.prod(_shape(shapes, weights))
 
 
 def _transposed_convolution(node: NodeProto, shapes: dict[str, Shape]) -> int:
-    """Every input pixel is a product with the whole kernel."""
-    taken = _shape(shapes, node.input[0])
-    return 2 * taken[0] * math.prod(taken[2:]) * math.prod(_shape(shapes, node.input[1]))
+    """Count one product with the whole kernel for every input pixel."""
+    source = _shape(shapes, node.input[0])
+    return 2 * source[0] * math.prod(source[2:]) * math.prod(_shape(shapes, node.input[1]))
 
 
 def _matrix_product(node: NodeProto, shapes: dict[str, Shape]) -> int:
-    """Every output element is a sum over the last axis of the first matrix."""
+    """Count one sum over the last axis of the first matrix for every output element."""
     first = _shape(shapes, node.input[0])
-    transposed = any(a.name == "transA" and a.i for a in node.attribute)  # of Gemm
-    return 2 * math.prod(_shape(shapes, node.output[0])) * first[0 if transposed else -1]
+    summed = first[0 if attribute(node, "transA", 0) else -1]  # transA: an attribute of Gemm
+    return 2 * math.prod(_shape(shapes, node.output[0])) * summed
 
 
 PRODUCTS: dict[str, Callable[[NodeProto, dict[str, Shape]], int]] = {
@@ -126,12 +110,12 @@ PRODUCTS: dict[str, Callable[[NodeProto, dict[str, Shape]], int]] = {
 
 def _shape(shapes: dict[str, Shape], name: str) -> Shape:
     if name not in shapes:
-        raise GraphError(f"the shape of {name!r} does not follow from that of the tiles; export the model again")
+        raise GraphError(f"the shape of {name!r} cannot be inferred from that of the tiles; export the model again")
     return shapes[name]
 
 
 def _element_bytes(model: onnx.ModelProto) -> dict[str, int]:
-    """Bytes of an element of each tensor."""
+    """Return the bytes of an element of each tensor."""
     graph = model.graph
     kinds = {tensor.name: tensor.data_type for tensor in graph.initializer} | {
         value.name: value.type.tensor_type.elem_type for value in (*graph.value_info, *graph.input, *graph.output)
@@ -140,7 +124,7 @@ def _element_bytes(model: onnx.ModelProto) -> dict[str, int]:
 
 
 def _stored_as(model: onnx.ModelProto) -> dict[str, str]:
-    """Name the 8-bit tensor that stands in memory for a tensor that exists only on paper."""
+    """Map each tensor that exists only as a quantisation node to the 8-bit tensor that is in memory."""
     readers: dict[str, list[NodeProto]] = {}
     for node in model.graph.node:
         for name in node.input:

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import onnx
 
-from histostream.benchmarks.flops import count_work
+from histostream.benchmarks.flops import count_flops
 from histostream.benchmarks.hardware import hardware
 from histostream.benchmarks.peak_rates import Device, Probe, open_probes
 from histostream.benchmarks.stages import ALONE, STAGES, BenchError, Contender, Setup
@@ -209,7 +209,7 @@ def _roofline(contender: Contender, engine_s: float, ceilings: dict[str, Plain])
     card = contender.engine.card
     content = read_file(contender.bundle, card, PRECISIONS[contender.precision])
     try:
-        work = count_work(onnx.load_from_string(content), contender.batch)
+        work = count_flops(onnx.load_from_string(content), contender.batch)
     except GraphError as error:
         return {"why_none": str(error)}
     attained = work.flops * contender.tile_count / engine_s / 1e9

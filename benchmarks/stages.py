@@ -58,7 +58,7 @@ class Setup:
     batch
         Tiles per inference; None: what suits the device.
     tile_px
-        Side of a tile; None: as the model was exported.
+        SpatialAxis of a tile; None: as the model was exported.
     """
 
     bundle: Path

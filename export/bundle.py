@@ -1,4 +1,4 @@
-"""From a network to a model bundle: each precision judged; written whole or not at all."""
+"""Write a network as a model bundle: every precision is compared with the reference first."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from histostream.export.convert.fp16 import fp32_islands, multiply_accumulates, name_nodes, to_fp16
 from histostream.export.convert.freeze import freeze_statistics
 from histostream.export.convert.int8 import Quantizer
-from histostream.export.convert.mixed_precision import Conversion, heal
+from histostream.export.convert.mixed_precision import find_mixed_precision
+from histostream.export.graph.model import opset_of
 from histostream.export.parity import LIMITS, Judge, ParityError, ParityReport, run_graph
-from histostream.export.receptive_field.measure import reach
-from histostream.export.tiles import PLAIN_SUFFIXES, Tiles, collect_tiles
+from histostream.export.receptive_field.measure import receptive_field
+from histostream.export.tiles import IMAGE_SUFFIXES, Tiles, collect_tiles
 from histostream.export.triton import write_triton
 from histostream.runtime.bundle.card import ENGINES, ModelCard, write_card
 from histostream.runtime.choices import PRECISIONS
@@ -32,12 +33,12 @@ from histostream.wsi.outputs.label_rows import ClassInfo
 from histostream.wsi.slides.reader import open_slide
 
 TILE_PX = 512
-TILES = 8  # to judge on, and as many to calibrate on
-QUICK_TILES = 3  # while looking for what must stay in FP32
-# Multiply-accumulates that one pass over the tiles may take; large networks get fewer tiles.
-WORK = 200e9
+TILES = 8  # to compare on, and as many to calibrate on
+QUICK_TILES = 3  # to compare on during the search for the nodes that must stay in FP32
+MAX_MULTIPLY_ACCUMULATES = 200e9  # of one pass over the tiles; large networks get fewer tiles
 
 Say = Callable[[str], None]
+Convert = Callable[[Collection[str]], onnx.ModelProto]  # names of nodes that stay in FP32 -> the converted graph
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,20 +48,19 @@ class Options:
     Attributes
     ----------
     precisions
-        Which of fp32, fp16 and int8 to write; fp32 is always written.
+        Precisions to write: fp32, fp16, int8. fp32 is always written.
     tensorrt
-        "auto" builds an engine where a TensorRT is installed; "tensorrt" or "rtx" demands one;
-        "off" builds none.
+        "auto" builds an engine if a TensorRT is installed; "tensorrt" or "rtx" requires that one; "off" builds none.
     targets
-        Compute capabilities to build for ("sm86", ...); empty: all that the library has.
+        Compute capabilities to build for ("sm86", ...); empty: all that the library supports.
     tile_px
-        Side of the network's input; None: the one that the network is built for, else 512.
+        SpatialAxis of the network's input; None: the one that the network is built for, else 512.
     calibrate
-        Slide or folder whose tiles calibrate INT8 and judge parity; None: the synthetic slide.
+        Slide or folder whose tiles calibrate INT8 and check parity; None: the synthetic slide.
     freeze
-        Slide or folder over which tile statistics are estimated and made constants.
+        Slide or folder over which the statistics of normalisation layers are estimated; they become constants.
     triton
-        Triton model repository to write too.
+        Triton model repository to write as well.
     """
 
     precisions: tuple[str, ...] = tuple(PRECISIONS)
@@ -74,7 +74,7 @@ class Options:
     def __post_init__(self) -> None:
         for name in self.precisions:
             if name not in PRECISIONS:
-                raise OptionError(f"no precision is called {name!r}: use {', '.join(PRECISIONS)}")
+                raise OptionError(f"precision {name!r} does not exist: use {', '.join(PRECISIONS)}")
         if self.tensorrt not in ("auto", "tensorrt", "rtx", "off"):
             raise OptionError(f"tensorrt={self.tensorrt!r}: use auto, tensorrt, rtx or off")
         if self.tile_px is not None and self.tile_px < 1:
@@ -90,16 +90,16 @@ class OptionError(HistoError, ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """What is exported: a graph that keeps the tile contract, and what it has to reproduce.
+    """A graph that keeps the tile contract, and the reference that it has to reproduce.
 
     Attributes
     ----------
     model
         The graph in FP32.
     reference
-        Maps tiles (N, H, W, C) uint8 to scores (N, K, H, W) uint8, by other means than the graph.
+        Maps tiles (N, H, W, C) uint8 to scores (N, K, H, W) uint8 without using the graph.
     method, classes, mpp, channels, tile_px, score_kind, training, note
-        As in the card.
+        As in `ModelCard`.
     """
 
     model: onnx.ModelProto
@@ -116,29 +116,29 @@ class Network:
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """What an export wrote.
+    """The result of an export.
 
     Attributes
     ----------
     card
-        The card of the bundle.
+        Card of the bundle.
     failures
-        Artefacts that were asked for and are not in the bundle, each with the reason.
+        Requested artefacts that are not in the bundle, each with the reason.
     """
 
     card: ModelCard
     failures: tuple[str, ...]
 
 
-def check(out: Path, options: Options) -> None:
-    """Refuse what cannot work, before any work is done.
+def check_options(out: Path, options: Options) -> None:
+    """Refuse options that cannot work, before the export begins.
 
     Raises
     ------
     OutputError
         If ``out`` exists and is not a model bundle.
     EngineError
-        If TensorRT was demanded and is not usable, or has not the target.
+        If TensorRT is required but not usable, or does not support the target.
     SlideError
         If the slide to calibrate on cannot be opened.
     """
@@ -146,7 +146,7 @@ def check(out: Path, options: Options) -> None:
         raise OutputError(f"{out}: exists and is not a model bundle; choose another folder")
     _find_library(options, lambda text: None)
     for source in (options.calibrate, options.freeze):
-        if source is not None and source.is_file() and source.suffix not in PLAIN_SUFFIXES:
+        if source is not None and source.is_file() and source.suffix not in IMAGE_SUFFIXES:
             open_slide(source).close()
 
 
@@ -156,26 +156,26 @@ def write_bundle(network: Network, out: Path, options: Options, *, say: Say = la
     Parameters
     ----------
     network
-        What to export.
+        The network.
     out
         Folder to write; an existing bundle there is replaced once the new one is whole.
     options
-        How.
+        How to export it.
     say
-        Told what is done, one line at a time.
+        Called with each line of progress.
 
     Raises
     ------
     GraphError, ParityError
-        If the graph may not be deployed, or does not compute the same in FP32.
+        If the graph may not be deployed, or does not compute the same as the reference.
     TilesError, SlideError
         If the tiles to calibrate on cannot be read.
     EngineError
-        If TensorRT was demanded and is not usable, or has not the target.
+        If TensorRT is required but not usable, or does not support the target.
     OutputError
-        If ``out`` is something else than a bundle, or cannot be written.
+        If ``out`` exists and is not a bundle, or cannot be written.
     """
-    check(out, options)
+    check_options(out, options)
     library = _find_library(options, say)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +183,7 @@ def write_bundle(network: Network, out: Path, options: Options, *, say: Say = la
     except OSError as error:
         raise OutputError(f"{out}: cannot be written ({error.strerror}); check its permissions and room") from error
     try:
-        writer = _Writer(network, part, options, say)
+        writer = _BundleWriter(network, part, options, say)
         writer.write_fp32()
         if "fp16" in options.precisions:
             writer.write_fp16()
@@ -191,7 +191,7 @@ def write_bundle(network: Network, out: Path, options: Options, *, say: Say = la
             writer.write_int8()
         if library is not None:
             writer.write_engine(library)
-        _publish(part, out)
+        _move_into_place(part, out)
     except OSError as error:
         raise OutputError(f"{out}: cannot be written ({error.strerror}); check its permissions and room") from error
     finally:
@@ -201,97 +201,79 @@ def write_bundle(network: Network, out: Path, options: Options, *, say: Say = la
     return Export(writer.card, tuple(writer.failures))
 
 
-class _Writer:
-    """One export: the bundle's folder as it fills, and its card."""
+class _BundleWriter:
+    """One export: the bundle's folder while it fills, and its card."""
 
-    def __init__(self, network: Network, part: Path, options: Options, say: Say) -> None:
+    def __init__(self, network: Network, folder: Path, options: Options, say: Say) -> None:
         self.network = network
-        self.part = part
+        self.folder = folder
         self.options = options
         self.say = say
         self.failures: list[str] = []
         self.model = network.model
         name_nodes(self.model)
-        work = max(multiply_accumulates(self.model), 1)
-        count = int(min(max(WORK // work, 1), TILES))
-        self.tiles = self._collect(options.calibrate, count)
-        self.judge = Judge(self.tiles, network.reference(self.tiles.gate))
-        self.quick = Judge(
-            replace(
-                self.tiles,
-                gate=self.tiles.gate[:QUICK_TILES],
-                truth=None if self.tiles.truth is None else self.tiles.truth[:QUICK_TILES],
-            ),
-            self.judge.reference[:QUICK_TILES],
-        )
-        frozen = {} if options.freeze is None else self._freeze(options.freeze, count)
-        found = reach(self.model)
+        count = int(min(max(MAX_MULTIPLY_ACCUMULATES // max(multiply_accumulates(self.model), 1), 1), TILES))
+        tiles = self._collect_tiles(options.calibrate, count)
+        self.judge = Judge(tiles, network.reference(tiles.gate))
+        precision = {} if options.freeze is None else self._freeze(options.freeze, count)
+        self.quick_judge = self.judge.first(QUICK_TILES)
+        receptive = receptive_field(self.model)
         self.card = ModelCard(
             method=network.method,
             classes=network.classes,
             mpp=network.mpp,
             channels=network.channels,
             tile_px=network.tile_px,
-            align_px=found.align_px,
-            halo_px=found.halo_px,
-            tile_statistics=bool(found.whole_tile),
+            align_px=receptive.align_px,
+            halo_px=receptive.halo_px,
+            tile_statistics=bool(receptive.whole_tile),
             score_kind=network.score_kind,
             files={},
-            opset=max(o.version for o in self.model.opset_import if o.domain in ("", "ai.onnx")),
-            precision=frozen,
+            opset=opset_of(self.model),
+            precision=precision,
             training=network.training,
             note=network.note,
         )
 
     def write_fp32(self) -> None:
         """Write the graph as it is; it has to agree with the reference."""
-        report = self.judge.judge(self.model)
-        if not report.meets(LIMITS["fp32"]):
-            raise ParityError(f"fp32: {report}; nothing was written: report it, with the model")
-        self._add("fp32", self.model, report)
+        self._write_graph("fp32", self.model, self._checked_fp32())
 
     def write_fp16(self) -> None:
-        """Write the graph in half precision, as much of it as holds parity."""
+        """Write the graph in half precision, with the nodes in FP32 that parity needs."""
 
-        def judge(fp32_nodes: Collection[str], *, quick: bool) -> ParityReport:
-            rounded = to_fp16(self.model, fp32_nodes, emulate=True)
-            return (self.quick if quick else self.judge).judge(rounded)
+        def emulated(fp32_nodes: Collection[str]) -> onnx.ModelProto:
+            return to_fp16(self.model, fp32_nodes, emulate=True)
 
-        found = heal(self.model, judge, LIMITS["fp16"], fp32_islands(self.model), say=self._of("fp16"))
-        self._add_conversion("fp16", found, lambda: to_fp16(self.model, found.fp32_nodes))
+        self._write_converted("fp16", emulated, lambda fp32_nodes: to_fp16(self.model, fp32_nodes))
 
     def write_int8(self) -> None:
-        """Write the graph in eight-bit integers, as much of it as holds parity."""
-        with Quantizer(self.model, self.tiles.calibration) as quantizer:
-
-            def judge(fp32_nodes: Collection[str], *, quick: bool) -> ParityReport:
-                return (self.quick if quick else self.judge).judge(quantizer.quantize(fp32_nodes))
-
-            found = heal(self.model, judge, LIMITS["int8"], fp32_islands(self.model), say=self._of("int8"))
-            self._add_conversion("int8", found, lambda: quantizer.quantize(found.fp32_nodes))
+        """Write the graph in eight-bit integers, with the nodes in FP32 that parity needs."""
+        with Quantizer(self.model, self.judge.tiles.calibration) as quantizer:
+            self._write_converted("int8", quantizer.quantize, quantizer.quantize)
 
     def write_engine(self, library: tensorrt.Library) -> None:
-        """Build a TensorRT engine of the half-precision graph, or of FP32 for want of one."""
+        """Build a TensorRT engine of the half-precision graph, or of the FP32 graph if there is none."""
         precision = "fp16" if "fp16" in self.card.precisions else "fp32"
         name = f"{ENGINES}/{tensorrt.engine_name(precision, library)}"
-        path = self.part / name
+        path = self.folder / name
         path.parent.mkdir(exist_ok=True)
         try:
             header = tensorrt.build_engine(
-                self.part, self.card, precision, library=library, targets=self.options.targets or None, out=path
+                self.folder, self.card, precision, library=library, targets=self.options.targets or None, out=path
             )
         except EngineError as error:
             self.failures.append(f"engine: {error}")
             return
-        built = {
+        record = {
             "library": str(library),
             "targets": list(header.targets),
             "parity": "not compared: an engine runs on a GPU only",
         }
-        self._record(name, path.read_bytes(), built)
-        self.say(f"engine: {precision} by {built['library']} for {', '.join(header.targets)}")
+        self._add_file(name, path.read_bytes(), record)
+        self.say(f"engine: {precision} by {library} for {', '.join(header.targets)}")
 
-    def _collect(self, source: Path | None, count: int) -> Tiles:
+    def _collect_tiles(self, source: Path | None, count: int) -> Tiles:
         return collect_tiles(
             source,
             tile_px=self.network.tile_px,
@@ -301,73 +283,89 @@ class _Writer:
             count=count,
         )
 
+    def _checked_fp32(self) -> ParityReport:
+        """Compare the FP32 graph with the reference, and refuse it if it fails."""
+        report = self.judge.judge(self.model)
+        if not report.meets(LIMITS["fp32"]):
+            raise ParityError(f"fp32: {report}; nothing was written: report it, with the model")
+        return report
+
     def _freeze(self, source: Path, count: int) -> dict[str, Any]:
-        """Make tile statistics constants; what was exported before is judged first."""
-        if not reach(self.model).whole_tile:
+        """Make tile statistics constants, after checking the live graph; return the record for the card."""
+        if not receptive_field(self.model).whole_tile:
             self.say("the network has no statistics of the tile: there is nothing to freeze")
             return {}
-        live = self.judge.judge(self.model)
-        if not live.meets(LIMITS["fp32"]):
-            raise ParityError(f"fp32: {live}; nothing was written: report it, with the model")
-        tiles = self._collect(source, count)
-        # Both halves: nothing is judged on what the statistics are estimated over.
-        over = np.concatenate([tiles.gate, tiles.calibration])
-        self.model = freeze_statistics(self.model, over)
+        live = self._checked_fp32()
+        tiles = self._collect_tiles(source, count)
+        # Both halves, because parity is checked on other tiles than those that the statistics are estimated over.
+        pixels = np.concatenate([tiles.gate, tiles.calibration])
+        self.model = freeze_statistics(self.model, pixels)
         name_nodes(self.model)
         cost = self.judge.judge(self.model)
-        self.say(f"statistics frozen over {len(over)} tiles of {tiles.source}; {cost}")
+        self.say(f"statistics frozen over {len(pixels)} tiles of {tiles.source}; {cost}")
         scores, _ = run_graph(self.model, self.judge.tiles.gate)
         self.judge = Judge(self.judge.tiles, scores)
-        self.quick = Judge(self.quick.tiles, scores[:QUICK_TILES])
         return {
             "fp32": {
                 "statistics_frozen_over": tiles.source,
-                "tiles": len(over),
+                "tiles": len(pixels),
                 "live_graph_against_reference": live.as_dict(),
                 "frozen_against_live": cost.as_dict(),
             }
         }
 
-    def _add_conversion(self, precision: str, found: Conversion, convert: Callable[[], onnx.ModelProto]) -> None:
-        record = {**self.card.precision, precision: found.as_dict()}
-        if not found.passed:
+    def _write_converted(self, precision: str, trial: Convert, convert: Convert) -> None:
+        """Find the nodes to keep in FP32, and write the conversion if it holds parity.
+
+        ``trial`` makes the graphs that are compared during the search, ``convert`` the graph that is written.
+        """
+
+        def judge(fp32_nodes: Collection[str], *, quick: bool) -> ParityReport:
+            return (self.quick_judge if quick else self.judge).judge(trial(fp32_nodes))
+
+        conversion = find_mixed_precision(
+            self.model,
+            judge,
+            LIMITS[precision],
+            fp32_islands(self.model),
+            say=lambda text: self.say(f"{precision}: {text}"),
+        )
+        name = PRECISIONS[precision]
+        if not conversion.passed:
             self.failures.append(
-                f"{precision}: {found.report}; no choice of FP32 nodes meets the limits; "
-                f"{PRECISIONS[precision]} was not written"
+                f"{precision}: {conversion.report}; no choice of FP32 nodes meets the limits; {name} was not written"
             )
             return
-        if found.healed:
-            self.say(f"{precision}: healed with {len(found.healed)} more nodes in FP32")
-        model = convert()
-        deployed = self.judge.judge(model)  # FP16 was judged by its emulation till here
+        if conversion.added:
+            self.say(f"{precision}: passes with {len(conversion.added)} more nodes in FP32")
+        model = convert(conversion.fp32_nodes)
+        deployed = self.judge.judge(model)  # until here FP16 was compared by its emulation
         if not deployed.meets(LIMITS[precision]):
-            self.failures.append(f"{precision}: {deployed}; {PRECISIONS[precision]} was not written")
+            self.failures.append(f"{precision}: {deployed}; {name} was not written")
             return
-        self.card = replace(self.card, precision=record)
-        self._add(precision, model, max(deployed, found.report, key=lambda r: r.damage))
+        self.card = replace(self.card, precision={**self.card.precision, precision: conversion.as_dict()})
+        self._write_graph(precision, model, max(deployed, conversion.report, key=lambda report: report.error))
 
-    def _add(self, precision: str, model: onnx.ModelProto, report: ParityReport) -> None:
+    def _write_graph(self, precision: str, model: onnx.ModelProto, report: ParityReport) -> None:
         name = PRECISIONS[precision]
         content = model.SerializeToString(deterministic=True)
-        (self.part / name).write_bytes(content)
-        self._record(name, content, report.as_dict())
-        open_engine(self.part, backend="cpu", precision=precision).close()  # it keeps the contract
+        (self.folder / name).write_bytes(content)
+        self._add_file(name, content, report.as_dict())
+        open_engine(self.folder, backend="cpu", precision=precision).close()  # checks the tile contract
         self.say(f"{precision}: {report}")
 
-    def _record(self, name: str, content: bytes, parity: dict[str, Any]) -> None:
+    def _add_file(self, name: str, content: bytes, parity: dict[str, Any]) -> None:
+        """Add a file to the card, and write the card."""
         self.card = replace(
             self.card,
             files={**self.card.files, name: hashlib.sha256(content).hexdigest()},
             parity={**self.card.parity, name: parity},
         )
-        write_card(self.card, self.part)
-
-    def _of(self, precision: str) -> Say:
-        return lambda text: self.say(f"{precision}: {text}")
+        write_card(self.card, self.folder)
 
 
 def _find_library(options: Options, say: Say) -> tensorrt.Library | None:
-    """Find the TensorRT to build with, before any work; None where none is wanted or installed."""
+    """Find the TensorRT to build with; None if none is wanted or installed."""
     if options.tensorrt == "off":
         return None
     try:
@@ -382,17 +380,18 @@ def _find_library(options: Options, say: Say) -> tensorrt.Library | None:
 
 
 def _write_triton(bundle: Path, card: ModelCard, repository: Path, say: Say) -> None:
-    """Write the ONNX files, and a native TensorRT plan where one was built, for Triton."""
+    """Write the ONNX files for Triton, and the native TensorRT plan if one was built."""
     native = [f for f in card.files if f.startswith(ENGINES) and f.endswith(".trt.engine")]
-    most: dict[str, Any] = {}
+    plan: dict[str, Any] = {}
     if native:
-        header, plan = read_engine(bundle / native[0])
-        most = {"plan": plan, "max_batch": header.profile.max_batch}
-    for path in write_triton(bundle, card, repository, **most):
+        header, content = read_engine(bundle / native[0])
+        plan = {"plan": content, "max_batch": header.profile.max_batch}
+    for path in write_triton(bundle, card, repository, **plan):
         say(f"triton: {path}")
 
 
-def _publish(part: Path, out: Path) -> None:
+def _move_into_place(part: Path, out: Path) -> None:
+    """Rename a complete bundle to its final name; an older bundle there is deleted."""
     part.chmod(0o755)  # mkdtemp makes it private
     if out.exists():
         old = part.with_name(f"{part.name}.old")

@@ -1,4 +1,4 @@
-"""``histo-export``: a checkpoint or a foreign ONNX file in, a model bundle out."""
+"""The command ``histo-export``: a checkpoint or an ONNX file from elsewhere in, a model bundle out."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ import click
 from histostream.wsi.console import fail, one_line_errors, show_only_our_warnings
 
 if TYPE_CHECKING:
-    from histostream.export.bundle import Export, Options
+    from histostream.export.bundle import Export
 
 COMMAND = "histo-export"
 PATH = click.Path(path_type=Path)
 
 
 def _words(_: click.Context, __: click.Parameter, text: str) -> tuple[str, ...]:
-    """Words with commas between them."""
+    """Split a comma-separated list."""
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
 def _numbers(_: click.Context, __: click.Parameter, text: str) -> tuple[float, ...]:
-    """Numbers with commas between them."""
+    """Read a comma-separated list of numbers."""
     try:
         return tuple(float(word) for word in text.split(","))
     except ValueError as error:
-        raise click.BadParameter(f"{text!r} is not numbers with commas between them: write 0.5,0.5,0.5") from error
+        raise click.BadParameter(f"{text!r} is not a comma-separated list of numbers: write 0.5,0.5,0.5") from error
 
 
-def _how(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that every export has."""
+def _export_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that every export command has."""
     for option in reversed(
         (
             click.option("--out", type=PATH, help="Bundle to write.  [default: bundles/NAME]"),
@@ -63,7 +63,7 @@ def _how(command: Callable[..., None]) -> Callable[..., None]:
                 "tile_px",
                 type=int,
                 metavar="PX",
-                help="Side of a tile.  [default: the network's own, else 512]",
+                help="SpatialAxis of a tile.  [default: the network's own, else 512]",
             ),
             click.option(
                 "--calibrate",
@@ -106,7 +106,7 @@ _one_line_errors = one_line_errors(
     type=PATH,
     help="Folder of a training run or checkpoint; default: the weights that ship.",
 )
-@_how
+@_export_options
 @click.pass_context
 @_one_line_errors
 def main(
@@ -114,7 +114,7 @@ def main(
     method_name: str | None,
     run: Path | None,
     out: Path | None,
-    **how: Any,
+    **values: Any,
 ) -> None:
     """Export a trained model to a bundle that histo-infer runs.
 
@@ -129,11 +129,11 @@ def main(
         return
     if method_name is None:
         raise click.UsageError("--method is missing; or use another command (--help shows them)")
-    options = _options(how)
-    from histostream.export.trained import export_checkpoint
+    from histostream.export import Options, export_checkpoint
 
+    options = Options(**values)
     out = out or Path("bundles") / method_name
-    _tell(export_checkpoint(method_name, run, out, options, say=click.echo), out)
+    _report(export_checkpoint(method_name, run, out, options, say=click.echo), out)
 
 
 @main.command()
@@ -160,7 +160,7 @@ def main(
 @click.option("--input", "input_name", help="Which input, where it has several.")
 @click.option("--output", "output_name", help="Which output, where it has several.")
 @click.option("--note", default="", help="What the model is for and where it fails.")
-@_how
+@_export_options
 @_one_line_errors
 def wrap(
     model: Path,
@@ -169,7 +169,7 @@ def wrap(
     bgr: bool,
     note: str,
     out: Path | None,
-    **how: Any,
+    **values: Any,
 ) -> None:
     """Make a bundle of a segmentation network from elsewhere, as ONNX.
 
@@ -177,28 +177,26 @@ def wrap(
     comparisons as a network of ours.
     """
     names = ("mean", "std", "scale", "layout", "activation", "resize_output", "input_name", "output_name")
-    said = {name: how.pop(name) for name in names}
-    options = _options(how)
-    from histostream.export.bundle import TILE_PX, check, write_bundle
-    from histostream.export.external.wrap import ForeignModel, foreign_network
+    properties = {name: values.pop(name) for name in names}
+    from histostream.export import ExternalModel, Options, wrap_onnx
+    from histostream.export.bundle import TILE_PX
 
+    options = Options(**values)
     tile_px = TILE_PX if options.tile_px is None else options.tile_px
-    foreign = ForeignModel(classes=classes, tile_px=tile_px, order="bgr" if bgr else "rgb", **said)
+    external = ExternalModel(classes=classes, tile_px=tile_px, order="bgr" if bgr else "rgb", **properties)
     out = out or Path("bundles") / model.stem
-    check(out, options)
-    network = foreign_network(model, foreign, mpp=mpp, note=note)
-    _tell(write_bundle(network, out, options, say=click.echo), out)
+    _report(wrap_onnx(model, out, external, options, mpp=mpp, note=note, say=click.echo), out)
 
 
-def _graph(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the arguments of a graph that is beside the bundle."""
-    tile = click.option("--tile", "tile_px", type=int, metavar="PX", help="Side of the images.")
+def _graph_arguments(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the arguments of the commands that write a single graph."""
+    tile = click.option("--tile", "tile_px", type=int, metavar="PX", help="SpatialAxis of the images.")
     file = click.argument("out", type=PATH)
     return click.argument("run", type=PATH)(file(tile(_one_line_errors(command))))
 
 
 @main.command()
-@_graph
+@_graph_arguments
 def generator(run: Path, out: Path, tile_px: int | None) -> None:
     """Write the generators of RUN, a pyramid GAN, as one ONNX file OUT.
 
@@ -211,7 +209,7 @@ def generator(run: Path, out: Path, tile_px: int | None) -> None:
 
 
 @main.command()
-@_graph
+@_graph_arguments
 def explanation(run: Path, out: Path, tile_px: int | None) -> None:
     """Write the graph that explains the labels of RUN as one ONNX file OUT.
 
@@ -247,15 +245,17 @@ def tune_crf(bundle: Path, source: str, part: str, run: Path | None, mpp: float 
 
     histo-infer --crf then uses them.
     """
-    from histostream.export.tune_crf import samples_of
+    from histostream.export.tune_crf import choose_samples
     from histostream.export.tune_crf import tune_crf as tune
 
-    samples, own_mpp = samples_of(source, part, run)
+    samples, own_mpp = choose_samples(source, part, run)
     tuned = tune(bundle, samples, mpp or own_mpp, say=click.echo)
     if tuned.params is None:
-        fail(COMMAND, f"{bundle}: no CRF of {tuned.tried} is better than none; the card is as it was")
+        fail(COMMAND, f"{bundle}: none of {tuned.tried} parameter sets is better than no CRF; the card is unchanged")
         sys.exit(1)
-    click.echo(f"{bundle}: Dice {tuned.dice:.4f} with the CRF, {tuned.without:.4f} without, on {len(samples)} images")
+    click.echo(
+        f"{bundle}: Dice {tuned.dice:.4f} with the CRF, {tuned.dice_without:.4f} without, on {len(samples)} images"
+    )
 
 
 @main.command()
@@ -276,19 +276,13 @@ def inspect(file: Path) -> None:
         f"{card.halo_px} px, {'depends on' if card.tile_statistics else 'no'} tile statistics"
     )
     for name in card.files:
-        read_file(file, card, name)  # says so if it is damaged
+        read_file(file, card, name)  # raises if it is damaged
         click.echo(f"{name}: {_figures(card.parity.get(name, {}))}")
-    for precision, how in card.precision.items():
-        click.echo(f"{precision}: {json.dumps({k: v for k, v in how.items() if k != 'steps'})}")
+    for precision, record in card.precision.items():
+        click.echo(f"{precision}: {json.dumps({k: v for k, v in record.items() if k != 'steps'})}")
 
 
-def _options(how: dict[str, Any]) -> Options:
-    from histostream.export.bundle import Options
-
-    return Options(**how)
-
-
-def _tell(export: Export, out: Path) -> None:
+def _report(export: Export, out: Path) -> None:
     card = export.card
     statistics = ", depends on tile statistics" if card.tile_statistics else ""
     click.echo(f"{out}: {card.tile_px} px tiles at {card.mpp:g} um/px, halo {card.halo_px} px{statistics}")

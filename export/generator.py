@@ -1,13 +1,12 @@
-"""The generators of a pyramid GAN as one ONNX graph, for sampling without torch.
+"""Export the generators of a pyramid GAN as one ONNX graph, to sample images without torch.
 
 ::
 
     histo-export generator runs/pyramid generator.onnx --tile 512
 
-Inputs are the masks ``mask_3`` ... ``mask_0``, one-hot float32 (N, K, h, w), coarsest first, and
-the noise ``noise_3`` ... ``noise_0`` of deviation 1, float32 (N, C, h, w); level n has
-1 / 2^n of the tile's side. Output is ``images``, uint8 (N, H, W, C). Nothing in the graph is
-random: equal noise gives equal images.
+Inputs are the masks ``mask_3`` ... ``mask_0``, one-hot float32 (N, K, h, w), coarsest first, and the noise ``noise_3``
+... ``noise_0``, float32 (N, C, h, w) of standard deviation 1; level n has 1 / 2^n of the tile's side. Output is
+``images``, uint8 (N, H, W, C). The graph is deterministic: the same noise gives the same images.
 """
 
 from __future__ import annotations
@@ -27,25 +26,25 @@ from histostream.training.methods.pyramid_gan.sample import Painter, open_painte
 
 
 def export_generator(run: Path, out: Path, *, tile_px: int | None = None) -> onnx.ModelProto:
-    """Export the generators of a trained run; they have to paint what torch does.
+    """Export the generators of a trained run; they must paint the same images as torch.
 
     Parameters
     ----------
     run
         Folder of a training run or of a checkpoint.
     out
-        The file to write; one that is there is replaced when the new one is whole.
+        File to write; an existing one is replaced once the new one is complete.
     tile_px
-        Side of the images; None: 512.
+        SpatialAxis of the images; None: 512.
 
     Raises
     ------
     CheckpointError
         If the run has no trained generators.
     GraphError
-        If they do not take the tile size, or cannot be exported.
+        If the generators do not take the tile size, or cannot be exported.
     ParityError
-        If the graph does not paint what torch does.
+        If the graph does not paint the same images as torch.
     OutputError
         If the file cannot be written.
     """
@@ -55,8 +54,8 @@ def export_generator(run: Path, out: Path, *, tile_px: int | None = None) -> onn
     levels = painter.config.levels
     model = to_onnx(painter.network, (values[:levels], values[levels:]), inputs, "images")
     with torch.no_grad():
-        wanted = painter.network(values[:levels], values[levels:]).numpy()
-    check_images(model, {k: v.numpy() for k, v in inputs.items()}, wanted, "generator")
+        expected = painter.network(values[:levels], values[levels:]).numpy()
+    check_images(model, {k: v.numpy() for k, v in inputs.items()}, expected, "generator")
     write_model(model, out)
     return model
 
@@ -75,8 +74,8 @@ def example_inputs(painter: Painter, tile_px: int) -> dict[str, Tensor]:
     classes, channels = len(painter.checkpoint.classes), painter.checkpoint.channels
     labels = torch.randint(classes, (2, tile_px, tile_px), generator=source)
     masks = one_hot_levels(labels, classes, painter.config.levels)
-    named = {f"mask_{n}": mask for n, mask in reversed(list(enumerate(masks)))}
+    inputs = {f"mask_{n}": mask for n, mask in reversed(list(enumerate(masks)))}
     for n in range(len(masks) - 1, -1, -1):
         shape = (2, channels, tile_px >> n, tile_px >> n)
-        named[f"noise_{n}"] = torch.randn(shape, generator=source)
-    return named
+        inputs[f"noise_{n}"] = torch.randn(shape, generator=source)
+    return inputs

@@ -1,12 +1,13 @@
-"""Parity: whether what was exported is the network that was trained.
+"""Check parity: whether an exported graph computes what the trained network does.
 
-The judge runs a graph in ONNX Runtime on a CPU and compares its uint8 scores with the reference's
-(torch in single precision) on the same tiles.
+A graph runs in ONNX Runtime on a CPU; its uint8 scores are compared with those of the reference (torch in single
+precision) on the same tiles.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import copy
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,12 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from histostream.export.graph.model import GraphError
+from histostream.export.graph.model import GraphError, first_line, open_session
 from histostream.export.tiles import Tiles
 from histostream.wsi.errors import HistoError
 
-MAX_LEVELS = 1  # grey levels that a painted pixel may differ from torch's: rounding
-# A Dice of a class that covers less of the tiles is noise; it is recorded, not judged.
-MIN_SHARE = 0.01
-FATAL_ONLY = 4  # ONNX Runtime's severity
+MAX_LEVELS = 1  # grey levels by which rounding may change a painted pixel
+MIN_SHARE = 0.01  # of the tiles; the Dice of a smaller class is noise: it is recorded but not limited
 
 
 class ParityError(HistoError, ValueError):
@@ -31,12 +30,12 @@ class ParityError(HistoError, ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What an artefact has to reach (methods.md section 8).
+    """The parity that a graph must have to be written (docs/methods.md, section 8).
 
     Attributes
     ----------
     agreement
-        Share of the labels that must be the reference's.
+        Smallest share of labels that equal the reference's.
     dice_change
         Largest change of any class's Dice; see `ParityReport.dice_change`.
     """
@@ -54,16 +53,16 @@ LIMITS = {
 
 @dataclass(frozen=True, slots=True)
 class ParityReport:
-    """Scores of an exported graph beside those of the reference, on the same tiles.
+    """How the scores of an exported graph differ from those of the reference on the same tiles.
 
     Attributes
     ----------
     engine
-        What ran the graph.
+        Name and version of the library that ran the graph.
     source
-        Where the tiles are from.
+        Where the tiles come from.
     tiles, pixels
-        How much was compared.
+        Number of tiles and of pixels that were compared.
     max_difference, mean_difference
         Of the uint8 scores.
     label_agreement
@@ -73,13 +72,13 @@ class ParityReport:
     dice
         Dice of each class between the two label maps; None where neither has it.
     dice_change
-        Largest change of a class's Dice, over the classes that cover at least `MIN_SHARE`:
-        against the true labels where the tiles have them, else against the reference's own labels,
-        which is 1 - Dice and stricter.
+        Largest change of a class's Dice, over the classes that cover at least `MIN_SHARE`. It is measured against the
+        true labels where the tiles have them; else against the reference's own labels, where it is 1 - Dice, which
+        is stricter.
     truth
         Whether ``dice_change`` is against true labels.
     not_finite
-        Scores that were NaN or infinite before they were clipped to 0..255.
+        Number of scores that were NaN or infinite before they were clipped to 0..255.
     """
 
     engine: str
@@ -102,12 +101,12 @@ class ParityReport:
         )
 
     @property
-    def damage(self) -> tuple[bool, float, float]:
-        """How bad it is, to order by: not finite, then labels, then scores."""
+    def error(self) -> tuple[bool, float, float]:
+        """Key to sort by: scores that are not finite, then wrong labels, then the difference of scores."""
         return self.not_finite > 0, 1 - self.label_agreement, self.mean_difference
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values for the card."""
+        """Return the record for the card."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -125,13 +124,19 @@ class Judge:
     Attributes
     ----------
     tiles
-        What to compare on.
+        Tiles to compare on.
     reference
-        (N, K, H, W) uint8: scores of the reference on ``tiles.gate``.
+        Scores of the reference on ``tiles.gate``, (N, K, H, W) uint8.
     """
 
     tiles: Tiles
     reference: NDArray[np.uint8]
+
+    def first(self, count: int) -> Judge:
+        """Return a judge that compares on the first ``count`` tiles only."""
+        truth = None if self.tiles.truth is None else self.tiles.truth[:count]
+        tiles = replace(self.tiles, gate=self.tiles.gate[:count], truth=truth)
+        return Judge(tiles, self.reference[:count])
 
     def judge(self, model: onnx.ModelProto) -> ParityReport:
         """Run a graph on every tile and compare.
@@ -141,13 +146,13 @@ class Judge:
         GraphError
             If ONNX Runtime cannot run the graph.
         """
-        found, not_finite = run_graph(model, self.tiles.gate)
-        return self.report(found, not_finite, f"onnxruntime {onnxruntime.__version__} cpu")
+        scores, not_finite = run_graph(model, self.tiles.gate)
+        return self.report(scores, not_finite, f"onnxruntime {onnxruntime.__version__} cpu")
 
-    def report(self, found: NDArray[np.uint8], not_finite: int, engine: str) -> ParityReport:
+    def report(self, scores: NDArray[np.uint8], not_finite: int, engine: str) -> ParityReport:
         """Compare scores (N, K, H, W) with the reference's."""
-        difference = np.abs(self.reference.astype(np.int16) - found)
-        labels, other = self.reference.argmax(axis=1), found.argmax(axis=1)
+        difference = np.abs(self.reference.astype(np.int16) - scores)
+        labels, other = self.reference.argmax(axis=1), scores.argmax(axis=1)
         same = labels == other
         grey = self.tiles.gate.mean(axis=-1)
         classes = range(self.reference.shape[1])
@@ -156,14 +161,14 @@ class Judge:
         return ParityReport(
             engine=engine,
             source=self.tiles.source,
-            tiles=len(found),
+            tiles=len(scores),
             pixels=same.size,
             max_difference=int(difference.max()),
             mean_difference=float(difference.mean()),
             label_agreement=float(same.mean()),
             dark_label_agreement=float(same[grey <= np.quantile(grey, 0.1)].mean()),
             dice=dice,
-            dice_change=max((_change(labels, other, truth, k) for k in classes), default=0.0),
+            dice_change=max((_dice_change(labels, other, truth, k) for k in classes), default=0.0),
             truth=truth is not None,
             not_finite=not_finite,
         )
@@ -177,7 +182,7 @@ def run_graph(model: onnx.ModelProto, tiles: NDArray[np.uint8]) -> tuple[NDArray
     scores
         (N, K, H, W) uint8.
     not_finite
-        How many scores were NaN or infinite before they became uint8.
+        Number of scores that were NaN or infinite before they became uint8.
 
     Raises
     ------
@@ -192,29 +197,19 @@ def run_graph(model: onnx.ModelProto, tiles: NDArray[np.uint8]) -> tuple[NDArray
             scores.append(outputs[0])
             not_finite += sum(int((~np.isfinite(raw)).sum()) for raw in outputs[1:])
     except Exception as error:  # ONNX Runtime's own exceptions have no common base
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise GraphError(f"ONNX Runtime cannot run the graph: {reason}") from error
+        raise GraphError(f"ONNX Runtime cannot run the graph: {first_line(error)}") from error
     return np.concatenate(scores), not_finite
 
 
-def open_session(model: onnx.ModelProto) -> Any:
-    """Open a graph in ONNX Runtime on the CPU, to look into it."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = FATAL_ONLY  # what goes wrong is raised
-    options.enable_cpu_mem_arena = False  # it would keep what the largest tile needed
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-
-
 def _with_raw_scores(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Make the scores an output too as they are before Clip and Cast hide what is not finite."""
+    """Add an output: the scores before Clip and Cast hide values that are not finite."""
     producer = {name: node for node in model.graph.node for name in node.output}
     name = model.graph.output[0].name
     while name in producer and producer[name].op_type in ("Cast", "Clip", "Round", "Floor"):
         name = producer[name].input[0]
     if name not in producer:
         return model
-    watched = onnx.ModelProto()
-    watched.CopyFrom(model)
+    watched = copy.deepcopy(model)
     watched.graph.node.append(helper.make_node("Cast", [name], ["raw_scores"], "raw_scores_cast", to=TensorProto.FLOAT))
     raw = helper.make_tensor_value_info("raw_scores", TensorProto.FLOAT, None)
     watched.graph.output.append(raw)
@@ -227,7 +222,7 @@ def dice_of(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float | None:
     return float(2 * (a & b).sum() / total) if total else None
 
 
-def _change(labels: NDArray[Any], other: NDArray[Any], truth: NDArray[np.uint8] | None, k: int) -> float:
+def _dice_change(labels: NDArray[Any], other: NDArray[Any], truth: NDArray[np.uint8] | None, k: int) -> float:
     target = labels if truth is None else truth
     if (target == k).mean() < MIN_SHARE:
         return 0.0
@@ -235,28 +230,30 @@ def _change(labels: NDArray[Any], other: NDArray[Any], truth: NDArray[np.uint8] 
     return abs((before or 0.0) - (after or 0.0))
 
 
-def check_images(model: onnx.ModelProto, feeds: dict[str, NDArray[Any]], wanted: NDArray[np.uint8], what: str) -> None:
-    """Refuse a graph that does not paint the images that torch does.
+def check_images(
+    model: onnx.ModelProto, inputs: dict[str, NDArray[Any]], expected: NDArray[np.uint8], name: str
+) -> None:
+    """Refuse a graph that does not paint the same images as torch.
 
     Parameters
     ----------
     model
-        With one output.
-    feeds
-        Its inputs.
-    wanted
-        The images of torch, uint8.
-    what
-        What the graph is called.
+        A graph with one output.
+    inputs
+        Its inputs, by name.
+    expected
+        The images that torch paints, uint8.
+    name
+        Name of the graph, for the error.
 
     Raises
     ------
     ParityError
         If a pixel differs by more than `MAX_LEVELS`.
     """
-    (found,) = open_session(model).run(None, feeds)
-    off = int(np.abs(found.astype(int) - wanted.astype(int)).max())
-    if off > MAX_LEVELS:
+    (images,) = open_session(model).run(None, inputs)
+    levels = int(np.abs(images.astype(int) - expected.astype(int)).max())
+    if levels > MAX_LEVELS:
         raise ParityError(
-            f"{what}: {off} grey levels from torch's images; nothing was written: report it, with the model"
+            f"{name}: {levels} grey levels from torch's images; nothing was written: report it, with the model"
         )

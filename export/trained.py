@@ -1,4 +1,4 @@
-"""A checkpoint of one of the methods, made ready for `write_bundle`."""
+"""Export a checkpoint of one of the methods."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from histostream.export.bundle import TILE_PX, Export, Network, Options, Say, check, write_bundle
+from histostream.export.bundle import TILE_PX, Export, Network, Options, Say, check_options, write_bundle
 from histostream.export.graph.from_torch import export_onnx
 from histostream.export.graph.model import GraphError
 from histostream.training import checkpoint as checkpoints
@@ -21,12 +21,12 @@ from histostream.wsi.outputs.label_rows import ClassInfo
 
 
 def shipped_checkpoint(method: str) -> Path:
-    """Folder of the weights that ship for a method.
+    """Return the folder of the weights that ship for a method.
 
     Raises
     ------
     CheckpointError
-        If none ship for it.
+        If no weights ship for it.
     """
     folder = Path(str(resources.files("histostream.training"))) / "weights" / method
     if not folder.is_dir():
@@ -35,12 +35,12 @@ def shipped_checkpoint(method: str) -> Path:
 
 
 def find_checkpoint(run: Path) -> Path:
-    """Folder of the checkpoint in a run: the best one, or the folder itself."""
+    """Return the folder of the best checkpoint of a run, or the folder itself if it is a checkpoint."""
     return run / "best" if (run / "best").is_dir() else run
 
 
 def read_checkpoint(method_name: str, run: Path | None) -> tuple[Path, Checkpoint]:
-    """Find the checkpoint of a run, or the one that ships (None), and read what it says of itself.
+    """Find and read the checkpoint of a run; None: the one that ships with the method.
 
     Raises
     ------
@@ -49,13 +49,15 @@ def read_checkpoint(method_name: str, run: Path | None) -> tuple[Path, Checkpoin
     """
     methods.load_method(method_name)
     folder = shipped_checkpoint(method_name) if run is None else find_checkpoint(run)
-    said = checkpoints.read(folder)
-    if said.method != method_name:
-        raise CheckpointError(f"{folder}: trained by {said.method!r}, not {method_name!r}; pass --method {said.method}")
-    return folder, said
+    checkpoint = checkpoints.read(folder)
+    if checkpoint.method != method_name:
+        raise CheckpointError(
+            f"{folder}: trained by {checkpoint.method!r}, not {method_name!r}; pass --method {checkpoint.method}"
+        )
+    return folder, checkpoint
 
 
-def config_of(folder: Path, said: Checkpoint) -> Any:
+def config_of(folder: Path, checkpoint: Checkpoint) -> Any:
     """Return the method's ``Config`` that a checkpoint was built with.
 
     Raises
@@ -64,24 +66,24 @@ def config_of(folder: Path, said: Checkpoint) -> Any:
         If it does not fit the method.
     """
     try:
-        return methods.load_method(said.method).Config(**said.config)
+        return methods.load_method(checkpoint.method).Config(**checkpoint.config)
     except (TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{folder}: its config does not fit {said.method}: {error}; "
+            f"{folder}: its config does not fit {checkpoint.method}: {error}; "
             "use the version of HistoStream that trained it, or train it again"
         ) from error
 
 
-def load_deployed(folder: Path, said: Checkpoint) -> nn.Module:
-    """Build the network of a checkpoint behind the tile contract, and load its weights.
+def load_deployed(folder: Path, checkpoint: Checkpoint) -> nn.Module:
+    """Build the deployed network of a checkpoint, which keeps the tile contract, and load its weights.
 
     Raises
     ------
     CheckpointError
         If its config does not fit its method, or its weights are damaged.
     """
-    method = methods.load_method(said.method)
-    state = method.build(config_of(folder, said), len(said.classes), said.channels)
+    method = methods.load_method(checkpoint.method)
+    state = method.build(config_of(folder, checkpoint), len(checkpoint.classes), checkpoint.channels)
     checkpoints.load(folder, state)
     module: nn.Module = method.deployed(state)
     return module.eval()
@@ -95,20 +97,20 @@ def export_checkpoint(
     *,
     say: Say = lambda text: None,
 ) -> Export:
-    """Export a checkpoint to the bundle ``out``.
+    """Write the network of a checkpoint to the bundle ``out``.
 
     Parameters
     ----------
     method_name
-        Name of the method; the checkpoint has to be one of it.
+        Name of the method that trained the checkpoint.
     run
-        Folder of a training run or of a checkpoint; None takes the weights that ship.
+        Folder of a training run or of a checkpoint; None: the weights that ship.
     out
-        Folder to write; an existing bundle there is replaced once the new one is whole.
+        Folder to write; an existing bundle there is replaced once the new one is complete.
     options
-        How; see `Options`.
+        How to export it.
     say
-        Told what is done, one line at a time.
+        Called with each line of progress.
 
     Raises
     ------
@@ -118,18 +120,18 @@ def export_checkpoint(
         As `write_bundle`.
     """
     options = options or Options()
-    folder, said = read_checkpoint(method_name, run)
-    check(out, options)
-    module = load_deployed(folder, said)
+    folder, checkpoint = read_checkpoint(method_name, run)
+    check_options(out, options)
+    module = load_deployed(folder, checkpoint)
     network = trained_network(
         module,
         method=method_name,
-        classes=tuple(ClassInfo(name, color) for name, color in said.classes),
-        mpp=said.mpp,
-        channels=said.channels,
+        classes=tuple(ClassInfo(name, color) for name, color in checkpoint.classes),
+        mpp=checkpoint.mpp,
+        channels=checkpoint.channels,
         tile_px=options.tile_px or own_tile_px(module) or TILE_PX,
-        score_kind=methods.load_method(method_name).score_kind(config_of(folder, said)),
-        training={**said.record, "step": said.step, "torch": torch.__version__},
+        score_kind=methods.load_method(method_name).score_kind(config_of(folder, checkpoint)),
+        training={**checkpoint.record, "step": checkpoint.step, "torch": torch.__version__},
         note=checkpoints.read_note(folder),
     )
     return write_bundle(network, out, options, say=say)
@@ -147,21 +149,20 @@ def trained_network(
     training: dict[str, object] | None = None,
     note: str = "",
 ) -> Network:
-    """Export a torch module that keeps the tile contract; torch in single precision judges it.
+    """Export a torch module that keeps the tile contract to ONNX; torch in single precision is the reference.
 
     Raises
     ------
     GraphError
-        If it cannot be exported: an operator without ONNX form, or a tile size that the network
-        does not take.
+        If an operator has no form in ONNX, or the network does not take the tile size.
     """
     module = module.eval()
     check_tile(module, tile_px)
     stride_px = int(getattr(next(module.children(), None), "stride_px", 1))
     if tile_px % stride_px:
         below = tile_px // stride_px * stride_px
-        fits = " or ".join(str(px) for px in (below, below + stride_px) if px)
-        raise GraphError(f"tile of {tile_px} px: this network takes multiples of {stride_px}; use {fits}")
+        sizes = " or ".join(str(px) for px in (below, below + stride_px) if px)
+        raise GraphError(f"tile of {tile_px} px: this network takes multiples of {stride_px}; use {sizes}")
 
     def reference(tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
         with torch.inference_mode():
@@ -182,17 +183,17 @@ def trained_network(
 
 
 def own_tile_px(module: nn.Module) -> int:
-    """Side of the tiles that a deployed module is built for, its ``tile_px``; 0 for any."""
+    """SpatialAxis of the tiles that a deployed module is built for, its ``tile_px``; 0 for any."""
     return int(getattr(module, "tile_px", 0))
 
 
 def check_tile(module: nn.Module, tile_px: int) -> None:
-    """Refuse tiles of another side than the one that a module is built for.
+    """Refuse another tile size than the one that a module is built for.
 
     Raises
     ------
     GraphError
-        If it is built for another.
+        If it is built for another size.
     """
     own_px = own_tile_px(module)
     if own_px and tile_px != own_px:

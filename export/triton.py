@@ -1,12 +1,12 @@
-"""Write a bundle as a model repository of NVIDIA Triton Inference Server.
+"""Write a bundle as a model repository of the NVIDIA Triton Inference Server.
 
-Each graph of the bundle becomes one model, which a client sends tiles and gets scores back::
+Each graph of the bundle becomes one model; a client sends tiles and receives scores::
 
     REPOSITORY/imems_fp32/config.pbtxt   labels.txt   1/model.onnx
     REPOSITORY/imems_tensorrt/config.pbtxt   labels.txt   1/model.plan
 
-What a client needs to cut tiles from a slide (resolution, halo, classes) is in the parameters of
-``config.pbtxt``, which Triton hands out with the model's configuration.
+Resolution, halo and classes, which a client needs to cut tiles from a slide, are parameters in ``config.pbtxt``, which
+Triton serves with the model's configuration.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from histostream.runtime.bundle.card import CardError, ModelCard, read_file
 from histostream.runtime.choices import PRECISIONS
 from histostream.wsi.errors import OutputError
 
-MAX_BATCH = 32  # tiles; the profile of a TensorRT plan must reach it
-QUEUE_DELAY_US = 2000  # a tile of 512 px takes a GPU longer than that, so waiting costs little
+MAX_BATCH = 32  # tiles; the profile of a TensorRT plan must allow as many
+QUEUE_DELAY_US = 2000  # a GPU takes longer for a tile of 512 px, so waiting costs little
 VERSION = "1"
 ONNX_MODEL, PLAN_MODEL, LABELS, CONFIG = "model.onnx", "model.plan", "labels.txt", "config.pbtxt"
-OURS = "# Written by HistoStream; SHA-256 of what follows: "
+HEADER = "# Written by HistoStream; SHA-256 of what follows: "
 
 
 def write_triton(
@@ -40,33 +40,33 @@ def write_triton(
 ) -> list[Path]:
     """Write every graph of a bundle, and a TensorRT plan, as models of a Triton repository.
 
-    A model is called by the bundle's folder and its precision: ``nuclei_fp16``.
+    A model's name is the bundle's folder and its precision: ``nuclei_fp16``.
 
     Parameters
     ----------
     bundle
-        Folder of the bundle; the bytes that its card vouches for are copied.
+        Folder of the bundle.
     card
-        Its card.
+        Its card; files that do not match its checksums are refused.
     repository
-        Triton's model repository; made if missing, other models in it stay as they are.
+        Triton's model repository; it is created if missing, and other models in it are not changed.
     plan
         A serialised engine of TensorRT (not of TensorRT-RTX, which Triton cannot load), for the
         server's GPU and version of TensorRT.
     max_batch
-        Most tiles that Triton may put in one inference.
+        Largest number of tiles that Triton may put in one inference.
 
     Returns
     -------
-    Folders of the models that were written.
+    The folders that were written.
 
     Raises
     ------
     CardError
-        If a file of the bundle is not what the card says.
+        If a file of the bundle does not match the card.
     OutputError
-        If a model's folder was not written by this function or was edited since, or cannot be
-        written. Nothing is changed then, unless the disk fails while folders are moved.
+        If the folder of a model was not written by this function, was edited since, or cannot be written. Then nothing
+        is changed, unless the disk fails while folders are moved.
     """
     if max_batch < 1:
         raise OutputError(f"max_batch={max_batch!r} is not a number of tiles: use 1 or more")
@@ -85,7 +85,7 @@ def write_triton(
         _check_replaceable(repository / name)
     try:
         repository.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=".histostream.", dir=_beside(repository)))
+        part = Path(tempfile.mkdtemp(prefix=".histostream.", dir=_work_folder(repository)))
     except OSError as error:
         raise OutputError(
             f"{repository}: cannot be written ({error.strerror}); check its permissions and room"
@@ -94,7 +94,7 @@ def write_triton(
         for name, file, content in models:
             _write_model(part / name, card, file, content, max_batch)
         for name, _, _ in models:
-            _publish(part / name, repository / name)
+            _move_into_place(part / name, repository / name)
     except OSError as error:
         raise OutputError(
             f"{repository}: cannot be written ({error.strerror}); check its permissions and room"
@@ -107,13 +107,13 @@ def write_triton(
 def _write_model(folder: Path, card: ModelCard, file: str, content: bytes, max_batch: int) -> None:
     (folder / VERSION).mkdir(parents=True)
     (folder / VERSION / file).write_bytes(content)
-    # One line a class; a line break in a name would shift the labels after it.
+    # One line for each class; a line break in a name would shift the labels after it.
     names = [" ".join(c.name.split()) for c in card.classes]
     labels = "".join(f"{name}\n" for name in names)
     (folder / LABELS).write_bytes(labels.encode(errors="replace"))
     config = _config(folder.name, card, file, max_batch)
     digest = hashlib.sha256(config.encode()).hexdigest()
-    (folder / CONFIG).write_bytes(f"{OURS}{digest}\n{config}".encode())
+    (folder / CONFIG).write_bytes(f"{HEADER}{digest}\n{config}".encode())
 
 
 def _config(name: str, card: ModelCard, file: str, max_batch: int) -> str:
@@ -154,39 +154,39 @@ def _config(name: str, card: ModelCard, file: str, max_batch: int) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Return a string of protobuf's text format: UTF-8, all but plain ASCII as octal escapes."""
-    plain = (
+    """Return a string in protobuf's text format: UTF-8, with octal escapes for everything but printable ASCII."""
+    characters = (
         chr(byte) if 32 <= byte < 127 and byte not in b'"\\' else f"\\{byte:03o}"
         for byte in text.encode(errors="replace")
     )
-    return f'"{"".join(plain)}"'
+    return f'"{"".join(characters)}"'
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Refuse a folder that holds anything but a model of ours as it was written."""
+    """Refuse a folder that holds anything but an unchanged model written by `write_triton`."""
     if not folder.exists() and not folder.is_symlink():
         return
-    written = {CONFIG, LABELS, VERSION, f"{VERSION}/{ONNX_MODEL}", f"{VERSION}/{PLAN_MODEL}"}
+    our_files = {CONFIG, LABELS, VERSION, f"{VERSION}/{ONNX_MODEL}", f"{VERSION}/{PLAN_MODEL}"}
     try:
-        found = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+        files = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
         first, _, rest = (folder / CONFIG).read_bytes().partition(b"\n")
     except OSError:  # no folder, or no config in it
-        found, first, rest = set(), b"", b""
-    if folder.is_symlink() or not first.startswith(OURS.encode()):
+        files, first, rest = set(), b"", b""
+    if folder.is_symlink() or not first.startswith(HEADER.encode()):
         raise OutputError(f"{folder}: exists and was not written by HistoStream; move it away")
-    if first != f"{OURS}{hashlib.sha256(rest).hexdigest()}".encode():
+    if first != f"{HEADER}{hashlib.sha256(rest).hexdigest()}".encode():
         raise OutputError(f"{folder / CONFIG}: was edited since it was written; move it away")
-    if found - written:
-        raise OutputError(f"{folder / min(found - written)}: not ours to replace; move it away")
+    if files - our_files:
+        raise OutputError(f"{folder / min(files - our_files)}: was not written by HistoStream; move it away")
 
 
-def _beside(repository: Path) -> Path:
-    """Return where to build models: not in the repository, which a server may be polling."""
+def _work_folder(repository: Path) -> Path:
+    """Return a folder on the same disk to build models in, outside the repository, which a server may be polling."""
     parent = repository.resolve().parent
     return parent if parent.stat().st_dev == repository.stat().st_dev else repository
 
 
-def _publish(part: Path, folder: Path) -> None:
+def _move_into_place(part: Path, folder: Path) -> None:
     old = part.with_name(f"{part.name}.old")
     part.chmod(0o755)
     if folder.exists():

@@ -1,10 +1,10 @@
-"""Parameters of the dense CRF, learnt for a model from annotated images, and kept in its card.
+"""Tune the parameters of the dense CRF for a model on annotated images, and store them in its card.
 
 ::
 
     histo-export tune-crf bundles/mine --data DIR
 
-Give it images that the model was not trained on: its validation images.
+Use images that the model was not trained on, such as its validation images.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +32,8 @@ from histostream.training.metrics import Confusion
 from histostream.training.schedule import Schedule
 from histostream.wsi.errors import HistoError, OutputError
 
-# What is tried of each parameter; a search goes along one after the other.
-AXES: dict[str, tuple[float, ...]] = {
+# Values to try for each parameter, one parameter after the other.
+CANDIDATES: dict[str, tuple[float, ...]] = {
     "w1": (0.0, 1.0, 2.0, 5.0, 10.0),
     "theta_alpha": (3.0, 6.0, 12.0, 25.0, 50.0),
     "theta_beta": (4.0, 8.0, 16.0, 32.0),
@@ -44,26 +45,26 @@ START = CrfParams(w1=2.0, theta_alpha=6.0, theta_beta=16.0, w2=1.0, theta_gamma=
 
 
 class TuneError(HistoError, ValueError):
-    """Images and a model from which nothing can be learnt."""
+    """Parameters cannot be tuned with these images and this model."""
 
 
 @dataclass(frozen=True, slots=True)
-class Tuned:
-    """What a search found.
+class TuningResult:
+    """The result of a search.
 
     Attributes
     ----------
     params
-        The best parameters; None where no CRF is better than none.
-    dice, without
-        Mean Dice over the classes but the first, pooled over the images; with them and without.
+        The best parameters; None if no CRF is better than none.
+    dice, dice_without
+        Mean Dice over all classes but the first, pooled over the images: with these parameters, and without a CRF.
     tried
-        Number of parameter sets.
+        Number of parameter sets that were tried.
     """
 
     params: CrfParams | None
     dice: float
-    without: float
+    dice_without: float
     tried: int
 
 
@@ -77,11 +78,11 @@ def tune_crf(
     *,
     backend: str = "auto",
     say: Callable[[str], None] = lambda _: None,
-) -> Tuned:
-    """Search parameters that raise Dice, and write them into the bundle's card.
+) -> TuningResult:
+    """Search the parameters that raise Dice, and write them into the bundle's card.
 
-    Each parameter in turn is set to the best of its values, the others held, twice over. A card
-    that has parameters keeps them unless better ones are found.
+    Each parameter in turn is set to the best of its values while the others stay fixed; this is done twice. A card that
+    has parameters already keeps them unless better ones are found.
 
     Parameters
     ----------
@@ -94,7 +95,7 @@ def tune_crf(
     backend
         As `open_engine`.
     say
-        Told of each improvement.
+        Called with a line for each improvement.
 
     Raises
     ------
@@ -106,7 +107,7 @@ def tune_crf(
         If the card cannot be written.
     """
     if not samples:
-        raise TuneError("no annotated image to learn from: name a set with labels, --data")
+        raise TuneError("no annotated images; pass a set with labels to --data")
     card = read_card(bundle)
     engine = open_engine(bundle, backend=backend)
     try:
@@ -119,35 +120,35 @@ def tune_crf(
     return tuned
 
 
-def samples_of(source: str, part: str, run: Path | None = None) -> tuple[tuple[Sample, ...], float | None]:
-    """Open a set and choose images of it.
+def choose_samples(source: str, part: str, run: Path | None = None) -> tuple[tuple[Sample, ...], float | None]:
+    """Open a data set and choose images of it.
 
     Parameters
     ----------
     source
-        As of `datasets.open_dataset`.
+        As `datasets.open_dataset`.
     part
-        "validation", "test", "train" or "all"; all where the set has no such part.
+        "validation", "test", "train" or "all"; all if the set has no such part.
     run
-        A training run on this set, which then says what the parts are.
+        A training run on this set; its schedule defines the parts.
 
     Returns
     -------
-    The images, and their resolution, None if not known.
+    The images, and their resolution; None if it is not known.
 
     Raises
     ------
     DataError, CheckpointError
         If the set or the run cannot be used.
     """
-    found = datasets.open_dataset(source)
-    every = (*found.train, *found.validation, *found.test)
+    data_set = datasets.open_dataset(source)
+    all_samples = (*data_set.train, *data_set.validation, *data_set.test)
     if part == "all":
-        return every, found.mpp
+        return all_samples, data_set.mpp
     if run is None:
-        return batches.parts_of(found)[part] or every, found.mpp
+        return batches.parts_of(data_set)[part] or all_samples, data_set.mpp
     recipe = checkpoint.read(find_checkpoint(run)).record["recipe"]
-    return batches.parts_of(found, Schedule(**recipe["schedule"]))[part], found.mpp
+    return batches.parts_of(data_set, Schedule(**recipe["schedule"]))[part], data_set.mpp
 
 
 def search(
@@ -155,46 +156,47 @@ def search(
     *,
     start: CrfParams = START,
     say: Callable[[str], None] = lambda _: None,
-) -> Tuned:
-    """Search parameters for images whose scores are known; see `tune_crf`.
+) -> TuningResult:
+    """Search the parameters for images whose scores are known; see `tune_crf`.
 
     Parameters
     ----------
     scored
-        Image (H, W, C) uint8, probabilities (K, H, W) and true labels (H, W) of each.
-    start, say
-        Where the search begins, and who is told of improvements.
+        For each image: pixels (H, W, C) uint8, probabilities (K, H, W) and true labels (H, W).
+    start
+        Parameters with which the search begins.
+    say
+        Called with a line for each improvement.
     """
     classes = len(scored[0][1])
-    without = _dice(((p.argmax(axis=0), truth) for _, p, truth in scored), classes)
-    known: dict[CrfParams, float] = {}
+    dice_without = _mean_dice(((p.argmax(axis=0), truth) for _, p, truth in scored), classes)
 
+    @cache
     def dice(params: CrfParams) -> float:
-        if params not in known:
-            refined = ((dense_crf(image, p, params).argmax(axis=0), truth) for image, p, truth in scored)
-            known[params] = _dice(refined, classes)
-        return known[params]
+        refined = ((dense_crf(image, p, params).argmax(axis=0), truth) for image, p, truth in scored)
+        return _mean_dice(refined, classes)
 
     best = start
     for _ in range(ROUNDS):
         before = best
-        for name, values in AXES.items():
+        for name, values in CANDIDATES.items():
             for value in values:
-                one = CrfParams(**{**asdict(best), name: value})
-                if dice(one) > dice(best):
-                    best = one
-                    say(f"{name}={value:g}: Dice {dice(best):.4f} ({without:.4f} without CRF)")
+                candidate = CrfParams(**{**asdict(best), name: value})
+                if dice(candidate) > dice(best):
+                    best = candidate
+                    say(f"{name}={value:g}: Dice {dice(best):.4f} ({dice_without:.4f} without CRF)")
         if best == before:
             break
-    found = dice(best)
-    return Tuned(best if found > without else None, found, without, len(known))
+    best_dice = dice(best)
+    params = best if best_dice > dice_without else None
+    return TuningResult(params, best_dice, dice_without, dice.cache_info().currsize)
 
 
-def _dice(pairs: Iterable[tuple[NDArray[np.integer], NDArray[np.uint8]]], classes: int) -> float:
-    """Mean Dice over the classes but the first, pooled over images."""
+def _mean_dice(pairs: Iterable[tuple[NDArray[np.integer], NDArray[np.uint8]]], classes: int) -> float:
+    """Return the mean Dice over all classes but the first, pooled over images."""
     pooled = Confusion(classes)
-    for found, truth in pairs:
-        pooled.add(found, truth)
+    for labels, truth in pairs:
+        pooled.add(labels, truth)
     return float(np.nanmean(pooled.dice()[1:]))
 
 
@@ -215,14 +217,14 @@ def _scored(sample: Sample, engine: Engine, mpp: float | None) -> Scored:
 
 
 def keep_params(bundle: Path, params: CrfParams) -> None:
-    """Write parameters into a bundle's card, which is replaced when the new one is whole.
+    """Write parameters into a bundle's card, which is replaced once the new one is complete.
 
     Raises
     ------
     CardError
-        If there is no card to write them into.
+        If the bundle has no card.
     OutputError
-        If it cannot be written.
+        If the card cannot be written.
     """
     card = replace(read_card(bundle), crf=asdict(params))
     try:

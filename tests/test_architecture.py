@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "export": {"training", "runtime", "wsi"},
     "benchmarks": {"wsi", "runtime", "training", "export"},
 }
-PUBLIC = ("histostream.wsi", "histostream.runtime", "histostream.training")
+PUBLIC = ("histostream.wsi", "histostream.runtime", "histostream.training", "histostream.export")
 
 
 def imported_names(source: Path) -> list[str]:

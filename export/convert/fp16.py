@@ -1,9 +1,9 @@
-"""Half precision in the graph: FP16 nodes, FP32 islands, and a Cast on every edge between them.
+"""Convert a graph to half precision: FP16 nodes, FP32 islands, and a Cast on every edge between them.
 
-TensorRT 11 takes precision from the graph and nothing else, so it is decided here, node by node.
-The converters at hand do not do: onnxconverter-common leaves Casts to FP32 unrewritten, and ONNX
-Runtime's rounds every tensor inside an FP32 island to FP16 (so an overflow inside it stays one)
-and names two Casts alike where two nodes share a constant.
+TensorRT 11 takes the precision of each node from the graph alone, so it is decided here, node by node. Existing
+converters do not suffice: onnxconverter-common leaves Casts to FP32 as they are; ONNX Runtime's rounds every tensor
+inside an FP32 island to FP16 (so an overflow inside it remains) and gives two Casts one name where two nodes share a
+constant.
 """
 
 from __future__ import annotations
@@ -15,31 +15,9 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from histostream.export.graph.model import GraphError
+from histostream.export.graph.model import GraphError, unused_name
+from histostream.export.graph.operators import NEEDS_FP32
 
-# Nodes that lose too much in FP16: sums over a whole tile, and what is exponential in its input.
-FP32_OPERATORS = frozenset(
-    {
-        "InstanceNormalization",
-        "GroupNormalization",
-        "LayerNormalization",
-        "ReduceMean",
-        "ReduceSum",
-        "ReduceSumSquare",
-        "ReduceL1",
-        "ReduceL2",
-        "ReduceLogSumExp",
-        "ReduceProd",
-        "GlobalAveragePool",
-        "Softmax",
-        "LogSoftmax",
-        "Exp",
-        "Log",
-        "Pow",
-        "Sqrt",
-        "Reciprocal",
-    }
-)
 # Inputs that the operator wants in FP32 whatever its data is.
 ALWAYS_FP32_INPUTS = {"Resize": (1, 2), "QuantizeLinear": (1,), "DequantizeLinear": (1,)}
 CONVOLUTIONS = ("Conv", "ConvTranspose")
@@ -47,59 +25,58 @@ FP16_MAX = float(np.finfo(np.float16).max)
 
 
 def fp32_islands(model: onnx.ModelProto) -> frozenset[str]:
-    """Names of the nodes that stay in FP32 before anything was measured.
+    """Return the names of the nodes that always stay in FP32.
 
-    Normalisation layers and Softmax; what scales the input (every node before the first
-    convolution); and what makes the scores: the last convolution and every node after it, because
-    the margin between two classes can be 1/127.5 (methods.md section 8, iMEMS).
+    These are normalisation layers and Softmax; every node before the first convolution, which scale the input; and
+    the last convolution and every node after it, which make the scores, because the margin between two classes of
+    iMEMS can be 1/127.5.
     """
-    return frozenset(node.name for node in model.graph.node if node.op_type in FP32_OPERATORS) | frozenset(
+    return frozenset(node.name for node in model.graph.node if node.op_type in NEEDS_FP32) | frozenset(
         n.name for n in (*before_convolutions(model), *from_last_convolution(model))
     )
 
 
 def before_convolutions(model: onnx.ModelProto) -> list[NodeProto]:
-    """Nodes that no convolution comes before, convolutions left out."""
+    """Return the nodes, other than convolutions, that come before every convolution."""
     after: set[str] = set()
-    found = []
+    nodes = []
     for node in model.graph.node:
         if node.op_type in CONVOLUTIONS or any(name in after for name in node.input):
             after.update(node.output)
         else:
-            found.append(node)
-    return found
+            nodes.append(node)
+    return nodes
 
 
 def from_last_convolution(model: onnx.ModelProto) -> list[NodeProto]:
-    """Find the last convolutions, and the nodes that no convolution comes after."""
+    """Return the last convolutions and the nodes after them."""
     before: set[str] = set()
-    found = []
+    nodes = []
     for node in reversed(model.graph.node):
         if not any(name in before for name in node.output):
-            found.append(node)
+            nodes.append(node)
             if node.op_type not in CONVOLUTIONS:
                 continue
         before.update(node.input)
-    return found[::-1]
+    return nodes[::-1]
 
 
-def to_fp16(model: onnx.ModelProto, keep_fp32: Collection[str], *, emulate: bool = False) -> onnx.ModelProto:
+def to_fp16(model: onnx.ModelProto, fp32_nodes: Collection[str], *, emulate: bool = False) -> onnx.ModelProto:
     """Convert a graph to FP16, except for the nodes named.
 
-    Inside an island of FP32 nodes nothing is rounded: a Cast stands only where an FP16 node meets
-    an FP32 node. Weights are rounded to nearest; one beyond FP16's range becomes infinite, as an
-    honest conversion would have it, and the parity gate finds it.
+    Inside an island of FP32 nodes nothing is rounded: a Cast stands only where an FP16 node meets an FP32 node.
+    Weights are rounded to nearest; one beyond the range of FP16 becomes infinite, which the parity gate finds.
 
     Parameters
     ----------
     model
         A graph in FP32 whose nodes have names; sorted, as ONNX demands.
-    keep_fp32
-        Names of nodes that compute in FP32.
+    fp32_nodes
+        Names of the nodes that stay in FP32.
     emulate
-        Give a graph in FP32 that rounds where the FP16 graph would round. ONNX Runtime computes
-        FP16 nodes in FP32 on a CPU and drops the roundings between them, so the gate on a CPU
-        would pass what overflows on a GPU; it runs the emulation instead.
+        Return a graph in FP32 that rounds where the FP16 graph would round. On a CPU, ONNX Runtime computes FP16
+        nodes in FP32 and drops the roundings between them, so the parity gate there would accept a graph that
+        overflows on a GPU; it runs the emulation instead.
 
     Raises
     ------
@@ -109,7 +86,7 @@ def to_fp16(model: onnx.ModelProto, keep_fp32: Collection[str], *, emulate: bool
     names = [node.name for node in model.graph.node]
     if len(set(names)) != len(names) or "" in names:
         raise GraphError("every node needs a name of its own to be converted")
-    return _Halver(model, frozenset(keep_fp32), emulate).converted()
+    return _Fp16Conversion(model, frozenset(fp32_nodes), emulate).converted()
 
 
 def name_nodes(model: onnx.ModelProto) -> None:
@@ -117,14 +94,12 @@ def name_nodes(model: onnx.ModelProto) -> None:
     taken: set[str] = set()
     for index, node in enumerate(model.graph.node):
         if not node.name or node.name in taken:
-            node.name = f"{node.op_type}_{index}"
-            while node.name in taken:
-                node.name += "_"
+            node.name = unused_name(f"{node.op_type}_{index}", taken)
         taken.add(node.name)
 
 
-class _Halver:
-    """One conversion: which tensors are FP16, and the Casts that were made."""
+class _Fp16Conversion:
+    """The state of one conversion: which tensors are FP16, and the Casts that were added."""
 
     def __init__(self, model: onnx.ModelProto, keep_fp32: frozenset[str], emulate: bool) -> None:
         self.source = onnx.shape_inference.infer_shapes(model)
@@ -144,8 +119,7 @@ class _Halver:
         outputs = {value.name for value in self.source.graph.output}
         if self.half & outputs:
             raise GraphError(f"the output {self.half & outputs} would be FP16; make it uint8")
-        model = onnx.ModelProto()
-        model.CopyFrom(self.source)
+        model = copy.deepcopy(self.source)
         for field in ("node", "initializer", "value_info"):
             model.graph.ClearField(field)
         model.graph.node.extend(self.nodes)
@@ -159,7 +133,7 @@ class _Halver:
             if name in self.constants and name not in self.floats:
                 self.initializers[name] = self.constants[name]
             elif name in self.floats:
-                node.input[i] = self._as(name, half=half and i not in always)
+                node.input[i] = self._in_precision(name, half=half and i not in always)
         results = [name for name in node.output if name in self.floats]
         self.nodes.append(node)
         if not (half and results):
@@ -173,8 +147,8 @@ class _Halver:
                 node.output[i] = self._fresh(f"{name}_exact")
                 self._round(node.output[i], name)
 
-    def _as(self, name: str, *, half: bool) -> str:
-        """Name of the tensor in the precision that is asked for; a Cast is added where needed."""
+    def _in_precision(self, name: str, *, half: bool) -> str:
+        """Return the name of a tensor in FP16 or FP32; a Cast is added where it is needed."""
         if name in self.constants:
             return self._constant(name, half)
         if (name in self.half) == half or (self.emulate and not half):
@@ -202,7 +176,7 @@ class _Halver:
         return self.made[name, half]
 
     def _round(self, name: str, to_name: str) -> None:
-        """Round to FP16, and say it in FP32."""
+        """Add Casts that round a tensor to FP16 and turn it back into FP32."""
         rounded = self._fresh(f"{to_name}_rounded")
         self._cast(name, rounded, TensorProto.FLOAT16)
         self._cast(rounded, to_name, TensorProto.FLOAT)
@@ -211,8 +185,7 @@ class _Halver:
         self.nodes.append(helper.make_node("Cast", [name], [to_name], f"{to_name}_cast", to=to))
 
     def _fresh(self, name: str) -> str:
-        while name in self.used:
-            name += "_"
+        name = unused_name(name, self.used)
         self.used.add(name)
         return name
 
@@ -226,7 +199,7 @@ def _types(model: onnx.ModelProto) -> Iterator[tuple[str, int]]:
 
 
 def _retype(node: NodeProto) -> None:
-    """Turn what a node says of its type from FP32 to FP16."""
+    """Replace FP32 by FP16 in the attributes of a node."""
     for attribute in node.attribute:
         if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT:
             attribute.i = TensorProto.FLOAT16
@@ -236,7 +209,7 @@ def _retype(node: NodeProto) -> None:
 
 
 def multiply_accumulates(model: onnx.ModelProto) -> int:
-    """Multiply-accumulates of the convolutions for one tile."""
+    """Count the multiply-accumulates of the convolutions for one tile."""
     inferred = onnx.shape_inference.infer_shapes(model)
     graph = inferred.graph
     shapes = {t.name: list(t.dims) for t in graph.initializer} | {

@@ -1,33 +1,40 @@
 """Freeze the statistics of the tile in a deployed graph, so that overlapping tiles agree.
 
-The live graph normalises each tile by its own mean and variance, so two tiles disagree where they
-overlap. Here the statistics are those of given tiles, pooled, and become constants, as
-those of a batch normalisation after training.
+The live graph normalises each tile by its own mean and variance, so two tiles disagree where they overlap. Freezing
+replaces these statistics by constants: those of given tiles, pooled, as in a batch normalisation after training.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import helper, inliner, numpy_helper
 
-from histostream.export.graph.model import GraphError, check_graph
+from histostream.export.graph.model import (
+    GraphError,
+    attribute,
+    check_graph,
+    open_session,
+    opset_of,
+    unused_name,
+    value_names,
+)
+from histostream.export.graph.operators import FREEZABLE, POINTWISE
 from histostream.export.graph.shapes import tiles_input
-from histostream.export.receptive_field.measure import Step, Trace, label, reach, trace
-from histostream.export.receptive_field.rules import POINTWISE
+from histostream.export.receptive_field.measure import Step, Trace, label, receptive_field, trace
 
 
 def freeze_statistics(model: onnx.ModelProto, tiles: NDArray[np.uint8]) -> onnx.ModelProto:
     """Replace the statistics of the tile in a graph by constants estimated from tiles.
 
-    One pass over all tiles as one batch, in ONNX Runtime on the CPU: each mean and variance, and
-    each other value that is reduced over the whole tile, is averaged over the batch where it first
-    appears, so those further down are computed from frozen ones above them.
+    All tiles run as one batch, once, in ONNX Runtime on the CPU. Each mean and variance, and each other value that is
+    reduced over the whole tile, is averaged over the batch where it first appears, so that later statistics are
+    computed from frozen earlier ones.
 
     Parameters
     ----------
@@ -38,33 +45,32 @@ def freeze_statistics(model: onnx.ModelProto, tiles: NDArray[np.uint8]) -> onnx.
 
     Returns
     -------
-    A graph with the same input and output and no statistics, ``reach(...).whole_tile == ()``;
+    A graph with the same input and output and no statistics (``receptive_field(...).whole_tile == ()``), or
     ``model`` itself if it has none.
 
     Raises
     ------
     GraphError
-        If a node sees the whole tile in a way that is no statistic (attention, say), or is unknown;
-        if the tiles are not what the graph takes, or its N is fixed.
+        If a node depends on the whole tile through something other than a statistic (attention, for example), or is
+        unknown; if the tiles do not fit the graph; or if its N is fixed.
     """
     two = trace(model, batch=2)
     one_tile = two.shapes[two.tiles][1:]
     if tiles.dtype != np.uint8 or tiles.shape[1:] != one_tile or not len(tiles):
         needed = f"(N, {', '.join(map(str, one_tile))})"
         raise GraphError(f"tiles are {tiles.dtype} {tiles.shape}: give uint8 {needed} with N of 1 or more")
-    if not reach(model).whole_tile:
+    if not receptive_field(model).whole_tile:
         return model
     if two.shapes[two.tiles][0] != 2:
         raise GraphError(f"input {two.tiles!r} has a fixed N: export with a dynamic one")
-    pooled = onnx.ModelProto()
-    pooled.CopyFrom(model)
+    pooled = copy.deepcopy(model)
     if pooled.functions:
         pooled = inliner.inline_local_functions(pooled)
     frozen = _with_constants(pooled, _run(pooled, _pool(pooled), tiles))
-    left = reach(frozen).whole_tile
+    left = receptive_field(frozen).whole_tile
     if left:
         raise GraphError(
-            f"node {left[0]!r} sees the whole tile and cannot be frozen; export without --freeze-statistics"
+            f"node {left[0]!r} depends on the whole tile and cannot be frozen; export without --freeze-statistics"
         )
     output = frozen.graph.output[0].name
     if trace(frozen, batch=2).shapes.get(output, (2,))[0] != 2:
@@ -79,7 +85,7 @@ def freeze_statistics(model: onnx.ModelProto, tiles: NDArray[np.uint8]) -> onnx.
 def _pool(model: onnx.ModelProto) -> dict[str, bool]:
     """Average statistics over the batch where they appear.
 
-    Returns those that become constants, and whether they still have the axis of N.
+    Returns the tensors that become constants, and whether their first axis is N.
     """
     traced = trace(model)
     per_tile = _per_tile(traced, model)
@@ -113,12 +119,12 @@ class _Graph:
     """The nodes and initializers of the pooled graph while it is made."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        self.opset = max(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+        self.opset = opset_of(model)
         self.tiles = tiles_input(model)
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.frozen: dict[str, bool] = {}  # name -> whether its first axis is N
-        self.taken = {name for node in model.graph.node for name in (*node.input, *node.output)}
+        self.taken = value_names(model.graph)
 
     def add(self, kind: str, inputs: list[str], name: str, **attributes: Any) -> str:
         """Add a node; return its output."""
@@ -128,8 +134,7 @@ class _Graph:
 
     def fresh(self, name: str) -> str:
         """Return a name that no tensor has."""
-        while name in self.taken:
-            name += "_"
+        name = unused_name(name, self.taken)
         self.taken.add(name)
         return name
 
@@ -166,58 +171,32 @@ class _Graph:
 
 def _refuse(node: onnx.NodeProto) -> GraphError:
     return GraphError(
-        f"node {label(node)!r} ({node.op_type}) sees the whole tile and is no statistic that can "
-        "be frozen: give tiles a halo or take a network without it"
+        f"node {label(node)!r} ({node.op_type}) depends on the whole tile and is not a statistic that can be frozen; "
+        "export without --freeze-statistics"
     )
 
 
 def _pool_node(graph: _Graph, step: Step, traced: Trace, per_tile: set[str]) -> None:
-    """Add a whole-tile node in its pooled form."""
+    """Add a node that depends on the whole tile in its pooled form."""
     node = step.node
     out = node.output[0]
-    seeing = [name for name in node.input if traced.layouts.get(name)]
-    if len(seeing) != 1 or not {*seeing, out} <= per_tile or any(node.output[1:]):
+    spatial = [name for name in node.input if traced.layouts.get(name)]
+    if len(spatial) != 1 or not {*spatial, out} <= per_tile or any(node.output[1:]):
         raise _refuse(node)
     if node.op_type in NORMALISATIONS:
         if any(name in traced.layouts for name in node.input[1:]):
             raise _refuse(node)
         NORMALISATIONS[node.op_type](graph, node, traced)
         return
-    if node.op_type not in REDUCTIONS or any(step.effect.layouts.values()):
+    if node.op_type not in FREEZABLE or any(step.effect.layouts.values()):
         raise _refuse(node)
     # Average over the batch, then repeat, so that what follows still has its N.
-    live = onnx.NodeProto()
-    live.CopyFrom(node)
+    live = copy.deepcopy(node)
     live.output[0] = graph.fresh(f"{out}_per_tile")
     graph.nodes.append(live)
     mean = graph.mean(live.output[0], [0], f"{out}_mean")
     shape = graph.add("Shape", [live.output[0]], f"{out}_shape")
     graph.nodes.append(helper.make_node("Expand", [mean, shape], [out], f"{out}_repeated"))
-
-
-REDUCTIONS = frozenset(
-    {
-        "ReduceL1",
-        "ReduceL2",
-        "ReduceLogSum",
-        "ReduceLogSumExp",
-        "ReduceMax",
-        "ReduceMean",
-        "ReduceMin",
-        "ReduceSum",
-        "ReduceSumSquare",
-        "GlobalAveragePool",
-        "GlobalMaxPool",
-        "GlobalLpPool",
-        "Gemm",
-        "MatMul",
-    }
-)
-
-
-def _attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
-    found = [a for a in node.attribute if a.name == name]
-    return helper.get_attribute_value(found[0]) if found else default
 
 
 def _instance_norm(graph: _Graph, node: onnx.NodeProto, traced: Trace) -> None:
@@ -234,7 +213,7 @@ def _group_norm(graph: _Graph, node: onnx.NodeProto, traced: Trace) -> None:
     """GroupNormalization likewise, each channel with the statistics of its group."""
     x, scale, bias = node.input
     name = f"{node.output[0]}_tile"
-    channels, groups = traced.shapes[x][1], _attribute(node, "num_groups", 1)
+    channels, groups = traced.shapes[x][1], attribute(node, "num_groups", 1)
     to_groups = graph.constant(np.array([0, groups, -1], np.int64), f"{name}_to_groups")
     grouped = graph.add("Reshape", [x, to_groups], f"{name}_groups")
     mean = graph.mean(grouped, [0, 2], f"{name}_mean")
@@ -242,18 +221,18 @@ def _group_norm(graph: _Graph, node: onnx.NodeProto, traced: Trace) -> None:
     group = np.repeat(np.arange(groups, dtype=np.int64), channels // groups)
     index = graph.constant(group, f"{name}_group_of_channel")
 
-    def of_channels(per_group: str) -> str:
-        return graph.add("Gather", [per_group, index], f"{per_group}_of_channels", axis=0)
+    def per_channel(per_group: str) -> str:
+        return graph.add("Gather", [per_group, index], f"{per_group}_per_channel", axis=0)
 
     if graph.opset < 21:  # then scale and bias were given per group
-        scale, bias = (graph.freeze(of_channels(weight)) for weight in (scale, bias))
-    mean, variance = (of_channels(graph.flat(value)) for value in (mean, variance))
+        scale, bias = (graph.freeze(per_channel(weight)) for weight in (scale, bias))
+    mean, variance = (per_channel(graph.flat(value)) for value in (mean, variance))
     _batch_norm(graph, node, scale, bias, mean, variance)
 
 
 def _batch_norm(graph: _Graph, node: onnx.NodeProto, scale: str, bias: str, mean: str, variance: str) -> None:
     inputs = [node.input[0], scale, bias, graph.freeze(mean), graph.freeze(variance)]
-    epsilon = _attribute(node, "epsilon", 1e-5)
+    epsilon = attribute(node, "epsilon", 1e-5)
     graph.nodes.append(helper.make_node("BatchNormalization", inputs, node.output, node.name, epsilon=epsilon))
 
 
@@ -261,10 +240,10 @@ def _layer_norm(graph: _Graph, node: onnx.NodeProto, traced: Trace) -> None:
     """LayerNormalization over a side of the tile: (x - mean) / sqrt(variance + epsilon)."""
     x, scale, out = node.input[0], node.input[1], node.output[0]
     rank = len(traced.shapes[x])
-    axes = [0, *range(_attribute(node, "axis", -1) % rank, rank)]
+    axes = [0, *range(attribute(node, "axis", -1) % rank, rank)]
     mean = graph.freeze(graph.mean(x, axes, f"{out}_tile_mean"))
     variance = graph.variance(x, mean, axes, f"{out}_tile_variance")
-    epsilon = np.array(_attribute(node, "epsilon", 1e-5), np.float32)
+    epsilon = np.array(attribute(node, "epsilon", 1e-5), np.float32)
     raised = graph.add("Add", [variance, graph.constant(epsilon, f"{out}_epsilon")], f"{out}_sum")
     deviation = graph.freeze(graph.add("Sqrt", [raised], f"{out}_tile_deviation"))
     result = graph.add("Sub", [x, mean], f"{out}_centred")
@@ -283,9 +262,8 @@ NORMALISATIONS: dict[str, Callable[[_Graph, onnx.NodeProto, Trace], None]] = {
 
 
 def _with_frozen_inputs(graph: _Graph, node: onnx.NodeProto, traced: Trace, per_tile: set[str]) -> onnx.NodeProto:
-    """Freeze the statistics that a node puts to the pixels; where N must match, repeat them."""
-    frozen = onnx.NodeProto()
-    frozen.CopyFrom(node)
+    """Freeze the statistics that a node combines with pixels; repeat them along N where it must match."""
+    frozen = copy.deepcopy(node)
     for i, name in enumerate(node.input):
         if name not in traced.layouts or traced.layouts[name] is not None:
             continue
@@ -313,25 +291,20 @@ def _repeated(graph: _Graph, tensor: str, rank: int) -> str:
 
 def _run(pooled: onnx.ModelProto, names: dict[str, bool], tiles: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
     """Return the frozen tensors of the pooled graph, with one entry on the axis of N."""
-    model = onnx.ModelProto()
-    model.CopyFrom(pooled)
+    model = copy.deepcopy(pooled)
     del model.graph.value_info[:]
     del model.graph.output[:]
     model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names)
-    options = ort.SessionOptions()
-    options.log_severity_level = 3  # errors; repeated names of shapes are no news
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    found = cast("list[NDArray[Any]]", session.run(list(names), {tiles_input(model): tiles}))
+    values = open_session(model).run(list(names), {tiles_input(model): tiles})
     # Along N all entries are equal: one is kept, which broadcasts.
     return {
-        name: value[:1] if per_tile else value for (name, per_tile), value in zip(names.items(), found, strict=True)
+        name: value[:1] if per_tile else value for (name, per_tile), value in zip(names.items(), values, strict=True)
     }
 
 
 def _with_constants(pooled: onnx.ModelProto, values: dict[str, NDArray[Any]]) -> onnx.ModelProto:
-    """Put constants for tensors and drop what then leads nowhere."""
-    frozen = onnx.ModelProto()
-    frozen.CopyFrom(pooled)
+    """Replace tensors by constants and remove the nodes that are then unused."""
+    frozen = copy.deepcopy(pooled)
     graph = frozen.graph
     needed = {value.name for value in graph.output}
     kept = []

@@ -1,4 +1,4 @@
-"""Eight-bit integers in the graph: QDQ nodes, with ranges measured on real tiles.
+"""Quantise a graph to eight-bit integers: QDQ nodes, with ranges measured on real tiles.
 
 Activations are unsigned with a zero point, weights signed, one scale per output channel and seven
 of their eight bits used (``reduce_range``). CPUs without VNNI add pairs of products in 16 bits,
@@ -8,6 +8,7 @@ which eight-bit weights overflow; with seven the result is the same on every CPU
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import math
@@ -24,38 +25,14 @@ from onnx import TensorProto, helper
 from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.calibrate import TensorsData, save_tensors_data
 
-from histostream.export.parity import open_session
+from histostream.export.graph.model import open_session
+from histostream.export.graph.operators import QUANTIZED
 
-# What eight bits make faster, and what moves its results about. Arithmetic between them (residual
-# sums, normalisation by hand) costs more accuracy than it saves time.
-OPERATORS = (
-    "Conv",
-    "ConvTranspose",
-    "Gemm",
-    "MatMul",
-    "MaxPool",
-    "AveragePool",
-    "Relu",
-    "Clip",
-    "LeakyRelu",
-    "Concat",
-    "Resize",
-    "Split",
-    "Pad",
-    "Transpose",
-    "Reshape",
-    "Slice",
-    "Squeeze",
-    "Unsqueeze",
-    "Flatten",
-    "DepthToSpace",
-    "SpaceToDepth",
-)
-WATCHED_BYTES = 256 << 20  # of activations that one session keeps to find their ranges
+MAX_WATCHED_BYTES = 256 << 20  # of activations that one session keeps to find their ranges
 
 
 class Quantizer:
-    """Quantises one graph, as often as is wanted, from ranges measured once.
+    """Quantises one graph any number of times; the ranges of its activations are measured once.
 
     Parameters
     ----------
@@ -78,8 +55,8 @@ class Quantizer:
     def __exit__(self, *_: object) -> None:
         self._folder.cleanup()
 
-    def quantize(self, keep_fp32: Collection[str]) -> onnx.ModelProto:
-        """Quantise every node but those named."""
+    def quantize(self, fp32_nodes: Collection[str]) -> onnx.ModelProto:
+        """Return the graph with every node quantised but ``fp32_nodes``, which are names."""
         out = self._source.with_name("int8.onnx")
         with _quiet():
             quantize_static(
@@ -91,8 +68,8 @@ class Quantizer:
                 weight_type=QuantType.QInt8,
                 per_channel=True,
                 reduce_range=True,
-                op_types_to_quantize=list(OPERATORS),
-                nodes_to_exclude=sorted(keep_fp32),
+                op_types_to_quantize=list(QUANTIZED),
+                nodes_to_exclude=sorted(fp32_nodes),
                 calibration_cache_path=self._ranges,
             )
         model = onnx.load(out)
@@ -103,16 +80,16 @@ class Quantizer:
 def measure_ranges(
     model: onnx.ModelProto, tiles: NDArray[np.uint8]
 ) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
-    """Smallest and largest value of every FP32 tensor over the tiles (N, H, W, C), run one by one.
+    """Return the smallest and largest value of every FP32 tensor over tiles (N, H, W, C), run one by one.
 
-    ONNX Runtime's own calibrator watches all tensors at once, which keeps them all in memory: two
-    gigabytes for a network of 31 M parameters. Here a session watches as many as fit.
+    ONNX Runtime's own calibrator watches all tensors at once and keeps them all in memory: two gigabytes for a
+    network of 31 M parameters. Here a session watches at most `MAX_WATCHED_BYTES`.
     """
     inferred = onnx.shape_inference.infer_shapes(model)
     produced = {name for node in inferred.graph.node for name in node.output}
     ranges = {}
     group: list[str] = []
-    room = WATCHED_BYTES
+    room = MAX_WATCHED_BYTES
     for value in (*inferred.graph.value_info, *inferred.graph.output):
         kind = value.type.tensor_type
         if kind.elem_type != TensorProto.FLOAT or value.name not in produced:
@@ -120,7 +97,7 @@ def measure_ranges(
         size = 4 * math.prod(dim.dim_value or 1 for dim in kind.shape.dim)
         if group and size > room:
             ranges.update(_ranges_of(group, inferred, tiles))
-            group, room = [], WATCHED_BYTES
+            group, room = [], MAX_WATCHED_BYTES
         group.append(value.name)
         room -= size
     ranges.update(_ranges_of(group, inferred, tiles))
@@ -130,17 +107,16 @@ def measure_ranges(
 def _ranges_of(
     tensors: list[str], model: onnx.ModelProto, tiles: NDArray[np.uint8]
 ) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
-    wanted = [f"{name}/{kind}" for name in tensors for kind in ("Min", "Max")]
-    watched = onnx.ModelProto()
-    watched.CopyFrom(model)
+    outputs = [f"{name}/{kind}" for name in tensors for kind in ("Min", "Max")]
+    watched = copy.deepcopy(model)
     del watched.graph.output[:]
-    for made in wanted:
-        name, _, kind = made.rpartition("/")
-        watched.graph.node.append(helper.make_node(f"Reduce{kind}", [name], [made], keepdims=0))
-        watched.graph.output.append(helper.make_tensor_value_info(made, TensorProto.FLOAT, []))
+    for output in outputs:
+        name, _, kind = output.rpartition("/")
+        watched.graph.node.append(helper.make_node(f"Reduce{kind}", [name], [output], keepdims=0))
+        watched.graph.output.append(helper.make_tensor_value_info(output, TensorProto.FLOAT, []))
     session = open_session(watched)
-    found = np.array([session.run(wanted, {"tiles": tile[None]}) for tile in tiles], np.float32)
-    low, high = found[:, ::2].min(axis=0), found[:, 1::2].max(axis=0)
+    extremes = np.array([session.run(outputs, {"tiles": tile[None]}) for tile in tiles], np.float32)
+    low, high = extremes[:, ::2].min(axis=0), extremes[:, 1::2].max(axis=0)
     return {name: (low[i], high[i]) for i, name in enumerate(tensors)}
 
 

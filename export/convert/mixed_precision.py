@@ -1,10 +1,9 @@
-"""The gate that heals: which nodes must stay in FP32 for a converted graph to pass parity.
+"""Find the nodes that must stay in FP32 for a converted graph to pass the parity check.
 
-The graph is cut into groups, each a weighted node (convolution, matrix product) and what follows
-it. If the whole conversion fails, every group is converted alone and judged, which orders the
-groups by the damage they do; bisection then finds how many of the worst to keep in FP32. An
-overflow is found because the groups at its two ends fail alone; noise that is spread over the
-graph is cut where the most of it comes from.
+The graph is cut into groups, each a weighted node (convolution, matrix product) and the nodes that follow it. If the
+whole conversion fails, every group is converted alone and compared with the reference, which orders the groups by
+their error; bisection then finds how many of the worst must stay in FP32. An overflow is found because the groups at
+its two ends fail alone; noise that is spread over the graph is removed where most of it comes from.
 """
 
 from __future__ import annotations
@@ -21,46 +20,42 @@ WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 class JudgeConversion(Protocol):
-    """Judges the conversion that keeps some nodes in FP32; ``quick`` on fewer tiles."""
+    """Compares the conversion that keeps some nodes in FP32 with the reference."""
 
     def __call__(self, fp32_nodes: Collection[str], *, quick: bool) -> ParityReport:
-        """Judge it."""
+        """Convert and compare; ``quick`` uses fewer tiles."""
 
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """How a graph may be converted.
+    """Which nodes of a graph stay in FP32, and the parity that follows.
 
     Attributes
     ----------
     report
-        Its parity.
+        Parity of the conversion.
     passed
-        Whether it may be deployed; a conversion that leaves every node in FP32 may not.
+        Whether it may be deployed. A conversion that leaves every node in FP32 may not.
     fp32_nodes
         Names of the nodes that stay in FP32, in the order of the graph.
-    healed
-        Those among them that the search added.
+    added
+        The nodes among them that the search added.
     steps
-        What was tried, and what came of it.
+        Every conversion that was tried, with its figures.
     """
 
     report: ParityReport
     passed: bool
     fp32_nodes: tuple[str, ...]
-    healed: tuple[str, ...]
+    added: tuple[str, ...]
     steps: tuple[dict[str, Any], ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain values for the card."""
-        return {
-            "fp32_nodes": list(self.fp32_nodes),
-            "healed": list(self.healed),
-            "steps": list(self.steps),
-        }
+        """Return the record for the card."""
+        return {"fp32_nodes": list(self.fp32_nodes), "healed": list(self.added), "steps": list(self.steps)}
 
 
-def heal(
+def find_mixed_precision(
     model: onnx.ModelProto,
     judge: JudgeConversion,
     limits: Limits,
@@ -75,22 +70,22 @@ def heal(
     model
         The graph in FP32, its nodes named.
     judge
-        Judges a conversion.
+        Compares a conversion with the reference.
     limits
-        What it has to reach.
+        The parity that is required.
     islands
-        Nodes that stay in FP32 from the start.
+        Names of the nodes that always stay in FP32.
     say
-        Told what is being tried.
+        Called with a line of progress when the search begins.
     """
     steps: list[dict[str, Any]] = []
     groups = node_groups(model, islands)
 
-    def judged(kept: list[list[str]], what: str, *, quick: bool = False) -> ParityReport:
-        report = judge({*islands, *(name for group in kept for name in group)}, quick=quick)
+    def tried(fp32_groups: list[list[str]], description: str, *, quick: bool = False) -> ParityReport:
+        report = judge({*islands, *(name for group in fp32_groups for name in group)}, quick=quick)
         steps.append(
             {
-                "tried": what,
+                "tried": description,
                 "label_agreement": report.label_agreement,
                 "dice_change": report.dice_change,
                 "not_finite": report.not_finite,
@@ -99,33 +94,32 @@ def heal(
         )
         return report
 
-    report = judged([], "all groups converted")
+    report = tried([], "all groups converted")
     kept: list[list[str]] = []
     if not report.meets(limits):
-        say(f"{report}; looking for what must stay in FP32")
-        worst = sorted(
-            groups,
-            key=lambda group: (
-                judged([g for g in groups if g is not group], f"only {group[0]} converted", quick=True).damage
-            ),
-            reverse=True,
-        )
-        low, high = 0, len(worst)  # keeping the `low` worst groups is too few
+        say(f"{report}; looking for the nodes that must stay in FP32")
+        errors = [
+            tried([g for g in groups if g is not group], f"only {group[0]} converted", quick=True).error
+            for group in groups
+        ]
+        order = sorted(range(len(groups)), key=errors.__getitem__, reverse=True)
+        worst = [groups[i] for i in order]
+        low, high = 0, len(worst)  # with the `low` worst groups in FP32 the conversion fails
         while high - low > 1:
             middle = (low + high) // 2
-            found = judged(worst[:middle], f"the {middle} worst groups in FP32")
-            if found.meets(limits):
-                high, report = middle, found
+            candidate = tried(worst[:middle], f"the {middle} worst groups in FP32")
+            if candidate.meets(limits):
+                high, report = middle, candidate
             else:
                 low = middle
         kept = worst[:high]
-    healed = {name for group in kept for name in group}
-    order = [node.name for node in model.graph.node]
+    added = {name for group in kept for name in group}
+    names = [node.name for node in model.graph.node]
     return Conversion(
         report=report,
         passed=report.meets(limits) and len(kept) < len(groups),
-        fp32_nodes=tuple(name for name in order if name in healed or name in islands),
-        healed=tuple(name for name in order if name in healed),
+        fp32_nodes=tuple(name for name in names if name in added or name in islands),
+        added=tuple(name for name in names if name in added),
         steps=tuple(steps),
     )
 

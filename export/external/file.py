@@ -1,11 +1,12 @@
-"""The network in an ONNX file from elsewhere: read without trust, checked, and tidied.
+"""Read an ONNX file from elsewhere: check it, and reduce it to the network of one input and one output.
 
-Nothing of the file runs but operators of the ONNX standard, in ONNX Runtime, and weights outside
-the file are read only from its own folder.
+The file is not trusted: only operators of the ONNX standard run, in ONNX Runtime, and weights outside the file are read
+only from its own folder.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,25 +19,22 @@ from google.protobuf.message import DecodeError, Message
 from onnx import TensorProto, helper
 
 from histostream.export.graph.from_torch import OPSET
-from histostream.export.graph.model import GraphError
+from histostream.export.graph.model import INVALID, GraphError, first_line, open_session, opset_of, unused_name
+from histostream.export.graph.operators import STANDARD_DOMAINS
 
-OLDEST_OPSET = 13  # the nodes that are added here mean the same from this operator set on
-STANDARD_DOMAINS = ("", "ai.onnx")
+OLDEST_OPSET = 13  # the nodes that wrapping adds have the same meaning from this operator set on
 MAX_BYTES = 2**31 - 1  # of one ONNX file: protobuf's limit
-MAX_NODES = 100_000  # once local functions are written out; large networks have some thousands
-MAX_DEPTH = 100  # of functions in functions; exporters need a few
-INVALID = (onnx.checker.ValidationError, onnx.shape_inference.InferenceError)
-FATAL_ONLY = 4  # ONNX Runtime's severity for messages on stderr; failures are raised by us
+MAX_NODES = 100_000  # after local functions are inlined; large networks have some thousands
+MAX_DEPTH = 100  # of nested functions; exporters need a few
 
 
 def read_onnx(path: Path) -> onnx.ModelProto:
-    """Read the file and its external data, none of which may lie outside its folder.
+    """Read an ONNX file and its external data, which must lie in the same folder.
 
     Raises
     ------
     GraphError
-        If it is not an ONNX file, is damaged or too large, or its weights are missing or lie
-        outside its folder.
+        If it is not an ONNX file, is damaged or too large, or its weights are missing or lie outside its folder.
     """
     try:
         content = path.read_bytes()
@@ -48,7 +46,7 @@ def read_onnx(path: Path) -> onnx.ModelProto:
         raise GraphError(f"{path}: not an ONNX file, or damaged; export the model again") from error
     if not model.graph.node or not model.graph.output:
         raise GraphError(f"{path}: not an ONNX file, or one without a network; name the .onnx file of a network")
-    folder, outside = path.resolve().parent, dict[Path, int]()
+    folder, external_bytes = path.resolve().parent, dict[Path, int]()
     for tensor in tensors:
         if tensor.data_location != TensorProto.EXTERNAL:
             continue
@@ -66,8 +64,8 @@ def read_onnx(path: Path) -> onnx.ModelProto:
             )
         if not data.is_file():
             raise GraphError(f"{data}: is missing; weights of {path.name} lie in it: copy it beside the model")
-        outside[data] = data.stat().st_size
-    if len(content) + sum(outside.values()) > MAX_BYTES:
+        external_bytes[data] = data.stat().st_size
+    if len(content) + sum(external_bytes.values()) > MAX_BYTES:
         raise GraphError(f"{path}: with its weights larger than one ONNX file can be (2 GiB); use a smaller network")
     try:
         onnx.load_external_data_for_model(model, str(folder))
@@ -83,7 +81,7 @@ def read_onnx(path: Path) -> onnx.ModelProto:
 
 
 def check_operators(model: onnx.ModelProto) -> None:
-    """Refuse operators outside the standard, subgraphs, and functions that multiply endlessly.
+    """Refuse operators outside the standard, subgraphs, and functions that call themselves or grow without limit.
 
     Raises
     ------
@@ -93,7 +91,7 @@ def check_operators(model: onnx.ModelProto) -> None:
     functions = {(f.domain, f.name, f.overload): f for f in model.functions}
     sizes: dict[tuple[str, str, str], int] = {}
 
-    def size(nodes: Any, within: tuple[tuple[str, str, str], ...]) -> int:
+    def size(nodes: Any, parents: tuple[tuple[str, str, str], ...]) -> int:
         total = 0
         for node in nodes:
             key = (node.domain, node.op_type, node.overload)
@@ -102,7 +100,7 @@ def check_operators(model: onnx.ModelProto) -> None:
                     f"node {node.name!r} is a {node.op_type}: not in a deployed graph; "
                     "export the model for inference, without control flow"
                 )
-            if key in within or len(within) > MAX_DEPTH:
+            if key in parents or len(parents) > MAX_DEPTH:
                 raise GraphError(
                     f"function {node.op_type!r} calls itself, or is too deep; export the model without functions"
                 )
@@ -115,19 +113,19 @@ def check_operators(model: onnx.ModelProto) -> None:
                 total += 1
                 continue
             if key not in sizes:
-                sizes[key] = size(functions[key].node, (*within, key))
+                sizes[key] = size(functions[key].node, (*parents, key))
             total += sizes[key]
         return total
 
     if (nodes := size(model.graph.node, ())) > MAX_NODES:
         raise GraphError(
-            f"{nodes} nodes once functions are written out: too many to be a network; "
+            f"{nodes} nodes after its functions are inlined: too many to be a network; "
             "export the model without functions"
         )
 
 
 def open_file(path: Path, model: onnx.ModelProto) -> Any:
-    """Open the network in ONNX Runtime: the file's own bytes, with external data put inside.
+    """Open a network in ONNX Runtime.
 
     Raises
     ------
@@ -140,40 +138,21 @@ def open_file(path: Path, model: onnx.ModelProto) -> Any:
         raise GraphError(f"{path}: ONNX Runtime cannot load it ({error}); export the model again") from error
 
 
-def open_session(model: onnx.ModelProto) -> Any:
-    """Open a network in ONNX Runtime on the CPU.
-
-    Raises
-    ------
-    GraphError
-        If ONNX Runtime cannot load it.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = FATAL_ONLY
-    try:
-        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's own exceptions have no common base
-        raise GraphError(first_line(error)) from error
-
-
 def prune(original: onnx.ModelProto, input_name: str, output_name: str) -> onnx.ModelProto:
-    """Write out functions; keep what the output needs; name what has no name.
+    """Inline functions, keep only the nodes that the output needs, and name nodes without a name.
 
     Raises
     ------
     GraphError
         If the output needs other inputs, or not this one.
     """
-    model = onnx.ModelProto()
-    model.CopyFrom(original)
+    model = copy.deepcopy(original)
     if model.functions:
         try:
             model = onnx.inliner.inline_local_functions(model)
         except (RuntimeError, ValueError, *INVALID) as error:
             raise GraphError(
-                f"functions cannot be written out ({first_line(error)}); export the model without functions"
+                f"functions cannot be inlined ({first_line(error)}); export the model without functions"
             ) from error
         check_operators(model)
     graph = model.graph
@@ -221,7 +200,7 @@ def prune(original: onnx.ModelProto, input_name: str, output_name: str) -> onnx.
 
 
 def convert(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return the network in operator set 18 if it is older and can be converted, else itself.
+    """Convert an older network to operator set 18; one that cannot be converted is returned as it is.
 
     Raises
     ------
@@ -242,44 +221,21 @@ def convert(model: onnx.ModelProto) -> onnx.ModelProto:
         ) from error
 
 
-def opset_of(model: onnx.ModelProto) -> int:
-    """Return the version of the standard operators that a model uses."""
-    return max((i.version for i in model.opset_import if i.domain in STANDARD_DOMAINS), default=1)
-
-
-def value_names(graph: onnx.GraphProto) -> set[str]:
-    """Return the names of all values of a graph, weights included."""
-    weights = {t.name for t in graph.initializer} | {t.values.name for t in graph.sparse_initializer}
-    return weights | {name for node in graph.node for name in (*node.input, *node.output)}
-
-
-def unused_name(name: str, taken: set[str]) -> str:
-    """Return the name, lengthened until it is not taken."""
-    while name in taken:
-        name += "_"
-    return name
-
-
 def either(names: Sequence[str]) -> str:
     """Return names as a message lists them: 'a', 'b' or 'c'."""
     *most, last = (repr(name) for name in names)
     return f"{', '.join(most)} or {last}" if most else last
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, its type if it has none."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
 def _parts(message: Message) -> Iterator[Message]:
-    """Every message in a model, in attributes and functions too; DecodeError if a text is none."""
+    """Yield every message in a model, also in attributes and functions; DecodeError if a text is not UTF-8."""
     yield message
-    for said, value in message.ListFields():
-        if said.message_type is not None:
+    for field, value in message.ListFields():
+        if field.message_type is not None:
             for part in [value] if isinstance(value, Message) else value:
                 yield from _parts(part)
-        elif said.type == said.TYPE_STRING:
+        elif field.type == field.TYPE_STRING:
             # Protobuf leaves what is not UTF-8 as bytes.
             texts = [value] if isinstance(value, str | bytes) else value
             if not all(isinstance(text, str) for text in texts):
-                raise DecodeError(f"{said.name} is not text")
+                raise DecodeError(f"{field.name} is not text")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any, cast
@@ -12,74 +13,46 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, inliner, numpy_helper, reference, shape_inference
 
 from histostream.export.graph.model import GraphError
+from histostream.export.graph.operators import SHAPE_ARITHMETIC
 
 Shape = tuple[int, ...]
 TILES = "tiles"
-SMALL = 4096  # elements; a constant that steers a node (a shape, pads, indices) has fewer
-# Nodes with which exporters compute shapes.
-SHAPE_ARITHMETIC = frozenset(
-    {
-        "Add",
-        "Cast",
-        "Ceil",
-        "Concat",
-        "ConstantOfShape",
-        "Div",
-        "Equal",
-        "Expand",
-        "Floor",
-        "Gather",
-        "Identity",
-        "Max",
-        "Min",
-        "Mod",
-        "Mul",
-        "Neg",
-        "Range",
-        "ReduceProd",
-        "Reshape",
-        "Slice",
-        "Squeeze",
-        "Sub",
-        "Unsqueeze",
-        "Where",
-    }
-)
+MAX_ELEMENTS = 4096  # of a constant that steers a node: a shape, pads, indices
 
 
 def with_shapes(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
-    """Copy the model with a fixed N, every shape inferred and computed shapes made constants.
+    """Copy the model with a fixed N, with every shape inferred and computed shapes made constants.
 
     Raises
     ------
     GraphError
         If height or width are not fixed.
     """
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    if copy.functions:
-        copy = inliner.inline_local_functions(copy)
-    tiles = tiles_input(copy)
-    (value,) = (value for value in copy.graph.input if value.name == tiles)
+    model = copy.deepcopy(model)
+    if model.functions:
+        model = inliner.inline_local_functions(model)
+    graph = model.graph
+    tiles = tiles_input(model)
+    (value,) = (value for value in graph.input if value.name == tiles)
     dims = value.type.tensor_type.shape.dim
     if len(dims) != 4 or not (dims[1].dim_value and dims[2].dim_value and dims[3].dim_value):
         raise GraphError(f"input {tiles!r} is not (N, H, W, C) with fixed H, W and C: export for one tile size")
     if not dims[0].dim_value:
         dims[0].dim_value = batch
-    # What the exporter noted of the shapes holds for any N and may be incomplete.
-    del copy.graph.value_info[:]
-    for out in copy.graph.output:
+    # The shapes that the exporter wrote down hold for any N and may be incomplete.
+    del graph.value_info[:]
+    for out in graph.output:
         out.type.tensor_type.ClearField("shape")
     while True:
-        inferred = shape_inference.infer_shapes(copy, data_prop=True)
-        found, unsaid = _folded(inferred), _left_by_inference(inferred)
-        if not found and not unsaid:
+        inferred = shape_inference.infer_shapes(model, data_prop=True)
+        constants, added = _computed_shapes(inferred), _types_left_out(inferred)
+        if not constants and not added:
             return inferred
-        copy.graph.value_info.extend(unsaid)
-        kept = [node for node in copy.graph.node if node.output[0] not in found]
-        del copy.graph.node[:]
-        copy.graph.node.extend(kept)
-        copy.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in found.items())
+        graph.value_info.extend(added)
+        kept = [node for node in graph.node if node.output[0] not in constants]
+        del graph.node[:]
+        graph.node.extend(kept)
+        graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
 
 
 def tiles_input(model: onnx.ModelProto) -> str:
@@ -102,15 +75,15 @@ def known_shapes(model: onnx.ModelProto) -> dict[str, Shape]:
 
 
 def small_constants(model: onnx.ModelProto) -> dict[str, NDArray[Any]]:
-    """Return the constants of a graph that have at most `SMALL` elements."""
+    """Return the constants of a graph that have at most `MAX_ELEMENTS` elements."""
     values = {
         tensor.name: numpy_helper.to_array(tensor)
         for tensor in model.graph.initializer
-        if math.prod(tensor.dims) <= SMALL and tensor.data_type != TensorProto.STRING
+        if math.prod(tensor.dims) <= MAX_ELEMENTS and tensor.data_type != TensorProto.STRING
     }
     for node in model.graph.node:
         for attribute in node.attribute if node.op_type == "Constant" else ():
-            if attribute.name == "value" and math.prod(attribute.t.dims) <= SMALL:
+            if attribute.name == "value" and math.prod(attribute.t.dims) <= MAX_ELEMENTS:
                 values[node.output[0]] = numpy_helper.to_array(attribute.t)
             elif attribute.name in ("value_int", "value_ints", "value_float", "value_floats"):
                 values[node.output[0]] = np.array(helper.get_attribute_value(attribute))
@@ -125,7 +98,7 @@ def resize_scale(source: int, target: int) -> np.float32:
     return scale
 
 
-def _left_by_inference(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+def _types_left_out(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
     """Return the outputs that have the type of their input, of nodes that onnx does not infer."""
     graph = model.graph
     known = {value.name: value.type for value in (*graph.input, *graph.value_info, *graph.output)}
@@ -138,10 +111,10 @@ def _left_by_inference(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
     ]
 
 
-def _folded(model: onnx.ModelProto) -> dict[str, NDArray[Any]]:
+def _computed_shapes(model: onnx.ModelProto) -> dict[str, NDArray[Any]]:
     """Return the value of every shape that the graph computes from known shapes and constants."""
     known, shapes = small_constants(model), known_shapes(model)
-    found: dict[str, NDArray[Any]] = {}
+    constants: dict[str, NDArray[Any]] = {}
     for node in model.graph.node:
         value = None
         if node.op_type == "Shape" and node.input[0] in shapes:
@@ -153,12 +126,12 @@ def _folded(model: onnx.ModelProto) -> dict[str, NDArray[Any]]:
         elif (
             node.op_type in SHAPE_ARITHMETIC
             and all(name in known for name in node.input if name)
-            and math.prod(shapes.get(node.output[0], (1,))) <= SMALL
+            and math.prod(shapes.get(node.output[0], (1,))) <= MAX_ELEMENTS
         ):
             value = _evaluated(node, known, model.opset_import)
-        if value is not None and value.size <= SMALL:
-            found[node.output[0]] = known[node.output[0]] = value
-    return found
+        if value is not None and value.size <= MAX_ELEMENTS:
+            constants[node.output[0]] = known[node.output[0]] = value
+    return constants
 
 
 def _evaluated(

@@ -1,6 +1,6 @@
-"""Where the height and the width of the tile lie in the tensors of a graph.
+"""Types that say where the height and the width of the tile lie in the tensors of a graph.
 
-The vocabulary that ``reach`` and its rules share.
+`receptive_field` and its rules share them.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any, cast
 
 import onnx
 from numpy.typing import NDArray
-from onnx import helper
 
+from histostream.export.graph.model import attribute
 from histostream.export.graph.shapes import Shape
 
 Interval = tuple[int, int]  # first and last position
@@ -21,8 +21,8 @@ Window = Callable[[Interval], Interval | None]  # positions of an output -> of a
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
-    """Where the height, or the width, of the tile lies in a tensor."""
+class SpatialAxis:
+    """The axis of a tensor along which the height, or the width, of the tile runs."""
 
     axis: int
     size: int
@@ -30,7 +30,7 @@ class Side:
     inner: int = 1  # elements of the axis from one position to the next; > 1 if others share it
 
 
-Layout = tuple[Side, Side]  # height, width
+Layout = tuple[SpatialAxis, SpatialAxis]  # height, width
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,20 +44,20 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """What a node does to the tile's sides; an output without a layout is a statistic."""
+    """The layouts of a node's outputs, and the inputs that they need; an output without a layout is a statistic."""
 
     layouts: dict[str, Layout | None]
     needs: tuple[Need, ...] = ()
     whole_tile: bool = False
 
 
-class NotUnderstoodError(Exception):
-    """A node is beyond the rules: its result may see anything."""
+class UnknownEffectError(Exception):
+    """No rule covers a node: its output may depend on any pixel."""
 
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """A node with what is known of its inputs."""
+    """A node with the shapes, layouts and constants of its inputs."""
 
     node: onnx.NodeProto
     opset: int
@@ -71,24 +71,24 @@ class Op:
         return [name for name in self.node.output if name]
 
     @property
-    def spatial(self) -> list[str]:
-        """The inputs that have places in the tile."""
+    def spatial_inputs(self) -> list[str]:
+        """Names of the inputs that have a position in the tile."""
         return [name for name in self.node.input if self.layouts.get(name)]
 
     @property
-    def sides(self) -> Layout:
-        """Sides of the first input, if it alone has places in the tile."""
-        if self.spatial != [self.node.input[0]]:
-            raise NotUnderstoodError
+    def spatial_axes(self) -> Layout:
+        """Spatial axes of the first input, if it is the only spatial one."""
+        if self.spatial_inputs != [self.node.input[0]]:
+            raise UnknownEffectError
         return cast("Layout", self.layouts[self.node.input[0]])
 
     @property
-    def plain_sides(self) -> Layout:
-        """Sides of the first input, if each has an axis for itself."""
+    def unshared_axes(self) -> Layout:
+        """Spatial axes of the first input, if neither shares its axis with channels or the other one."""
         shape = self.shape(self.node.input[0])
-        if any(side.inner != 1 or shape[side.axis] != side.size for side in self.sides):
-            raise NotUnderstoodError
-        return self.sides
+        if any(axis.inner != 1 or shape[axis.axis] != axis.size for axis in self.spatial_axes):
+            raise UnknownEffectError
+        return self.spatial_axes
 
     @property
     def rank(self) -> int:
@@ -98,7 +98,7 @@ class Op:
     def shape(self, name: str) -> Shape:
         """Return the shape of a tensor."""
         if name not in self.shapes:
-            raise NotUnderstoodError
+            raise UnknownEffectError
         return self.shapes[name]
 
     def out_shape(self, index: int = 0) -> Shape:
@@ -107,9 +107,7 @@ class Op:
 
     def attribute(self, name: str, default: Any) -> Any:
         """Return an attribute of the node, text as ``str``."""
-        found = [a for a in self.node.attribute if a.name == name]
-        value = helper.get_attribute_value(found[0]) if found else default
-        return value.decode() if isinstance(value, bytes) else value
+        return attribute(self.node, name, default)
 
     def has_input(self, index: int) -> bool:
         """Whether an optional input is given."""
@@ -118,16 +116,16 @@ class Op:
     def numbers(self, index: int) -> list[Any]:
         """Return an input that is a small constant."""
         if not self.has_input(index) or self.node.input[index] not in self.constants:
-            raise NotUnderstoodError
+            raise UnknownEffectError
         return self.constants[self.node.input[index]].ravel().tolist()
 
     def integers(self, attribute: str, index: int) -> list[int] | None:
-        """Return integers that are an attribute or, in later opsets, an input; none if left out."""
+        """Return integers that are an attribute or, in later opsets, an input; None if they are left out."""
         if self.has_input(index):
             return [int(number) for number in self.numbers(index)]
         return cast("list[int] | None", self.attribute(attribute, None))
 
 
 def same(wanted: Interval) -> Interval:
-    """Return the window of a node that moves nothing."""
+    """Return the window of a node that keeps positions."""
     return wanted

@@ -1,9 +1,9 @@
-"""How far an output pixel of a deployed graph sees: halo, alignment, statistics of the tile.
+"""Compute the receptive field of a deployed graph: halo, alignment, and statistics of the tile.
 
-Read off the ONNX graph, so it serves the networks of this project and foreign ones alike. Forwards,
-each node says where the height and the width of the tile lie in its outputs; backwards, which
-interval of its input an interval of its output needs. The tile is taken as unbounded, so padding
-has no reach and a halo may be longer than the tile.
+It is computed from the ONNX graph, so it works for networks of this project and from elsewhere. In a forward pass, each
+node states where the height and the width of the tile lie in its outputs; in a backward pass, which interval of its
+input an interval of its output needs. The tile is treated as unbounded: padding adds nothing, and a halo may be longer
+than the tile.
 """
 
 from __future__ import annotations
@@ -13,34 +13,36 @@ from dataclasses import dataclass
 
 import onnx
 
+from histostream.export.graph.model import opset_of
+from histostream.export.graph.operators import STANDARD_DOMAINS
 from histostream.export.graph.shapes import Shape, known_shapes, small_constants, tiles_input, with_shapes
 from histostream.export.graph.spatial_axes import (
     Effect,
     Interval,
     Layout,
     Need,
-    NotUnderstoodError,
     Op,
-    Side,
+    SpatialAxis,
+    UnknownEffectError,
     same,
 )
 from histostream.export.receptive_field.rules import RULES
 
 
 @dataclass(frozen=True, slots=True)
-class Reach:
-    """How far an output pixel of a graph sees.
+class ReceptiveField:
+    """The input pixels that an output pixel of a graph depends on.
 
     Parameters
     ----------
     halo_px
-        Largest distance, along height or width, from an output pixel to an input pixel that it
-        needs other than through a statistic of the whole tile.
+        Largest distance, along height or width, from an output pixel to an input pixel that it needs, statistics of the
+        whole tile excepted.
     align_px
-        What the positions of tiles must be multiples of for their poolings to agree.
+        Positions of tiles must be multiples of it, so that their poolings agree.
     whole_tile
-        The nodes through which an output pixel sees the whole tile, or that are not understood;
-        empty if the result is local.
+        Names of the nodes through which an output pixel depends on the whole tile, or that have no rule; empty if the
+        result is local.
     """
 
     halo_px: int
@@ -48,19 +50,18 @@ class Reach:
     whole_tile: tuple[str, ...]
 
 
-def reach(model: onnx.ModelProto) -> Reach:
-    """Halo, alignment and whole-tile nodes of a graph that keeps the tile contract.
+def receptive_field(model: onnx.ModelProto) -> ReceptiveField:
+    """Compute halo, alignment and whole-tile nodes of a graph that keeps the tile contract.
 
-    Exact for convolutions, pooling, resizing and shuffling by constant amounts. Channels are not
-    followed, so it is conservative where a block of pixels is folded into channels that are never
-    mixed; and by less than one pixel of the coarser map for a linear Resize with
-    ``align_corners``, whose phase drifts across the tile. What it does not understand it names in
-    ``whole_tile``.
+    The result is exact for convolutions, pooling, resizing and shuffling by constant amounts. Channels are not
+    followed, so it is too large if a block of pixels is folded into channels that are never mixed; and by less than one
+    pixel of the coarser map for a linear Resize with ``align_corners``, whose phase drifts across the tile. Nodes
+    without a rule are listed in ``whole_tile``.
 
     Parameters
     ----------
     model
-        Input uint8 (N, H, W, C), output (N, K, H, W); H and W fixed, N dynamic or not.
+        Input uint8 (N, H, W, C), output (N, K, H, W); H and W are fixed.
 
     Raises
     ------
@@ -69,25 +70,25 @@ def reach(model: onnx.ModelProto) -> Reach:
     """
     traced = trace(model)
     output = model.graph.output[0].name
-    live = _ancestors(traced, output)
-    layouts = [layout for name in live if (layout := traced.layouts.get(name))]
-    align_px = math.lcm(*(side.stride.numerator for layout in layouts for side in layout))
+    used = _ancestors(traced, output)
+    layouts = [layout for name in used if (layout := traced.layouts.get(name))]
+    align_px = math.lcm(*(axis.stride.numerator for layout in layouts for axis in layout))
     whole = [
-        label(step.node) for step in traced.steps if step.effect.whole_tile and live.intersection(step.node.output)
+        label(step.node) for step in traced.steps if step.effect.whole_tile and used.intersection(step.node.output)
     ]
     last = traced.layouts.get(output)
-    if last and any(side != Side(2 + i, traced.sides[i].size) for i, side in enumerate(last)):
-        # Not on the grid of the tile: a position of the output is not one of the slide.
+    if last and any(axis != SpatialAxis(2 + i, traced.spatial_axes[i].size) for i, axis in enumerate(last)):
+        # The output is not on the grid of the tile, so its positions are not those of the slide.
         ends = [label(step.node) for step in traced.steps if output in step.node.output]
         whole += [name for name in ends if name not in whole]
     halo_px = 0
-    for side in range(2):
-        middle = traced.sides[side].size // 2 // align_px * align_px
+    for direction in range(2):
+        middle = traced.spatial_axes[direction].size // 2 // align_px * align_px
         for position in range(middle, middle + align_px):
-            seen = _seen(traced, output, position, side)
-            if seen is not None:
-                halo_px = max(halo_px, position - seen[0], seen[1] - position)
-    return Reach(halo_px, align_px, tuple(whole))
+            needed = _needed_positions(traced, output, position, direction)
+            if needed is not None:
+                halo_px = max(halo_px, position - needed[0], needed[1] - position)
+    return ReceptiveField(halo_px, align_px, tuple(whole))
 
 
 def label(node: onnx.NodeProto) -> str:
@@ -97,7 +98,7 @@ def label(node: onnx.NodeProto) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A node that depends on the tile, with its effect."""
+    """A node that depends on the tile, and its effect."""
 
     node: onnx.NodeProto
     effect: Effect
@@ -105,14 +106,14 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """A graph's nodes that depend on the tile, and the layout of every tensor they make.
+    """The nodes of a graph that depend on the tile, and the layout of every tensor that they make.
 
-    A tensor with no entry does not depend on the pixels; one with the entry None is a statistic,
-    a tensor without places in the tile.
+    A tensor without an entry does not depend on the pixels; a tensor with the entry None is a statistic, which has no
+    position in the tile.
     """
 
     tiles: str
-    sides: Layout  # of the input
+    spatial_axes: Layout  # of the input
     steps: tuple[Step, ...]
     layouts: dict[str, Layout | None]
     shapes: dict[str, Shape]
@@ -126,7 +127,7 @@ def trace(model: onnx.ModelProto, batch: int = 1) -> Trace:
     model
         The graph.
     batch
-        The N for which the shapes are worked out.
+        The N for which the shapes are computed.
 
     Raises
     ------
@@ -136,11 +137,11 @@ def trace(model: onnx.ModelProto, batch: int = 1) -> Trace:
     model = with_shapes(model, batch)
     tiles = tiles_input(model)
     shapes = known_shapes(model)
-    opset = max(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))
+    opset = opset_of(model)
     constants = small_constants(model)
     _, height, width, _ = shapes[tiles]
-    sides = Side(1, height), Side(2, width)
-    layouts: dict[str, Layout | None] = {tiles: sides}
+    axes = SpatialAxis(1, height), SpatialAxis(2, width)
+    layouts: dict[str, Layout | None] = {tiles: axes}
     steps: list[Step] = []
     for node in model.graph.node:
         subgraph = any(a.HasField("g") for a in node.attribute)
@@ -151,46 +152,43 @@ def trace(model: onnx.ModelProto, batch: int = 1) -> Trace:
         effect = _effect(Op(node, opset, shapes, layouts, constants), subgraph)
         layouts.update(effect.layouts)
         steps.append(Step(node, effect))
-    return Trace(tiles, sides, tuple(steps), layouts, shapes)
+    return Trace(tiles, axes, tuple(steps), layouts, shapes)
 
 
 def _ancestors(traced: Trace, output: str) -> set[str]:
-    live = {output}
+    used = {output}
     for step in reversed(traced.steps):
-        if live.intersection(step.node.output):
-            live.update(step.node.input)
-    return live
+        if used.intersection(step.node.output):
+            used.update(step.node.input)
+    return used
 
 
-def _seen(traced: Trace, output: str, position: int, side: int) -> Interval | None:
-    """Return the input positions that one output position needs; none if it needs none."""
+def _needed_positions(traced: Trace, output: str, position: int, direction: int) -> Interval | None:
+    """Return the input positions that one output position needs along height (0) or width (1)."""
     needed: dict[str, Interval] = {output: (position, position)}
     for step in reversed(traced.steps):
         for need in step.effect.needs:
-            if (wanted := needed.get(need.output)) and (found := need.windows[side](wanted)):
-                needed[need.tensor] = _hull(needed.get(need.tensor, found), found)
+            if (wanted := needed.get(need.output)) and (window := need.windows[direction](wanted)):
+                first, last = needed.get(need.tensor, window)
+                needed[need.tensor] = min(first, window[0]), max(last, window[1])
     return needed.get(traced.tiles)
-
-
-def _hull(a: Interval, b: Interval) -> Interval:
-    return min(a[0], b[0]), max(a[1], b[1])
 
 
 def _effect(op: Op, subgraph: bool) -> Effect:
     if subgraph:
         return Effect(dict.fromkeys(op.outputs), whole_tile=True)
-    if not op.spatial:
+    if not op.spatial_inputs:
         return Effect(dict.fromkeys(op.outputs))
-    rule = RULES.get(op.node.op_type) if op.node.domain in ("", "ai.onnx") else None
+    rule = RULES.get(op.node.op_type) if op.node.domain in STANDARD_DOMAINS else None
     try:
-        return rule(op) if rule else _not_understood(op)
-    except NotUnderstoodError:
-        return _not_understood(op)
+        return rule(op) if rule else _unknown_effect(op)
+    except UnknownEffectError:
+        return _unknown_effect(op)
 
 
-def _not_understood(op: Op) -> Effect:
-    """Name the node; take it as pointwise if its output has the shape of its input."""
-    first = op.spatial[0]
+def _unknown_effect(op: Op) -> Effect:
+    """Treat a node without a rule as pointwise if it keeps the shape, and list it as a whole-tile node."""
+    first = op.spatial_inputs[0]
     out = op.shapes.get(op.outputs[0])
     if out is None or out != op.shapes.get(first):
         return Effect(dict.fromkeys(op.outputs), whole_tile=True)

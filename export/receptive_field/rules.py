@@ -1,4 +1,4 @@
-"""What each operator of ONNX does to the height and the width of the tile: ``reach`` by rules."""
+"""Rules that state what each operator of ONNX does to the height and the width of the tile; see `RULES`."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from typing import cast
 
 import numpy as np
 
+from histostream.export.graph.operators import POINTWISE, REDUCTIONS
 from histostream.export.graph.shapes import Shape
 from histostream.export.graph.spatial_axes import (
     Effect,
     Interval,
     Layout,
     Need,
-    NotUnderstoodError,
     Op,
-    Side,
+    SpatialAxis,
+    UnknownEffectError,
     Window,
     same,
 )
 
-FINEST = 4096  # largest denominator of a Resize's scale, which is a float32 in the file
+MAX_DENOMINATOR = 4096  # of the scale of a Resize, which is a float32 in the file
 
 
-def _moved(op: Op, sides: Sequence[Side], windows: Sequence[Window]) -> Effect:
-    """Return the effect of a node with one spatial input, the first, on its first output."""
+def _mapped(op: Op, axes: Sequence[SpatialAxis], windows: Sequence[Window] = (same, same)) -> Effect:
+    """Return the effect of a node that maps its first input to its first output."""
     out = op.node.output[0]
-    layouts = {**dict.fromkeys(op.outputs), out: (sides[0], sides[1])}
+    layouts = {**dict.fromkeys(op.outputs), out: (axes[0], axes[1])}
     return Effect(layouts, (Need(op.node.input[0], out, (windows[0], windows[1])),))
 
 
@@ -38,18 +39,18 @@ def _shifted(by: int) -> Window:
 
 
 def _pointwise(op: Op) -> Effect:
-    """Rule for inputs that broadcast, with their sides on the same axes of the output."""
+    """Rule for inputs that broadcast and have the height and the width on the same axes."""
     rank = len(op.out_shape())
-    found = set()
-    for name in op.spatial:
+    layouts = set()
+    for name in op.spatial_inputs:
         added = rank - len(op.shape(name))
         layout = cast("Layout", op.layouts[name])
-        found.add(tuple(replace(side, axis=side.axis + added) for side in layout))
-    if len(found) != 1:
-        raise NotUnderstoodError
-    height, width = found.pop()
+        layouts.add(tuple(replace(spatial, axis=spatial.axis + added) for spatial in layout))
+    if len(layouts) != 1:
+        raise UnknownEffectError
+    height, width = layouts.pop()
     out = op.node.output[0]
-    needs = tuple(Need(name, out, (same, same)) for name in op.spatial)
+    needs = tuple(Need(name, out, (same, same)) for name in op.spatial_inputs)
     return Effect({**dict.fromkeys(op.outputs), out: (height, width)}, needs)
 
 
@@ -58,12 +59,12 @@ def _statistic(op: Op) -> Effect:
 
 
 def _normalised(axes_of: Callable[[Op], Iterable[int]]) -> Callable[[Op], Effect]:
-    """Rule of a node that keeps the shape, with statistics over some axes."""
+    """Make the rule of a node that keeps the shape and has statistics over some axes."""
 
     def rule(op: Op) -> Effect:
         axes = {axis % op.rank for axis in axes_of(op)}
-        seen = any(side.axis in axes for side in op.sides)
-        return replace(_moved(op, op.sides, (same, same)), whole_tile=seen)
+        whole_tile = any(spatial.axis in axes for spatial in op.spatial_axes)
+        return replace(_mapped(op, op.spatial_axes), whole_tile=whole_tile)
 
     return rule
 
@@ -83,20 +84,18 @@ def _batch_norm_axes(op: Op) -> Iterable[int]:
 
 
 def _reduced(axes_of: Callable[[Op], list[int] | None]) -> Callable[[Op], Effect]:
-    """Rule of a node that reduces some axes, all of them if there are none."""
+    """Make the rule of a node that reduces some axes, or all if none are given."""
 
     def rule(op: Op) -> Effect:
         axes = axes_of(op)
         if not axes and op.attribute("noop_with_empty_axes", 0):
-            return _moved(op, op.sides, (same, same))
-        gone = {axis % op.rank for axis in axes or range(op.rank)}
-        if any(side.axis in gone for side in op.sides):
+            return _mapped(op, op.spatial_axes)
+        reduced = {axis % op.rank for axis in axes or range(op.rank)}
+        if any(spatial.axis in reduced for spatial in op.spatial_axes):
             return _statistic(op)
         if op.attribute("keepdims", 1):
-            return _moved(op, op.sides, (same, same))
-        before = [sum(axis < side.axis for axis in gone) for side in op.sides]
-        sides = [replace(s, axis=s.axis - b) for s, b in zip(op.sides, before, strict=True)]
-        return _moved(op, sides, (same, same))
+            return _mapped(op, op.spatial_axes)
+        return _mapped(op, [replace(s, axis=s.axis - sum(r < s.axis for r in reduced)) for s in op.spatial_axes])
 
     return rule
 
@@ -111,7 +110,7 @@ def _arg_axes(op: Op) -> list[int] | None:
 
 @dataclass(frozen=True, slots=True)
 class _Kernel:
-    """The kernel of a convolution or a pooling along one side."""
+    """The kernel of a convolution or a pooling along one axis."""
 
     size: int
     stride: int
@@ -123,7 +122,7 @@ class _Kernel:
         return first, wanted[1] * self.stride - self.begin + (self.size - 1) * self.dilation
 
     def transposed_window(self, wanted: Interval) -> Interval | None:
-        """Input i adds to the outputs i * stride - begin + k * dilation, k < size."""
+        """Return the inputs i that add to a wanted output i * stride - begin + k * dilation, k < size."""
         span = (self.size - 1) * self.dilation
         first = -((span - wanted[0] - self.begin) // self.stride)
         last = (wanted[1] + self.begin) // self.stride
@@ -137,38 +136,38 @@ class _Kernel:
         return nearest < self.size and nearest * self.dilation <= high
 
 
-def _kernel(op: Op, side: Side, sizes: Sequence[int], *, transposed: bool = False) -> _Kernel:
-    spatial, i = len(sizes), side.axis - 2
+def _kernel(op: Op, spatial: SpatialAxis, sizes: Sequence[int], *, transposed: bool = False) -> _Kernel:
+    dimensions, i = len(sizes), spatial.axis - 2
     if i < 0:
-        raise NotUnderstoodError
+        raise UnknownEffectError
     size = sizes[i]
-    stride = op.attribute("strides", None) or [1] * spatial
-    dilation = op.attribute("dilations", None) or [1] * spatial
-    pads = op.attribute("pads", None) or [0] * (2 * spatial)
+    stride = op.attribute("strides", None) or [1] * dimensions
+    dilation = op.attribute("dilations", None) or [1] * dimensions
+    pads = op.attribute("pads", None) or [0] * (2 * dimensions)
     auto = op.attribute("auto_pad", "NOTSET")
     span = (size - 1) * dilation[i] + 1
     begin = pads[i]
     if auto == "VALID":
         begin = 0
     elif transposed and (auto != "NOTSET" or op.attribute("output_shape", None)):
-        extra = (op.attribute("output_padding", None) or [0] * spatial)[i]
-        full = stride[i] * (side.size - 1) + extra + span
-        total = full - op.out_shape()[side.axis]
+        extra = (op.attribute("output_padding", None) or [0] * dimensions)[i]
+        full = stride[i] * (spatial.size - 1) + extra + span
+        total = full - op.out_shape()[spatial.axis]
         begin = total // 2 if auto == "SAME_UPPER" else total - total // 2
     elif auto != "NOTSET":
-        total = max(0, (op.out_shape()[side.axis] - 1) * stride[i] + span - side.size)
+        total = max(0, (op.out_shape()[spatial.axis] - 1) * stride[i] + span - spatial.size)
         begin = total - total // 2 if auto == "SAME_LOWER" else total // 2
     return _Kernel(size, stride[i], dilation[i], begin)
 
 
 def _convolution(weight: int) -> Callable[[Op], Effect]:
-    """Rule of a convolution whose kernel is the input of that index."""
+    """Make the rule of a convolution whose kernel is the input with that index."""
 
     def rule(op: Op) -> Effect:
         sizes = op.attribute("kernel_shape", None) or op.shape(op.node.input[weight])[2:]
         strides = op.attribute("strides", None) or [1]
         if {*sizes, *strides} == {1} and not any(op.attribute("pads", None) or []):
-            return _moved(op, op.sides, (same, same))  # also where a side shares its axis
+            return _mapped(op, op.spatial_axes)  # also if the height shares its axis
         return _slid(op, sizes)
 
     return rule
@@ -179,27 +178,29 @@ def _pooled(op: Op) -> Effect:
 
 
 def _slid(op: Op, sizes: Sequence[int]) -> Effect:
-    kernels = [_kernel(op, side, sizes) for side in op.plain_sides]
-    sides = [
-        Side(side.axis, op.out_shape()[side.axis], side.stride * kernel.stride)
-        for side, kernel in zip(op.plain_sides, kernels, strict=True)
-    ]
-    return _moved(op, sides, [kernel.window for kernel in kernels])
+    kernels = [_kernel(op, spatial, sizes) for spatial in op.unshared_axes]
+    strides = [Fraction(kernel.stride) for kernel in kernels]
+    return _mapped(op, _resampled_axes(op, strides), [kernel.window for kernel in kernels])
 
 
 def _conv_transpose(op: Op) -> Effect:
     sizes = op.attribute("kernel_shape", None) or op.shape(op.node.input[1])[2:]
-    kernels = [_kernel(op, side, sizes, transposed=True) for side in op.plain_sides]
-    sides = [
-        Side(side.axis, op.out_shape()[side.axis], side.stride / kernel.stride)
-        for side, kernel in zip(op.plain_sides, kernels, strict=True)
+    kernels = [_kernel(op, spatial, sizes, transposed=True) for spatial in op.unshared_axes]
+    strides = [Fraction(1, kernel.stride) for kernel in kernels]
+    return _mapped(op, _resampled_axes(op, strides), [kernel.transposed_window for kernel in kernels])
+
+
+def _resampled_axes(op: Op, strides: Sequence[Fraction]) -> list[SpatialAxis]:
+    """Return the axes of the output, one position of which is so many positions of the input."""
+    return [
+        SpatialAxis(spatial.axis, op.out_shape()[spatial.axis], spatial.stride * stride)
+        for spatial, stride in zip(op.unshared_axes, strides, strict=True)
     ]
-    return _moved(op, sides, [kernel.transposed_window for kernel in kernels])
 
 
 @dataclass(frozen=True, slots=True)
 class _Resampling:
-    """One side of a Resize; ``scale`` is output length / input length."""
+    """A Resize along one axis; ``scale`` is output length / input length."""
 
     scale: Fraction
     mode: str
@@ -216,20 +217,20 @@ class _Resampling:
         return min(taps), max(taps)
 
     def _taps(self, position: int) -> Interval:
-        """Return the first and the last input that one output position needs."""
-        places = self._places(position)
-        low, high = min(places), max(places)
+        """Return the first and the last input that one output needs."""
+        coordinates = self._input_coordinates(position)
+        low, high = min(coordinates), max(coordinates)
         if self.mode == "nearest":
             return self._nearest(low), self._nearest(high)
-        reach = 1 if self.mode == "linear" else 2
+        radius = 1 if self.mode == "linear" else 2
         if self.antialias and self.scale < 1:
-            return math.ceil(low - reach / self.scale), math.floor(high + reach / self.scale)
-        first = math.floor(low) if low.denominator == 1 else math.floor(low) - reach + 1
-        last = math.ceil(high) if high.denominator == 1 else math.ceil(high) + reach - 1
+            return math.ceil(low - radius / self.scale), math.floor(high + radius / self.scale)
+        first = math.floor(low) if low.denominator == 1 else math.floor(low) - radius + 1
+        last = math.ceil(high) if high.denominator == 1 else math.ceil(high) + radius - 1
         return first, last
 
-    def _places(self, position: int) -> list[Fraction]:
-        """Return the place of an output in the input; the extremes where it drifts."""
+    def _input_coordinates(self, position: int) -> list[Fraction]:
+        """Return the coordinate of an output in the input, or its extremes if it drifts."""
         at = Fraction(position)
         if self.coordinates == "asymmetric":
             return [at / self.scale]
@@ -240,14 +241,14 @@ class _Resampling:
             return [at / self.scale, (at + 1) / self.scale - 1]
         return [(at + Fraction(1, 2)) / self.scale - Fraction(1, 2)]
 
-    def _nearest(self, place: Fraction) -> int:
+    def _nearest(self, coordinate: Fraction) -> int:
         if self.rounding == "floor":
-            return math.floor(place)
+            return math.floor(coordinate)
         if self.rounding == "ceil":
-            return math.ceil(place)
+            return math.ceil(coordinate)
         if self.rounding == "round_prefer_ceil":
-            return math.floor(place + Fraction(1, 2))
-        return math.ceil(place - Fraction(1, 2))
+            return math.floor(coordinate + Fraction(1, 2))
+        return math.ceil(coordinate - Fraction(1, 2))
 
 
 COORDINATES = frozenset(
@@ -265,34 +266,30 @@ def _resize(op: Op) -> Effect:
         or mode not in ("nearest", "linear", "bilinear", "cubic")
         or op.attribute("keep_aspect_ratio_policy", "stretch") != "stretch"
     ):
-        raise NotUnderstoodError
+        raise UnknownEffectError
     mode = "linear" if mode == "bilinear" else mode
     antialias = bool(op.attribute("antialias", 0))
     scales = _resize_scales(op, 1 if upsample else 2)
-    ways = [_Resampling(scales(side), mode, coordinates, rounding, antialias) for side in op.plain_sides]
-    sides = [
-        Side(side.axis, op.out_shape()[side.axis], side.stride / way.scale)
-        for side, way in zip(op.plain_sides, ways, strict=True)
-    ]
-    return _moved(op, sides, [way.window for way in ways])
+    resamplings = [_Resampling(scales(spatial), mode, coordinates, rounding, antialias) for spatial in op.unshared_axes]
+    return _mapped(op, _resampled_axes(op, [1 / r.scale for r in resamplings]), [r.window for r in resamplings])
 
 
-def _resize_scales(op: Op, index: int) -> Callable[[Side], Fraction]:
-    """Return the scale of a side: as given, or from the sizes."""
+def _resize_scales(op: Op, index: int) -> Callable[[SpatialAxis], Fraction]:
+    """Return the scale of an axis, as given or from the sizes."""
     given = op.attribute("scales", None)
     if given is None and op.has_input(index):
         given = op.numbers(index)
     axes = op.attribute("axes", None) or range(op.rank)
     by_axis = {
-        axis % op.rank: Fraction(scale).limit_denominator(FINEST)
+        axis % op.rank: Fraction(scale).limit_denominator(MAX_DENOMINATOR)
         for axis, scale in zip(axes, given or [], strict=False)
     }
-    fixed = not given or op.attribute("coordinate_transformation_mode", "") == "align_corners"
+    from_sizes = not given or op.attribute("coordinate_transformation_mode", "") == "align_corners"
 
-    def scale(side: Side) -> Fraction:
-        if fixed:
-            return Fraction(op.out_shape()[side.axis], side.size)
-        return by_axis.get(side.axis, Fraction(1))
+    def scale(spatial: SpatialAxis) -> Fraction:
+        if from_sizes:
+            return Fraction(op.out_shape()[spatial.axis], spatial.size)
+        return by_axis.get(spatial.axis, Fraction(1))
 
     return scale
 
@@ -308,7 +305,7 @@ def _pad(op: Op) -> Effect:
 def _slice(op: Op) -> Effect:
     starts = op.integers("starts", 1)
     if starts is None:
-        raise NotUnderstoodError
+        raise UnknownEffectError
     axes = op.integers("axes", 3) or list(range(len(starts)))
     steps = op.integers("steps", 4) or [1] * len(starts)
     shape = op.shape(op.node.input[0])
@@ -323,20 +320,20 @@ def _slice(op: Op) -> Effect:
 
 
 def _cut(op: Op, cuts: dict[int, tuple[int, int]]) -> Effect:
-    """Output position p of an axis is input position first + p * step."""
-    sides: list[Side] = []
+    """Return the effect of cuts: output position p of an axis is input position first + p * step."""
+    axes: list[SpatialAxis] = []
     windows: list[Window] = []
-    for i, side in enumerate(op.sides):
-        if side.axis not in cuts:
-            sides.append(side)
+    for i, spatial in enumerate(op.spatial_axes):
+        if spatial.axis not in cuts:
+            axes.append(spatial)
             windows.append(same)
             continue
-        first, step = cuts[side.axis]
-        side = op.plain_sides[i]
-        size = op.out_shape()[side.axis]
-        sides.append(Side(side.axis, size, side.stride * abs(step)))
+        first, step = cuts[spatial.axis]
+        spatial = op.unshared_axes[i]
+        size = op.out_shape()[spatial.axis]
+        axes.append(SpatialAxis(spatial.axis, size, spatial.stride * abs(step)))
         windows.append(_strided(first, step))
-    return _moved(op, sides, windows)
+    return _mapped(op, axes, windows)
 
 
 def _strided(first: int, step: int) -> Window:
@@ -350,55 +347,55 @@ def _strided(first: int, step: int) -> Window:
 def _gather(op: Op) -> Effect:
     axis = op.attribute("axis", 0) % op.rank
     added = len(op.shape(op.node.input[1])) - 1
-    if any(side.axis == axis for side in op.sides):
+    if any(spatial.axis == axis for spatial in op.spatial_axes):
         indices = op.numbers(1)
         steps = set(np.diff(indices).tolist())
         if added or len(steps) != 1 or 0 in steps:
-            raise NotUnderstoodError
+            raise UnknownEffectError
         return _cut(op, {axis: (int(indices[0]), int(steps.pop()))})
-    sides = [replace(s, axis=s.axis + added) if s.axis > axis else s for s in op.sides]
-    return _moved(op, sides, (same, same))
+    axes = [replace(s, axis=s.axis + added) if s.axis > axis else s for s in op.spatial_axes]
+    return _mapped(op, axes)
 
 
 def _transpose(op: Op) -> Effect:
     order = op.attribute("perm", None) or range(op.rank)[::-1]
-    sides = [replace(side, axis=list(order).index(side.axis)) for side in op.sides]
-    return _moved(op, sides, (same, same))
+    axes = [replace(spatial, axis=list(order).index(spatial.axis)) for spatial in op.spatial_axes]
+    return _mapped(op, axes)
 
 
 def _concat(op: Op) -> Effect:
     out = op.node.output[0]
     axis = op.attribute("axis", 1) % len(op.out_shape())
-    parts = [(name, cast("Layout", op.layouts[name])) for name in op.spatial]
-    sides = parts[0][1]
-    if all(side.axis != axis for side in sides):
-        if any(other != sides for _, other in parts):
-            raise NotUnderstoodError
+    parts = [(name, cast("Layout", op.layouts[name])) for name in op.spatial_inputs]
+    axes = parts[0][1]
+    if all(spatial.axis != axis for spatial in axes):
+        if any(other != axes for _, other in parts):
+            raise UnknownEffectError
         return _pointwise(op)
-    # Along a side, the short parts are a border, as padding is; the long one is the tile.
+    # Along the height or the width, the short parts are a border, like padding; the long one is the tile.
     lengths = [op.shape(name)[axis] for name in op.node.input]
     longest = lengths.index(max(lengths))
     name = op.node.input[longest]
     layout = op.layouts.get(name)
     if 2 * lengths[longest] <= sum(lengths) or not layout or any(s.inner != 1 for s in layout):
-        raise NotUnderstoodError
-    height, width = (replace(side, size=sum(lengths)) if side.axis == axis else side for side in layout)
+        raise UnknownEffectError
+    height, width = (replace(spatial, size=sum(lengths)) if spatial.axis == axis else spatial for spatial in layout)
     before = -sum(lengths[:longest])
-    windows = tuple(_shifted(before) if side.axis == axis else same for side in layout)
+    windows = tuple(_shifted(before) if spatial.axis == axis else same for spatial in layout)
     return Effect({out: (height, width)}, (Need(name, out, (windows[0], windows[1])),))
 
 
 def _split(op: Op) -> Effect:
     axis = op.attribute("axis", 0) % op.rank
-    along = any(side.axis == axis for side in op.sides)
+    along = any(spatial.axis == axis for spatial in op.spatial_axes)
     layouts: dict[str, Layout | None] = {}
     needs = []
     start = 0
     for i, out in enumerate(op.node.output):
         size = op.out_shape(i)[axis]
-        sides = op.plain_sides if along else op.sides
-        height, width = (replace(s, size=size) if s.axis == axis else s for s in sides)
-        windows = [_shifted(start) if s.axis == axis else same for s in sides]
+        axes = op.unshared_axes if along else op.spatial_axes
+        height, width = (replace(s, size=size) if s.axis == axis else s for s in axes)
+        windows = [_shifted(start) if s.axis == axis else same for s in axes]
         layouts[out] = (height, width)
         needs.append(Need(op.node.input[0], out, (windows[0], windows[1])))
         start += size
@@ -407,73 +404,73 @@ def _split(op: Op) -> Effect:
 
 def _depth_to_space(op: Op) -> Effect:
     block = op.attribute("blocksize", 1)
-    sides = [Side(s.axis, s.size * block, s.stride / block) for s in op.plain_sides]
-    return _moved(op, sides, [_merged(block)] * 2)
+    axes = [SpatialAxis(s.axis, s.size * block, s.stride / block) for s in op.unshared_axes]
+    return _mapped(op, axes, [_merged(block)] * 2)
 
 
 def _space_to_depth(op: Op) -> Effect:
     block = op.attribute("blocksize", 1)
-    sides = [Side(s.axis, s.size // block, s.stride * block) for s in op.plain_sides]
-    return _moved(op, sides, [_parted(block)] * 2)
+    axes = [SpatialAxis(s.axis, s.size // block, s.stride * block) for s in op.unshared_axes]
+    return _mapped(op, axes, [_split_block(block)] * 2)
 
 
-def _merged(by: int) -> Window:
-    return lambda wanted: (wanted[0] // by, wanted[1] // by)
+def _merged(block: int) -> Window:
+    return lambda wanted: (wanted[0] // block, wanted[1] // block)
 
 
-def _parted(by: int) -> Window:
-    return lambda wanted: (wanted[0] * by, wanted[1] * by + by - 1)
+def _split_block(block: int) -> Window:
+    return lambda wanted: (wanted[0] * block, wanted[1] * block + block - 1)
 
 
 def _repeated(op: Op) -> Effect:
     repeats = op.numbers(1)
-    if any(repeats[side.axis] != 1 for side in op.sides):
-        raise NotUnderstoodError
-    return _moved(op, op.sides, (same, same))
+    if any(repeats[spatial.axis] != 1 for spatial in op.spatial_axes):
+        raise UnknownEffectError
+    return _mapped(op, op.spatial_axes)
 
 
 def _reshape(op: Op) -> Effect:
-    """Follow the sides by their place in memory, which a reshape does not change."""
+    """Follow the height and the width by their strides in memory, which a reshape does not change."""
     shape, out = op.shape(op.node.input[0]), op.out_shape()
-    (height, window_h), (width, window_w) = (_replaced(side, shape, out) for side in op.sides)
-    sides, windows = [height, width], [window_h, window_w]
+    (height, window_h), (width, window_w) = (_reshaped_axis(spatial, shape, out) for spatial in op.spatial_axes)
+    axes, windows = [height, width], [window_h, window_w]
     if height.axis != width.axis:
-        for i, side in enumerate(sides):
-            if side.inner > 1 and out[side.axis] == side.size * side.inner:  # a pixel shuffle
-                sides[i] = Side(side.axis, out[side.axis], side.stride / side.inner)
-                windows[i] = _merged(side.inner)
-    return _moved(op, sides, windows)
+        for i, spatial in enumerate(axes):
+            if spatial.inner > 1 and out[spatial.axis] == spatial.size * spatial.inner:  # a pixel shuffle
+                axes[i] = SpatialAxis(spatial.axis, out[spatial.axis], spatial.stride / spatial.inner)
+                windows[i] = _merged(spatial.inner)
+    return _mapped(op, axes, windows)
 
 
-def _replaced(side: Side, shape: Shape, out: Shape) -> tuple[Side, Window]:
-    if len(out) == len(shape) and out[side.axis :] == shape[side.axis :]:
-        return side, same
-    step = side.inner * math.prod(shape[side.axis + 1 :])
-    end = step * side.size
+def _reshaped_axis(spatial: SpatialAxis, shape: Shape, out: Shape) -> tuple[SpatialAxis, Window]:
+    if len(out) == len(shape) and out[spatial.axis :] == shape[spatial.axis :]:
+        return spatial, same
+    step = spatial.inner * math.prod(shape[spatial.axis + 1 :])
+    end = step * spatial.size
     for axis in reversed(range(len(out))):
         inner = math.prod(out[axis + 1 :])
         if step % inner == 0 and inner * out[axis] >= end and inner * out[axis] % end == 0:
-            return Side(axis, side.size, side.stride, step // inner), same
+            return SpatialAxis(axis, spatial.size, spatial.stride, step // inner), same
     for axis in reversed(range(len(out))):
         inner = math.prod(out[axis + 1 :])
         if inner % step == 0 and inner * out[axis] == end and out[axis] > 1:
             block = inner // step
-            return Side(axis, out[axis], side.stride * block), _parted(block)
-    raise NotUnderstoodError
+            return SpatialAxis(axis, out[axis], spatial.stride * block), _split_block(block)
+    raise UnknownEffectError
 
 
 def _matmul(op: Op) -> Effect:
-    """Local if the product sums over channels: no side on the axis that is summed."""
-    if len(op.spatial) != 1:
-        raise NotUnderstoodError
+    """Return a local effect if the summed axis is neither the height nor the width."""
+    if len(op.spatial_inputs) != 1:
+        raise UnknownEffectError
     a, b = (op.shape(name) for name in op.node.input[:2])
-    name = op.spatial[0]
+    name = op.spatial_inputs[0]
     first = name == op.node.input[0]
     rank = len(a) if first else len(b)
     if min(len(a), len(b)) < 2:
-        raise NotUnderstoodError
+        raise UnknownEffectError
     layout = cast("Layout", op.layouts[name])
-    if any(side.axis == rank - (1 if first else 2) for side in layout):
+    if any(spatial.axis == rank - (1 if first else 2) for spatial in layout):
         return _statistic(op)
     height, width = (replace(s, axis=s.axis + len(op.out_shape()) - rank) for s in layout)
     out = op.node.output[0]
@@ -482,105 +479,16 @@ def _matmul(op: Op) -> Effect:
 
 def _gemm(op: Op) -> Effect:
     summed = 0 if op.attribute("transA", 0) else 1
-    if any(side.axis == summed for side in op.sides):
+    if any(spatial.axis == summed for spatial in op.spatial_axes):
         return _statistic(op)
-    return _moved(op, [replace(side, axis=0) for side in op.sides], (same, same))
+    return _mapped(op, [replace(spatial, axis=0) for spatial in op.spatial_axes])
 
 
-def _quantised_from_its_range(op: Op) -> Effect:
-    """DynamicQuantizeLinear: its scale is a statistic of the whole tensor."""
-    return replace(_moved(op, op.sides, (same, same)), whole_tile=True)
+def _dynamically_quantised(op: Op) -> Effect:
+    """Return the effect of DynamicQuantizeLinear, whose scale is a statistic of the whole tensor."""
+    return replace(_mapped(op, op.spatial_axes), whole_tile=True)
 
 
-POINTWISE = (
-    "Abs",
-    "Acos",
-    "Acosh",
-    "Add",
-    "And",
-    "Asin",
-    "Asinh",
-    "Atan",
-    "Atanh",
-    "BitShift",
-    "BitwiseAnd",
-    "BitwiseNot",
-    "BitwiseOr",
-    "BitwiseXor",
-    "Cast",
-    "CastLike",
-    "Ceil",
-    "Celu",
-    "Clip",
-    "Cos",
-    "Cosh",
-    "DequantizeLinear",
-    "Div",
-    "Dropout",
-    "Elu",
-    "Equal",
-    "Erf",
-    "Exp",
-    "Expand",
-    "Floor",
-    "Gelu",
-    "Greater",
-    "GreaterOrEqual",
-    "HardSigmoid",
-    "HardSwish",
-    "Identity",
-    "IsInf",
-    "IsNaN",
-    "LeakyRelu",
-    "Less",
-    "LessOrEqual",
-    "Log",
-    "Max",
-    "Mean",
-    "Min",
-    "Mish",
-    "Mod",
-    "Mul",
-    "Neg",
-    "Not",
-    "Or",
-    "PRelu",
-    "Pow",
-    "QuantizeLinear",
-    "Reciprocal",
-    "Relu",
-    "Round",
-    "Selu",
-    "Shrink",
-    "Sigmoid",
-    "Sign",
-    "Sin",
-    "Sinh",
-    "Softplus",
-    "Softsign",
-    "Sqrt",
-    "Sub",
-    "Sum",
-    "Swish",
-    "Tan",
-    "Tanh",
-    "ThresholdedRelu",
-    "Where",
-    "Xor",
-    "LRN",
-)
-REDUCTIONS = (
-    "ReduceL1",
-    "ReduceL2",
-    "ReduceLogSum",
-    "ReduceLogSumExp",
-    "ReduceMax",
-    "ReduceMean",
-    "ReduceMin",
-    "ReduceProd",
-    "ReduceSum",
-    "ReduceSumSquare",
-)
 RULES: dict[str, Callable[[Op], Effect]] = {
     **dict.fromkeys(POINTWISE, _pointwise),
     **dict.fromkeys(REDUCTIONS, _reduced(_reduce_axes)),
@@ -600,7 +508,7 @@ RULES: dict[str, Callable[[Op], Effect]] = {
     "BatchNormalization": _normalised(_batch_norm_axes),
     "MeanVarianceNormalization": _normalised(lambda op: op.attribute("axes", [0, 2, 3])),
     "LpNormalization": _normalised(lambda op: [op.attribute("axis", -1)]),
-    "DynamicQuantizeLinear": _quantised_from_its_range,
+    "DynamicQuantizeLinear": _dynamically_quantised,
     "Concat": _concat,
     "DepthToSpace": _depth_to_space,
     "Gather": _gather,

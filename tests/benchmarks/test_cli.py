@@ -21,7 +21,7 @@ from PIL import Image
 from histostream.benchmarks import peak_rates as ceilings
 from histostream.benchmarks import speed
 from histostream.benchmarks.cli import main
-from histostream.benchmarks.flops import count_work
+from histostream.benchmarks.flops import count_flops
 from histostream.benchmarks.hardware import Gpus, hardware
 from histostream.benchmarks.plots import roofline_png, spread, stages_png
 from histostream.benchmarks.report import write_together
@@ -361,7 +361,7 @@ def test_operations_and_bytes_are_those_of_a_calculation_by_hand() -> None:
     per_tile = (pixels + pixels) + (pixels + small) + (small + small) + (small + large) + (large + scores)
     weights = 4 * 27 + 4 + 4 * 2 * 2 * 2 + 8 * 5
     for batch in (1, 4):
-        work = count_work(model, batch)
+        work = count_flops(model, batch)
         assert work.flops == flops
         assert work.bytes == 4 * (per_tile + weights / batch)
         assert work.intensity == work.flops / work.bytes
@@ -380,7 +380,7 @@ def test_a_quantised_graph_counts_the_same_operations_on_8_bit_tensors() -> None
         {"s": scale, "z": zero, "wq": np.ones((2, 3, 1, 1), np.uint8)},
         [2, 8, 8],
     )
-    work = count_work(model)
+    work = count_flops(model)
     assert work.flops == 2 * 64 * 2 * 3
     transposed = 4 * 192 + 192  # float32 in, 8 bits out
     convolved = 192 + 6 + 4 * 128  # 8 bits in, float32 out
@@ -389,7 +389,7 @@ def test_a_quantised_graph_counts_the_same_operations_on_8_bit_tensors() -> None
 
 def test_the_shipped_model_counts_as_its_export_does() -> None:
     model = onnx.load(default_bundle() / "model.onnx")
-    assert count_work(model).flops == 2 * multiply_accumulates(model)
+    assert count_flops(model).flops == 2 * multiply_accumulates(model)
 
 
 @pytest.mark.full

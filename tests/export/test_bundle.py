@@ -274,7 +274,7 @@ def test_a_checkpoint_of_another_method_is_refused(tiny_checkpoint: Path, tmp_pa
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"precisions": ("fp32", "fp8")}, "no precision is called 'fp8': use fp32, fp16, int8"),
+        ({"precisions": ("fp32", "fp8")}, "precision 'fp8' does not exist: use fp32, fp16, int8"),
         ({"tensorrt": "always"}, "use auto, tensorrt, rtx or off"),
         ({"tile_px": 0}, "tile_px=0"),
         ({"calibrate": Path("nowhere.svs")}, r"nowhere\.svs: does not exist"),
@@ -349,7 +349,7 @@ def test_triton_gets_every_graph(imems_network: bundles.Network, tmp_path: Path)
 def test_a_network_too_large_for_many_tiles_gets_few(
     imems_network: bundles.Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bundles, "WORK", 1.0)
+    monkeypatch.setattr(bundles, "MAX_MULTIPLY_ACCUMULATES", 1.0)
     card = write_bundle(imems_network, tmp_path / "out", QUICK).card
     assert card.parity["model.onnx"]["tiles"] == 1
 

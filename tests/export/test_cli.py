@@ -203,7 +203,7 @@ def test_a_monai_network_is_wrapped_and_runs_on_a_slide(monai_model: Path, wsi_s
         (["--method", "imens"], "did you mean 'imems'"),
         (["--method", "imems", "--checkpoint", "nowhere"], "no checkpoint in it"),
         (["--method", "imems", "--tile", 500], "multiples of 16; use 496 or 512"),
-        (["--method", "imems", "--precision", "fp32,int4"], "no precision is called 'int4'"),
+        (["--method", "imems", "--precision", "fp32,int4"], "precision 'int4' does not exist"),
         (["--method", "imems", "--calibrate", "gone.svs"], "gone.svs: does not exist"),
         (["--method", "imems", "--tensorrt", "maybe"], "use auto, tensorrt, rtx or off"),
         pytest.param(

@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from histostream.export import tune_crf as tuning
-from histostream.export.tune_crf import AXES, START, TuneError, keep_params, search, tune_crf
+from histostream.export.tune_crf import CANDIDATES, START, TuneError, keep_params, search, tune_crf
 from histostream.runtime.bundle.card import read_card
 from histostream.runtime.crf import CrfParams, dense_crf
 from histostream.training.data import StoredSample
@@ -38,14 +38,14 @@ def test_a_search_finds_parameters_that_raise_dice() -> None:
     scored = [noisy(1)]
     tuned = search(scored, start=CrfParams(w1=0.0, w2=0.0), say=said.append)
     assert tuned.params is not None
-    assert tuned.without < 0.8
-    assert tuned.dice > tuned.without + 0.1
+    assert tuned.dice_without < 0.8
+    assert tuned.dice > tuned.dice_without + 0.1
     image, p, truth = scored[0]
     labels = dense_crf(image, p, tuned.params).argmax(axis=0)
     both = ((labels == 1) & (truth == 1)).sum()
     assert tuned.dice == pytest.approx(2 * both / ((labels == 1).sum() + (truth == 1).sum()))
     assert len(said) > 0
-    assert tuned.tried <= 2 * sum(map(len, AXES.values())) + 1
+    assert tuned.tried <= 2 * sum(map(len, CANDIDATES.values())) + 1
 
 
 def test_where_no_crf_helps_there_is_none() -> None:
@@ -53,7 +53,7 @@ def test_where_no_crf_helps_there_is_none() -> None:
     sure = np.stack([1 - truth, truth]).astype(np.float32)
     tuned = search([(image, sure, truth)])
     assert tuned.params is None
-    assert tuned.without == 1
+    assert tuned.dice_without == 1
 
 
 def test_the_card_keeps_what_is_found(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_the_card_keeps_what_is_found(tiny_bundle: Path, tmp_path: Path) -> None
 def test_images_that_do_not_fit_the_model_are_named(tiny_bundle: Path) -> None:
     bundle = tiny_bundle
     image, _, truth = noisy(3, side=128)
-    with pytest.raises(TuneError, match="no annotated image"):
+    with pytest.raises(TuneError, match="no annotated images"):
         tune_crf(bundle, [], None)
     bad = StoredSample("b", "b", image, truth + 5)
     with pytest.raises(TuneError, match="b: label 6; the model has 3 classes"):

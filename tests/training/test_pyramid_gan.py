@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from histostream.export import cli as export_cli
 from histostream.export import generator
 from histostream.export.bundle import Options
-from histostream.export.graph.model import FORBIDDEN_NODES, GraphError
-from histostream.export.parity import open_session
+from histostream.export.graph.model import GraphError, open_session
+from histostream.export.graph.operators import FORBIDDEN
 from histostream.export.trained import export_checkpoint
 from histostream.runtime import open_engine, segment_pixels
 from histostream.training import checkpoint, cli, datasets, loop, preview, synthetic
@@ -1290,7 +1290,7 @@ def test_a_bundle_gives_torchs_labels_in_every_precision(trained: Path, tmp_path
     graph = onnx.load(tmp_path / "bundle" / "model.onnx").graph
     kinds = {node.op_type for node in graph.node}
     assert "AveragePool" in kinds
-    assert not kinds & FORBIDDEN_NODES
+    assert not kinds & FORBIDDEN
 
 
 @pytest.mark.full
@@ -1431,7 +1431,7 @@ def test_the_exported_generators_paint_what_torch_paints(trained: Path, tmp_path
     assert onnx.load(path) == model
     names = [value.name for value in model.graph.input]
     assert names == ["mask_1", "mask_0", "noise_1", "noise_0"]
-    assert not {node.op_type for node in model.graph.node} & FORBIDDEN_NODES
+    assert not {node.op_type for node in model.graph.node} & FORBIDDEN
     assert not any("Random" in node.op_type for node in model.graph.node)
     painter = sample.open_painter(trained)
     labels = (np.add.outer(np.arange(32), np.arange(32)) % 20 > 9).astype(np.uint8)

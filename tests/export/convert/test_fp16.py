@@ -12,8 +12,8 @@ from onnx import TensorProto, checker, numpy_helper, parser
 
 from histostream.export.convert.fp16 import fp32_islands, multiply_accumulates, name_nodes, to_fp16
 from histostream.export.graph.from_torch import export_onnx
-from histostream.export.graph.model import GraphError
-from histostream.export.parity import open_session, run_graph
+from histostream.export.graph.model import GraphError, open_session
+from histostream.export.parity import run_graph
 from histostream.training.networks.unet import UNet
 from tests.export.networks import GroupNormNet, PyramidNet, TileNetwork, TranslationNet, TransposedNet
 

@@ -15,7 +15,7 @@ from torch import nn
 from histostream.export.convert.freeze import freeze_statistics
 from histostream.export.graph.from_torch import export_onnx
 from histostream.export.graph.model import GraphError, check_graph
-from histostream.export.receptive_field.measure import reach
+from histostream.export.receptive_field.measure import receptive_field
 from tests.export.networks import GroupNormNet, TileNetwork, TranslationNet, TransposedNet
 
 TILE_PX = 64
@@ -60,11 +60,11 @@ def test_frozen_to_one_tile_a_graph_gives_what_the_live_one_gives(live: onnx.Mod
 
 def test_a_frozen_graph_is_local_and_the_live_one_is_not(live: onnx.ModelProto) -> None:
     model = live
-    seen = reach(model)
+    seen = receptive_field(model)
     frozen = freeze_statistics(model, tiles(3, 1))
     assert seen.whole_tile
-    assert reach(frozen).whole_tile == ()
-    assert (reach(frozen).halo_px, reach(frozen).align_px) == (seen.halo_px, seen.align_px)
+    assert receptive_field(frozen).whole_tile == ()
+    assert (receptive_field(frozen).halo_px, receptive_field(frozen).align_px) == (seen.halo_px, seen.align_px)
 
     one = tiles(1, 1)
     other = one.copy()
@@ -209,9 +209,9 @@ def test_statistics_of_a_foreign_graph_are_frozen(name: str) -> None:
     model = graph(*BY_HAND[name])
     x = tiles(3, 4, 16)
     frozen = freeze_statistics(model, x[:1])
-    assert reach(model).whole_tile
-    assert reach(model).halo_px == reach(frozen).halo_px == 0
-    assert reach(frozen).whole_tile == ()
+    assert receptive_field(model).whole_tile
+    assert receptive_field(model).halo_px == receptive_field(frozen).halo_px == 0
+    assert receptive_field(frozen).whole_tile == ()
     assert np.abs(run(model, x[:1]).astype(int) - run(frozen, x[:1])).max() <= 1
     pooled = freeze_statistics(model, x)
     together = run(pooled, x)
@@ -244,7 +244,7 @@ def test_what_is_no_statistic_is_refused_by_name(body: str, kind: str) -> None:
     model = graph(body)
     for i, node in enumerate(model.graph.node):
         node.name = f"{node.op_type} {i}"
-    with pytest.raises(GraphError, match=f"'{kind} .*sees the whole tile"):
+    with pytest.raises(GraphError, match=f"'{kind} .*depends on the whole tile"):
         freeze_statistics(model, tiles(1, 4, 16))
 
 

@@ -13,7 +13,7 @@ from onnx import numpy_helper
 
 from histostream.export.convert.fp16 import FP16_MAX, fp32_islands, name_nodes, to_fp16
 from histostream.export.convert.int8 import Quantizer, measure_ranges
-from histostream.export.convert.mixed_precision import JudgeConversion, heal, node_groups
+from histostream.export.convert.mixed_precision import JudgeConversion, find_mixed_precision, node_groups
 from histostream.export.parity import LIMITS, Judge, Limits, ParityReport, run_graph
 from histostream.export.tiles import Tiles, collect_tiles
 
@@ -81,28 +81,28 @@ def test_a_planted_overflow_is_found_and_kept_in_fp32(model: onnx.ModelProto, ti
     judged = fp16_judge(model, tiles)
     islands = fp32_islands(model)
     assert not judged(islands, quick=False).meets(LIMITS["fp16"])
-    found = heal(model, judged, LIMITS["fp16"], islands)
+    found = find_mixed_precision(model, judged, LIMITS["fp16"], islands)
     assert found.passed
-    assert {one, two} <= set(found.healed)
+    assert {one, two} <= set(found.added)
     groups = {group[0]: group for group in node_groups(model, islands)}
-    assert set(found.healed) == {*groups[one], *groups[two]}  # and nothing else
+    assert set(found.added) == {*groups[one], *groups[two]}  # and nothing else
     assert found.report.meets(LIMITS["fp16"])
     assert [s["passed"] for s in found.steps].count(True) >= 1
-    assert set(found.fp32_nodes) == islands | set(found.healed)
+    assert set(found.fp32_nodes) == islands | set(found.added)
 
 
 def test_a_sound_network_needs_no_healing(model: onnx.ModelProto, tiles: Tiles) -> None:
     judged = fp16_judge(model, tiles)
-    found = heal(model, judged, LIMITS["fp16"], fp32_islands(model))
+    found = find_mixed_precision(model, judged, LIMITS["fp16"], fp32_islands(model))
     assert found.passed
-    assert found.healed == ()
+    assert found.added == ()
     assert len(found.steps) == 1
 
 
 @pytest.mark.full
 def test_what_cannot_be_healed_does_not_pass(model: onnx.ModelProto, tiles: Tiles) -> None:
     judged = fp16_judge(model, tiles)
-    found = heal(model, judged, Limits(1.1, 0.0), fp32_islands(model))
+    found = find_mixed_precision(model, judged, Limits(1.1, 0.0), fp32_islands(model))
     assert not found.passed
 
 
@@ -119,13 +119,13 @@ def test_int8_that_loses_too_much_is_healed_by_the_groups_that_lose_most(model: 
         # Half of what is lost may be lost: there is something to do, and it can be done.
         limits = Limits(1 - (1 - whole.label_agreement) / 2, 1.0)
         assert not whole.meets(limits)
-        found = heal(model, judged, limits, islands)
+        found = find_mixed_precision(model, judged, limits, islands)
         assert found.passed
-        assert 0 < len(found.healed) < len(model.graph.node) - len(islands)
+        assert 0 < len(found.added) < len(model.graph.node) - len(islands)
         quantised = quantizer.quantize(found.fp32_nodes)
     kept = {n.name: n for n in quantised.graph.node}
     producers = {name: n.op_type for n in quantised.graph.node for name in n.output}
-    for name in found.healed:
+    for name in found.added:
         if kept[name].op_type == "Conv":
             assert producers.get(kept[name].input[1]) != "DequantizeLinear"
     assert any(n.op_type == "QuantizeLinear" for n in quantised.graph.node)

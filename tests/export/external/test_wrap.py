@@ -19,7 +19,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional
 
-from histostream.export.external.wrap import ForeignModel, WrappedModel, wrap_onnx
+from histostream.export.external.network import ExternalModel
+from histostream.export.external.wrap import WrappedModel, wrap_graph
 from histostream.export.graph.model import GraphError, check_graph
 from histostream.wsi.synthetic import SyntheticSlide
 
@@ -132,7 +133,7 @@ def unet_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_unet_that_monai_exports_is_wrapped(unet_file: Path) -> None:
     assert unet_file.with_name("unet.onnx.data").exists()
-    wrapped = wrap_onnx(unet_file, ForeignModel(THREE, SIDE, MEAN, STD))
+    wrapped = wrap_graph(unet_file, ExternalModel(THREE, SIDE, MEAN, STD))
     assert (wrapped.options.layout, wrapped.options.activation) == ("nchw", "softmax")
     kinds = [node.op_type for node in wrapped.model.graph.node]
     assert kinds[:4] == ["Cast", "Transpose", "Mul", "Add"]
@@ -149,7 +150,7 @@ def test_the_reference_is_monai_s_network_on_normalised_pixels(unet_file: Path) 
     torch.manual_seed(0)
     with quiet():
         net = monai_unet().eval()
-    wrapped = wrap_onnx(unet_file, ForeignModel(THREE, SIDE, MEAN, STD))
+    wrapped = wrap_graph(unet_file, ExternalModel(THREE, SIDE, MEAN, STD))
     tiles = tissue(SIDE)
     x = torch.from_numpy(tiles).float().permute(0, 3, 1, 2) / 255
     x = (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
@@ -165,7 +166,7 @@ def test_monai_s_basic_unet_is_wrapped_from_either_exporter(tmp_path: Path, dyna
     with quiet():
         net = monai_basic_unet()
     by_monai(net, tmp_path / "net.onnx", dynamo=dynamo)
-    assert_the_laws_hold(wrap_onnx(tmp_path / "net.onnx", ForeignModel(THREE, SIDE)))
+    assert_the_laws_hold(wrap_graph(tmp_path / "net.onnx", ExternalModel(THREE, SIDE)))
 
 
 # --- networks with a fixed batch, old operator sets, other endings -------------------------------
@@ -210,7 +211,7 @@ def test_a_fixed_batch_becomes_free(tmp_path: Path, dynamo: bool, opset: int) ->
     torch.manual_seed(1)
     path = export(Small(), tmp_path / "net.onnx", dynamo=dynamo, opset_version=opset)
     assert onnx.load(path).graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1
-    wrapped = wrap_onnx(path, ForeignModel(THREE, SIDE))
+    wrapped = wrap_graph(path, ExternalModel(THREE, SIDE))
     assert wrapped.opset == max(opset, 18)
     assert wrapped.notes
     assert_the_laws_hold(wrapped)
@@ -219,7 +220,7 @@ def test_a_fixed_batch_becomes_free(tmp_path: Path, dynamo: bool, opset: int) ->
 def test_a_fixed_batch_of_several_becomes_free(tmp_path: Path) -> None:
     torch.manual_seed(1)
     path = export(Small(), tmp_path / "net.onnx", dynamo=False, opset_version=17, shape=(4, 3, SIDE, SIDE))
-    assert_the_laws_hold(wrap_onnx(path, ForeignModel(THREE, SIDE)))
+    assert_the_laws_hold(wrap_graph(path, ExternalModel(THREE, SIDE)))
 
 
 def test_free_sides_become_those_of_the_tile(tmp_path: Path) -> None:
@@ -232,7 +233,7 @@ def test_free_sides_become_those_of_the_tile(tmp_path: Path) -> None:
         input_names=["x"],
         dynamic_axes={"x": {0: "n", 2: "h", 3: "w"}},
     )
-    wrapped = wrap_onnx(path, ForeignModel(THREE, 48))
+    wrapped = wrap_graph(path, ExternalModel(THREE, 48))
     assert_the_laws_hold(wrapped)
 
 
@@ -240,10 +241,10 @@ def test_free_sides_become_those_of_the_tile(tmp_path: Path) -> None:
 def test_probabilities_are_recognised(tmp_path: Path, ending: str) -> None:
     torch.manual_seed(2)
     path = export(Small(ending=ending), tmp_path / "net.onnx", dynamo=True)
-    wrapped = wrap_onnx(path, ForeignModel(THREE, SIDE))
+    wrapped = wrap_graph(path, ExternalModel(THREE, SIDE))
     assert wrapped.options.activation == "none"
     assert_the_laws_hold(wrapped)
-    same = wrap_onnx(path, ForeignModel(THREE, SIDE, activation="none"))
+    same = wrap_graph(path, ExternalModel(THREE, SIDE, activation="none"))
     tiles = tissue(SIDE)
     np.testing.assert_array_equal(run(wrapped, tiles), run(same, tiles))
 
@@ -252,7 +253,7 @@ def test_probabilities_are_recognised(tmp_path: Path, ending: str) -> None:
 def test_one_output_channel_becomes_two_classes(tmp_path: Path, ending: str) -> None:
     torch.manual_seed(3)
     path = export(Small(classes=1, ending=ending), tmp_path / "net.onnx", dynamo=True)
-    wrapped = wrap_onnx(path, ForeignModel(TWO, SIDE))
+    wrapped = wrap_graph(path, ExternalModel(TWO, SIDE))
     assert wrapped.options.activation == ("sigmoid" if ending == "logits" else "none")
     scores = assert_the_laws_hold(wrapped)
     assert np.abs(scores.sum(axis=1, dtype=int) - 255).max() <= 1
@@ -261,15 +262,15 @@ def test_one_output_channel_becomes_two_classes(tmp_path: Path, ending: str) -> 
 def test_grey_tiles_fit_a_network_of_one_channel(tmp_path: Path) -> None:
     torch.manual_seed(4)
     path = export(Small(channels=1), tmp_path / "net.onnx", shape=(1, 1, SIDE, SIDE), dynamo=False)
-    assert_the_laws_hold(wrap_onnx(path, ForeignModel(THREE, SIDE, mean=(0.5,), std=(0.2,))))
+    assert_the_laws_hold(wrap_graph(path, ExternalModel(THREE, SIDE, mean=(0.5,), std=(0.2,))))
 
 
 def test_an_output_of_lower_resolution_is_interpolated_only_when_asked(tmp_path: Path) -> None:
     torch.manual_seed(5)
     path = export(Small(ending="quarter"), tmp_path / "net.onnx", dynamo=True)
     with pytest.raises(GraphError, match=r"16 x 16 pixels for a tile of 64 x 64: pass --resize"):
-        wrap_onnx(path, ForeignModel(THREE, SIDE))
-    wrapped = wrap_onnx(path, ForeignModel(THREE, SIDE, resize_output=True))
+        wrap_graph(path, ExternalModel(THREE, SIDE))
+    wrapped = wrap_graph(path, ExternalModel(THREE, SIDE, resize_output=True))
     assert_the_laws_hold(wrapped)
     # As torch interpolates, so the half-pixel convention is the usual one.
     tiles = tissue(SIDE)
@@ -335,7 +336,7 @@ def test_a_network_of_keras_is_wrapped_channels_last(tmp_path: Path) -> None:
         ("input_1", TensorProto.FLOAT, shape),
         [("softmax", TensorProto.FLOAT, shape)],
     )
-    wrapped = wrap_onnx(path, ForeignModel(THREE, SIDE, mean=(0.5,) * 3, std=(0.5,) * 3))
+    wrapped = wrap_graph(path, ExternalModel(THREE, SIDE, mean=(0.5,) * 3, std=(0.5,) * 3))
     assert (wrapped.options.layout, wrapped.options.activation) == ("nhwc", "none")
     kinds = [node.op_type for node in wrapped.model.graph.node]
     assert kinds[:3] == ["Cast", "Mul", "Add"]
@@ -344,7 +345,7 @@ def test_a_network_of_keras_is_wrapped_channels_last(tmp_path: Path) -> None:
 
 def test_half_precision_is_cast_at_both_ends(tmp_path: Path) -> None:
     path = simple(tmp_path / "net.onnx", kind=TensorProto.FLOAT16)
-    wrapped = wrap_onnx(path, ForeignModel(THREE, SIDE))
+    wrapped = wrap_graph(path, ExternalModel(THREE, SIDE))
     before = [node.op_type for node in wrapped.model.graph.node]
     assert before[:6] == ["Cast", "Transpose", "Mul", "Add", "Cast", "Conv"]
     assert_the_laws_hold(wrapped)
@@ -352,11 +353,11 @@ def test_half_precision_is_cast_at_both_ends(tmp_path: Path) -> None:
 
 def test_bgr_is_rgb_reversed(tmp_path: Path) -> None:
     path = simple(tmp_path / "net.onnx")
-    options = ForeignModel(THREE, SIDE, mean=(103.5, 116.3, 123.7), std=(57, 57, 58), scale=1.0)
-    swapped = wrap_onnx(path, replace(options, order="bgr"))
+    options = ExternalModel(THREE, SIDE, mean=(103.5, 116.3, 123.7), std=(57, 57, 58), scale=1.0)
+    swapped = wrap_graph(path, replace(options, order="bgr"))
     assert_the_laws_hold(swapped)
     tiles = tissue(SIDE)
-    plain = wrap_onnx(path, options)
+    plain = wrap_graph(path, options)
     np.testing.assert_array_equal(run(swapped, tiles), run(plain, np.ascontiguousarray(tiles[..., ::-1])))
     assert (run(swapped, tiles) != run(plain, tiles)).any()
 
@@ -374,7 +375,7 @@ def test_names_of_the_contract_may_be_in_use(tmp_path: Path) -> None:
         ("scores", TensorProto.FLOAT, shape),
         [("tiles", TensorProto.FLOAT, shape)],
     )
-    assert_the_laws_hold(wrap_onnx(path, ForeignModel(THREE, SIDE)))
+    assert_the_laws_hold(wrap_graph(path, ExternalModel(THREE, SIDE)))
 
 
 def test_of_several_outputs_one_is_asked_for(tmp_path: Path) -> None:
@@ -390,12 +391,12 @@ def test_of_several_outputs_one_is_asked_for(tmp_path: Path) -> None:
         ("x", TensorProto.FLOAT, shape),
         [("main", TensorProto.FLOAT, shape), ("aux", TensorProto.FLOAT, shape)],
     )
-    options = ForeignModel(THREE, SIDE)
+    options = ExternalModel(THREE, SIDE)
     with pytest.raises(GraphError, match="has 2 outputs: pass --output 'main' or 'aux'"):
-        wrap_onnx(path, options)
+        wrap_graph(path, options)
     with pytest.raises(GraphError, match="no output 'mian'; it has 'main' or 'aux'"):
-        wrap_onnx(path, replace(options, output_name="mian"))
-    wrapped = wrap_onnx(path, replace(options, output_name="main"))
+        wrap_graph(path, replace(options, output_name="mian"))
+    wrapped = wrap_graph(path, replace(options, output_name="main"))
     assert "Neg" not in {node.op_type for node in wrapped.model.graph.node}
     assert_the_laws_hold(wrapped)
 
@@ -413,7 +414,7 @@ def test_a_dropout_that_does_nothing_is_no_hindrance(tmp_path: Path) -> None:
         ("x", TensorProto.FLOAT, shape),
         [("y", TensorProto.FLOAT, shape)],
     )
-    assert_the_laws_hold(wrap_onnx(path, ForeignModel(THREE, SIDE)))
+    assert_the_laws_hold(wrap_graph(path, ExternalModel(THREE, SIDE)))
 
 
 def with_function(path: Path, body: list[onnx.NodeProto], *more: onnx.FunctionProto) -> Path:
@@ -434,7 +435,7 @@ def with_function(path: Path, body: list[onnx.NodeProto], *more: onnx.FunctionPr
 
 def test_local_functions_are_written_out(tmp_path: Path) -> None:
     body = [helper.make_node("Conv", ["a", "b"], ["c"], pads=[1, 1, 1, 1])]
-    wrapped = wrap_onnx(with_function(tmp_path / "net.onnx", body), ForeignModel(THREE, SIDE))
+    wrapped = wrap_graph(with_function(tmp_path / "net.onnx", body), ExternalModel(THREE, SIDE))
     assert not wrapped.model.functions
     assert_the_laws_hold(wrapped)
 
@@ -460,7 +461,7 @@ def test_local_functions_are_written_out(tmp_path: Path) -> None:
 )
 def test_options_that_cannot_be_are_refused(said: dict[str, Any], words: str) -> None:
     with pytest.raises(GraphError, match=words):
-        ForeignModel(**{"classes": THREE, "tile_px": SIDE, **said})
+        ExternalModel(**{"classes": THREE, "tile_px": SIDE, **said})
 
 
 @pytest.mark.parametrize(
@@ -468,7 +469,7 @@ def test_options_that_cannot_be_are_refused(said: dict[str, Any], words: str) ->
     [
         ({"classes": (*THREE, "fat")}, r"3 channels; 4 classes were named"),
         ({"mean": (0.5,), "std": (0.5,)}, r"has 3 channels, mean and std have 1"),
-        ({"tile_px": 96}, r"takes 64 x 64 pixels, not 96 x 96; pass --tile-px 64"),
+        ({"tile_px": 96}, r"takes 64 x 64 pixels, not 96 x 96; pass --tile 64"),
         ({"layout": "nhwc"}, r"has 64 channels, mean and std have 3"),
         ({"activation": "none"}, r"so it is not probabilities: use --activation softmax"),
         ({"input_name": "image"}, r"no input 'image'; it has 'x'"),
@@ -476,7 +477,7 @@ def test_options_that_cannot_be_are_refused(said: dict[str, Any], words: str) ->
 )
 def test_options_that_do_not_fit_the_network_are_refused(unet_file: Path, said: dict[str, Any], words: str) -> None:
     with pytest.raises(GraphError, match=words) as caught:
-        wrap_onnx(unet_file, ForeignModel(**{"classes": THREE, "tile_px": SIDE, **said}))
+        wrap_graph(unet_file, ExternalModel(**{"classes": THREE, "tile_px": SIDE, **said}))
     assert "\n" not in str(caught.value)
 
 
@@ -494,9 +495,9 @@ def test_a_tile_that_the_pooling_does_not_divide_gets_a_hint(tmp_path: Path) -> 
         ("x", TensorProto.FLOAT, shape),
         [("y", TensorProto.FLOAT, shape)],
     )
-    with pytest.raises(GraphError, match=r"not take 75 x 75 pixels .*skip.*try --tile-px 96"):
-        wrap_onnx(path, ForeignModel(THREE, 75))
-    wrap_onnx(path, ForeignModel(THREE, 96))
+    with pytest.raises(GraphError, match=r"not take 75 x 75 pixels .*skip.*try --tile 96"):
+        wrap_graph(path, ExternalModel(THREE, 75))
+    wrap_graph(path, ExternalModel(THREE, 96))
 
 
 def one_node(path: Path, kind: str, shape: list[Any], **attributes: Any) -> Path:
@@ -520,7 +521,7 @@ def test_networks_that_do_not_give_scores_are_refused(
 ) -> None:
     path = one_node(tmp_path / "net.onnx", kind, shape, **attributes)
     with pytest.raises(GraphError, match=words):
-        wrap_onnx(path, ForeignModel(THREE, SIDE))
+        wrap_graph(path, ExternalModel(THREE, SIDE))
 
 
 def test_a_network_that_mixes_the_tiles_of_a_batch_is_refused(tmp_path: Path) -> None:
@@ -537,7 +538,7 @@ def test_a_network_that_mixes_the_tiles_of_a_batch_is_refused(tmp_path: Path) ->
         [("y", TensorProto.FLOAT, shape)],
     )
     with pytest.raises(GraphError, match="two tiles together score unlike each alone"):
-        wrap_onnx(path, ForeignModel(THREE, SIDE))
+        wrap_graph(path, ExternalModel(THREE, SIDE))
 
 
 def test_a_reshape_that_holds_on_to_the_batch_is_named(tmp_path: Path) -> None:
@@ -553,7 +554,7 @@ def test_a_reshape_that_holds_on_to_the_batch_is_named(tmp_path: Path) -> None:
         tmp_path / "net.onnx", nodes, weights, ("x", TensorProto.FLOAT, shape), [("y", TensorProto.FLOAT, shape)]
     )
     with pytest.raises(GraphError, match=r"batch of 2 tiles fails .*stubborn.*dynamic batch"):
-        wrap_onnx(path, ForeignModel(THREE, SIDE))
+        wrap_graph(path, ExternalModel(THREE, SIDE))
 
 
 # --- files that mean harm -----------------------------------------------------------------------
@@ -572,10 +573,10 @@ def test_operators_outside_the_standard_are_named(tmp_path: Path) -> None:
         opset_imports=opsets,
     )
     with pytest.raises(GraphError, match=r"'payload' is a Shell of 'evil\.ops', not an operator"):
-        wrap_onnx(path, ForeignModel(THREE, SIDE))
+        wrap_graph(path, ExternalModel(THREE, SIDE))
     inside = [helper.make_node("Shell", ["a"], ["c"], name="hidden", domain="evil.ops")]
     with pytest.raises(GraphError, match=r"'hidden' is a Shell of 'evil\.ops'"):
-        wrap_onnx(with_function(tmp_path / "f.onnx", inside), ForeignModel(THREE, SIDE))
+        wrap_graph(with_function(tmp_path / "f.onnx", inside), ExternalModel(THREE, SIDE))
 
 
 def test_functions_that_multiply_are_refused_before_they_are_written_out(tmp_path: Path) -> None:
@@ -590,7 +591,7 @@ def test_functions_that_multiply_are_refused_before_they_are_written_out(tmp_pat
     body = [helper.make_node("F11", ["a"], ["c"], domain="mine")]
     path = with_function(tmp_path / "net.onnx", body, *levels)
     with pytest.raises(GraphError, match="too many to be a network"):
-        wrap_onnx(path, ForeignModel(THREE, SIDE))
+        wrap_graph(path, ExternalModel(THREE, SIDE))
 
 
 def test_control_flow_is_refused(tmp_path: Path) -> None:
@@ -606,7 +607,7 @@ def test_control_flow_is_refused(tmp_path: Path) -> None:
         [("y", TensorProto.FLOAT, shape)],
     )
     with pytest.raises(GraphError, match="'maybe' is a If: not in a deployed graph"):
-        wrap_onnx(path, ForeignModel(THREE, SIDE))
+        wrap_graph(path, ExternalModel(THREE, SIDE))
 
 
 @pytest.fixture
@@ -636,7 +637,7 @@ def test_weights_outside_the_folder_are_never_read(outside: Path, location: str)
     (outside.parent / "link").symlink_to(secret)
     path = point_to(outside, location.format(secret))
     with pytest.raises(GraphError, match=r"only files beside the model are read|is missing"):
-        wrap_onnx(path, ForeignModel(THREE, SIDE))
+        wrap_graph(path, ExternalModel(THREE, SIDE))
 
 
 @pytest.mark.parametrize(
@@ -649,10 +650,10 @@ def test_weights_outside_the_folder_are_never_read(outside: Path, location: str)
 )
 def test_wrong_extents_of_weights_are_refused(outside: Path, entries: dict[str, str], words: str) -> None:
     (outside.parent / "w.bin").write_bytes(convolution().tobytes())
-    assert_the_laws_hold(wrap_onnx(point_to(outside, "w.bin"), ForeignModel(THREE, SIDE)))
+    assert_the_laws_hold(wrap_graph(point_to(outside, "w.bin"), ExternalModel(THREE, SIDE)))
     path = point_to(simple(outside), "w.bin", **entries)
     with pytest.raises(GraphError, match=words):
-        wrap_onnx(path, ForeignModel(THREE, SIDE))
+        wrap_graph(path, ExternalModel(THREE, SIDE))
 
 
 def test_weights_outside_in_the_constant_of_a_function_are_refused(tmp_path: Path) -> None:
@@ -665,7 +666,7 @@ def test_weights_outside_in_the_constant_of_a_function_are_refused(tmp_path: Pat
     ]
     path = with_function(tmp_path / "net.onnx", body)
     with pytest.raises(GraphError, match="only files beside the model are read"):
-        wrap_onnx(path, ForeignModel(THREE, SIDE))
+        wrap_graph(path, ExternalModel(THREE, SIDE))
 
 
 @pytest.mark.parametrize(
@@ -685,7 +686,7 @@ def test_a_damaged_file_is_one_clear_line(tmp_path: Path, damage: Callable[[byte
     path = simple(tmp_path / "net.onnx")
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(GraphError, match=r"net.onnx") as caught:
-        wrap_onnx(path, ForeignModel(THREE, SIDE))
+        wrap_graph(path, ExternalModel(THREE, SIDE))
     assert "\n" not in str(caught.value)
 
 
@@ -702,7 +703,7 @@ def test_whatever_bytes_change_nothing_but_a_clear_line_comes_out(tmp_path: Path
         bad[place : place + (0, 1, len(noise))[kind]] = noise if kind < 2 else b""
         (tmp_path / "net.onnx").write_bytes(bad)
         try:
-            wrap_onnx(tmp_path / "net.onnx", ForeignModel(THREE, SIDE))
+            wrap_graph(tmp_path / "net.onnx", ExternalModel(THREE, SIDE))
         except GraphError as error:
             said.append(str(error))
     assert len(said) > 200
@@ -711,5 +712,5 @@ def test_whatever_bytes_change_nothing_but_a_clear_line_comes_out(tmp_path: Path
 
 def test_a_missing_file_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(GraphError, match="cannot be read"):
-        wrap_onnx(tmp_path / "nowhere.onnx", ForeignModel(THREE, SIDE))
+        wrap_graph(tmp_path / "nowhere.onnx", ExternalModel(THREE, SIDE))
     assert not list(tmp_path.iterdir())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from histostream.export.graph.from_torch import export_onnx
 from histostream.export.graph.model import GraphError
-from histostream.export.receptive_field.measure import Reach, reach
+from histostream.export.receptive_field.measure import ReceptiveField, receptive_field
 from histostream.training.networks.unet import UNet
 from tests.export.networks import (
     GroupNormNet,
@@ -37,8 +37,8 @@ class Tiles(TileNetwork):
         return out
 
 
-def exported_reach(net: TileNetwork, tile_px: int = 32) -> Reach:
-    return reach(export_onnx(net.eval(), channels=net.channels, tile_px=tile_px))
+def exported_field(net: TileNetwork, tile_px: int = 32) -> ReceptiveField:
+    return receptive_field(export_onnx(net.eval(), channels=net.channels, tile_px=tile_px))
 
 
 # --- The oracle: gradient support in torch. ---
@@ -61,7 +61,7 @@ def open_copy(net: TileNetwork) -> TileNetwork:
     return net
 
 
-def gradient_reach(net: TileNetwork, align_px: int, size_px: int = 192) -> int:
+def gradient_halo(net: TileNetwork, align_px: int, size_px: int = 192) -> int:
     net = open_copy(net)
     longest = 0
     for axis in (2, 3):
@@ -137,17 +137,17 @@ def test_the_halo_is_the_support_of_the_gradient(name: str) -> None:
     torch.manual_seed(0)
     build, align_px = NETWORKS[name]
     net = build()
-    found = exported_reach(net)
+    found = exported_field(net)
     assert found.align_px == align_px
-    assert found.halo_px == gradient_reach(net, align_px)
+    assert found.halo_px == gradient_halo(net, align_px)
     assert bool(found.whole_tile) == (name in ("translation", "group norm"))
 
 
 def test_aligned_corners_cost_less_than_a_pixel_of_the_coarse_map() -> None:
     # The place in the coarse map drifts by half a pixel across the tile; the bound holds anywhere.
     net = Tiles(upsampling(mode="bilinear", align_corners=True))
-    found = exported_reach(net)
-    exact = gradient_reach(net, 4)
+    found = exported_field(net)
+    exact = gradient_halo(net, 4)
     assert exact <= found.halo_px < exact + 4
 
 
@@ -155,7 +155,7 @@ def test_aligned_corners_cost_less_than_a_pixel_of_the_coarse_map() -> None:
 def test_the_halo_does_not_depend_on_the_tile_and_may_be_longer() -> None:
     torch.manual_seed(0)
     net = PyramidNet(3, layers=1)
-    small, large = (exported_reach(net, tile_px) for tile_px in (32, 64))
+    small, large = (exported_field(net, tile_px) for tile_px in (32, 64))
     assert small == large
     assert small.halo_px > 32
     assert small.align_px == 8
@@ -171,14 +171,14 @@ def test_normalisation_by_the_tile_is_named_and_by_running_statistics_is_not() -
     for norm in ("adain", "layer"):
         net = TranslationNet(norm=norm).fold()
         model = export_onnx(net.eval(), channels=net.channels, tile_px=32)
-        found.append(reach(model))
+        found.append(receptive_field(model))
         named = {node.name: node.op_type for node in model.graph.node}
         kinds.append([named[name] for name in found[-1].whole_tile])
     assert kinds[0].count("InstanceNormalization") == 5
     assert kinds[0].count("Gemm") == 1
     assert kinds[1].count("ReduceMean") == 4
     assert found[0].halo_px == found[1].halo_px  # statistics have no reach of their own
-    assert not exported_reach(TransposedNet()).whole_tile
+    assert not exported_field(TransposedNet()).whole_tile
 
 
 # --- Graphs by hand, for operators that our exporter does not write. ---
@@ -210,7 +210,7 @@ def kernel(name: str, *shape: int) -> str:
     return f"{name} = Constant <value = float[{dims}] {{{values}}}> ()"
 
 
-def impulse_reach(model: onnx.ModelProto, align_px: int, size_px: int = 32) -> int:
+def impulse_halo(model: onnx.ModelProto, align_px: int, size_px: int = 32) -> int:
     """Brighten one row, or one column, of the input at a time and see which outputs change."""
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     longest = 0
@@ -345,10 +345,10 @@ LOCAL: dict[str, tuple[str, int]] = {
 def test_the_halo_of_a_foreign_graph_is_what_an_impulse_shows(name: str) -> None:
     body, align_px = LOCAL[name]
     model = graph(body)
-    found = reach(model)
+    found = receptive_field(model)
     assert not found.whole_tile
     assert found.align_px == align_px
-    assert found.halo_px == impulse_reach(model, align_px)
+    assert found.halo_px == impulse_halo(model, align_px)
 
 
 def test_an_antialiased_reduction_sees_as_far_as_its_filter() -> None:
@@ -357,9 +357,9 @@ def test_an_antialiased_reduction_sees_as_far_as_its_filter() -> None:
         r = Resize <mode = "linear", antialias = 1> (x, , s)
         t = Constant <value = float[4] {1, 1, 2, 2}> ()
         y = Resize (r, , t)""")
-    found = reach(model)
+    found = receptive_field(model)
     assert (found.align_px, found.whole_tile) == (2, ())
-    assert impulse_reach(model, 2) <= found.halo_px <= impulse_reach(model, 2) + 1
+    assert impulse_halo(model, 2) <= found.halo_px <= impulse_halo(model, 2) + 1
 
 
 WHOLE: dict[str, tuple[str, list[str]]] = {
@@ -403,7 +403,7 @@ def test_what_sees_the_whole_tile_is_named(name: str) -> None:
     model = graph(three + body)
     for i, node in enumerate(model.graph.node):
         node.name = f"{node.op_type}/{i}"
-    found = reach(model)
+    found = receptive_field(model)
     assert [label.split("/")[0] for label in found.whole_tile] == kinds
 
 
@@ -420,15 +420,15 @@ def test_what_sees_the_whole_tile_is_named(name: str) -> None:
     ids=["softmax", "mean", "argmax", "layer norm"],
 )
 def test_statistics_over_channels_are_local(body: str) -> None:
-    assert reach(graph(body)) == Reach(0, 1, ())
+    assert receptive_field(graph(body)) == ReceptiveField(0, 1, ())
 
 
 def test_a_node_that_leads_nowhere_is_not_named() -> None:
-    assert reach(graph("m = GlobalMaxPool (x)\n y = Relu (x)")) == Reach(0, 1, ())
+    assert receptive_field(graph("m = GlobalMaxPool (x)\n y = Relu (x)")) == ReceptiveField(0, 1, ())
 
 
 def test_a_result_that_is_not_on_the_grid_of_the_tile_is_not_local() -> None:
-    found = reach(graph("y = AveragePool <kernel_shape = [2, 2], strides = [2, 2]> (x)"))
+    found = receptive_field(graph("y = AveragePool <kernel_shape = [2, 2], strides = [2, 2]> (x)"))
     assert found.whole_tile
 
 
@@ -436,4 +436,4 @@ def test_a_graph_of_any_size_is_refused() -> None:
     model = graph("y = Relu (x)")
     model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "H"
     with pytest.raises(GraphError, match="fixed H, W and C"):
-        reach(model)
+        receptive_field(model)
