@@ -1,7 +1,7 @@
-"""A slide as DICOM knows it: patient, study, series, and where it lies in space.
+"""The DICOM header of a slide: patient, study, series, and its position in space.
 
-What is made of a DICOM slide belongs to its study. Other slides get an identity of their own, the
-same whenever the same file is seen.
+Results of a DICOM slide belong to its study. For other slides an identity is generated that depends
+on the file's content alone.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import math
 import uuid
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ from histostream.wsi.outputs.label_rows import SlideInfo
 
 SM_IMAGE = "1.2.840.10008.5.1.4.1.1.77.1.6"  # VL Whole Slide Microscopy Image Storage
 PREFIX = b"DICM"  # after 128 bytes of anything
-UIDS = uuid.UUID("5f3c1c66-5a0b-4c57-9f5e-0d7f3f6c6a52")  # namespace of the UIDs made up here
+UIDS = uuid.UUID("5f3c1c66-5a0b-4c57-9f5e-0d7f3f6c6a52")  # namespace of the UIDs generated here
 SAMPLE_BYTES = 1 << 20  # of each end of a file; two scans do not share both
-# Type 2: they have to be there, and may be empty.
+# Attributes of type 2: required, but they may be empty.
 MAY_BE_EMPTY = (
     "PatientID",
     "PatientName",
@@ -35,20 +34,20 @@ MAY_BE_EMPTY = (
 )
 
 
-def made_up_uid(*words: str) -> str:
+def generated_uid(*words: str) -> str:
     """Return a UID that is the same for the same words (PS3.5 B.2, from a UUID)."""
     return f"2.25.{uuid.uuid5(UIDS, chr(0).join(words)).int}"
 
 
 def text(value: str, longest: int = 64) -> str:
-    r"""Write something as DICOM's LO and SH take it: no control characters and no ``\``."""
+    r"""Return a text that fits DICOM's LO and SH: no control characters and no ``\``."""
     return printable(value).replace("\\", "/")[:longest]
 
 
 def slide_header(path: Path, info: SlideInfo, tile_px: int) -> Any:
-    """Describe the first tile of a label map, as if it were the whole slide image.
+    """Return the header of the first tile of a label map, as if it were the whole slide image.
 
-    highdicom wants the pixels of all that a header describes.
+    highdicom requires the pixels of everything that a header describes.
 
     Parameters
     ----------
@@ -61,37 +60,39 @@ def slide_header(path: Path, info: SlideInfo, tile_px: int) -> Any:
 
     Returns
     -------
-    pydicom.Dataset without pixels: of a DICOM slide that of the level that is nearest in
-    size, with what it leaves out; otherwise made up. Place, tile and spacing are those of the
-    label map.
+    pydicom.Dataset without pixels. For a DICOM slide it is that of the level nearest in size,
+    completed where attributes are missing; for others it is generated. Position, tile and spacing
+    are those of the label map.
 
     Raises
     ------
     SlideError
-        If the slide is DICOM, and not a whole slide image.
+        If the slide is DICOM, but not a whole slide image.
     Exception
-        Of any kind, as pydicom has it, if its header is damaged.
+        Of any kind, from pydicom, if its header is damaged.
     """
-    found = _nearest_level(path, info)
-    header = _made_up(path, info) if found is None else _completed(found, path, info)
-    _lay_grid(header, info, tile_px)
+    level = _nearest_level(path, info)
+    header = _generated(path, info) if level is None else _completed(level, path, info)
+    _set_grid(header, info, tile_px)
     return header
 
 
 def _nearest_level(path: Path, info: SlideInfo) -> Any | None:
-    """Return the header of the level of a DICOM slide that is nearest in size; None if it is none.
+    """Return the header of the level of a DICOM slide that is nearest in size; None if it is not DICOM.
 
-    The other levels lie in the same folder, and say that they are of the same series.
+    The levels of a slide are files of one series in one folder.
     """
     import pydicom
 
-    named = sorted(path.glob("*.dcm"))[:1] if path.is_dir() else [path]
-    if not named or not _is_dicom(named[0]):
+    files = sorted(path.glob("*.dcm")) if path.is_dir() else [path]
+    if not files or not _is_dicom(files[0]):
         return None
     tags = ["SOPClassUID", "SeriesInstanceUID", "ImageType", "TotalPixelMatrixColumns"]
-    first = pydicom.dcmread(named[0], stop_before_pixels=True, specific_tags=tags)
-    found = []
-    for file in _siblings(named[0]):
+    first = pydicom.dcmread(files[0], stop_before_pixels=True, specific_tags=tags)
+    levels = []
+    for file in sorted(files[0].parent.iterdir()):
+        if file.suffix != files[0].suffix or not file.is_file() or not _is_dicom(file):
+            continue
         level = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=tags)
         columns = level.get("TotalPixelMatrixColumns")
         if (
@@ -100,16 +101,10 @@ def _nearest_level(path: Path, info: SlideInfo) -> Any | None:
             and "VOLUME" in level.get("ImageType", ())
             and columns
         ):
-            found.append((abs(math.log(columns / info.width)), file.name, file))
-    if not found:
+            levels.append((abs(math.log(columns / info.width)), file.name, file))
+    if not levels:
         raise SlideError(f"{path}: no whole slide image in its DICOM series; leave dicom-seg out of --rasters")
-    return pydicom.dcmread(min(found)[2], stop_before_pixels=True)
-
-
-def _siblings(file: Path) -> Iterator[Path]:
-    for other in sorted(file.parent.iterdir()):  # `file` among them
-        if other.suffix == file.suffix and other.is_file() and _is_dicom(other):
-            yield other
+    return pydicom.dcmread(min(levels)[2], stop_before_pixels=True)
 
 
 def _is_dicom(file: Path) -> bool:
@@ -118,13 +113,13 @@ def _is_dicom(file: Path) -> bool:
 
 
 def _completed(header: Any, path: Path, info: SlideInfo) -> Any:
-    """Fill in what a slide should say and many do not."""
-    header.decode()  # what is made of it is in UTF-8
+    """Add required attributes that many slides lack."""
+    header.decode()  # the result is in UTF-8
     for name in MAY_BE_EMPTY:
         if name not in header:
             setattr(header, name, "")
     if "FrameOfReferenceUID" not in header:
-        header.FrameOfReferenceUID = made_up_uid("frame of reference", header.SeriesInstanceUID)
+        header.FrameOfReferenceUID = generated_uid("frame of reference", header.SeriesInstanceUID)
     if "PositionReferenceIndicator" not in header:
         header.PositionReferenceIndicator = "SLIDE_CORNER"
     if not (header.get("ContentDate") and header.get("ContentTime")):
@@ -134,22 +129,22 @@ def _completed(header: Any, path: Path, info: SlideInfo) -> Any:
     return header
 
 
-def _made_up(path: Path, info: SlideInfo) -> Any:
-    """Return what a scanner would have said of the slide, with UIDs that follow from the file."""
+def _generated(path: Path, info: SlideInfo) -> Any:
+    """Return a header like that of a scanner, with UIDs that depend on the file."""
     from pydicom import Dataset
 
-    print_of_file = _fingerprint(path)
+    identity = _fingerprint(path)
     header = Dataset()
     for name in MAY_BE_EMPTY:
         setattr(header, name, "")
     header.SOPClassUID = SM_IMAGE
     header.Modality = "SM"
     for name in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "FrameOfReferenceUID"):
-        setattr(header, name, made_up_uid(name, print_of_file))
+        setattr(header, name, generated_uid(name, identity))
     header.PositionReferenceIndicator = "SLIDE_CORNER"
     header.ImageType = ["ORIGINAL", "PRIMARY", "VOLUME", "NONE"]
     header.PatientID = text(info.name)
-    _complete_specimen(header, info.name, print_of_file)
+    _complete_specimen(header, info.name, identity)
     _date(header, path)
     return header
 
@@ -166,7 +161,7 @@ def _complete_specimen(header: Any, name: str, identity: str) -> None:
     if not header.get("SpecimenDescriptionSequence"):
         specimen = Dataset()
         specimen.SpecimenIdentifier = header.ContainerIdentifier
-        specimen.SpecimenUID = made_up_uid("specimen", identity)
+        specimen.SpecimenUID = generated_uid("specimen", identity)
         header.SpecimenDescriptionSequence = Sequence([specimen])
     for specimen in header.SpecimenDescriptionSequence:
         for keyword in ("IssuerOfTheSpecimenIdentifierSequence", "SpecimenPreparationSequence"):
@@ -183,23 +178,23 @@ def _code(value: str, scheme: str, meaning: str) -> Any:
 
 
 def _fingerprint(path: Path) -> str:
-    """Tell a file from others by its size and both ends: a name says nothing, and all is slow."""
+    """Return size and SHA-256 of both ends of a file, since hashing all of it is slow."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        found = hashlib.sha256(file.read(SAMPLE_BYTES))
+        digest = hashlib.sha256(file.read(SAMPLE_BYTES))
         file.seek(max(size - SAMPLE_BYTES, 0))
-        found.update(file.read(SAMPLE_BYTES))
-    return f"{size} {found.hexdigest()}"
+        digest.update(file.read(SAMPLE_BYTES))
+    return f"{size} {digest.hexdigest()}"
 
 
 def _date(header: Any, path: Path) -> None:
-    # A date of the run would make bits differ where nothing else does.
-    when = datetime.fromtimestamp(int(path.stat().st_mtime), UTC)
-    header.ContentDate, header.ContentTime = f"{when:%Y%m%d}", f"{when:%H%M%S}"
+    # Not the date of the run: two runs on a file give the same bytes.
+    modified = datetime.fromtimestamp(int(path.stat().st_mtime), UTC)
+    header.ContentDate, header.ContentTime = f"{modified:%Y%m%d}", f"{modified:%H%M%S}"
 
 
-def _lay_grid(header: Any, info: SlideInfo, tile_px: int) -> None:
-    """Replace the tiles of a header by those of a label map over the same place."""
+def _set_grid(header: Any, info: SlideInfo, tile_px: int) -> None:
+    """Replace the tiles of a header by those of a label map of the same area."""
     from pydicom import Dataset, Sequence
 
     x, y = _spacing_mm(header, info)
@@ -211,7 +206,7 @@ def _lay_grid(header: Any, info: SlideInfo, tile_px: int) -> None:
         header.ImagedVolumeDepth = 0.001
     header.DimensionOrganizationType = "TILED_FULL"
     if len(header.get("ImageOrientationSlide") or ()) != 6:
-        header.ImageOrientationSlide = [0, -1, 0, -1, 0, 0]  # as scanners lay a slide
+        header.ImageOrientationSlide = [0, -1, 0, -1, 0, 0]  # as scanners orient a slide
     if not header.get("TotalPixelMatrixOriginSequence"):
         origin = Dataset()
         origin.XOffsetInSlideCoordinateSystem = origin.YOffsetInSlideCoordinateSystem = 0
@@ -226,7 +221,7 @@ def _lay_grid(header: Any, info: SlideInfo, tile_px: int) -> None:
 
 
 def _spacing_mm(header: Any, info: SlideInfo) -> tuple[float, float]:
-    """Return the sides of a pixel of the label map: square, or as the slide's own pixels are."""
+    """Return width and height of a label map's pixel; their ratio is that of the slide's own pixels."""
     shared = header.get("SharedFunctionalGroupsSequence") or [{}]
     measures = shared[0].get("PixelMeasuresSequence") or [{}]
     spacing = [float(side) for side in measures[0].get("PixelSpacing") or ()]
@@ -240,4 +235,4 @@ def _spacing_mm(header: Any, info: SlideInfo) -> tuple[float, float]:
 def _decimal(value: float) -> Any:
     from pydicom.valuerep import DSfloat
 
-    return DSfloat(value, auto_format=True)  # 16 characters are what there is room for
+    return DSfloat(value, auto_format=True)  # at most 16 characters

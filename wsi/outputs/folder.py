@@ -1,7 +1,7 @@
-"""The folder that the files of a run are published in.
+"""The output folder of a slide, in which all files of a run appear together.
 
-A sink writes beside its final names. The folder moves everything there at the end, ``run.json``
-last, so that a folder with a ``run.json`` is always complete and never a mixture of two runs.
+Sinks write under temporary names. At the end the folder renames everything, ``run.json`` last: a
+folder with a ``run.json`` is complete and never a mixture of two runs.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ class OutputFolder:
                 folder.write(part)
             folder.run["seconds"] = 12.3
 
-    Leaving the block publishes; an exception inside it removes what was written, and the folder
-    too if it is new and empty. Inside the block no other process works on the folder, not on
-    another host either; of those in ``gone`` it is known that they have ended.
+    Leaving the block publishes the files; an exception inside it removes what was written, and the
+    folder too if it is new and empty. Inside the block no other process works on the folder, also on
+    no other host. ``dead_processes`` are processes that are known to have ended.
 
     Raises
     ------
     LockedError
-        On entering, if another process is at work on it.
+        On entering, if another process works on it.
     OutputError
         On entering or leaving, if something cannot be written.
 
@@ -58,10 +58,10 @@ class OutputFolder:
     path
         The folder.
     run
-        What ``run.json`` will say; the names of the published files are added as ``outputs``.
+        Content of ``run.json``; the names of the published files are added as ``outputs``.
     """
 
-    def __init__(self, out: Path, stem: str, gone: Collection[Process] = ()) -> None:
+    def __init__(self, out: Path, stem: str, dead_processes: Collection[Process] = ()) -> None:
         if not stem or stem == ".." or Path(stem).name != stem:
             raise OutputError(f"{stem!r} is not a plain name for a folder of results: give the slide another")
         self.path = Path(out) / stem
@@ -70,7 +70,7 @@ class OutputFolder:
         self._finished: list[tuple[Path, Path]] | None = None
         self._texts: list[tuple[Path, Path]] = []
         self._created: list[Path] = []
-        self._lock = Lock(self.path / LOCK_FILE, gone)
+        self._lock = Lock(self.path / LOCK_FILE, dead_processes)
         self._afterwards: list[Callable[[], None]] = []
 
     def __enter__(self) -> Self:
@@ -81,7 +81,7 @@ class OutputFolder:
         return self
 
     def _entered(self) -> bool:
-        """Make the folder and lock it; False if another process removed it in between."""
+        """Make the folder and lock it; return False if another process removed it in between."""
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         try:
@@ -93,11 +93,11 @@ class OutputFolder:
         return True
 
     def after_publishing(self, call: Callable[[], None]) -> None:
-        """Call something when the files are in place, and still nobody else is at work."""
+        """Call something when the files are in place and the folder is still locked."""
         self._afterwards.append(call)
 
     def add(self, sink: AnySink) -> AnySink:
-        """Send what is written to the folder to ``sink`` too; returns it."""
+        """Add a sink that takes the rows too; return it."""
         self._sinks.append(sink)
         return sink
 
@@ -107,33 +107,24 @@ class OutputFolder:
         Raises
         ------
         OutputError
-            If the disk is full or refuses, or another process has taken the folder over.
+            If a file cannot be written, or another process has taken the folder over.
         """
         self._lock.check()
         for sink in self._sinks:
             sink.write(part)
 
     def finish(self) -> None:
-        """Complete every file, still under its temporary name.
-
-        Leaving the block does it too; call it to measure the time it takes.
-        """
+        """Complete every file under its temporary name; leaving the block does it too."""
         if self._finished is None:
             self._finished = [pair for sink in self._sinks for pair in sink.finish()]
 
     @property
     def unpublished(self) -> dict[str, Path]:
-        """Where the files are that `finish` has completed, by their final names."""
+        """Temporary paths of the files that `finish` has completed, by their final names."""
         return {final.name: temporary for temporary, final in (self._finished or [])}
 
     def add_text(self, name: str, text: str) -> None:
-        """Publish a text that is made of what the sinks have finished.
-
-        Raises
-        ------
-        OutputError
-            If it cannot be written.
-        """
+        """Add a text file that is published with the files of the sinks."""
         self._texts.append(write_temporary(self.path / name, text))
 
     def __exit__(
@@ -162,16 +153,16 @@ class OutputFolder:
         pairs = [*(self._finished or []), *self._texts]
         names = sorted(final.name for _, final in pairs)
         marker = self.path / RUN_FILE
-        before = [self.path / name for name in sorted(_outputs_of(marker) - set(names))]
+        outdated = [self.path / name for name in sorted(_outputs_of(marker) - set(names))]
         last = write_temporary(marker, json_text({**self.run, "outputs": names}))
         for temporary, final in (*pairs, last):
             with writing(final):
                 sync_all(temporary)
         with writing(marker):
-            # From here to the end the folder is a mixture of two runs, and has no marker.
+            # From here to the end the folder is a mixture of two runs, so it has no marker.
             marker.unlink(missing_ok=True)
             sync(self.path)
-        remove(before)  # of other options; beside the new ones they would pass for theirs
+        remove(outdated)  # of a run with other options
         for temporary, final in (*pairs, last):
             with writing(final):
                 if final == marker:
@@ -188,16 +179,15 @@ class OutputFolder:
         remove([temporary_name(self.path / RUN_FILE), *(temporary for temporary, _ in self._texts)])
 
     def _remove_new_folders(self) -> None:
-        with suppress(OSError):  # not empty, or already gone: then it is not ours to remove
+        with suppress(OSError):  # not empty, or removed by another process
             for folder in self._created:
                 folder.rmdir()
 
 
 def _outputs_of(marker: Path) -> set[str]:
-    """Return the names in its folder that a run.json lists; none if it cannot be read."""
+    """Return the file names that a run.json lists; none if it cannot be read."""
     try:
         names = json.loads(marker.read_text(encoding="utf-8"))["outputs"]
-        texts = [name for name in names if isinstance(name, str)]
-        return {name for name in texts if Path(name).name == name and not name.startswith(".")}
+        return {n for n in names if isinstance(n, str) and Path(n).name == n and not n.startswith(".")}
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return set()

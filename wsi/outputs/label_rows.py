@@ -1,4 +1,4 @@
-"""Finished rows of the label map, and the contract of a sink, which takes them and leaves files."""
+"""Finished rows of the label map, and the contract of a sink, which writes them to files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NOT_ANALYSED = 255  # label of pixels that were not analysed: outside the tissue
 
 @dataclass(frozen=True, slots=True)
 class ClassInfo:
-    """A class of the label map; its label is its place in the list of classes.
+    """A class of the label map; its label is its index in the list of classes.
 
     Attributes
     ----------
@@ -39,7 +39,7 @@ class ClassInfo:
 
 @dataclass(frozen=True, slots=True)
 class SlideInfo:
-    """What sinks need to know of a slide.
+    """Size, resolution and classes of a label map.
 
     Attributes
     ----------
@@ -50,7 +50,7 @@ class SlideInfo:
     mpp
         Side of such a pixel, in um.
     classes
-        The class of label 0, 1, ...; at most 255, since `NOT_ANALYSED` is none of them.
+        The class of label 0, 1, ...; at most 255, since label 255 is `NOT_ANALYSED`.
     """
 
     name: str
@@ -63,7 +63,7 @@ class SlideInfo:
         if self.width < 1 or self.height < 1:
             raise ValueError(f"{self.name}: {self.width} x {self.height} px has no pixels")
         if not self.mpp > 0:
-            raise ValueError(f"{self.name}: mpp={self.mpp!r} is not a size: use um per pixel")
+            raise ValueError(f"{self.name}: mpp={self.mpp!r} is not positive: use um per pixel")
         if not 1 <= len(self.classes) <= NOT_ANALYSED:
             raise ValueError(f"{self.name}: {len(self.classes)} classes: use 1 to {NOT_ANALYSED}")
 
@@ -96,15 +96,7 @@ class LabelRows:
 
     @classmethod
     def outside(cls, x: int, y: int, width: int, height: int, *, classes: int | None = None) -> LabelRows:
-        """Rows that no tile reaches: one label and one score, broadcast, so read-only.
-
-        Parameters
-        ----------
-        x, y, width, height
-            Where, in pixels of the level that inference runs at.
-        classes
-            Number of scores, all 0; None: there are no scores.
-        """
+        """Return rows without tissue: one label, and ``classes`` scores of 0, broadcast and so read-only."""
         labels = np.broadcast_to(np.uint8(NOT_ANALYSED), (height, width))
         if classes is None:
             return cls(x, y, labels)
@@ -112,22 +104,21 @@ class LabelRows:
 
     @property
     def all_outside(self) -> bool:
-        """Whether the shape of the arrays alone shows that nothing was analysed here."""
+        """Whether the labels are one broadcast `NOT_ANALYSED`, as `outside` makes them."""
         return is_one_value(self.labels) and bool(self.labels[0, 0] == NOT_ANALYSED)
 
 
 def is_one_value(pixels: NDArray[np.uint8]) -> bool:
-    """Whether pixels (H, W[, C]) are one pixel broadcast, as their strides say without a look."""
+    """Whether pixels (H, W[, C]) are one pixel broadcast, judged by their strides alone."""
     return pixels.size > 0 and pixels.strides[:2] == (0, 0)
 
 
 class Sink(Protocol):
-    """Takes finished rows, leaves files.
+    """Writes finished rows to files.
 
-    Parts come in column bands: inside a band top to bottom without gaps, each band from the first
-    row to the last; band edges are multiples of 512 px except at the slide's right border; part
-    heights vary. Rows without tissue come too, full of `NOT_ANALYSED` (and read-only, see
-    `LabelRows.outside`).
+    Rows come in column bands, from left to right. A band comes from top to bottom without gaps, in
+    parts of any height. Band edges are multiples of 512 px, except at the slide's right border. Rows
+    without tissue come too, full of `NOT_ANALYSED` (and read-only, see `LabelRows.outside`).
     """
 
     def write(self, part: LabelRows) -> None:

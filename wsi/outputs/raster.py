@@ -1,4 +1,4 @@
-"""labels.tif and probabilities.tif as arrays that are read where they are looked at."""
+"""Read labels.tif and probabilities.tif as arrays; only the pixels that are indexed are read."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ Index = int | np.integer[Any] | slice
 
 
 class Raster:
-    """Values of a pyramid on disk, indexed as a numpy array of its finest level would be.
+    """A pyramid on disk, indexed like a numpy array of its finest level.
 
     ::
 
         labels = Raster(Path("out/slide/labels.tif"))
         labels[1000:2000, 3000:4000]   # reads some tiles
-        labels[::64, ::64]             # reads the level that holds just these pixels
-        np.asarray(labels)             # reads all of it
+        labels[::64, ::64]             # reads the level that holds these pixels
+        np.asarray(labels)             # reads everything
 
-    Slices go forwards. It may be used in several threads at once.
+    Slices go forwards. Several threads may read at once.
 
     Parameters
     ----------
@@ -38,15 +38,14 @@ class Raster:
     path
         The file.
     levels
-        Height and width of each level, finest first; each has half the side of the one before,
-        rounded up.
+        Height and width of each level, finest first; sides are halved and rounded up.
     mpp
-        Micrometres per pixel of the finest; None if the file does not say.
+        Micrometres per pixel of the finest level; None if the file does not store it.
 
     Raises
     ------
     SlideError
-        If it is no such file, or damaged.
+        If it is not such a file, or damaged.
     """
 
     dtype = np.dtype(np.uint8)
@@ -60,7 +59,7 @@ class Raster:
             raise SlideError(f"{path}: no label map or scores ({error}); give a file that histo-infer wrote") from error
         except OSError as error:
             raise SlideError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error
-        # Results are let go without a word in notebooks.
+        # In notebooks results are dropped without closing them.
         self._close = weakref.finalize(self, self._reader.close)
         self.path, self.mpp = path, self._reader.mpp
         self.levels = tuple((level.height, level.width) for level in self._reader.levels)
@@ -91,22 +90,24 @@ class Raster:
         Raises
         ------
         IndexError
-            If it is no place of the array, or a slice goes backwards.
+            If the index lies outside of the array, or a slice goes backwards.
         SlideError
             If a tile cannot be decoded.
         """
-        asked = index if isinstance(index, tuple) else (index,)
-        if len(asked) > self.ndim:
-            raise IndexError(f"{len(asked)} indices: this has {self.ndim} axes")
-        rows, columns = (_span(asked[axis] if axis < len(asked) else slice(None), self.shape[axis]) for axis in (0, 1))
+        indices = index if isinstance(index, tuple) else (index,)
+        if len(indices) > self.ndim:
+            raise IndexError(f"{len(indices)} indices: this has {self.ndim} axes")
+        rows, columns = (
+            _span(indices[axis] if axis < len(indices) else slice(None), self.shape[axis]) for axis in (0, 1)
+        )
         level = self._level(rows, columns)
         rows, columns = (range(r.start >> level, -(-r.stop >> level), max(r.step >> level, 1)) for r in (rows, columns))
-        pixels = self.read(level, columns.start, rows.start, _length(columns), _length(rows))
-        found = pixels[:: rows.step, :: columns.step]
+        pixels = self.read(level, columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start)
+        selected = pixels[:: rows.step, :: columns.step]
         scalars = tuple(
-            0 if axis < len(asked) and not isinstance(asked[axis], slice) else slice(None) for axis in (0, 1)
+            0 if axis < len(indices) and not isinstance(indices[axis], slice) else slice(None) for axis in (0, 1)
         )
-        cut: NDArray[np.uint8] = found[(*scalars, *asked[2:])]
+        cut: NDArray[np.uint8] = selected[(*scalars, *indices[2:])]
         return cut
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
@@ -119,7 +120,7 @@ class Raster:
 
         Returns
         -------
-        (H, W) labels or (H, W, K) scores; nothing where the box is empty.
+        (H, W) labels or (H, W, K) scores, of size 0 if the box is empty.
 
         Raises
         ------
@@ -134,7 +135,7 @@ class Raster:
         return pixels[..., 0] if self.ndim == 2 else pixels
 
     def close(self) -> None:
-        """Close the file; it can be read no more."""
+        """Close the file; it can no longer be read."""
         self._close()
 
     def __enter__(self) -> Self:
@@ -144,7 +145,7 @@ class Raster:
         self.close()
 
     def _level(self, rows: range, columns: range) -> int:
-        """Return the coarsest level that holds all the pixels that are asked for."""
+        """Return the coarsest level that holds all the pixels of an index."""
         level = 0
         while self._exact and level + 1 < len(self.levels):
             step = 2 << level
@@ -155,24 +156,20 @@ class Raster:
 
 
 def _span(index: Index, size: int) -> range:
-    """Return the places along an axis; of a number, a range of one.
+    """Return the positions that an index selects on an axis; a number is a range of one.
 
     Raises
     ------
     IndexError
-        If there is no such place.
+        If it lies outside of the axis, or goes backwards.
     """
     if isinstance(index, slice):
         start, stop, step = index.indices(size)
         if step < 1:
             raise IndexError(f"step {step}: read forwards and turn the result round")
         return range(start, max(start, stop), step)
-    place = int(index)
-    if not -size <= place < size:
-        raise IndexError(f"{place} is no place on an axis of {size}")
-    place %= size
-    return range(place, place + 1)
-
-
-def _length(places: range) -> int:
-    return places.stop - places.start
+    position = int(index)
+    if not -size <= position < size:
+        raise IndexError(f"index {position} lies outside of an axis of {size}")
+    position %= size
+    return range(position, position + 1)

@@ -123,7 +123,7 @@ def test_a_full_disk_is_said_at_the_latest_at_the_end(tmp_path: Path) -> None:
         from pathlib import Path
         from histostream.wsi.errors import OutputError
         from histostream.wsi.outputs.journal import BandJournal
-        from histostream.wsi.outputs.folder import LabelRows
+        from histostream.wsi.outputs.label_rows import LabelRows
 
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))

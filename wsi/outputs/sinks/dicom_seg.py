@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from histostream.wsi.errors import HistoError, SlideError, reason
 from histostream.wsi.optional import require
-from histostream.wsi.outputs.dicom_header import made_up_uid, slide_header, text
+from histostream.wsi.outputs.dicom_header import generated_uid, slide_header, text
 from histostream.wsi.outputs.label_rows import ClassInfo, SlideInfo
 from histostream.wsi.outputs.pyramid import PyramidLayout, PyramidWriter, TileCodec, nearest
 from histostream.wsi.outputs.sinks.overview import BACKGROUND
@@ -162,9 +162,9 @@ def _header(info: SlideInfo, slide: Any, tile_px: int) -> Any:
         pixel_array=np.zeros((1, tile_px, tile_px), np.uint8),
         segmentation_type="LABELMAP",
         segment_descriptions=[_segment(label + 1, entry, algorithm) for label, entry in enumerate(info.classes)],
-        series_instance_uid=made_up_uid(UNNAMED),
+        series_instance_uid=generated_uid(UNNAMED),
         series_number=1,
-        sop_instance_uid=made_up_uid(UNNAMED),
+        sop_instance_uid=generated_uid(UNNAMED),
         instance_number=1,
         manufacturer="HistoStream",
         manufacturer_model_name="histo-infer",
@@ -208,10 +208,10 @@ def _digest(header: Any, frames: Iterator[bytes]) -> str:
 
 def _name(header: Any, said: str) -> None:
     """Give the segmentation UIDs that follow from what it says: another result is another one."""
-    header.SOPInstanceUID = made_up_uid("instance", said)
+    header.SOPInstanceUID = generated_uid("instance", said)
     header.file_meta.MediaStorageSOPInstanceUID = header.SOPInstanceUID
-    header.SeriesInstanceUID = made_up_uid("series", said)
-    organization = made_up_uid("dimensions", said)
+    header.SeriesInstanceUID = generated_uid("series", said)
+    organization = generated_uid("dimensions", said)
     header.DimensionOrganizationSequence[0].DimensionOrganizationUID = organization
 
 
