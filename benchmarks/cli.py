@@ -96,7 +96,7 @@ def run(
     from histostream.benchmarks.stages import Setup
     from histostream.runtime.bundle.card import default_bundle
     from histostream.runtime.options import Options
-    from histostream.runtime.stream.memory import return_buffers_at_once
+    from histostream.runtime.process_memory import return_buffers_at_once
     from histostream.wsi.files import json_text
 
     return_buffers_at_once()  # as histo-infer

@@ -33,7 +33,7 @@ from histostream.export.trained import export_checkpoint
 from histostream.runtime.bundle.card import ModelCard
 from histostream.runtime.choices import PRECISIONS
 from histostream.runtime.engines.base import Engine, EngineError, open_engine
-from histostream.runtime.stream.memory import peak_memory_mib, return_buffers_at_once
+from histostream.runtime.process_memory import peak_memory_mib, return_buffers_at_once
 from histostream.training import checkpoint
 from histostream.training.checkpoint import Checkpoint
 from histostream.training.methods.imems import method as imems

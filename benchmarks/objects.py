@@ -38,11 +38,13 @@ from histostream.benchmarks.hardware import hardware
 from histostream.runtime.bundle.card import default_bundle
 from histostream.runtime.engines.base import open_engine
 from histostream.runtime.options import Options
+from histostream.runtime.process_memory import peak_memory_mib
 from histostream.runtime.slide_run import segment_slide
-from histostream.runtime.stream.memory import peak_memory_mib
 from histostream.wsi.outputs.folder import OutputFolder
 from histostream.wsi.outputs.label_rows import LabelRows, SlideInfo
-from histostream.wsi.outputs.sinks.objects import Objects
+from histostream.wsi.outputs.sinks import find_sink, sink_names
+from histostream.wsi.outputs.sinks.object_files import Objects
+from histostream.wsi.records import to_json
 from histostream.wsi.runs import connected
 from histostream.wsi.synthetic import CLASSES, SyntheticSlide
 
@@ -108,7 +110,9 @@ def export(raw: Path, size: tuple[int, int], case: Case, out: Path) -> dict[str,
     info = SlideInfo("synthetic", width, height, SLIDE.mpp, CLASSES)
     before, seconds = peak_memory_mib(), 0.0
     with OutputFolder(out, "slide") as folder, raw.open("rb") as file:
-        sink = Objects(folder.path, info, case.files, simplify_um=case.simplify_um)
+        annotations = sink_names("annotations")
+        kinds = [find_sink("annotations" if name in annotations else "objects", name) for name in case.files]
+        sink = Objects(folder.path, info, raw, kinds, simplify_um=case.simplify_um)
         folder.add(sink)
         for top in range(0, height, ROWS):
             rows = np.frombuffer(file.read(width * ROWS), np.uint8).reshape(-1, width)
@@ -215,7 +219,7 @@ def inferred(place: Path) -> dict[str, Any]:
     options = Options(tissue=False, annotations=("qupath",), objects=("csv",), min_area_um2=8)
     with_objects = segment_slide(path, engine, place / "out", options)
     engine.close()
-    run = with_objects.run
+    run = to_json(with_objects.run)
     return {
         "width": INFERRED.width,
         "height": INFERRED.height,

@@ -33,10 +33,10 @@ from numpy.typing import NDArray
 
 from histostream.benchmarks.hardware import hardware
 from histostream.benchmarks.objects import BENCH, ROWS, SLIDE, discs, nuclei_rows
-from histostream.runtime.stream.memory import peak_memory_mib
+from histostream.runtime.process_memory import peak_memory_mib
 from histostream.wsi.outputs.folder import OutputFolder
 from histostream.wsi.outputs.label_rows import LabelRows, Sink, SlideInfo
-from histostream.wsi.outputs.sinks.rasters import RASTERS
+from histostream.wsi.outputs.sinks import find_sink, sink_names
 from histostream.wsi.outputs.sinks.tiff import LabelTiff
 from histostream.wsi.synthetic import CLASSES
 
@@ -62,8 +62,9 @@ def open_raster(name: str, folder: Path, info: SlideInfo, slide: Path) -> Sink:
     """Open the sink of one file."""
     if name == FIRST:
         return LabelTiff(folder / FIRST, info)
-    file, make = RASTERS[name]
-    return make(folder / file, info, slide)
+    kind = find_sink("rasters", name)
+    sink: Sink = kind.open(folder / kind.file, info, slide)
+    return sink
 
 
 def write(raw: Path | None, size: tuple[int, int], name: str, out: Path) -> dict[str, Any]:
@@ -139,7 +140,7 @@ def main(out: Path) -> None:
         }
         for kind, (rows, size) in maps.items():
             found = runs[kind] = {}
-            for title in (FIRST, *RASTERS):
+            for title in (FIRST, *sink_names("rasters")):
                 with ProcessPoolExecutor(1, context) as pool:
                     folder = place / f"{kind}-{title}"
                     one = pool.submit(write, rows, size, title, folder).result()

@@ -28,6 +28,7 @@ from histostream.wsi.outputs.label_rows import SlideInfo
 from histostream.wsi.outputs.sinks.overview import Overview, overview_size
 from histostream.wsi.outputs.sinks.summary import Summary
 from histostream.wsi.outputs.sinks.tiff import LabelTiff
+from histostream.wsi.records import to_json
 from histostream.wsi.slides.reader import open_slide
 from histostream.wsi.slides.resolution import at_mpp, thumbnail
 from histostream.wsi.tiling.grid import Strip, Tile
@@ -184,8 +185,8 @@ class Contender:
         self._blend_and_write()
         with self.measured.time("end_to_end"):
             result = segment_slide(self.slide, self.engine, self._scratch / "out", self.options)
-        self.measured.run = result.run
-        self.measured.inside.append(result.run["seconds"])
+        self.measured.run = to_json(result.run)
+        self.measured.inside.append(self.measured.run["seconds"])
 
     @property
     def resident(self) -> bool:

@@ -26,6 +26,7 @@ from histostream.benchmarks.hardware import hardware
 from histostream.runtime import Engine, Options, default_bundle, open_engine, segment_slide
 from histostream.runtime.slide_run import plan_grid
 from histostream.wsi import at_mpp, cut, open_slide, read_strips
+from histostream.wsi.records import to_json
 from histostream.wsi.synthetic import SyntheticSlide
 
 TARGET = 1.10  # design.md section 6
@@ -89,7 +90,7 @@ def main(bundle: Path | None, backend: str, size: int, batch: int, repeats: int,
         engine.infer(tiles[:batch])  # warm up
         for _ in range(repeats):
             with timed(end_s, end_cpu_s):
-                run = segment_slide(path, engine, Path(folder) / "out", options).run
+                run = to_json(segment_slide(path, engine, Path(folder) / "out", options).run)
             with timed(bare_s, bare_cpu_s):
                 bare(engine, tiles, batch)
     said = {

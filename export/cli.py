@@ -122,7 +122,7 @@ def main(
     before it is written, and as a TensorRT engine. Exit status 0 only if all of it was written.
     """
     show_only_our_warnings(COMMAND)
-    from histostream.runtime.stream.memory import return_buffers_at_once
+    from histostream.runtime.process_memory import return_buffers_at_once
 
     return_buffers_at_once()
     if context.invoked_subcommand is not None:

@@ -1,7 +1,6 @@
-"""The words that options take; apart from the code that they choose, so that --help is quick."""
+"""Values of command options, in a module without heavy imports, so that --help is quick."""
 
 BACKENDS = ("auto", "cpu", "cuda", "tensorrt", "openvino")
 PRECISIONS = {"fp32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
 BF16 = "bf16"  # the FP32 graph, computed in bfloat16 by a CPU that can
 WINDOWS = ("hann", "gaussian", "linear", "mean", "crop", "exact")
-ANNOTATIONS = ("qupath", "dsa")

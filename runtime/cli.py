@@ -1,6 +1,6 @@
 """``histo-infer``: slides in, label maps out.
 
-Only options are here. What takes time to import is imported when they are parsed.
+This module has only the options. Modules that take time to import are imported after parsing.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from typing import Any
 
 import click
 
-from histostream.runtime.choices import ANNOTATIONS, BACKENDS, BF16, PRECISIONS, WINDOWS
+from histostream.runtime.choices import BACKENDS, BF16, PRECISIONS, WINDOWS
 from histostream.wsi.console import GroupedCommand, memory_mib, one_line_errors, option_group, read_settings
+from histostream.wsi.outputs.sinks import sink_names
 
 PATH = click.Path(path_type=Path)
 _model = option_group("Model and device")
@@ -92,13 +93,13 @@ def _words(_: click.Context, __: click.Parameter, text: str) -> tuple[str, ...]:
     default="",
     show_default=False,
     callback=_words,
-    metavar="ome-tiff,ome-tiff-rgb,ome-zarr,dicom-seg",
+    metavar=",".join(sink_names("rasters")),
     help="Write the label map as OME-TIFF (rgb: its colours, for QuPath), OME-Zarr or DICOM too.",
 )
 @_outputs("--geojson", is_flag=True, help="Write objects.geojson.gz, outlines for QuPath.")
 @_outputs(
     "--annotations",
-    type=click.Choice(ANNOTATIONS),
+    type=click.Choice(sink_names("annotations")),
     multiple=True,
     help="Write outlines: dsa is annotations.json, qupath the same as --geojson.",
 )
@@ -106,7 +107,7 @@ def _words(_: click.Context, __: click.Parameter, text: str) -> tuple[str, ...]:
     "--objects",
     default="",
     show_default=False,
-    metavar="csv,parquet",
+    metavar=",".join(sink_names("objects")),
     callback=_words,
     help="Write a table of objects: area, perimeter, eccentricity.",
 )

@@ -1,4 +1,4 @@
-"""What ``histo-infer`` does once its options are parsed."""
+"""The work of ``histo-infer``, once its options are parsed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,15 @@ from typing import Any
 import click
 
 from histostream.runtime.bundle.card import default_bundle, read_card
-from histostream.runtime.cohort.inputs import SlideInput, find_inputs
+from histostream.runtime.cohort.inputs import find_inputs
 from histostream.runtime.cohort.processes import ProcessPool
 from histostream.runtime.cohort.worker import (
     CONCURRENCY,
     FAILED,
     NOT_BEGUN,
+    CohortRecord,
     Executor,
     LocalExecutor,
-    Task,
-    run_cohort,
 )
 from histostream.runtime.crf.options import CrfOptions, read_params
 from histostream.runtime.crf.params import CrfError
@@ -33,17 +32,16 @@ from histostream.runtime.dry_run import not_enough_disk, plan_slides, size
 from histostream.runtime.engines.base import Engine, open_engine
 from histostream.runtime.messages import JsonMessages, Messages, TextMessages, duration
 from histostream.runtime.options import Options
-from histostream.runtime.stream.memory import return_buffers_at_once
+from histostream.runtime.process_memory import return_buffers_at_once
+from histostream.runtime.slide_job import SlideInput, SlideJob
 from histostream.wsi.console import show_only_our_warnings
 from histostream.wsi.errors import HistoError
 from histostream.wsi.optional import require
-from histostream.wsi.outputs.sinks import rasters as raster_files
-from histostream.wsi.outputs.sinks.objects import check_installed
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What was asked for on the command line, beside `Options`; see ``histo-infer --help``."""
+    """The options of the command line beside `Options`; see ``histo-infer --help``."""
 
     slides: tuple[str, ...]
     bundle: Path | None
@@ -71,20 +69,22 @@ class Request:
             Naming the two options.
         """
         if not self.crf and (self.crf_params is not None or self.crf_uncertain is not None):
-            raise HistoError("--crf-params and --crf-uncertain belong to --crf: add it")
+            raise HistoError("--crf-params and --crf-uncertain have no effect without --crf: add --crf")
         if self.cluster is None and self.workers is not None:
-            raise HistoError("--workers belongs to --ray: add it")
+            raise HistoError("--workers has no effect without --ray: add --ray")
         if self.cluster is not None and self.devices:
-            raise HistoError("--devices and --ray exclude each other: --ray takes all that it has; leave one out")
+            raise HistoError(
+                "--devices and --ray exclude each other, because --ray takes all devices of the cluster: leave one out"
+            )
 
 
 def run(request: Request, **options: Any) -> int:
-    """Segment the slides; returns the exit status.
+    """Segment the slides; return the exit status.
 
     Parameters
     ----------
     request, options
-        What was asked for, and arguments of `Options`.
+        The command's options; ``options`` are those of `Options`.
     """
     show_only_our_warnings("histo-infer")
     return_buffers_at_once()
@@ -92,57 +92,71 @@ def run(request: Request, **options: Any) -> int:
     try:
         request.check()
         bundle = request.bundle or default_bundle()
-        settings = Options(threads=request.threads, **options)
-        inputs = find_inputs(request.slides)
-        check_installed(settings.objects, settings.simplify_um)
-        raster_files.check_installed(settings.rasters)
+        run_options = Options(threads=request.threads, **options)
+        slides = find_inputs(request.slides)
+        run_options.check_installed()
         if request.crf:
-            settings = replace(settings, crf=_crf_options(bundle, request))
-        tasks = [_task(request, settings, slide) for slide in inputs]
+            run_options = replace(run_options, crf=_crf_options(bundle, request))
+        jobs = [_job(request, run_options, slide) for slide in slides]
         if request.dry_run:
-            return _plan(request, bundle, tasks)
-        chosen: list[str] = []
-        crew = _open_crew(request, bundle, settings, len(tasks), chosen.append)
+            return _plan(request, bundle, jobs)
+        engine_message: list[str] = []
+        executor = _open_executor(request, bundle, run_options, len(jobs), engine_message.append)
     except HistoError as error:
         messages.error(str(error))
         return 1
-    messages.model(crew.card, "".join(chosen) or crew.name)
+    messages.model(executor.card, "".join(engine_message) or executor.name)
+    counts: Counter[str] = Counter()
+    damaged = False  # any slide, in this run or the one that made the result
     with _stopped_by_signals(messages) as stop:
         try:
-            counts, damaged = _run(tasks, crew, request.out, messages, stop.requested)
+            with messages, _record(request.out, jobs) as record:
+                for i, outcome in executor.segment_all(
+                    jobs, report=lambda i: messages.progress(jobs[i].slide.name), stopping=stop.requested
+                ):
+                    counts[outcome.status] += 1
+                    damaged = damaged or bool(outcome.run and outcome.run.damaged)
+                    messages.slide(jobs[i], outcome)
+                    if record is not None:
+                        record.add(i, outcome)
         except HistoError as error:
             messages.error(str(error))
             return 1
         finally:
-            crew.close()
-    if len(tasks) > 1:
+            executor.close()
+    counts[NOT_BEGUN] = len(jobs) - counts.total()
+    if len(jobs) > 1:
         messages.cohort(counts, request.out / "cohort.csv")
     if stop.signal is not None:
-        messages.error("stopped; what is finished is kept, and the same command goes on from there")
+        messages.error("stopped; what is finished is kept, and the same command continues from there")
         return 128 + stop.signal
     return 1 if counts[FAILED] else 3 if damaged else 0
 
 
-def _task(request: Request, settings: Options, slide: SlideInput) -> Task:
-    """Return one slide's task: what a .csv says of the slide counts more than the options."""
-    mpp = settings.mpp if slide.mpp is None else slide.mpp
-    roi = settings.roi if slide.roi is None else Path(slide.roi)
-    asked = {"backend": request.backend, "precision": request.precision}
-    of_slide = replace(settings, mpp=mpp, roi=roi)
-    return Task(slide, request.out, of_slide, asked, request.stage, request.restart)
+def _record(out: Path, jobs: list[SlideJob]) -> AbstractContextManager[CohortRecord | None]:
+    """Return the record of a cohort; a single slide has none."""
+    return CohortRecord(out, jobs) if len(jobs) > 1 else nullcontext()
+
+
+def _job(request: Request, options: Options, slide: SlideInput) -> SlideJob:
+    """Return the job of one slide; columns of a .csv take precedence over the options."""
+    mpp = options.mpp if slide.mpp is None else slide.mpp
+    roi = options.roi if slide.roi is None else Path(slide.roi)
+    requested = {"backend": request.backend, "precision": request.precision}
+    return SlideJob(slide, request.out, replace(options, mpp=mpp, roi=roi), requested, request.stage, request.restart)
 
 
 def _crf_options(bundle: Path, request: Request) -> CrfOptions:
-    """Read how the CRF is to be run, before anything is opened.
+    """Read the parameters of the CRF.
 
     Raises
     ------
     CardError, CrfError
-        If there is no card, a parameter cannot be, or numba is not installed.
+        If there is no card, a parameter is not valid, or numba is not installed.
     """
     require("numba", "--crf needs", "crf", CrfError)
-    # Both are read when numba is imported, which is at the first cell.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning starves busy machines
+    # numba reads both when it is imported, which is at the first cell.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads slow down busy machines
     if request.threads is not None:
         os.environ.setdefault("NUMBA_NUM_THREADS", str(request.threads))
     card = read_card(bundle)
@@ -150,56 +164,32 @@ def _crf_options(bundle: Path, request: Request) -> CrfOptions:
     return CrfOptions(params, request.crf_uncertain)
 
 
-def _open_crew(request: Request, bundle: Path, settings: Options, slides: int, say: Callable[[str], None]) -> Executor:
-    """Open what the slides are run on.
+def _open_executor(
+    request: Request, bundle: Path, options: Options, slides: int, say: Callable[[str], None]
+) -> Executor:
+    """Open the engine, or several.
 
     Raises
     ------
     CardError, EngineError, OptionError
-        If it cannot be opened, or options contradict each other.
+        If one cannot be opened, or options contradict each other.
     """
     engine: dict[str, Any] = {"backend": request.backend, "precision": request.precision, "threads": request.threads}
-    # Two slides at once would take twice the memory that is allowed.
-    at_once = CONCURRENCY if settings.max_memory_mib is None else 1
+    # Two slides at the same time would take twice the memory that is allowed.
+    concurrency = CONCURRENCY if options.max_memory_mib is None else 1
     if request.cluster is not None:
         from histostream.runtime.cohort.ray import RayExecutor
 
-        return RayExecutor(bundle, request.cluster, workers=request.workers, at_once=at_once, **engine)
+        return RayExecutor(bundle, request.cluster, workers=request.workers, concurrency=concurrency, **engine)
     if not request.devices:
-        return LocalExecutor(lambda: open_engine(bundle, say=say, **engine), at_once)
+        return LocalExecutor(lambda: open_engine(bundle, say=say, **engine), concurrency)
     if 1 < len(request.devices) <= slides:
-        return ProcessPool(bundle, request.devices, at_once=at_once, **engine)
+        return ProcessPool(bundle, request.devices, concurrency=concurrency, **engine)
     return LocalExecutor(lambda: ProcessPool(bundle, request.devices, **engine), 1)
 
 
-def _run(
-    tasks: list[Task], crew: Executor, out: Path, messages: Messages, stopping: Callable[[], bool]
-) -> tuple[Counter[str], bool]:
-    """Segment the slides and say how each went.
-
-    Returns
-    -------
-    How often each status was, and whether any slide has damaged places.
-    """
-    counts: Counter[str] = Counter()
-    damaged = False  # now or before
-    with messages:
-        for i, outcome in run_cohort(
-            tasks,
-            crew,
-            report=lambda i: messages.progress(tasks[i].slide.name),
-            stopping=stopping,
-            record=out if len(tasks) > 1 else None,
-        ):
-            counts[outcome.status] += 1
-            damaged = damaged or bool(outcome.run and outcome.run.get("damaged"))
-            messages.slide(tasks[i], outcome)
-    counts[NOT_BEGUN] = len(tasks) - counts.total()
-    return counts, damaged
-
-
-def _plan(request: Request, bundle: Path, tasks: list[Task]) -> int:
-    """Say what a run would do; returns the exit status: 1 if something stands in its way.
+def _plan(request: Request, bundle: Path, jobs: list[SlideJob]) -> int:
+    """Print what a run would do; return the exit status: 1 if a slide has a problem.
 
     Raises
     ------
@@ -209,7 +199,7 @@ def _plan(request: Request, bundle: Path, tasks: list[Task]) -> int:
     engine: Engine = open_engine(bundle, backend=request.backend, precision=request.precision, threads=request.threads)
     plans = []
     try:
-        for plan in plan_slides(tasks, engine, max(len(request.devices), 1)):
+        for plan in plan_slides(jobs, engine, max(len(request.devices), 1)):
             plans.append(plan)
             click.echo(json.dumps(asdict(plan)) if request.log_json else str(plan))
     finally:
@@ -241,19 +231,19 @@ class _Stop:
         return self.signal is not None
 
     def take(self, number: int, *_: object) -> None:
-        """Take a signal: the first asks to stop, the second ends the process."""
+        """Handle a signal: the first one requests to stop, the second one ends the process."""
         if self.signal is not None:
-            os._exit(128 + number)  # the journal bears it
+            os._exit(128 + number)  # the journal is valid at any time
         self.signal = number
-        self._messages.error("finishing the strip in hand; once more stops at once")
+        self._messages.error("finishing the current strip; repeat to stop immediately")
 
 
 @contextmanager
 def _stopped_by_signals(messages: Messages) -> Iterator[_Stop]:
-    """Turn Ctrl-C, and the SIGTERM of a scheduler, into a wish to stop."""
+    """Turn Ctrl-C, and the SIGTERM of a scheduler, into a request to stop."""
     stop = _Stop(messages)
     numbers = (signal.SIGINT, signal.SIGTERM)
-    if threading.current_thread() is not threading.main_thread():  # only that one may
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield stop
         return
     before = {number: signal.signal(number, stop.take) for number in numbers}

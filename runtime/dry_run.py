@@ -12,22 +12,21 @@ from pathlib import Path
 import numpy as np
 
 from histostream.runtime.bundle.card import ModelCard
-from histostream.runtime.cohort.worker import Task
 from histostream.runtime.engines.base import Engine
 from histostream.runtime.messages import duration
 from histostream.runtime.options import Options
-from histostream.runtime.slide_run import Job, plan_grid
+from histostream.runtime.slide_job import SlideJob
+from histostream.runtime.slide_run import lay_out
 from histostream.wsi.errors import HistoError, printable
 from histostream.wsi.outputs.journal import Journal
-from histostream.wsi.outputs.sinks.overview import overview_size
+from histostream.wsi.outputs.sinks import find_sink
+from histostream.wsi.outputs.sinks.pyramid import LABEL_BYTES
 from histostream.wsi.slides.reader import open_slide
-from histostream.wsi.slides.resolution import at_mpp, thumbnail
-from histostream.wsi.slides.sources.base import is_remote, redact_url
+from histostream.wsi.slides.sources.base import is_remote
 
-# Bytes of a file for each analysed pixel (probabilities: and class), as CMU-1-Small-Region.svs has
-# them with the nucleus model: tests/robustness/results/outputs-cpu.json. Other tissue differs.
-LABEL_BYTES, SCORE_BYTES = 0.037, 0.54
-OBJECT_BYTES = {"qupath": 0.042, "dsa": 0.31, "csv": 0.035, "parquet": 0.017}
+# Bytes of probabilities.tif for each analysed pixel and class, as CMU-1-Small-Region.svs has them with the
+# nucleus model: tests/robustness/results/outputs-cpu.json. Other tissue differs.
+SCORE_BYTES = 0.54
 # Reading, blending and writing beside the network: benchmarks/results/stream-cpu.json has 1.04.
 OVERHEAD = 1.1
 
@@ -95,12 +94,12 @@ class SlidePlan:
         )
 
 
-def plan_slides(tasks: Sequence[Task], engine: Engine, devices: int = 1) -> Iterator[SlidePlan]:
+def plan_slides(jobs: Sequence[SlideJob], engine: Engine, devices: int = 1) -> Iterator[SlidePlan]:
     """Look at each slide; nothing is written.
 
     Parameters
     ----------
-    tasks
+    jobs
         The slides, and how they would be run.
     engine
         The network; it is run twice on an empty batch, to measure its speed.
@@ -108,10 +107,10 @@ def plan_slides(tasks: Sequence[Task], engine: Engine, devices: int = 1) -> Iter
         How many like it would share the work.
     """
     seconds = seconds_of_tile(engine) * OVERHEAD / devices
-    for task in tasks:
-        source, folder = redact_url(task.slide.source), str(task.folder)
+    for job in jobs:
+        source, folder = job.source, str(job.folder)
         try:
-            yield _plan_slide(task, source, engine.card, seconds)
+            yield _plan_slide(job, source, engine.card, seconds)
         except HistoError as error:
             yield SlidePlan(source, folder, problem=str(error))
 
@@ -139,18 +138,16 @@ def not_enough_disk(plans: Sequence[SlidePlan], out: Path) -> str:
     )
 
 
-def _plan_slide(task: Task, source: str, card: ModelCard, seconds_of_a_tile: float) -> SlidePlan:
-    folder, options = str(task.folder), task.options
-    if is_remote(task.slide.source):
+def _plan_slide(job: SlideJob, source: str, card: ModelCard, seconds_of_a_tile: float) -> SlidePlan:
+    folder, options = str(job.folder), job.options
+    if is_remote(job.slide.source):
         return SlidePlan(source, folder, "remote")
-    job = Job(Path(task.slide.source), task.out, options, task.slide.name, asked=task.asked)
-    if not task.restart and job.is_done(card):
+    if job.is_done(card):
         return SlidePlan(source, folder, "done")
-    begun = not task.restart and Journal(job.folder).read() is not None
-    with open_slide(job.path) as slide:
-        view = at_mpp(slide, card.mpp, slide_mpp=options.mpp, force=options.force_upsampling)
-        picture = thumbnail(view, max(overview_size(view.width, view.height)))
-        grid, _ = plan_grid(view, card, options, picture)
+    begun = not job.restart and Journal(job.folder).read() is not None
+    with open_slide(Path(job.slide.source)) as slide:
+        layout = lay_out(slide, card, options)
+        view, grid = layout.view, layout.grid
         tiles = len(grid)
         share = tiles / max(len(grid.xs) * len(grid.ys), 1)
         disk_bytes = _disk_bytes(view.width * view.height * share, len(card.classes), options)
@@ -174,11 +171,11 @@ def _plan_slide(task: Task, source: str, card: ModelCard, seconds_of_a_tile: flo
 
 def _disk_bytes(pixels: float, classes: int, options: Options) -> int:
     """Estimate the size of the results of so many analysed pixels."""
-    each = LABEL_BYTES * (1 + len(options.rasters))
+    kinds = [*options.object_sinks(), *(find_sink("rasters", name) for name in options.rasters)]
+    bytes_per_px = LABEL_BYTES + sum(kind.bytes_per_px for kind in kinds)
     if options.probabilities:
-        each += SCORE_BYTES * classes
-    each += sum(OBJECT_BYTES[name] for name in {*options.annotations, *options.objects})
-    return math.ceil(each * pixels)
+        bytes_per_px += SCORE_BYTES * classes
+    return math.ceil(bytes_per_px * pixels)
 
 
 def size(count: float) -> str:

@@ -30,11 +30,11 @@ from histostream.runtime.cohort.worker import (
     UNCHANGED,
     Outcome,
     Report,
-    Task,
 )
+from histostream.runtime.slide_job import SlideJob
 from histostream.wsi.console import fail
 from histostream.wsi.errors import printable
-from histostream.wsi.slides.sources.base import redact_url
+from histostream.wsi.records import to_json
 
 COMMAND = "histo-infer"
 PROGRESS_S = 30.0  # between two lines of progress, where there is no terminal
@@ -53,7 +53,7 @@ class Messages(Protocol):
     def progress(self, slide: str) -> Report:
         """Return the function that takes a slide's progress: (pixels done, pixels in all)."""
 
-    def slide(self, task: Task, outcome: Outcome) -> None:
+    def slide(self, job: SlideJob, outcome: Outcome) -> None:
         """Say what became of a slide."""
 
     def cohort(self, counts: Counter[str], record: Path) -> None:
@@ -109,21 +109,19 @@ class TextMessages:
 
         return _every(0, show)
 
-    def slide(self, task: Task, outcome: Outcome) -> None:
+    def slide(self, job: SlideJob, outcome: Outcome) -> None:
         """See `Messages.slide`."""
-        if task.slide.name in self._tasks:
-            self._bar.remove_task(self._tasks.pop(task.slide.name))
-        name, run, summary = _file_name(task), outcome.run, outcome.summary
+        if job.slide.name in self._tasks:
+            self._bar.remove_task(self._tasks.pop(job.slide.name))
+        name, run, summary = _file_name(job), outcome.run, outcome.summary
         if outcome.status in (DONE, DAMAGED) and run is not None and summary is not None:
-            areas = ", ".join(
-                f"{c['name']} {c['area_mm2']:.3g} mm2 ({100 * (c['share'] or 0):.1f} %)" for c in summary["classes"]
-            )
+            areas = ", ".join(f"{c.name} {c.area_mm2:.3g} mm2 ({100 * (c.share or 0):.1f} %)" for c in summary.classes)
             click.echo(
-                f"{name}: {areas}; {run['mpx']:.1f} Mpx in {run['seconds']['total']:.1f} s "
-                f"({run['mpx_per_s']:.2f} Mpx/s) -> {task.folder}"
+                f"{name}: {areas}; {run.mpx:.1f} Mpx in {run.seconds.total:.1f} s "
+                f"({run.mpx_per_s:.2f} Mpx/s) -> {job.folder}"
             )
         if outcome.status == UNCHANGED:
-            click.echo(f"{name}: {outcome.reason} -> {task.folder}")
+            click.echo(f"{name}: {outcome.reason} -> {job.folder}")
         elif outcome.status == FAILED:
             self.error(outcome.reason)
         elif outcome.reason:
@@ -176,20 +174,20 @@ class JsonMessages:
 
         return _every(PROGRESS_S, show)
 
-    def slide(self, task: Task, outcome: Outcome) -> None:
+    def slide(self, job: SlideJob, outcome: Outcome) -> None:
         """See `Messages.slide`."""
-        run, summary = outcome.run or {}, outcome.summary or {}
+        run, summary = outcome.run, outcome.summary
         self._say(
             "error" if outcome.status == FAILED else "info",
             "slide",
-            slide=_file_name(task),
+            slide=_file_name(job),
             status=outcome.status,
             message=outcome.reason,
-            folder=str(task.folder),
+            folder=str(job.folder),
             seconds=outcome.seconds,
-            mpx=run.get("mpx"),
-            mpx_per_s=run.get("mpx_per_s"),
-            classes=summary.get("classes"),
+            mpx=None if run is None else run.mpx,
+            mpx_per_s=None if run is None else run.mpx_per_s,
+            classes=None if summary is None else to_json(summary.classes),
         )
 
     def cohort(self, counts: Counter[str], record: Path) -> None:
@@ -265,8 +263,8 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def _file_name(task: Task) -> str:
-    return printable(redact_url(task.slide.source).rstrip("/").rpartition("/")[2])
+def _file_name(job: SlideJob) -> str:
+    return printable(job.source.rstrip("/").rpartition("/")[2])
 
 
 def _by_word(counts: Mapping[str, int]) -> dict[str, int]:

@@ -9,11 +9,13 @@ from typing import Any
 
 from histostream.runtime.crf.options import CrfOptions
 from histostream.wsi.errors import HistoError
-from histostream.wsi.outputs.sinks.objects import ANNOTATIONS, TABLES
-from histostream.wsi.outputs.sinks.rasters import RASTERS
+from histostream.wsi.outputs.sinks import OPTIONS as SINK_OPTIONS
+from histostream.wsi.outputs.sinks import SinkKind, find_sink, sink_names
+from histostream.wsi.outputs.sinks.object_files import check_installed
+from histostream.wsi.records import to_json
 from histostream.wsi.slides.staging import sha256_of
 
-FREE = ("batch", "threads", "max_memory_mib")  # options that change nothing in the result
+FREE = ("batch", "threads", "max_memory_mib")  # options that do not change the result
 
 
 class OptionError(HistoError, ValueError):
@@ -51,17 +53,19 @@ class Options:
     strict
         Whether a damaged block stops the slide, instead of being left as background.
     annotations
-        Files of outlines that are written: "qupath" (objects.geojson.gz), "dsa"
-        (annotations.json).
+        Files of outlines to write: "qupath" (objects.geojson.gz), "dsa" (annotations.json).
     objects
-        Tables of objects that are written: "csv" (objects.csv), "parquet" (objects.parquet).
+        Tables of objects to write: "csv" (objects.csv), "parquet" (objects.parquet).
     min_area_um2
-        Objects smaller than this are left out of them.
+        Smaller objects are left out of those files.
     simplify_um
         How far outlines may deviate, to have fewer points; 0: they follow the pixels.
     rasters
-        MemoryNeeds files of the label map: "ome-tiff" (labels.ome.tif), "ome-tiff-rgb"
+        Further formats of the label map to write: "ome-tiff" (labels.ome.tif), "ome-tiff-rgb"
         (labels.rgb.ome.tif, its colours), "ome-zarr" (labels.ome.zarr), "dicom-seg" (labels.dcm).
+
+    Other packages may add values of ``annotations``, ``objects`` and ``rasters``; see
+    `histostream.wsi.outputs.sinks`.
 
     Examples
     --------
@@ -99,38 +103,61 @@ class Options:
             raise OptionError(f"overlap_px={self.overlap_px}: use 0 or more")
         self._check_files()
 
-    def deciding(self) -> dict[str, Any]:
-        """Return the options that decide the bits of the result, as run.json says them.
+    def result_options(self) -> dict[str, Any]:
+        """Return the options that decide the bits of the result, as JSON values.
 
         Batch, threads and memory are not among them: blending is in integers, so the labels are
         the same for all of them.
         """
-        values = {k: v for k, v in asdict(self).items() if k not in FREE}
+        values = {name: value for name, value in asdict(self).items() if name not in FREE}
         if self.roi is not None:
             values["roi"] = _content(self.roi)
-        for name in ("annotations", "objects", "rasters"):  # in whatever order they are asked for
+        for name in SINK_OPTIONS:  # their order does not matter
             values[name] = sorted(set(values[name]))
-        return values
+        values_json: dict[str, Any] = to_json(values)
+        return values_json
+
+    def object_sinks(self) -> list[SinkKind]:
+        """Return the files of outlines and the tables of objects that are written.
+
+        Raises
+        ------
+        SinkError
+            If one cannot be loaded.
+        """
+        chosen = [("annotations", name) for name in self.annotations] + [("objects", name) for name in self.objects]
+        return [find_sink(option, name) for option, name in dict.fromkeys(chosen)]
+
+    def check_installed(self) -> None:
+        """Check that the optional packages are installed that the chosen files need.
+
+        Raises
+        ------
+        OutputError
+            If one is not; the message says how to install it.
+        """
+        check_installed(self.object_sinks(), self.simplify_um)
+        for name in self.rasters:
+            find_sink("rasters", name).check_installed()
 
     def _check_files(self) -> None:
-        lists = (("annotations", ANNOTATIONS), ("objects", TABLES), ("rasters", RASTERS))
-        for name, known in lists:
-            for value in getattr(self, name):
-                if value not in known:
-                    raise OptionError(f"{name}={value!r}: use {' or '.join(known)}")
+        for option in SINK_OPTIONS:
+            for value in getattr(self, option):
+                if value not in sink_names(option):
+                    raise OptionError(f"{option}={value!r}: use {' or '.join(sink_names(option))}")
         for name in ("min_area_um2", "simplify_um"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise OptionError(f"{name}={value}: use 0 or more")
             if value and not (self.annotations or self.objects):
                 raise OptionError(
-                    f"{name}={value} is of objects, and no file of them is asked for: "
+                    f"{name}={value} applies to files of objects, and none is written: "
                     "pass --geojson, --annotations or --objects"
                 )
 
 
 def _content(path: Path) -> str:
-    """Return the SHA-256 of a file that matters by what is in it; its name where there is none."""
+    """Return the SHA-256 of a file; its path if it cannot be read."""
     try:
         return sha256_of(path)
     except OSError:

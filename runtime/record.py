@@ -1,60 +1,279 @@
-"""What run.json says of a run, and what tells two runs apart."""
+"""What run.json holds, and what tells two runs apart."""
 
 from __future__ import annotations
 
 import json
 import math
 import platform
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from histostream.runtime.bundle.card import ModelCard
-from histostream.runtime.crf.options import CrfOptions
 from histostream.runtime.options import Options
-from histostream.runtime.stream.column_band import Counts, StageSeconds
+from histostream.runtime.stream.context import DeviceRecord
 from histostream.wsi.outputs.folder import RUN_FILE
-from histostream.wsi.outputs.label_rows import ClassInfo
-from histostream.wsi.slides.reader import SlideReader
-from histostream.wsi.slides.resolution import SlideView
+from histostream.wsi.outputs.sinks.summary import SummaryRecord
+from histostream.wsi.records import OMIT, from_json
 from histostream.wsi.slides.staging import SlideVersion
 
-# Of a model card, beside its classes.
-CARD_FACTS = ("note", "channels", "tile_px", "align_px", "halo_px", "tile_statistics", "score_kind", "opset")
+SUMMARY_FILE = "summary.json"
 TRAINING_FACTS = ("images", "scores", "data_sha256", "commit", "histostream")
-MAX_CLASSES = 255  # figures in a list are one for each class
+MAX_CLASSES = 255  # numbers in a list are one for each class
 MAX_FACT = 300  # characters
+PACKAGES = (
+    "histostream",
+    "numpy",
+    "onnxruntime-gpu",
+    "onnxruntime",
+    "tensorrt",
+    "tensorrt-rtx",
+    "cuda-python",
+    "pycuda",
+    "large-image",
+    "tifffile",
+    "zarr",
+    "highdicom",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SlideRecord:
+    """The slide, and the resolution at which it was read.
+
+    Attributes
+    ----------
+    path, source
+        The file that was read, and the path or URL that the user named.
+    bytes, modified
+        As in `SlideVersion`.
+    reader
+        Which reader opened it.
+    mpp
+        Micrometres per pixel of level 0, as the file says; None where it does not say.
+    level, scale, downsample, width, height, result_mpp
+        As in `SlideView`; the last three are size and resolution of the label map.
+    sha256
+        Of the file's content.
+    """
+
+    path: str = ""
+    bytes: int | None = None
+    modified: str = ""
+    reader: str = ""
+    mpp: float | None = None
+    level: int | None = None
+    scale: float | None = None
+    downsample: float | None = None
+    width: int | None = None
+    height: int | None = None
+    result_mpp: float | None = None
+    sha256: str = ""
+    source: str = ""
+    further: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedBlocks:
+    """How many blocks of the slide were decoded for the overview, and for the network."""
+
+    overview: int | None = None
+    stream: int | None = None
+    further: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class DamagedBlock:
+    """A block of a stored level that could not be decoded; its box is in pixels of level 0."""
+
+    level: int | None = None
+    x: int | None = None
+    y: int | None = None
+    width: int | None = None
+    height: int | None = None
+    further: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class CardRecord:
+    """The part of the model card that a report shows, so that it needs no bundle; see `ModelCard`."""
+
+    classes: tuple[str, ...] = ()
+    note: str = ""
+    channels: int | None = None
+    tile_px: int | None = None
+    align_px: int | None = None
+    halo_px: int | None = None
+    tile_statistics: bool | None = None
+    score_kind: str = ""
+    opset: int | None = None
+    parity: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    further: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRecord:
+    """The model that was run, and on which engine; ``sha256`` are those of the bundle's files."""
+
+    method: str = ""
+    engine: str = ""
+    sha256: Mapping[str, str] = field(default_factory=dict)
+    mpp: float | None = None
+    card: CardRecord = field(default_factory=CardRecord)
+    further: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class GridRecord:
+    """The tiles that covered the slide, and how many of them the network saw."""
+
+    tile_px: int | None = None
+    overlap_px: int | None = None
+    tiles: int | None = None
+    tiles_inferred: int | None = None
+    column_bands: int | None = None
+    further: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SecondsRecord:
+    """Seconds in all, without ``wait``, and in each stage; see `StageSeconds`."""
+
+    total: float | None = None
+    prepare: float | None = None
+    read: float | None = None
+    copy: float | None = None
+    infer: float | None = None
+    blend: float | None = None
+    crf: float | None = None
+    write: float | None = None
+    finish: float | None = None
+    wait: float | None = None
+    further: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class CrfRecord:
+    """How the CRF was run: its halo, the side of a cell, and how many cells were refined or skipped."""
+
+    halo_px: int | None = None
+    cell_px: int | None = None
+    cells: int | None = None
+    cells_skipped: int | None = None
+    further: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectCount:
+    """How many objects of a class are in the files, and their mean area."""
+
+    name: str = ""
+    count: int | None = None
+    mean_um2: float | None = None
+    further: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ResumedRecord:
+    """How often the run was begun, and the megapixels that were done before the last begin."""
+
+    runs: int | None = None
+    mpx_before: float | None = None
+    further: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """What run.json holds. In files of other versions any field may be missing.
+
+    Attributes
+    ----------
+    damaged
+        Blocks that could not be decoded.
+    options
+        The `Options`.
+    mpx, mpx_per_s
+        Megapixels that were analysed, and their number per second in this run.
+    bound_by
+        The stage that the run waited for most.
+    peak_memory_mib
+        Of the process; None where the system does not say.
+    device, crf, objects, resumed
+        None where no GPU and no other device, no CRF and no file of objects was asked for, and where
+        the run was not interrupted.
+    started
+        Time in ISO 8601.
+    inputs
+        The fingerprint of the run, see `fingerprint`.
+    versions
+        Of Python and packages.
+    outputs
+        Names of the result files.
+    further
+        Keys that this version does not know.
+    """
+
+    slide: SlideRecord = field(default_factory=SlideRecord)
+    source_blocks_decoded: DecodedBlocks = field(default_factory=DecodedBlocks)
+    damaged: tuple[DamagedBlock, ...] | None = field(default=None, metadata=OMIT)
+    model: ModelRecord = field(default_factory=ModelRecord)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    grid: GridRecord = field(default_factory=GridRecord)
+    seconds: SecondsRecord = field(default_factory=SecondsRecord)
+    mpx: float | None = None
+    mpx_per_s: float | None = None
+    bound_by: str = ""
+    peak_memory_mib: float | None = None
+    device: DeviceRecord | None = field(default=None, metadata=OMIT)
+    crf: CrfRecord | None = field(default=None, metadata=OMIT)
+    objects: tuple[ObjectCount, ...] | None = field(default=None, metadata=OMIT)
+    resumed: ResumedRecord | None = field(default=None, metadata=OMIT)
+    started: str = ""
+    inputs: Mapping[str, Any] | None = field(default=None, metadata=OMIT)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ()
+    further: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_run(folder: Path) -> RunRecord | None:
+    """Read the run.json of an output folder; None if it is missing or no JSON object."""
+    content = read_json(folder / RUN_FILE)
+    return None if content is None else from_json(RunRecord, content)
+
+
+def read_summary(folder: Path) -> SummaryRecord | None:
+    """Read the summary.json of an output folder; None if it is missing or no JSON object."""
+    content = read_json(folder / SUMMARY_FILE)
+    return None if content is None else from_json(SummaryRecord, content)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Read a file that holds a JSON object; None if it is missing, broken, or holds another value."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def versions() -> dict[str, str]:
-    """Versions of what made a result."""
-    names = (
-        "histostream",
-        "numpy",
-        "onnxruntime-gpu",
-        "onnxruntime",
-        "tensorrt",
-        "tensorrt-rtx",
-        "cuda-python",
-        "pycuda",
-        "large-image",
-        "tifffile",
-        "zarr",
-        "highdicom",
-    )
-    found = {"python": platform.python_version()}
-    for name in names:
+    """Return the versions of Python and of the packages that a result depends on."""
+    installed = {"python": platform.python_version()}
+    for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
-def inputs_of(version: SlideVersion, card: ModelCard, options: Options, asked: Mapping[str, str]) -> dict[str, Any]:
-    """Return what decides the result of a run, as plain JSON.
+def fingerprint(
+    version: SlideVersion, card: ModelCard, options: Options, requested: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return what decides the result of a run, as JSON values.
 
     Parameters
     ----------
@@ -62,21 +281,21 @@ def inputs_of(version: SlideVersion, card: ModelCard, options: Options, asked: M
         Of the slide.
     card, options
         The model, and how it is run.
-    asked
-        What else was asked for, as ``{"precision": "auto"}``.
+    requested
+        Further requests, as ``{"precision": "auto"}``.
     """
-    said = {
+    values = {
         "slide": asdict(version),
         "model": card.digest(),
-        "options": {**options.deciding(), **asked},
+        "options": {**options.result_options(), **requested},
         "histostream": metadata.version("histostream"),
     }
-    found: dict[str, Any] = json.loads(json.dumps(said))  # tuples become lists, as when read back
-    return found
+    as_read_back: dict[str, Any] = json.loads(json.dumps(values))  # tuples become lists
+    return as_read_back
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Say in which entries two runs differ, as "options.blend (hann, now crop)"."""
+    """List the entries in which two fingerprints differ, as "options.blend (hann, now crop)"."""
     old, new = dict(_flat(before)), dict(_flat(now))
     return [
         f"{name} ({_short(old.get(name))}, now {_short(new.get(name))})"
@@ -85,91 +304,29 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def read_run(folder: Path) -> dict[str, Any] | None:
-    """Return what the run.json of an output folder says; None if there is none, or it is broken."""
-    return read_json(folder / RUN_FILE)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Return what a file of JSON says; None if it is not there, broken, or no object."""
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return said if isinstance(said, dict) else None
-
-
-def slide_record(slide: SlideReader, view: SlideView, version: SlideVersion) -> dict[str, Any]:
-    """Say what the slide is, and at which resolution it was seen."""
-    return {
-        "path": str(slide.path),
-        **asdict(version),
-        "reader": slide.name,
-        "mpp": slide.mpp,
-        "level": view.level,
-        "scale": view.scale,
-        "downsample": view.downsample,
-        "width": view.width,
-        "height": view.height,
-        "result_mpp": view.mpp,
-    }
-
-
-def seen_record(source: str, view: SlideView, classes: Sequence[ClassInfo]) -> dict[str, Any]:
-    """Say what the viewer needs to show a run that is not finished; ``width`` is the result's."""
-    return {
-        "source": source,
-        "width": view.width,
-        "height": view.height,
-        "result_mpp": view.mpp,
-        "downsample": view.downsample,
-        "classes": [{"name": c.name, "color": list(c.color)} for c in classes],
-    }
-
-
-def time_record(seconds: StageSeconds, counts: Counts, total: float) -> dict[str, Any]:
-    """Say where the time went; time in which another slide had the device does not count."""
-    stages = {name: round(value, 3) for name, value in asdict(seconds).items()}
-    waited = stages.pop("wait")
-    pixels = counts.pixels - counts.pixels_before
-    return {
-        "seconds": {"total": round(total - waited, 3), **stages, "wait": waited},
-        "mpx": round(counts.pixels / 1e6, 3),
-        "mpx_per_s": round(pixels / 1e6 / max(total - waited, 1e-9), 3),
-        "bound_by": bound_by(stages),
-    }
-
-
 def bound_by(stages: Mapping[str, float]) -> str:
-    """Return the stage that a run of these seconds waited for most."""
+    """Return the stage that a run with these seconds waited for most."""
     return max(stages, key=lambda name: stages[name])
 
 
-def card_record(card: ModelCard) -> dict[str, Any]:
-    """Say what the model is and how it was judged, so that a report needs no bundle.
+def card_record(card: ModelCard) -> CardRecord:
+    """Return the part of a model card that a report shows.
 
-    Of the training record, which methods write as they like, only figures are taken.
+    Methods write their training record as they like, so only numbers and short texts are taken.
     """
-    return {
-        "classes": [entry.name for entry in card.classes],
-        **{name: getattr(card, name) for name in CARD_FACTS},
-        "parity": _figures(card.parity),
-        "training": _figures({n: v for n, v in card.training.items() if n in TRAINING_FACTS}),
-    }
-
-
-def crf_record(options: CrfOptions, bands: list[dict[str, int]]) -> dict[str, Any]:
-    """Say how the CRF was run."""
-    return {
-        "halo_px": options.halo_px,
-        "cell_px": options.cell_px,
-        **{n: sum(band.get(n, 0) for band in bands) for n in ("cells", "cells_skipped")},
-    }
-
-
-def plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Return values with paths as text."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+    return CardRecord(
+        tuple(entry.name for entry in card.classes),
+        card.note,
+        card.channels,
+        card.tile_px,
+        card.align_px,
+        card.halo_px,
+        card.tile_statistics,
+        card.score_kind,
+        card.opset,
+        _figures(card.parity),
+        _figures({name: value for name, value in card.training.items() if name in TRAINING_FACTS}),
+    )
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -186,17 +343,17 @@ def _short(value: Any) -> str:
 
 
 def _figures(value: Any, depth: int = 3) -> Any:
-    """Return names and figures of a card as run.json can hold them; lists only of figures."""
+    """Return the names and numbers of a part of a card; of lists only those of numbers."""
     if isinstance(value, dict):
-        found = {str(k): _figures(v, depth - 1) for k, v in value.items()} if depth else {}
-        return {k: v for k, v in found.items() if v is not None}
+        entries = {str(name): _figures(entry, depth - 1) for name, entry in value.items()} if depth else {}
+        return {name: entry for name, entry in entries.items() if entry is not None}
     if isinstance(value, list):
-        return value if len(value) <= MAX_CLASSES and all(map(_is_figure, value)) else None
+        return value if len(value) <= MAX_CLASSES and all(map(_is_number, value)) else None
     if isinstance(value, str):
         return value[:MAX_FACT]
-    return value if _is_figure(value) else None
+    return value if _is_number(value) else None
 
 
-def _is_figure(value: Any) -> bool:
-    # Compared with numbers: an integer of a card may be too long to be made a float.
+def _is_number(value: Any) -> bool:
+    # Compared, not converted: an integer of a card may be too long for a float.
     return isinstance(value, int | float) and abs(value) < math.inf

@@ -1,26 +1,27 @@
-"""What a run left behind, to look at and to compute with."""
+"""The result of a slide, to look at and to compute with."""
 
 from __future__ import annotations
 
 import html
-import json
 import logging
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from histostream.runtime.engines.base import to_channels
-from histostream.runtime.record import read_run
+from histostream.runtime.record import SUMMARY_FILE, RunRecord, read_run, read_summary
 from histostream.runtime.report.picture import read_picture
 from histostream.wsi.errors import HistoError, SlideError
 from histostream.wsi.optional import require
 from histostream.wsi.outputs.label_rows import ClassInfo
 from histostream.wsi.outputs.raster import Raster
 from histostream.wsi.outputs.sinks.overview import BACKGROUND
+from histostream.wsi.outputs.sinks.summary import SummaryRecord
 from histostream.wsi.slides.reader import SlideReader, open_slide
 from histostream.wsi.slides.resolution import SlideView
 from histostream.wsi.slides.slide_locator import SlideLocator
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PLOT_PX = 1200  # longer side of a picture
-SHOWN_PX = 700  # of the overview in a notebook, which keeps it
+NOTEBOOK_PX = 700  # longer side of the overview in a notebook, whose file keeps it
 GLASS = 255
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class ResultError(HistoError, ValueError):
 
 @dataclass(frozen=True, repr=False)
 class SlideResult:
-    """What a run left behind.
+    """The result of a slide.
 
     ::
 
@@ -53,16 +54,16 @@ class SlideResult:
     Attributes
     ----------
     folder
-        Where ``labels.tif`` and the other files are.
+        The folder of ``labels.tif`` and the other files.
     summary
-        Area and share per class, as in ``summary.json``.
+        Area and share of each class, as in ``summary.json``.
     run
         Versions, options and times, as in ``run.json``.
     """
 
     folder: Path
-    summary: dict[str, Any]
-    run: dict[str, Any]
+    summary: SummaryRecord
+    run: RunRecord
 
     @classmethod
     def read(cls, folder: str | Path) -> Self:
@@ -79,37 +80,36 @@ class SlideResult:
             raise ResultError(
                 f"{folder}: no finished result (no run.json); run histo-infer, or name the folder of one slide"
             )
-        try:
-            summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-            return cls(folder, {**summary, "classes": list(summary["classes"])}, run)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        summary = read_summary(folder)
+        if summary is None or not summary.classes:
             raise ResultError(
-                f"{folder / 'summary.json'}: cannot be read ({error}); run the slide with --restart"
-            ) from error
+                f"{folder / SUMMARY_FILE}: missing, or no summary of classes; run the slide with --restart"
+            )
+        return cls(folder, summary, run)
 
     @property
     def classes(self) -> tuple[ClassInfo, ...]:
         """The classes, in label order."""
-        return tuple(ClassInfo(c["name"], tuple(c["color"])) for c in self.summary["classes"])
+        return tuple(ClassInfo(entry.name, entry.color) for entry in self.summary.classes)
 
     @property
     def areas(self) -> dict[str, float]:
         """Area of each class, in mm2."""
-        return {c["name"]: c["area_mm2"] for c in self.summary["classes"]}
+        return {entry.name: _number(entry.area_mm2) for entry in self.summary.classes}
 
     @property
     def shares(self) -> dict[str, float]:
-        """Share of each class in what was analysed; nan where nothing was."""
-        return {c["name"]: float("nan") if c["share"] is None else c["share"] for c in self.summary["classes"]}
+        """Share of each class in the analysed area; nan where nothing was analysed."""
+        return {entry.name: _number(entry.share) for entry in self.summary.classes}
 
     @property
     def mpp(self) -> float:
         """Micrometres per pixel of the label map."""
-        return float(self.summary["mpp"])
+        return _number(self.summary.mpp)
 
     @cached_property
     def labels(self) -> Raster:
-        """The label map, (H, W) uint8, read where it is looked at; 255 was not analysed.
+        """The label map, (H, W) uint8; a slice is read when it is indexed; 255 was not analysed.
 
         Raises
         ------
@@ -120,33 +120,32 @@ class SlideResult:
 
     @cached_property
     def probabilities(self) -> Raster | None:
-        """``round(255 p)`` of each class, (H, W, K) uint8; None if none were asked for."""
+        """``round(255 p)`` of each class, (H, W, K) uint8; None if they were not written."""
         path = self.folder / "probabilities.tif"
-        return Raster(path) if "probabilities.tif" in self.run.get("outputs", ()) else None
+        return Raster(path) if path.name in self.run.outputs else None
 
     @property
     def files(self) -> dict[str, Path]:
         """The files of the result, by name."""
-        names = (Path(str(name)).name for name in self.run.get("outputs", ()))
-        return {name: self.folder / name for name in names}
+        return {name: self.folder / name for name in (Path(output).name for output in self.run.outputs)}
 
     def open_slide(self, slides: str | Path | None = None) -> SlideReader:
-        """Open the slide that this is the result of.
+        """Open the slide that was segmented.
 
         Parameters
         ----------
         slides
-            Folder that it is in by now, where it was moved.
+            Folder of the slide, if it was moved since.
 
         Raises
         ------
         SlideError
-            If it is in neither place as it was then.
+            If the same slide is neither at its old place nor in that folder.
         """
-        said = self.run.get("slide", {})
-        version = SlideVersion(said.get("bytes", 0), said.get("modified", ""))
-        place = SlideLocator(said.get("source", ""), version, said.get("sha256", ""))
-        return open_slide(place.find(None if slides is None else Path(slides)))
+        slide = self.run.slide
+        version = SlideVersion(slide.bytes or 0, slide.modified)
+        locator = SlideLocator(slide.source, version, slide.sha256)
+        return open_slide(locator.find(None if slides is None else Path(slides)))
 
     def region(
         self,
@@ -157,35 +156,34 @@ class SlideResult:
         *,
         longest_px: int = PLOT_PX,
     ) -> tuple[NDArray[np.uint8], NDArray[np.uint8], int]:
-        """Read a place of the slide and of the label map, both small enough for a picture.
+        """Read a region of the slide and of the label map, both small enough for a picture.
 
         Parameters
         ----------
         x, y, width, height
             In pixels of the label map; width and height None: to its border.
         longest_px
-            About the longer side of the picture: every 2nd, 4th, ... label is taken until it is no
-            longer.
+            Bound on the longer side of the picture: only every 2nd, 4th, ... label is taken, as needed.
 
         Returns
         -------
-        Pixels (h, w, 3) uint8, white where the slide is not there any more; labels (h, w) uint8;
-        and how many pixels of the label map one of them stands for, along a side.
+        Pixels (h, w, 3) uint8, white where the slide cannot be read; labels (h, w) uint8; and how many
+        pixels of the label map one of them stands for, along a side.
 
         Raises
         ------
         ValueError
-            If the place is not on the slide.
+            If the region is not on the slide.
         """
         rows, columns = self.labels.shape[:2]
         width = columns - x if width is None else width
         height = rows - y if height is None else height
         if not (0 <= x < x + width <= columns and 0 <= y < y + height <= rows):
-            raise ValueError(f"x={x} y={y} {width}x{height} is no place on a label map of {columns}x{rows} px")
+            raise ValueError(f"x={x} y={y} {width}x{height} does not lie on a label map of {columns}x{rows} px")
         step = 1
         while max(width, height) > longest_px * step:
             step *= 2
-        # From a multiple of the step on, whose labels a reduced level holds.
+        # Begin at a multiple of the step: a reduced level holds those labels.
         x, y, right, bottom = x - x % step, y - y % step, x + width, y + height
         labels = self.labels[y:bottom:step, x:right:step]
         return self._pixels(x, y, step, labels.shape[1], labels.shape[0]), labels, step
@@ -201,22 +199,22 @@ class SlideResult:
         opacity: float = 0.5,
         legend: bool = True,
     ) -> Axes:
-        """Draw a place of the slide with its classes painted over it; needs matplotlib.
+        """Draw a region of the slide with its classes painted over it; needs matplotlib.
 
         Parameters
         ----------
         x, y, width, height
             As of `region`: pixels of the label map. By default all of it.
         ax
-            Where to draw; None: on a new figure.
+            Axes to draw on; None: those of a new figure.
         opacity
-            Of the paint, 0 to 1.
+            Opacity of the classes, 0 to 1.
         legend
-            Whether classes are named beside it, with their areas in the whole slide.
+            Whether a legend names the classes and their areas in the whole slide.
 
         Returns
         -------
-        The axes; their units are um on the slide.
+        The axes, in um on the slide.
 
         Raises
         ------
@@ -231,14 +229,14 @@ class SlideResult:
         if ax is None:
             ax = plt.subplots(layout="constrained")[1]
         um = self.mpp * step
-        left, top = ((place - place % step) * self.mpp for place in (x, y))
+        left, top = ((start - start % step) * self.mpp for start in (x, y))
         high, wide = labels.shape
         ax.imshow(
             self._painted(pixels, labels, opacity),
             extent=(left, left + wide * um, top + high * um, top),
             interpolation="nearest" if step == 1 else "antialiased",
         )
-        ax.set(xlabel="um", ylabel="um", title=str(self.summary["slide"]))
+        ax.set(xlabel="um", ylabel="um", title=self.summary.slide)
         if legend:
             ax.legend(
                 handles=[
@@ -254,43 +252,43 @@ class SlideResult:
 
     def __repr__(self) -> str:
         areas = ", ".join(f"{name} {area:.3g} mm2" for name, area in self.areas.items())
-        return f"<SlideResult of {self.summary['slide']} in {self.folder}: {areas}>"
+        return f"<SlideResult of {self.summary.slide} in {self.folder}: {areas}>"
 
     def _repr_html_(self) -> str:
-        """Overview and areas, where a notebook shows it."""
+        """Show overview and areas in a notebook."""
         lines = "".join(
             f"<tr><td style='border-left:1em solid {c.hex}'>{html.escape(c.name)}</td>"
             f"<td>{self.areas[c.name]:.4g} mm²</td><td>{100 * self.shares[c.name]:.1f} %</td></tr>"
             for c in self.classes
         )
-        size = self.summary["width_px"], self.summary["height_px"]
-        picture = read_picture(self.folder / "overview.png", *size, SHOWN_PX)
-        shown = "" if picture is None else f"<img style='max-width:100%' src='{picture.uri}'>"
+        size = self.summary.width_px or 0, self.summary.height_px or 0
+        picture = read_picture(self.folder / "overview.png", *size, NOTEBOOK_PX)
+        image = "" if picture is None else f"<img style='max-width:100%' src='{picture.uri}'>"
         return (
-            f"<p><b>{html.escape(str(self.summary['slide']))}</b>: "
-            f"{html.escape(str(self.folder))}</p><table>{lines}</table>{shown}"
+            f"<p><b>{html.escape(self.summary.slide)}</b>: "
+            f"{html.escape(str(self.folder))}</p><table>{lines}</table>{image}"
         )
 
     def _pixels(self, x: int, y: int, step: int, width: int, height: int) -> NDArray[np.uint8]:
-        """Read the slide where the labels at x, y and so on are, each pixel an average."""
-        found = np.full((height, width, 3), GLASS, np.uint8)
+        """Read the slide at the labels x, y, ... (h, w); each pixel is an average."""
+        pixels = np.full((height, width, 3), GLASS, np.uint8)
         try:
             slide = self.open_slide()
         except SlideError as error:
             log.warning("%s; the classes are shown without it", error)
-            return found
+            return pixels
         with slide:
-            seen = self.run["slide"]  # as the network saw it
-            downsample = slide.levels[seen["level"]].downsample * seen["scale"] * step
+            record = self.run.slide  # the network saw it at this level and scale
+            downsample = slide.levels[record.level or 0].downsample * (record.scale or 1.0) * step
             fine = [i for i, level in enumerate(slide.levels) if level.downsample <= downsample]
             level = max(fine, default=0, key=lambda i: slide.levels[i].downsample)
             view = SlideView(slide, level, downsample / slide.levels[level].downsample, None)
             left, top = x // step, y // step
-            # The last pixel may be less than half on the slide, and then it is not of the view.
+            # A last pixel that is less than half on the slide is not part of the view.
             wide, high = min(width, view.width - left), min(height, view.height - top)
             if wide > 0 and high > 0:
-                found[:high, :wide] = to_channels(view.read(left, top, wide, high), 3)
-        return found
+                pixels[:high, :wide] = to_channels(view.read(left, top, wide, high), 3)
+        return pixels
 
     def _painted(self, pixels: NDArray[np.uint8], labels: NDArray[np.uint8], opacity: float) -> NDArray[np.uint8]:
         colors = np.zeros((256, 3), np.float32)
@@ -301,3 +299,7 @@ class SlideResult:
         share = strength[labels][..., None]
         mixed = pixels * (1 - share) + colors[labels] * share
         return np.rint(mixed).astype(np.uint8)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)

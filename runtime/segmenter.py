@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from histostream.runtime.bundle.card import ModelCard, default_bundle
 from histostream.runtime.cohort.inputs import find_inputs
-from histostream.runtime.cohort.worker import DAMAGED, DONE, UNCHANGED, Outcome, Task, Worker
+from histostream.runtime.cohort.worker import DAMAGED, DONE, UNCHANGED, Worker
 from histostream.runtime.engines.base import Engine, open_engine
 from histostream.runtime.options import Options
 from histostream.runtime.result import ResultError, SlideResult
+from histostream.runtime.slide_job import SlideJob
 from histostream.runtime.slide_run import ManyDevices, segment_pixels
 
 
@@ -29,23 +30,23 @@ class Segmenter:
         result = segmenter.run("slide.svs")
         result.areas, result.labels[:1000, :1000], result.plot()
 
-    It holds the network, and the GPU's memory if there is one, until it is closed; it may also be
+    It holds the network, and the GPU's memory if there is one, until it is closed. It may also be
     used in a ``with`` block.
 
     Parameters
     ----------
     open_engine
         Opens the network; called once, in the thread that will run it.
-    asked
-        What was asked for, as ``{"backend": "cpu"}``; results of other wishes are done again.
+    requested
+        Options of the engine, as ``{"backend": "cpu"}``; results of other options are run again.
     """
 
     def __init__(
         self,
         open_engine: Callable[[], Engine],
-        asked: Mapping[str, str] | None = None,
+        requested: Mapping[str, str] | None = None,
     ) -> None:
-        self._worker, self._asked = Worker(open_engine), dict(asked or {})
+        self._worker, self._requested = Worker(open_engine), dict(requested or {})
 
     @classmethod
     def load(
@@ -80,7 +81,7 @@ class Segmenter:
 
     @property
     def card(self) -> ModelCard:
-        """What the model says of itself."""
+        """The model's card."""
         return self._worker.engine.card
 
     def run(
@@ -94,8 +95,8 @@ class Segmenter:
     ) -> SlideResult:
         """Segment a slide into ``out/<slide's name>/``, as ``histo-infer`` does.
 
-        A result of the same slide, model and options that is there already is returned at once;
-        one that was interrupted goes on.
+        An existing result of the same slide, model and options is returned at once; an interrupted
+        run is continued.
 
         Parameters
         ----------
@@ -106,25 +107,32 @@ class Segmenter:
         options
             How to run; see `Options`.
         restart
-            Whether it is done again in any case.
+            Whether the slide is run again in any case.
         report
-            Called with (pixels done, pixels in all), at the model's resolution, in another thread.
+            Called in another thread with the number of pixels that are done, and of all pixels, at the
+            model's resolution.
 
         Raises
         ------
         ResultError
-            If there is no result in the end; the message says why.
+            If the slide cannot be segmented; the message says why.
         InputError
             If a folder or pattern cannot be used.
         """
-        found = find_inputs([str(slide)])
-        if len(found) != 1:
-            raise ResultError(f"{slide}: these are {len(found)} slides; run them one by one")
-        task = Task(found[0], Path(out), options or Options(), self._asked, restart=restart)
-        outcome = self._segment(task, report)
+        slides = find_inputs([str(slide)])
+        if len(slides) != 1:
+            raise ResultError(f"{slide}: these are {len(slides)} slides; run them one by one")
+        job = SlideJob(slides[0], Path(out), options or Options(), self._requested, restart=restart)
+        stop = threading.Event()
+        with ThreadPoolExecutor(1, thread_name_prefix="slide") as pool:
+            running = pool.submit(self._worker.segment, job, report, stop.is_set)
+            try:
+                outcome = running.result()
+            finally:
+                stop.set()  # after Ctrl-C, or a notebook's stop: what is finished is kept
         if outcome.status not in (DONE, DAMAGED, UNCHANGED):
             raise ResultError(outcome.reason)
-        return SlideResult.read(task.folder)
+        return SlideResult.read(job.folder)
 
     def segment(self, pixels: NDArray[np.uint8], *, blend: str = "hann") -> NDArray[np.uint8]:
         """Segment an image that is in memory, at the model's resolution.
@@ -150,7 +158,7 @@ class Segmenter:
         return self._worker.on_device(lambda: segment_pixels(pixels, engine, blend=blend))
 
     def close(self) -> None:
-        """Give the device and its memory back."""
+        """Free the device and its memory."""
         self._worker.close()
 
     def __enter__(self) -> Self:
@@ -163,13 +171,3 @@ class Segmenter:
         card = self.card
         names = ", ".join(entry.name for entry in card.classes)
         return f"<Segmenter: {card.method} ({names}) at {card.mpp:g} um/px, {self._worker.engine.name}>"
-
-    def _segment(self, task: Task, report: Callable[[int, int], None]) -> Outcome:
-        """Run a slide; Ctrl-C, or a notebook's stop, leaves what is finished to be gone on with."""
-        stop = threading.Event()
-        with ThreadPoolExecutor(1, thread_name_prefix="slide") as pool:
-            doing = pool.submit(self._worker.segment, task, report, stop.is_set)
-            try:
-                return doing.result()
-            finally:
-                stop.set()

@@ -8,17 +8,17 @@ import io
 import math
 import os
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path, PurePath
 
+from histostream.runtime.slide_job import SlideInput, stem_of
 from histostream.wsi.errors import HistoError, SlideError
 from histostream.wsi.outputs.folder import RUN_FILE
 from histostream.wsi.outputs.journal import JOURNAL
 from histostream.wsi.slides.reader import slide_suffixes
 from histostream.wsi.slides.resolution import LIGHT_MPP, MAX_MPP
-from histostream.wsi.slides.sources.base import file_name, is_plain_name, is_remote, redact_url
+from histostream.wsi.slides.sources.base import is_plain_name, is_remote, redact_url
 from histostream.wsi.slides.staging import list_files
 
 DICOM = ".dcm"
@@ -31,31 +31,6 @@ DELIMITERS = (",", ";", "\t")
 
 class InputError(HistoError, ValueError):
     """The inputs do not name a cohort of slides."""
-
-
-@dataclass(frozen=True, slots=True)
-class SlideInput:
-    """One slide of a cohort.
-
-    Attributes
-    ----------
-    source
-        Local path or URL; that of a remote DICOM series ends with ``/``.
-    name
-        Name of the folder of its results.
-    mpp
-        Micrometres per pixel of level 0; None: as the file says.
-    roi
-        Path of a GeoJSON file with the regions to analyse.
-    further
-        Other columns of the list that names the slide.
-    """
-
-    source: str
-    name: str
-    mpp: float | None = None
-    roi: str | None = None
-    further: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 def find_inputs(arguments: Sequence[str]) -> list[SlideInput]:
@@ -102,21 +77,6 @@ def find_inputs(arguments: Sequence[str]) -> list[SlideInput]:
                 "name it once, or give one of them another name (column `name` of a .csv)"
             )
     return list(inputs.values())
-
-
-def stem_of(source: str) -> str:
-    """Return the name of a slide's result folder: the file's name without suffix, or the folder's name.
-
-    Raises
-    ------
-    SlideError
-        If a URL does not end with a file name.
-    """
-    if is_remote(source):
-        name = file_name(source)
-        return name if source.endswith("/") else PurePosixPath(name).stem
-    path = Path(source)
-    return path.resolve().name if _is_folder(source) else path.stem
 
 
 def _inputs_of(argument: str) -> Iterator[SlideInput]:

@@ -1,8 +1,8 @@
 """Several devices, a process each: they share slides, or the column bands of one slide.
 
-Every process opens the network once and takes one job after the other. A band's finished rows go
-to a file beside the results, from which this process writes the label map; integer blending makes
-it the same bits as on one device.
+Every process opens the network once and takes one job after the other. The finished rows of a band
+go to the journal, from which the first process writes the label map. Blending in integers makes it
+the same bits as on one device.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from multiprocessing.connection import Connection, wait
 from multiprocessing.synchronize import Event
@@ -34,45 +33,35 @@ from histostream.runtime.cohort.worker import (
     STOPPED,
     Outcome,
     Report,
-    Task,
     Worker,
     pick_worker,
 )
 from histostream.runtime.engines.base import EngineError, open_engine
-from histostream.runtime.options import Options
-from histostream.runtime.slide_run import Job
-from histostream.runtime.stream.column_band import Band, Counts, StageSeconds
-from histostream.runtime.stream.memory import BAND_ALIGN_PX, return_buffers_at_once
+from histostream.runtime.process_memory import return_buffers_at_once
+from histostream.runtime.slide_job import SlideJob
+from histostream.runtime.stream.column_band import open_band
+from histostream.runtime.stream.context import BandRecord, BandResult, Counts, RunContext, RunPlan
 from histostream.wsi.errors import HistoError, StoppedError
-from histostream.wsi.geometry import Box
-from histostream.wsi.outputs.folder import OutputFolder
-from histostream.wsi.outputs.journal import Journal
-from histostream.wsi.outputs.label_rows import LabelRows
+from histostream.wsi.outputs.memory_needs import BAND_ALIGN_PX
+from histostream.wsi.records import to_json
 from histostream.wsi.slides.damage import Damage
 from histostream.wsi.slides.reader import open_slide
 from histostream.wsi.slides.resolution import at_mpp
-from histostream.wsi.slides.sources.base import redact_url
 from histostream.wsi.tiling.grid import TileGrid
-from histostream.wsi.tiling.tissue import RegionOfInterest
 
 CPU = "cpu"  # names a process on the CPU among the devices; a number names a GPU
-
-
 PR_SET_PDEATHSIG = 1  # sys/prctl.h
 ATTEMPTS = 2  # at a job whose device's process ended
-ASKED_S = 0.2  # how often it is asked whether to stop
-REPORTED_S = 0.5  # between two reports of how far a slide is
+POLL_S = 0.2  # how often ``stopping`` is called
+REPORT_S = 0.5  # between two reports of a slide's progress
 
 
 @dataclass(frozen=True, slots=True)
 class BandJob:
-    """One column band of a slide: its finished rows go to the journal in ``folder``."""
+    """One column band of a slide, for another process; finished rows go to the journal."""
 
-    slide: Path
-    grid: TileGrid
-    roi: RegionOfInterest | None
-    options: Options
-    folder: Path
+    plan: RunPlan
+    columns: tuple[int, int]
 
 
 @dataclass(slots=True)
@@ -96,8 +85,8 @@ class ProcessPool:
         Numbers of GPUs, as "0"; "cpu" is a process on the CPU, and may be named more than once.
     backend, precision, threads
         As for `open_engine`; the CPU's threads are shared out among its processes.
-    at_once
-        Slides that a process has in memory together.
+    concurrency
+        Slides that a process has in memory at the same time.
 
     Raises
     ------
@@ -108,8 +97,8 @@ class ProcessPool:
     ----------
     card
         The model's card.
-    name, each
-        What the engines say of themselves, with the devices, and what one of them says.
+    name, engine_name
+        Name of the engine, with the devices and without.
     devices
         How many there are.
     """
@@ -122,9 +111,9 @@ class ProcessPool:
         backend: str = "auto",
         precision: str = "auto",
         threads: int | None = None,
-        at_once: int = CONCURRENCY,
+        concurrency: int = CONCURRENCY,
     ) -> None:
-        self._at_once = at_once
+        self._concurrency = concurrency
         self.card: ModelCard = read_card(bundle)
         self._processes: list[_Process] = []
         check_devices(devices)
@@ -136,12 +125,13 @@ class ProcessPool:
         try:
             for device in devices:
                 ours, theirs = context.Pipe()
-                how = {
+                engine_options = {
                     "backend": CPU if device == CPU and backend == "auto" else backend,
                     "precision": precision,
                     "threads": threads,
                 }
-                process = context.Process(target=_work, args=(theirs, bundle, device, how, self._stop), daemon=True)
+                arguments = theirs, bundle, device, engine_options, self._stop
+                process = context.Process(target=_work, args=arguments, daemon=True)
                 process.start()
                 theirs.close()
                 self._processes.append(_Process(device, process, ours))
@@ -149,12 +139,12 @@ class ProcessPool:
         except BaseException:
             self.close()
             raise
-        self.each: str = opened[0]
-        self.name = f"{self.each} x {len(devices)} ({', '.join(devices)})"
+        self.engine_name: str = opened[0]
+        self.name = f"{self.engine_name} x {len(devices)} ({', '.join(devices)})"
         self.devices = len(devices)
 
     def plan_bands(self, grid: TileGrid, align_px: int = BAND_ALIGN_PX) -> list[tuple[int, int]]:
-        """Cut a slide into one column band for each device, with as many tiles in each.
+        """Divide a slide into one column band for each device, with the same number of tiles in each.
 
         Bands begin at multiples of ``align_px``, itself a multiple of the sinks' tiles. A narrow
         slide gives fewer.
@@ -168,84 +158,77 @@ class ProcessPool:
         edges = [0, *sorted(c for c in cuts if c < grid.width), grid.width]
         return list(pairwise(edges))
 
-    def run_bands(
-        self,
-        job: Job,
-        grid: TileGrid,
-        roi: RegionOfInterest | None,
-        bands: list[tuple[int, int]],
-        folder: OutputFolder,
-        journal: Journal,
-        damage: Damage,
-        seconds: StageSeconds,
-        counts: Counts,
-        stopping: Callable[[], bool],
-    ) -> dict[str, Any]:
-        """Run the bands of a slide, and write their rows to ``folder``, one band after the other.
+    def run_bands(self, context: RunContext, bands: Sequence[tuple[int, int]]) -> list[BandResult]:
+        """Run the column bands of a slide, and write their rows one band after the other.
 
-        Returns
-        -------
-        What each device did, for ``run.json``.
+        Parameters
+        ----------
+        context
+            The run of the slide.
+        bands
+            (x0, x1) of each band, in pixels.
 
         Raises
         ------
         HistoError
             If a band fails, or its device's process ends, twice.
         StoppedError
-            If it was stopped.
+            If the run was stopped.
         """
-        jobs = [BandJob(job.path, grid.band(*band), roi, job.options, folder.path) for band in bands]
-        done: dict[int, dict[str, Any]] = {}
-        doing: dict[int, tuple[int, int, int]] = {}
+        jobs = [BandJob(context.plan, columns) for columns in bands]
+        counts, height = context.counts, context.plan.grid.height
+        done: dict[int, BandResult] = {}
+        progress: dict[int, tuple[int, int, int]] = {}
 
         def progressed(band: int, content: tuple[int, int, int]) -> None:
-            doing[band] = content
-            columns = zip(*doing.values(), strict=True)
-            counts.tiles, counts.pixels, counts.pixels_before = (sum(v) for v in columns)
+            progress[band] = content
+            counts.tiles, counts.pixels, counts.pixels_before = (
+                sum(values) for values in zip(*progress.values(), strict=True)
+            )
             counts.report(counts.pixels, counts.total_pixels)
 
-        results = self._run(jobs, progressed, stopping, at_once=1)
+        results = self._run(jobs, progressed, context.stopping, concurrency=1)
         try:
-            for i, (x0, x1) in enumerate(bands):
+            for i, columns in enumerate(bands):
                 while i not in done:
-                    with seconds.time("infer"):
+                    with context.seconds.time("infer"):
                         band, kind, content = next(results)
                     if kind == "stopped":
                         raise StoppedError
                     if kind == "failed":
                         raise HistoError(content)
                     done[band] = content
-                with seconds.time("write"), journal.band(x0, x1, grid.height) as rows:
-                    for record in rows.finished():
-                        folder.write(record.part)
-                    if rows.y < grid.height:
-                        raise HistoError(f"{rows.path}: cannot be read back; check the disk")
-                for level, box in done[i].pop("damaged"):
-                    damage.add(level, box)
+                with context.seconds.time("write"), context.journal.band(*columns, height) as journal:
+                    for record in journal.finished():
+                        context.write(record.part)
+                    if journal.y < height:
+                        raise HistoError(f"{journal.path}: cannot be read back; check the disk")
+                for level, box in done[i].damaged:
+                    context.damage.add(level, box)
         finally:
             self._stop.set()
-            for _ in results:  # nobody may be left with a job of this slide
+            for _ in results:  # until no process has a job of this slide
                 pass
-        return {"devices": [done[i] for i in range(len(jobs))]}
+        return [done[i] for i in range(len(jobs))]
 
     def segment_all(
         self,
-        tasks: Sequence[Task],
+        jobs: Sequence[SlideJob],
         *,
         report: Callable[[int], Report],
         stopping: Callable[[], bool],
     ) -> Iterator[tuple[int, Outcome]]:
-        """Segment slides, a slide on each device; see `cohort.Executor`."""
-        reports = [report(i) for i in range(len(tasks))]
+        """Segment slides, a slide on each device; see `Executor`."""
+        reports = [report(i) for i in range(len(jobs))]
 
         def progressed(i: int, content: tuple[int, int]) -> None:
             reports[i](*content)
 
-        for i, kind, content in self._run(tasks, progressed, stopping, at_once=self._at_once):
+        for i, kind, content in self._run(jobs, progressed, stopping, concurrency=self._concurrency):
             if isinstance(content, Outcome):
                 yield i, content
             elif kind == "failed":
-                yield i, Outcome(FAILED, f"{redact_url(tasks[i].slide.source)}: {content}")
+                yield i, Outcome(FAILED, f"{jobs[i].source}: {content}")
 
     def close(self) -> None:
         """End the processes."""
@@ -262,13 +245,13 @@ class ProcessPool:
 
     def _run(
         self,
-        jobs: Sequence[BandJob | Task],
+        jobs: Sequence[BandJob | SlideJob],
         progressed: Callable[[int, Any], None],
         stopping: Callable[[], bool],
         *,
-        at_once: int,
+        concurrency: int,
     ) -> Iterator[tuple[int, str, Any]]:
-        """Give jobs to whoever is free; yields (job, "done", "failed" or "stopped", what)."""
+        """Give jobs to free processes; yield (number of the job, "done", "failed" or "stopped", result or message)."""
         waiting = list(range(len(jobs)))
         attempts = [0] * len(jobs)
         self._stop.clear()
@@ -276,11 +259,11 @@ class ProcessPool:
             if stopping():
                 self._stop.set()
             else:
-                self._share_out(waiting, attempts, jobs, at_once)
+                self._share_out(waiting, attempts, jobs, concurrency)
             busy = [p.pipe for p in self._processes if p.jobs]
             if not busy:
                 break
-            ready = wait(busy, timeout=ASKED_S)
+            ready = wait(busy, timeout=POLL_S)
             for process in [p for p in self._processes if p.pipe in ready]:
                 try:
                     job, kind, content = process.pipe.recv()
@@ -293,29 +276,28 @@ class ProcessPool:
                 process.jobs.remove(job)
                 yield job, kind, content
         for job in waiting:
-            said = ("stopped", None) if stopping() else ("failed", "no device is left to run it on")
-            yield job, *said
+            yield (job, "stopped", None) if stopping() else (job, "failed", "no device is left to run it on")
 
     def _share_out(
         self,
         waiting: list[int],
         attempts: list[int],
-        jobs: Sequence[BandJob | Task],
-        at_once: int,
+        jobs: Sequence[BandJob | SlideJob],
+        concurrency: int,
     ) -> None:
         """Give each process a job, and one ahead while there is more than one for each."""
         while True:
-            turn = pick_worker([len(p.jobs) for p in self._processes], len(waiting), at_once)
-            if turn is None:
+            index = pick_worker([len(p.jobs) for p in self._processes], len(waiting), concurrency)
+            if index is None:
                 return
-            process, job = self._processes[turn], waiting.pop(0)
+            process, job = self._processes[index], waiting.pop(0)
             attempts[job] += 1
             process.jobs.append(job)
-            with contextlib.suppress(OSError):  # its end is seen when it is listened to
+            with contextlib.suppress(OSError):  # `wait` will report that it ended
                 process.pipe.send((job, jobs[job]))
 
     def _lost(self, process: _Process, waiting: list[int], attempts: list[int]) -> Iterator[tuple[int, str, Any]]:
-        """Leave a process that ended; others go on with its jobs, from where it was."""
+        """Remove a process that ended; the others continue its jobs from their journals."""
         process.process.join()
         self._processes.remove(process)
         process.pipe.close()
@@ -337,12 +319,12 @@ class ProcessPool:
 
 
 def check_devices(devices: tuple[str, ...]) -> None:
-    """Refuse devices that cannot be meant.
+    """Check the names of devices.
 
     Raises
     ------
     EngineError
-        If none is named, a name is no number, or a GPU is named twice.
+        If there is none, a name is not a number, or a GPU is named twice.
     """
     for device in devices:
         if device != CPU and not (device.isascii() and device.isdigit()):
@@ -360,55 +342,54 @@ def _ended(process: _Process) -> str:
     )
 
 
-def _work(pipe: Connection, bundle: Path, device: str, how: dict[str, Any], stop: Event) -> None:
-    """Open the network on one device, then do jobs until there are no more: a process's life."""
+def _work(pipe: Connection, bundle: Path, device: str, engine_options: dict[str, Any], stop: Event) -> None:
+    """Open the network on one device, then run jobs until there are no more: the main function of a process."""
     if device != CPU:
         os.environ["CUDA_VISIBLE_DEVICES"] = device  # before anything of CUDA is loaded
     _end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the first one stops the others
     return_buffers_at_once()
     try:
-        worker = Worker(lambda: open_engine(bundle, **how))
+        worker = Worker(lambda: open_engine(bundle, **engine_options))
     except HistoError as error:
         pipe.send(("failed", str(error)))
         return
     pipe.send(("opened", worker.engine.name))
-    left = threading.Event()
-    talking = threading.Lock()
+    abandoned = threading.Event()  # the parent has ended
+    sending = threading.Lock()
 
     def send(*message: Any) -> None:
-        with talking, contextlib.suppress(OSError):  # nobody listens any more
+        with sending, contextlib.suppress(OSError):  # the parent has ended
             pipe.send(message)
 
     def stopping() -> bool:
-        return stop.is_set() or left.is_set()
+        return stop.is_set() or abandoned.is_set()
 
-    def do(number: int, job: BandJob | Task) -> None:
+    def run(number: int, job: BandJob | SlideJob) -> None:
         def report(*progress: int) -> None:
             send(number, "progress", progress)
 
         try:
-            if isinstance(job, Task):
-                outcome = worker.segment(job, _seldom(report), stopping)
+            if isinstance(job, SlideJob):
+                outcome = worker.segment(job, _throttled(report), stopping)
                 send(number, "stopped" if outcome.status == STOPPED else "done", outcome)
             else:
-                said = worker.on_device(lambda: _run_band(job, worker.engine, device, report, stopping))
-                send(number, "done", said)
+                send(number, "done", worker.on_device(lambda: _run_band(job, worker.engine, device, report, stopping)))
         except StoppedError:
             send(number, "stopped", None)
         except HistoError as error:
             send(number, "failed", str(error))
         except MemoryError:
             send(number, "failed", "out of memory; use a smaller --batch or fewer --devices")
-        except Exception:  # what it is has to reach the user, whose process this is not
+        except Exception:  # the user sees only what the parent prints
             send(number, "failed", traceback.format_exc(limit=-3))
 
     with ThreadPoolExecutor(CONCURRENCY, thread_name_prefix="slide") as pool:
         try:
             while (message := pipe.recv()) is not None:
-                pool.submit(do, *message)
-        except (EOFError, OSError):  # the parent is gone
-            left.set()
+                pool.submit(run, *message)
+        except (EOFError, OSError):  # the parent has ended
+            abandoned.set()
     worker.close()
 
 
@@ -418,58 +399,40 @@ def _run_band(
     device: str,
     report: Callable[[int, int, int], None],
     stopping: Callable[[], bool],
-) -> dict[str, Any]:
-    """Run one band into its journal; returns what ``run.json`` says, and the damaged blocks."""
-    seconds = StageSeconds()
-    counts = Counts()
+) -> BandResult:
+    """Run one band into its journal."""
+    plan, counts = job.plan, Counts()
     counts.report = lambda done, total: report(counts.tiles, done, counts.pixels_before)
-    grid, options = job.grid, job.options
-    with (
-        open_slide(job.slide) as slide,
-        Journal(job.folder).band(grid.x0, grid.x1, grid.height) as journal,
-    ):
+    with open_slide(plan.path) as slide:
+        options, damage = plan.options, Damage(slide)
         view = at_mpp(slide, engine.card.mpp, slide_mpp=options.mpp, force=options.force_upsampling)
-        damage = Damage(slide)
-        band = Band(view, grid, job.roi, engine.card, options, journal, _Nowhere(), damage, seconds, counts, stopping)
-        with closing(band):
-            band.begin()
-            record = band.run(engine)
+        context = RunContext(
+            plan, view, engine.card, lambda part: None, damage, counts=counts, stopping=stopping
+        )  # the rows are written by the first process
+        with open_band(context, job.columns) as band:
+            result = band.run(engine)
         blocks = slide.decoded_blocks
-        report(counts.tiles, counts.pixels, counts.pixels_before)
-    found: list[tuple[int, Box]] = [(view.level, box) for box in damage.of_level(view.level)]
-    return {
-        "device": device,
-        "columns": [grid.x0, grid.x1],
-        "tiles": counts.tiles,
-        "source_blocks_decoded": blocks,
-        "seconds": {k: round(v, 3) for k, v in asdict(seconds).items()},
-        "damaged": found,
-        **record,
-    }
+    report(counts.tiles, counts.pixels, counts.pixels_before)
+    gpu = {} if result.device is None else to_json(result.device)
+    record = BandRecord(device, job.columns, counts.tiles, blocks, context.seconds.rounded(), gpu)
+    return replace(result, band=record, damaged=tuple((view.level, box) for box in damage.of_level(view.level)))
 
 
 def _end_with_parent() -> None:
-    """Have the system kill this process when its parent is killed (Linux; else a strip later)."""
+    """Have Linux kill this process when its parent is killed; elsewhere it ends after the strip at work."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-class _Nowhere:
-    """Takes finished rows that the journal holds, for the process that writes them."""
-
-    def write(self, part: LabelRows) -> None:
-        """Do nothing."""
-
-
-def _seldom(report: Report) -> Report:
-    """Pass a report on twice a second, not for each batch."""
+def _throttled(report: Report) -> Report:
+    """Return a function that passes a report on twice a second, not for each batch."""
     last = 0.0
 
-    def passed_on(done: int, total: int) -> None:
+    def throttled(done: int, total: int) -> None:
         nonlocal last
         now = time.monotonic()
-        if now - last > REPORTED_S:
+        if now - last > REPORT_S:
             last = now
             report(done, total)
 
-    return passed_on
+    return throttled

@@ -39,12 +39,12 @@ from histostream.runtime.cohort.worker import (
     STOPPED,
     Outcome,
     Report,
-    Task,
     Worker,
     pick_worker,
 )
 from histostream.runtime.engines.base import EngineError, open_engine
-from histostream.runtime.stream.memory import return_buffers_at_once
+from histostream.runtime.process_memory import return_buffers_at_once
+from histostream.runtime.slide_job import SlideJob
 from histostream.wsi.errors import HistoError
 from histostream.wsi.optional import install_command
 from histostream.wsi.outputs.lock import Holder, Process
@@ -124,7 +124,7 @@ class RayWorker:
             return replace(self.hello(), problem=str(error))
         return self.hello()
 
-    def segment(self, number: int, task: Task) -> Outcome:
+    def segment(self, number: int, task: SlideJob) -> Outcome:
         """Segment a slide."""
         assert self._worker is not None
         doing = self._doing[number] = _Doing()
@@ -160,7 +160,7 @@ class RayExecutor:
         As for `open_engine`. "auto" takes GPUs where the cluster has any.
     threads
         CPU threads of each worker; on CPUs None is 1, so that there is a worker for each CPU.
-    at_once
+    concurrency
         Slides that a worker has in memory together.
 
     Raises
@@ -188,11 +188,11 @@ class RayExecutor:
         backend: str = "auto",
         precision: str = "auto",
         threads: int | None = None,
-        at_once: int = CONCURRENCY,
+        concurrency: int = CONCURRENCY,
     ) -> None:
         self.card: ModelCard = read_card(bundle)
         self.each = ""
-        self._at_once = at_once
+        self._concurrency = concurrency
         self._members: list[_Member] = []
         self._coming: list[_Member] = []
         self._gone: list[Process] = []
@@ -210,7 +210,7 @@ class RayExecutor:
             self._actor = self._ray.remote(RayWorker).options(
                 num_cpus=0 if on_gpu else n,
                 num_gpus=int(on_gpu),
-                max_concurrency=at_once + 2,  # it answers while all slides are run
+                max_concurrency=concurrency + 2,  # it answers while all slides are run
                 max_restarts=0,
                 max_task_retries=0,
                 scheduling_strategy="SPREAD",
@@ -232,13 +232,13 @@ class RayExecutor:
 
     def segment_all(
         self,
-        tasks: Sequence[Task],
+        jobs: Sequence[SlideJob],
         *,
         report: Callable[[int], Report],
         stopping: Callable[[], bool],
     ) -> Iterator[tuple[int, Outcome]]:
         """Segment slides, whoever is free taking the next; see `cohort.Executor`."""
-        run = _Run([_absolute(task) for task in tasks], [report(i) for i in range(len(tasks))])
+        run = _Run([_absolute(job) for job in jobs], [report(i) for i in range(len(jobs))])
         try:
             while run.waiting or run.doing:
                 stop = stopping()
@@ -260,7 +260,7 @@ class RayExecutor:
                 if any(m is member for m, _ in run.doing.values()):
                     member.handle.pulse.remote(True)
         for i in run.waiting:
-            source = redact_url(tasks[i].slide.source)
+            source = jobs[i].source
             yield i, Outcome(FAILED, f"{source}: no worker is left on the cluster; run it again")
 
     def close(self) -> None:
@@ -393,12 +393,12 @@ class RayExecutor:
         """Give each worker a slide, and one ahead while there is more than one for each."""
         while True:
             held = [sum(m is member for m, _ in run.doing.values()) for member in self._members]
-            turn = pick_worker(held, len(run.waiting), self._at_once)
+            turn = pick_worker(held, len(run.waiting), self._concurrency)
             if turn is None:
                 return
             member, i = self._members[turn], run.waiting.popleft()
             run.attempts[i] += 1
-            task = replace(run.tasks[i], gone=tuple(self._gone))
+            task = replace(run.tasks[i], dead_processes=tuple(self._gone))
             run.doing[member.handle.segment.remote(i, task)] = member, i
 
     def _look(self, run: _Run, stop: bool) -> Iterator[tuple[int, Outcome]]:
@@ -462,7 +462,7 @@ class RayExecutor:
                     ),
                 )
 
-    def _outcome(self, ref: Any, task: Task) -> Outcome | None:
+    def _outcome(self, ref: Any, task: SlideJob) -> Outcome | None:
         """Return what a worker says became of a slide; None if the worker was lost."""
         try:
             outcome: Outcome = self._ray.get(ref)
@@ -519,7 +519,7 @@ class _Member:
 class _Run:
     """The slides of one call of `segment_all`."""
 
-    def __init__(self, tasks: list[Task], reports: list[Report]) -> None:
+    def __init__(self, tasks: list[SlideJob], reports: list[Report]) -> None:
         self.tasks, self.reports = tasks, reports
         self.waiting = deque(range(len(tasks)))
         self.attempts = [0] * len(tasks)
@@ -555,7 +555,7 @@ class _Said(logging.Handler):
         return lines
 
 
-def _absolute(task: Task) -> Task:
+def _absolute(task: SlideJob) -> SlideJob:
     """Name every path as it is named on all hosts."""
     slide = task.slide
     if not is_remote(slide.source):

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from histostream.runtime.crf.params import CrfError, CrfParams
-from histostream.runtime.stream.memory import MIB, MemoryLimitError, MemoryNeeds, physical_bytes
+from histostream.runtime.process_memory import MIB, MemoryLimitError, physical_bytes
+from histostream.wsi.outputs.memory_needs import MemoryNeeds
 
 MIN_CELL_PX = 1024
 CELL_ALIGN_PX = 512  # column bands begin at multiples of it

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,11 +11,11 @@ from typing import Any
 
 from histostream.runtime.choices import PRECISIONS
 from histostream.runtime.options import Options
-from histostream.runtime.record import plain
 from histostream.runtime.report.json_view import JsonView
 from histostream.runtime.report.page import read_file, render
 from histostream.runtime.report.picture import PICTURE_PX, Picture, read_picture
 from histostream.wsi.outputs.sinks.overview import BACKGROUND, scale_bar
+from histostream.wsi.records import to_json
 
 MAX_BOXES = 40  # damaged regions that are listed
 MAX_OUTLINED = 4000  # damaged regions that are outlined in the picture
@@ -81,7 +80,7 @@ def slide_report(run: Mapping[str, Any], summary: Mapping[str, Any], overview: P
     overview
         Path of ``overview.png``; without that file the page has no picture.
     """
-    run, summary = (json.loads(json.dumps(plain(dict(part)))) for part in (run, summary))
+    run, summary = (to_json(part) for part in (run, summary))
     texts = _texts()
     picture = read_picture(overview, summary["width_px"], summary["height_px"], PICTURE_PX)
     classes = shares_of(JsonView(summary))
@@ -170,7 +169,7 @@ def _stages(run: Mapping[str, Any]) -> list[Stage]:
 
 def _changed_options(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return (name, value) of each option that differs from its default, as the page shows it."""
-    defaults = json.loads(json.dumps(plain(asdict(Options()))))
+    defaults = to_json(asdict(Options()))
     changed = {name: value for name, value in run["options"].items() if name != "crf" and value != defaults.get(name)}
     engine = run["inputs"]["options"]
     changed |= {name: engine[name] for name in ("backend", "precision") if engine.get(name, "auto") != "auto"}

@@ -17,6 +17,7 @@ from histostream.wsi.outputs.folder import LOCK_FILE, RUN_FILE
 from histostream.wsi.outputs.journal import BEGUN, JOURNAL, Journal, RunManifest
 from histostream.wsi.outputs.label_rows import NOT_ANALYSED, ClassInfo
 from histostream.wsi.outputs.lock import holder_of
+from histostream.wsi.records import to_json
 from histostream.wsi.slides.resolution import MAX_MPP, MIN_MPP
 from histostream.wsi.slides.slide_locator import SlideLocator
 from histostream.wsi.slides.sources.base import is_plain_name
@@ -229,9 +230,10 @@ def view_of_journal(run: Run, manifest: RunManifest) -> LabelView:
         If its manifest holds invalid values.
     """
     try:
-        view = _label_view(manifest.seen, {**manifest.what["slide"], "source": manifest.seen["source"]})
+        view_info = to_json(manifest.view_info)
+        view = _label_view(view_info, {**manifest.fingerprint["slide"], "source": view_info["source"]})
         ends = [0, *(x1 for _, x1 in manifest.bands)]
-        if list(pairwise(ends)) != manifest.bands or sorted(set(ends)) != ends or ends[-1] != view.width:
+        if tuple(pairwise(ends)) != manifest.bands or sorted(set(ends)) != ends or ends[-1] != view.width:
             raise ValueError(f"bands {manifest.bands}")
         return view
     except INVALID as error:
@@ -242,7 +244,7 @@ def slide_version(run: Run) -> list[Any] | None:
     """Return size and time of a run's slide, which are the same for all runs of it; None if unknown."""
     try:
         is_finished = (run.folder / RUN_FILE).is_file()
-        fingerprint = run.json(RUN_FILE)["inputs"] if is_finished else read_manifest(run).what
+        fingerprint = run.json(RUN_FILE)["inputs"] if is_finished else read_manifest(run).fingerprint
         return [int(fingerprint["slide"]["bytes"]), str(fingerprint["slide"]["modified"])]
     except (HistoError, *INVALID):
         return None

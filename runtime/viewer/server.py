@@ -57,6 +57,7 @@ from histostream.runtime.viewer.results import (
 from histostream.runtime.viewer.slide import SlideTiles
 from histostream.wsi.errors import HistoError, SlideError
 from histostream.wsi.outputs.label_rows import NOT_ANALYSED, SlideInfo
+from histostream.wsi.records import to_json
 
 LOCAL = "127.0.0.1"
 DEFAULT_PORT = 8737
@@ -237,7 +238,7 @@ class Viewer:
             entry |= {
                 "version": f"begun-{manifest.runs}",
                 "bands": bands,
-                "classes": _areas(labels.summary.as_dict(), view),
+                "classes": _areas(to_json(labels.summary.record()), view),
                 "progress": finished_px / (view.width * view.height),
             }
         else:
@@ -300,7 +301,7 @@ class Viewer:
             manifest = read_manifest(run)
             view = view_of_journal(run, manifest)
             # A run that starts over counts its runs from 1 again; a run that is resumed keeps its strips.
-            key = (run.key, json.dumps(dict(manifest.what), sort_keys=True), manifest.runs)
+            key = (run.key, json.dumps(dict(manifest.fingerprint), sort_keys=True), manifest.runs)
             info = SlideInfo(run.name, view.width, view.height, view.mpp, view.classes)
             labels = self._open_labels.get(key, lambda: UnfinishedLabels(run.folder, manifest.bands, info))
             if isinstance(labels, UnfinishedLabels):

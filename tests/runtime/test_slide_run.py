@@ -20,9 +20,10 @@ from histostream.runtime import slide_run as infer
 from histostream.runtime.choices import WINDOWS
 from histostream.runtime.engines.base import to_channels
 from histostream.runtime.options import OptionError, Options
+from histostream.runtime.process_memory import MemoryLimitError
 from histostream.runtime.slide_run import segment_slide
 from histostream.runtime.stream import memory
-from histostream.runtime.stream.memory import MemoryLimitError, bytes_per_column
+from histostream.runtime.stream.memory import bytes_per_column
 from histostream.wsi.errors import SlideError
 from histostream.wsi.outputs.label_rows import NOT_ANALYSED
 from histostream.wsi.slides.reader import open_slide
@@ -79,7 +80,7 @@ def test_labels_do_not_depend_on_batch_threads_or_bands(tmp_path: Path, monkeypa
 def test_the_peak_of_memory_is_this_processs_own() -> None:
     """A process that was started by a large one is not charged for it."""
     ballast = np.ones(300 * memory.MIB, np.uint8)
-    code = "from histostream.runtime.stream.memory import peak_memory_mib; print(peak_memory_mib())"
+    code = "from histostream.runtime.process_memory import peak_memory_mib; print(peak_memory_mib())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ballast.sum() > 0
     assert 5 < float(done.stdout) < 200

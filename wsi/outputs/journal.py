@@ -21,8 +21,8 @@ import queue
 import struct
 import threading
 import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -33,7 +33,9 @@ from numpy.typing import NDArray
 from histostream.wsi.errors import OutputError
 from histostream.wsi.files import write_json, writing
 from histostream.wsi.geometry import Box
-from histostream.wsi.outputs.label_rows import LabelRows
+from histostream.wsi.outputs.label_rows import ClassInfo, LabelRows
+from histostream.wsi.records import from_json, to_json
+from histostream.wsi.slides.resolution import SlideView
 
 JOURNAL = ".journal"
 BEGUN = "begun.json"
@@ -49,28 +51,68 @@ class JournalError(OutputError):
 
 
 @dataclass(frozen=True, slots=True)
-class RunManifest:
-    """What a journal says of its run.
+class ClassView:
+    """Name and colour of a class, as the viewer shows it."""
+
+    name: str
+    color: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ViewInfo:
+    """What the viewer needs to show a run that is not finished.
 
     Attributes
     ----------
-    what
+    source
+        Path or URL of the slide.
+    width, height, result_mpp, downsample
+        Size and resolution of the label map, see `SlideView`.
+    classes
+        The classes, in the order of their labels.
+    """
+
+    source: str
+    width: int
+    height: int
+    result_mpp: float
+    downsample: float
+    classes: tuple[ClassView, ...]
+
+    @classmethod
+    def of(cls, source: str, view: SlideView, classes: Sequence[ClassInfo]) -> Self:
+        """Return it for a slide that is run."""
+        assert view.mpp is not None  # a model has a resolution, so the view has one
+        colors = tuple(ClassView(entry.name, entry.color) for entry in classes)
+        return cls(source, view.width, view.height, view.mpp, view.downsample, colors)
+
+
+@dataclass(frozen=True, slots=True)
+class RunManifest:
+    """What begun.json holds: the run that the journal belongs to.
+
+    Attributes
+    ----------
+    fingerprint
         Names and values that decide the bits of the result: slide, model, options.
     bands
         (x0, x1) of each column band, in pixels.
     max_memory_mib
-        Bound on memory that the bands were laid for; None: there was none.
+        Bound on memory that the bands were planned for; None: there was none.
     runs
-        How often the run was begun, gone on with included.
-    seen
-        Where the slide is and how it is seen, for those who watch the run; decides nothing.
+        How often the run was begun or continued.
+    view_info
+        Where the slide is and how it is read, for the viewer; None in journals of older versions.
+    further
+        Keys that this version does not know.
     """
 
-    what: Mapping[str, Any]
-    bands: list[tuple[int, int]]
-    max_memory_mib: int | None = None
-    runs: int = 1
-    seen: Mapping[str, Any] = field(default_factory=dict)
+    fingerprint: Mapping[str, Any] = field(metadata={"key": "what"})
+    bands: tuple[tuple[int, int], ...]
+    max_memory_mib: int | None
+    runs: int
+    view_info: ViewInfo | None = field(default=None, metadata={"key": "seen"})
+    further: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +136,7 @@ class Journal:
         self.path = folder / JOURNAL
 
     def read(self) -> RunManifest | None:
-        """Return what was begun; None if nothing was.
+        """Return the run that was begun; None if there is none.
 
         Raises
         ------
@@ -102,24 +144,19 @@ class Journal:
             If the journal cannot be read.
         """
         try:
-            said = json.loads((self.path / BEGUN).read_text(encoding="utf-8"))
-            bands = [(int(x0), int(x1)) for x0, x1 in said["bands"]]
-            memory = said["max_memory_mib"]
-            limit = None if memory is None else int(memory)
-            seen = dict(said.get("seen", {}))  # journals of before had none
-            return RunManifest(dict(said["what"]), bands, limit, int(said["runs"]), seen)
+            return from_json(RunManifest, json.loads((self.path / BEGUN).read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError, KeyError, OverflowError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise JournalError(
                 f"{self.path / BEGUN}: cannot be read ({error}); --restart starts the slide over"
             ) from error
 
-    def begin(self, begun: RunManifest) -> None:
-        """Write what is run; strips may follow."""
+    def begin(self, manifest: RunManifest) -> None:
+        """Write the manifest of a run; strips may follow."""
         with writing(self.path):
             self.path.mkdir(exist_ok=True)
-        write_json(self.path / BEGUN, asdict(begun))
+        write_json(self.path / BEGUN, to_json(manifest))
 
     def band(self, x0: int, x1: int, height: int) -> BandJournal:
         """Open the strips of one column band; see `BandJournal`."""

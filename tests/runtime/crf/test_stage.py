@@ -18,8 +18,8 @@ from histostream.runtime.crf import options as crf_options
 from histostream.runtime.crf.options import CrfOptions, check_memory, read_params
 from histostream.runtime.crf.stage import to_probabilities
 from histostream.runtime.options import Options
+from histostream.runtime.process_memory import MemoryLimitError
 from histostream.runtime.slide_run import segment_slide
-from histostream.runtime.stream.memory import MemoryLimitError
 from histostream.wsi.outputs.label_rows import NOT_ANALYSED
 from tests.runtime.conftest import identity_engine, write_slide
 from tests.runtime.test_cli import infer as run_infer

@@ -4,17 +4,73 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from histostream.wsi.files import json_text, remove, write_temporary
 from histostream.wsi.outputs.label_rows import NOT_ANALYSED, LabelRows, SlideInfo
+from histostream.wsi.records import to_json
 
-# At a time: it stays in a core's cache while each class is counted.
-_COUNTED_PX = 1 << 18
-_FEW_CLASSES = 16  # are counted one by one: 0.06 ns a pixel and class, np.bincount takes 2 ns
+COUNTED_PX = 1 << 18  # pixels counted at a time: they stay in a core's cache for all classes
+FEW_CLASSES = 16  # so many are counted one by one: 0.06 ns a pixel and class, np.bincount takes 2 ns
+
+
+@dataclass(frozen=True, slots=True)
+class ClassSummary:
+    """How much of a slide is of one class.
+
+    Attributes
+    ----------
+    label
+        Its value in the label map.
+    name, color
+        As shown to people; red, green, blue, 0 to 255.
+    pixels, area_mm2
+        Its area in the label map.
+    share
+        Of the analysed area; None where nothing was analysed.
+    """
+
+    label: int | None = None
+    name: str = ""
+    color: tuple[int, int, int] = (0, 0, 0)
+    pixels: int | None = None
+    area_mm2: float | None = None
+    share: float | None = None
+    further: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class SummaryRecord:
+    """What summary.json holds: area and share of each class.
+
+    Attributes
+    ----------
+    slide
+        Name of the slide's file.
+    mpp, width_px, height_px
+        Resolution (um per pixel) and size of the label map.
+    slide_mm2, analysed_mm2
+        Area of the slide, and of what was analysed.
+    classes
+        The classes, in the order of their labels.
+    further
+        Keys that this version does not know.
+    """
+
+    slide: str = ""
+    mpp: float | None = None
+    width_px: int | None = None
+    height_px: int | None = None
+    slide_mm2: float | None = None
+    analysed_mm2: float | None = None
+    classes: tuple[ClassSummary, ...] = ()
+    further: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Summary:
@@ -44,7 +100,7 @@ class Summary:
         if part.all_outside:
             self._counts[NOT_ANALYSED] += part.labels.size
             return
-        rows = max(1, _COUNTED_PX // part.labels.shape[1])
+        rows = max(1, COUNTED_PX // part.labels.shape[1])
         for top in range(0, len(part.labels), rows):
             self._counts += _counted(part.labels[top : top + rows], len(self._info.classes))
         strange = self._counts[len(self._info.classes) : NOT_ANALYSED]
@@ -55,33 +111,28 @@ class Summary:
                 f"use 0 to {len(self._info.classes) - 1}, or {NOT_ANALYSED} for outside"
             )
 
-    def as_dict(self) -> dict[str, object]:
-        """Return what summary.json says, of the rows so far; areas in mm2, shares of 1."""
+    def record(self) -> SummaryRecord:
+        """Return the summary of the rows so far."""
         info, pixel_mm2 = self._info, (self._info.mpp / 1000) ** 2
         analysed = int(self._counts[:NOT_ANALYSED].sum())
-        return {
-            "slide": info.name,
-            "mpp": info.mpp,
-            "width_px": info.width,
-            "height_px": info.height,
-            "slide_mm2": info.width * info.height * pixel_mm2,
-            "analysed_mm2": analysed * pixel_mm2,
-            "classes": [
-                {
-                    "label": label,
-                    "name": entry.name,
-                    "color": list(entry.color),
-                    "pixels": int(self._counts[label]),
-                    "area_mm2": int(self._counts[label]) * pixel_mm2,
-                    "share": int(self._counts[label]) / analysed if analysed else None,
-                }
-                for label, entry in enumerate(info.classes)
-            ],
-        }
+        classes = []
+        for label, entry in enumerate(info.classes):
+            pixels = int(self._counts[label])
+            share = pixels / analysed if analysed else None
+            classes.append(ClassSummary(label, entry.name, entry.color, pixels, pixels * pixel_mm2, share))
+        return SummaryRecord(
+            info.name,
+            info.mpp,
+            info.width,
+            info.height,
+            info.width * info.height * pixel_mm2,
+            analysed * pixel_mm2,
+            tuple(classes),
+        )
 
     def finish(self) -> list[tuple[Path, Path]]:
         """Write both files under their temporary names."""
-        texts = {"summary.json": json_text(self.as_dict()), "summary.csv": self._csv()}
+        texts = {"summary.json": json_text(to_json(self.record())), "summary.csv": self._csv()}
         pairs = []
         for name, text in texts.items():
             pairs.append(write_temporary(self.folder / name, text))
@@ -94,9 +145,8 @@ class Summary:
 
     def _csv(self) -> str:
         """One line a class; the slide's values are repeated, so that tables can be joined."""
-        summary, text = self.as_dict(), io.StringIO()
+        summary, text = to_json(self.record()), io.StringIO()
         classes = summary.pop("classes")
-        assert isinstance(classes, list)
         lines = [summary | entry | {"color": info.hex} for entry, info in zip(classes, self._info.classes, strict=True)]
         table = csv.DictWriter(text, fieldnames=list(lines[0]), lineterminator="\n")
         table.writeheader()
@@ -106,7 +156,7 @@ class Summary:
 
 def _counted(labels: NDArray[np.uint8], classes: int) -> NDArray[np.int64]:
     """How often each label occurs, (256,)."""
-    if classes <= _FEW_CLASSES:
+    if classes <= FEW_CLASSES:
         counts = np.zeros(256, np.int64)
         for label in (*range(classes), NOT_ANALYSED):
             counts[label] = np.count_nonzero(labels == label)

@@ -14,6 +14,7 @@ reader (Bio-Formats by jzarr) knows no later one, and napari and large-image rea
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,11 @@ import numpy as np
 
 from histostream.wsi.errors import printable
 from histostream.wsi.files import remove, temporary_name
-from histostream.wsi.optional import require
 from histostream.wsi.outputs.label_rows import NOT_ANALYSED, SlideInfo
 from histostream.wsi.outputs.pyramid import DEFLATE_LEVEL, PyramidLayout, PyramidWriter, deflate_codec, nearest
+from histostream.wsi.outputs.sinks import SinkKind
 from histostream.wsi.outputs.sinks.overview import BACKGROUND
-from histostream.wsi.outputs.sinks.pyramid import PyramidSink
+from histostream.wsi.outputs.sinks.pyramid import LABEL_BYTES, PyramidSink, pyramid_needs
 from histostream.wsi.outputs.sinks.tiff import NOT_ANALYSED_NAME
 
 VERSION = "0.4"
@@ -53,7 +54,7 @@ class OmeZarr(PyramidSink):
     """
 
     def __init__(self, path: Path, info: SlideInfo, tile_px: int = 512) -> None:
-        check_installed()
+        SINK.check_installed()
         self._info = info
         layout = PyramidLayout(info.width, info.height, 1, info.mpp, nearest, tile_px)
         remove([temporary_name(path)])  # of a run that was killed: other chunks may be in it
@@ -71,17 +72,6 @@ class OmeZarr(PyramidSink):
         root.create_group(GROUP).attrs.update(label_metadata(self._info, levels))
         for level, name in enumerate(names):
             _write_level(path, root, name, pyramid, level)
-
-
-def check_installed() -> None:
-    """See that zarr is there.
-
-    Raises
-    ------
-    OutputError
-        If it is not; the message says how to get it.
-    """
-    require("zarr", "labels.ome.zarr needs", "zarr")
 
 
 def image_metadata(info: SlideInfo, paths: Sequence[str]) -> dict[str, Any]:
@@ -159,3 +149,13 @@ def _write_level(path: Path, root: Any, name: str, pyramid: PyramidWriter, level
             chunk = path / name / str(row) / str(column)
             chunk.parent.mkdir(exist_ok=True)
             chunk.write_bytes(data)
+
+
+SINK = SinkKind(
+    "labels.ome.zarr",
+    lambda path, info, slide: OmeZarr(path, info),
+    needs=partial(pyramid_needs, library_bytes=MEMORY_BYTES),
+    bytes_per_px=LABEL_BYTES,
+    module="zarr",
+    extra="zarr",
+)

@@ -1,7 +1,4 @@
-"""labels.ome.tif: the label map as OME-TIFF, its reduced levels as SubIFDs.
-
-labels.rgb.ome.tif is a picture of it: QuPath opens TIFFs by Bio-Formats, and shows no palettes.
-"""
+"""labels.ome.tif: the label map as OME-TIFF, its reduced levels as SubIFDs."""
 
 from __future__ import annotations
 
@@ -10,16 +7,14 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from histostream.wsi.errors import printable
-from histostream.wsi.outputs.label_rows import NOT_ANALYSED, LabelRows, SlideInfo, is_one_value
+from histostream.wsi.outputs.label_rows import NOT_ANALYSED, SlideInfo
 from histostream.wsi.outputs.pyramid import PyramidLayout, PyramidWriter, deflate_codec, nearest, write_tiff
-from histostream.wsi.outputs.sinks.pyramid import PyramidSink
+from histostream.wsi.outputs.sinks import SinkKind
+from histostream.wsi.outputs.sinks.pyramid import LABEL_BYTES, PyramidSink, pyramid_needs
 from histostream.wsi.outputs.sinks.tiff import NOT_ANALYSED_NAME, color_map
 
 SCHEMA = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
-ROWS = 64  # that are coloured at a time
 NAMES, COLORS = "histostream/class-names", "histostream/class-colors"  # namespaces of annotations
 
 
@@ -42,40 +37,11 @@ class OmeTiff(PyramidSink):
         super().__init__(PyramidWriter(path, layout, codec, partial(write_tiff, subifds=True)))
 
 
-class OmeTiffRgb(PyramidSink):
-    """The colours of the label map, for people to look at; reduced levels take every second pixel.
-
-    Parameters
-    ----------
-    path, info, tile_px
-        As in `OmeTiff`.
-    """
-
-    def __init__(self, path: Path, info: SlideInfo, tile_px: int = 512) -> None:
-        xml = ome_xml(info, samples=3)
-        layout = PyramidLayout(info.width, info.height, 3, info.mpp, nearest, tile_px, description=xml)
-        codec = deflate_codec({"photometric": "rgb", "planarconfig": "contig"})
-        super().__init__(PyramidWriter(path, layout, codec, partial(write_tiff, subifds=True)))
-        self._colors = np.ascontiguousarray((color_map(info) >> 8).astype(np.uint8).T)  # (256, 3)
-
-    def write(self, part: LabelRows) -> None:
-        """Take the next rows."""
-        labels = part.labels
-        if is_one_value(labels):
-            pixels = np.broadcast_to(self._colors[labels[0, 0]], (*labels.shape, 3))
-            self._file.write(part.x, part.y, pixels)
-            return
-        for top in range(0, len(labels), ROWS):  # three times the labels' bytes, so a few at a time
-            pixels = np.take(self._colors, labels[top : top + ROWS], axis=0)
-            self._file.write(part.x, part.y + top, pixels)
-
-
 def ome_xml(info: SlideInfo, samples: int = 1) -> str:
     """Describe the label map in OME-XML (2016-06): its size, um per pixel, names of classes.
 
-    ``samples`` is 1 for labels, 3 for their colours.
-
-    ASCII, since TIFF knows no other text; other characters are XML's numeric ones.
+    ``samples`` is 1 for labels, 3 for their colours. TIFF holds only ASCII text, so other characters
+    are numeric references of XML.
     """
     head = {
         "xmlns": SCHEMA,
@@ -95,7 +61,7 @@ def ome_xml(info: SlideInfo, samples: int = 1) -> str:
         BigEndian="false",
         Interleaved=str(samples > 1).lower(),
         PhysicalSizeX=repr(info.mpp),
-        PhysicalSizeY=repr(info.mpp),  # um, unless said otherwise
+        PhysicalSizeY=repr(info.mpp),  # um is the default unit
     )
     channel = ET.SubElement(pixels, "Channel", ID="Channel:0:0", SamplesPerPixel=str(samples))
     if samples == 1:
@@ -113,7 +79,15 @@ def ome_xml(info: SlideInfo, samples: int = 1) -> str:
 def _annotate(image: ET.Element, annotations: ET.Element, namespace: str, values: Mapping[int, str]) -> None:
     name = f"Annotation:{len(annotations)}"
     ET.SubElement(image, "AnnotationRef", ID=name)
-    found = ET.SubElement(annotations, "MapAnnotation", ID=name, Namespace=namespace)
-    value = ET.SubElement(found, "Value")
+    annotation = ET.SubElement(annotations, "MapAnnotation", ID=name, Namespace=namespace)
+    value = ET.SubElement(annotation, "Value")
     for label, text in values.items():
         ET.SubElement(value, "M", K=str(label)).text = text
+
+
+SINK = SinkKind(
+    "labels.ome.tif",
+    lambda path, info, slide: OmeTiff(path, info),
+    needs=pyramid_needs,
+    bytes_per_px=LABEL_BYTES,
+)

@@ -10,6 +10,7 @@ from pathlib import Path
 from histostream.wsi.files import remove, temporary_name, writing
 from histostream.wsi.outputs.label_rows import SlideInfo
 from histostream.wsi.outputs.objects.slide_object import SlideObject
+from histostream.wsi.outputs.sinks import SinkKind
 
 # QuPath shows detections by the hundred thousand, annotations can be edited. The largest nucleus
 # has about 1000 um2.
@@ -85,3 +86,6 @@ class GeoJson:
 
 def _compact(value: object) -> str:
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+SINK = SinkKind("objects.geojson.gz", lambda path, info, slide: GeoJson(path, info), bytes_per_px=0.042)

@@ -1,71 +1,20 @@
-"""objects.csv and objects.parquet: a line for each object."""
+"""objects.parquet: a line for each object."""
 
 from __future__ import annotations
 
-import csv
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from histostream.wsi.files import remove, temporary_name, writing
 from histostream.wsi.outputs.label_rows import SlideInfo
+from histostream.wsi.outputs.memory_needs import MemoryNeeds
 from histostream.wsi.outputs.objects.slide_object import SlideObject
+from histostream.wsi.outputs.sinks import SinkKind
+from histostream.wsi.outputs.sinks.objects._table import COLUMNS, table_line
 
-DECIMALS = 4
-GROUP_LINES = 1 << 16  # of Parquet, which keeps as many in memory
-COLUMNS = (
-    "slide",
-    "object",
-    "class",
-    "x_px",
-    "y_px",
-    "left_px",
-    "top_px",
-    "right_px",
-    "bottom_px",
-    "area_um2",
-    "perimeter_um",
-    "eccentricity",
-    "holes",
-)
-
-
-class CsvTable:
-    """Objects as CSV, UTF-8.
-
-    Parameters
-    ----------
-    path
-        Final name.
-    info
-        The slide.
-    """
-
-    def __init__(self, path: Path, info: SlideInfo) -> None:
-        self.path, self._info = path, info
-        self._temporary = temporary_name(path)
-        with writing(path):
-            # A file's name may hold bytes that are no text.
-            self._file = self._temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="")
-            self._table = csv.writer(self._file, lineterminator="\n")
-            self._table.writerow(COLUMNS)
-
-    def write(self, found: SlideObject) -> None:
-        """Take the next object."""
-        with writing(self.path):
-            self._table.writerow(_line(found, self._info))
-
-    def finish(self) -> tuple[Path, Path]:
-        """Complete the file under its temporary name."""
-        with writing(self.path):
-            self._file.close()
-        return self._temporary, self.path
-
-    def abort(self) -> None:
-        """Remove what was written."""
-        with suppress(OSError):
-            self._file.close()
-        remove([self._temporary])
+GROUP_LINES = 1 << 16  # written together, and kept in memory until then
+ARROW_BYTES = 128 << 20  # pyarrow itself, and the lines that wait
 
 
 class ParquetTable:
@@ -74,7 +23,7 @@ class ParquetTable:
     Parameters
     ----------
     path, info
-        As in `CsvTable`.
+        Final name, and the slide.
     """
 
     def __init__(self, path: Path, info: SlideInfo) -> None:
@@ -92,7 +41,7 @@ class ParquetTable:
 
     def write(self, found: SlideObject) -> None:
         """Take the next object."""
-        self._lines.append(_line(found, self._info))
+        self._lines.append(table_line(found, self._info))
         if len(self._lines) == GROUP_LINES:
             self._flush()
 
@@ -119,16 +68,11 @@ class ParquetTable:
             self._file.write_table(pyarrow.Table.from_arrays(arrays, schema=self._schema))
 
 
-def _line(found: SlideObject, info: SlideInfo) -> tuple[Any, ...]:
-    return (
-        info.name,
-        found.number,
-        info.classes[found.label].name,
-        round(found.x, DECIMALS),
-        round(found.y, DECIMALS),
-        *found.box,
-        round(found.area_um2, DECIMALS),
-        round(found.perimeter_um, DECIMALS),
-        round(found.eccentricity, DECIMALS),
-        len(found.rings) - 1,
-    )
+SINK = SinkKind(
+    "objects.parquet",
+    lambda path, info, slide: ParquetTable(path, info),
+    needs=lambda info, tile_px: MemoryNeeds(bytes_at_once=ARROW_BYTES),
+    bytes_per_px=0.017,
+    module="pyarrow",
+    extra="tables",
+)

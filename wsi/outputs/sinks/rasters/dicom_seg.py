@@ -23,12 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histostream.wsi.errors import HistoError, SlideError, reason
-from histostream.wsi.optional import require
 from histostream.wsi.outputs.dicom_header import generated_uid, slide_header, text
 from histostream.wsi.outputs.label_rows import ClassInfo, SlideInfo
 from histostream.wsi.outputs.pyramid import PyramidLayout, PyramidWriter, TileCodec, nearest
+from histostream.wsi.outputs.sinks import SinkKind
 from histostream.wsi.outputs.sinks.overview import BACKGROUND
-from histostream.wsi.outputs.sinks.pyramid import PyramidSink
+from histostream.wsi.outputs.sinks.pyramid import LABEL_BYTES, PyramidSink, pyramid_needs
 from histostream.wsi.outputs.sinks.tiff import NOT_ANALYSED_COLOR, NOT_ANALYSED_NAME
 
 JPEG_LS = "1.2.840.10008.1.2.4.80"  # lossless
@@ -76,7 +76,7 @@ class DicomSeg(PyramidSink):
     """
 
     def __init__(self, path: Path, info: SlideInfo, slide: Path, tile_px: int = 512) -> None:
-        check_installed()
+        SINK.check_installed()
         try:
             self._header = _header(info, slide_header(slide, info, tile_px), tile_px)
             _digest(self._header, iter(()))  # what cannot be written is known before work is done
@@ -113,17 +113,6 @@ class DicomSeg(PyramidSink):
             for frame in pyramid.tiles(0):
                 _write_item(file, frame)
             file.write(ITEM.pack(*END_TAG, 0))
-
-
-def check_installed() -> None:
-    """See that highdicom is there.
-
-    Raises
-    ------
-    OutputError
-        If it is not; the message says how to get it.
-    """
-    require("highdicom", "labels.dcm needs", "dicom")
 
 
 def _encode(tile: NDArray[np.uint8]) -> bytes:
@@ -244,3 +233,13 @@ def _codes(name: str) -> tuple[Any, Any]:
             return getattr(codes.SCT, category), getattr(codes.SCT, kind)
     value = hashlib.sha256(name.encode(errors="backslashreplace")).hexdigest()[:16]
     return codes.SCT.AnatomicalStructure, CodedConcept(value, SCHEME, text(name) or "class")
+
+
+SINK = SinkKind(
+    "labels.dcm",
+    DicomSeg,
+    needs=pyramid_needs,  # highdicom (120 MiB) is loaded when the sink is opened, before memory is measured
+    bytes_per_px=LABEL_BYTES,
+    module="highdicom",
+    extra="dicom",
+)

@@ -1,18 +1,17 @@
-"""The objects of the label map, found once and handed to each file that wants them.
+"""The objects of the label map, found once and written to each file that lists them.
 
 ::
 
     rows ──> Components ──> Store ──> simplified, at the slide's full size ──> GeoJson, Dsa, tables
 
-Nothing waits but what is open: a nucleus is on disk soon after its last row. Files are written at
-the end, in the order of the objects' first pixels.
+Memory holds only objects that may still grow: a nucleus is on disk soon after its last row. Files
+are written at the end, in the order of the objects' first pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,31 +19,19 @@ from numpy.typing import NDArray
 from histostream.wsi.files import temporary_name
 from histostream.wsi.optional import require
 from histostream.wsi.outputs.label_rows import LabelRows, SlideInfo
+from histostream.wsi.outputs.memory_needs import MemoryNeeds
 from histostream.wsi.outputs.objects.components import Components
 from histostream.wsi.outputs.objects.simplify import simplify
 from histostream.wsi.outputs.objects.slide_object import ObjectFile, SlideObject
 from histostream.wsi.outputs.objects.store import Shape, Store
-from histostream.wsi.outputs.sinks.dsa import Dsa
-from histostream.wsi.outputs.sinks.geojson import GeoJson
+from histostream.wsi.outputs.sinks import SinkKind
 from histostream.wsi.outputs.sinks.overview import BACKGROUND
-from histostream.wsi.outputs.sinks.table import CsvTable, ParquetTable
 
 DECIMALS = 2  # of coordinates, px of the slide's full size; where that is the model's, they are whole
 GROUP_POINTS = 1 << 16  # simplified at a time
-FileMaker = Callable[[Path, SlideInfo], ObjectFile]
-# Who reads it, or its kind: the file's name, and what writes it.
-ANNOTATIONS: dict[str, tuple[str, FileMaker]] = {
-    "qupath": ("objects.geojson.gz", GeoJson),
-    "dsa": ("annotations.json", Dsa),
-}
-TABLES: dict[str, tuple[str, FileMaker]] = {
-    "csv": ("objects.csv", CsvTable),
-    "parquet": ("objects.parquet", ParquetTable),
-}
-# Blocks of the label map, corners until they are settled, rings that are traced; measured.
+# Blocks of the label map, corners that may still change, rings that are traced; measured.
 BUFFERS = 64 << 20
-LINE_BYTES = 10  # of each row: a class and a number, at both edges of a column band
-ARROW_BYTES = 128 << 20  # pyarrow itself, and the lines that wait
+LINE_BYTES = 10  # for each row of the slide: a class and a number, at both edges of a column band
 STORE = "objects"  # name of the temporary file
 
 
@@ -58,9 +45,11 @@ class Objects:
     folder
         Of the files.
     info
-        The slide.
-    files
-        Those that are wanted: names of `ANNOTATIONS` and `TABLES`.
+        The label map.
+    slide
+        The slide's path.
+    kinds
+        The files to write.
     downsample
         Pixels of the slide's full size per pixel of the label map, along one side.
     min_area_um2
@@ -78,13 +67,14 @@ class Objects:
         self,
         folder: Path,
         info: SlideInfo,
-        files: Sequence[str],
+        slide: Path,
+        kinds: Sequence[SinkKind],
         *,
         downsample: float = 1.0,
         min_area_um2: float = 0.0,
         simplify_um: float = 0.0,
     ) -> None:
-        check_installed(files, simplify_um)
+        check_installed(kinds, simplify_um)
         self._info, self._downsample = info, downsample
         self._whole = float(downsample).is_integer()  # coordinates: shorter, and easier to read
         self._tolerance_px = simplify_um / info.mpp * downsample
@@ -96,9 +86,8 @@ class Objects:
         self._files: list[ObjectFile] = []
         self._store = Store(temporary_name(folder / STORE))
         try:
-            for name in files:
-                file, maker = (ANNOTATIONS | TABLES)[name]
-                self._files.append(maker(folder / file, info))
+            for kind in kinds:
+                self._files.append(kind.open(folder / kind.file, info, slide))
         except BaseException:
             self.abort()
             raise
@@ -107,14 +96,10 @@ class Objects:
         """How many objects are complete."""
         return len(self._store)
 
-    def by_class(self) -> list[dict[str, Any]]:
-        """Return how many objects each class has in the files, and their mean area in um2."""
+    def by_class(self) -> list[tuple[str, int, float | None]]:
+        """Return the name of each class, how many objects it has in the files, and their mean area in um2."""
         return [
-            {
-                "name": entry.name,
-                "count": int(count),
-                "mean_um2": round(float(area / count), 2) if count else None,
-            }
+            (entry.name, int(count), round(float(area / count), 2) if count else None)
             for entry, count, area in zip(self._info.classes, self._counts, self._areas_um2, strict=True)
             if entry.name != BACKGROUND
         ]
@@ -170,27 +155,27 @@ class Objects:
         return np.round(ring * self._downsample, DECIMALS)
 
 
-def check_installed(files: Sequence[str], simplify_um: float) -> None:
-    """See that the libraries are there that some files and outlines take.
+def check_installed(kinds: Sequence[SinkKind], simplify_um: float) -> None:
+    """Check that the packages for some files and for simplified outlines are installed.
 
     Raises
     ------
     OutputError
-        If one is not; the message says how to get it.
+        If one is not; the message says how to install it.
     """
-    if "parquet" in files:
-        require("pyarrow", "objects.parquet needs", "tables")
+    for kind in kinds:
+        kind.check_installed()
     if simplify_um:
         require("shapely", "simplified outlines need", "simplify")
 
 
-def memory_bytes(height: int, files: Sequence[str]) -> int:
-    """Bytes that objects take in all, where none of them fills much of the slide.
+def object_needs(info: SlideInfo) -> MemoryNeeds:
+    """Return the memory that finding objects takes, if none of them fills much of the slide.
 
-    Each corner of the outline of a larger one takes 24 bytes more while it is open, and about 150
-    at its end.
+    Each corner of the outline of a larger object takes 24 bytes more while the object may grow, and
+    about 150 bytes at its end.
     """
-    return BUFFERS + LINE_BYTES * height + (ARROW_BYTES if "parquet" in files else 0)
+    return MemoryNeeds(bytes_at_once=BUFFERS + LINE_BYTES * info.height)
 
 
 def _grouped(shapes: Iterable[Shape]) -> Iterator[list[Shape]]:

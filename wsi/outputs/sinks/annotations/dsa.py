@@ -10,6 +10,7 @@ from histostream.wsi.errors import printable
 from histostream.wsi.files import remove, temporary_name, writing
 from histostream.wsi.outputs.label_rows import ClassInfo, SlideInfo
 from histostream.wsi.outputs.objects.slide_object import SlideObject
+from histostream.wsi.outputs.sinks import SinkKind
 
 LINE_WIDTH = 1
 FILL = 0.25  # opacity: the tissue stays visible
@@ -83,3 +84,6 @@ def _look(entry: ClassInfo) -> dict[str, object]:
         "fillColor": f"rgba({red}, {green}, {blue}, {FILL})",
         "lineWidth": LINE_WIDTH,
     }
+
+
+SINK = SinkKind("annotations.json", lambda path, info, slide: Dsa(path, info), bytes_per_px=0.31)

@@ -1,0 +1,1 @@
+"""Further formats of the label map, for ``--rasters``."""
