@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from histostream.runtime.choices import PRECISIONS
+from histostream.runtime.choices import BF16, PRECISIONS
 from histostream.wsi.errors import HistoError, reason
 from histostream.wsi.outputs.label_rows import ClassInfo
 
@@ -133,6 +133,11 @@ class ModelCard:
         for entry in ("files", "parity"):
             said[entry] = {k: v for k, v in said[entry].items() if not k.startswith(f"{ENGINES}/")}
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def graph_file(precision: str) -> str:
+    """Return the name of the ONNX file that is run in a precision."""
+    return PRECISIONS["fp32" if precision == BF16 else precision]
 
 
 def default_bundle() -> Path:

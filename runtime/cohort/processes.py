@@ -38,7 +38,8 @@ from histostream.runtime.cohort.worker import (
     Worker,
     pick_worker,
 )
-from histostream.runtime.engines.base import EngineError, open_engine
+from histostream.runtime.engines.opener import open_engine
+from histostream.runtime.errors import EngineError
 from histostream.runtime.options import Options
 from histostream.runtime.slide_run import Job
 from histostream.runtime.stream.column_band import Band, Counts, StageSeconds

@@ -43,7 +43,8 @@ from histostream.runtime.cohort.worker import (
     Worker,
     pick_worker,
 )
-from histostream.runtime.engines.base import EngineError, open_engine
+from histostream.runtime.engines.opener import open_engine
+from histostream.runtime.errors import EngineError
 from histostream.runtime.stream.memory import return_buffers_at_once
 from histostream.wsi.errors import HistoError
 from histostream.wsi.optional import install_command
