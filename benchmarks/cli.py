@@ -236,7 +236,8 @@ def doctor(as_json: bool) -> None:
 
     Exit status 1 if something is broken; what is only missing does not count.
     """
-    from histostream.runtime.doctor import BROKEN, examine
+    from histostream.runtime.doctor import examine
+    from histostream.runtime.finding import BROKEN
 
     findings = examine()
     if as_json:

@@ -20,24 +20,23 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from histostream.benchmarks.hardware import cpu_flags, hardware
-from histostream.benchmarks.sessions import first_line, quiet
 from histostream.benchmarks.stages import BenchError
 from histostream.export.tiles import collect_tiles
 from histostream.export.trained import load_deployed, read_checkpoint
 from histostream.runtime.bundle.card import ModelCard, read_card
-from histostream.runtime.choices import PRECISIONS
-from histostream.runtime.engines.base import open_engine
+from histostream.runtime.choices import BACKENDS, PRECISIONS
+from histostream.runtime.engines.onnxruntime import quiet
+from histostream.runtime.engines.opener import open_engine
+from histostream.runtime.hardware import cpu_flags, hardware
 from histostream.runtime.record import versions
 from histostream.training.checkpoint import CheckpointError
-from histostream.wsi.errors import HistoError
+from histostream.wsi.errors import HistoError, reason
 
 Pixels = NDArray[np.uint8]
 Plain = dict[str, Any]
 Call = Callable[[Pixels], Pixels]
 Say = Callable[[str], None]
 BASELINE = "torch eager fp32"
-BACKENDS = ("cpu", "openvino", "cuda", "tensorrt")
 # A processor without any of these computes bfloat16 several times slower than single precision.
 BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"})
 
@@ -209,7 +208,7 @@ def _open(
         except Exception as error:  # of torch, its compiler, or a library: none has a common base
             if name == BASELINE:
                 raise
-            refused.append({"name": name, "reason": first_line(error)})
+            refused.append({"name": name, "reason": reason(error)})
         else:
             contenders.append(contender)
     return contenders, refused
@@ -281,7 +280,7 @@ def _torch_contender(
 def _engine_contenders(
     bundle: Path, card: ModelCard, threads: int | None
 ) -> Iterator[tuple[str, Callable[[], Contender]]]:
-    for backend in BACKENDS:
+    for backend in BACKENDS[1:]:  # without "auto"
         library = "onnxruntime " if backend in ("cpu", "cuda") else ""
         for precision in PRECISIONS:
             name = f"{library}{backend} {precision}"

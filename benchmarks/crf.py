@@ -26,9 +26,9 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.benchmarks.hardware import hardware, usable_cores
 from histostream.runtime.crf import CrfParams, dense_crf
 from histostream.runtime.crf.dense import MIN_PROBABILITY
+from histostream.runtime.hardware import hardware, usable_cores
 from histostream.wsi.synthetic import SyntheticSlide
 
 SLIDE = SyntheticSlide(4096, 4096, seed=1)

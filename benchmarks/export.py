@@ -26,13 +26,15 @@ import click
 import numpy as np
 import torch
 
-from histostream.benchmarks.hardware import hardware
 from histostream.export.bundle import Options
 from histostream.export.tiles import collect_tiles
 from histostream.export.trained import export_checkpoint
 from histostream.runtime.bundle.card import ModelCard
 from histostream.runtime.choices import PRECISIONS
-from histostream.runtime.engines.base import Engine, EngineError, open_engine
+from histostream.runtime.engines.base import Engine
+from histostream.runtime.engines.opener import open_engine
+from histostream.runtime.errors import EngineError
+from histostream.runtime.hardware import hardware
 from histostream.runtime.process_memory import peak_memory_mib, return_buffers_at_once
 from histostream.training import checkpoint
 from histostream.training.checkpoint import Checkpoint

@@ -24,9 +24,9 @@ import imagecodecs
 import tifffile
 import torch
 
-from histostream.benchmarks.hardware import hardware
 from histostream.export.bundle import Options
 from histostream.export.trained import export_checkpoint
+from histostream.runtime.hardware import hardware
 from histostream.training import checkpoint
 from histostream.training.checkpoint import Checkpoint
 from histostream.training.methods.imems import method as imems

@@ -34,9 +34,9 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.benchmarks.hardware import hardware
 from histostream.runtime.bundle.card import default_bundle
-from histostream.runtime.engines.base import open_engine
+from histostream.runtime.engines.opener import open_engine
+from histostream.runtime.hardware import hardware
 from histostream.runtime.options import Options
 from histostream.runtime.process_memory import peak_memory_mib
 from histostream.runtime.slide_run import segment_slide

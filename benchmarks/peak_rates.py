@@ -18,8 +18,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from histostream.benchmarks.hardware import usable_cores
-from histostream.benchmarks.sessions import first_line, open_session
+from histostream.runtime.engines.onnxruntime import open_session
+from histostream.runtime.hardware import usable_cores
+from histostream.wsi.errors import reason
 
 Device = Literal["cpu", "gpu"]
 Tensors = dict[str, NDArray[Any]]
@@ -111,7 +112,7 @@ def open_probes(
         except ImportError as error:
             missing.append(f"{error.name} is not installed")
         except Exception as error:  # libraries' own exceptions have no common base
-            missing.append(first_line(error))
+            missing.append(reason(error))
         else:
             probes.append(probe)
     return probes, missing

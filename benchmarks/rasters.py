@@ -31,8 +31,8 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.benchmarks.hardware import hardware
 from histostream.benchmarks.objects import BENCH, ROWS, SLIDE, discs, nuclei_rows
+from histostream.runtime.hardware import hardware
 from histostream.runtime.process_memory import peak_memory_mib
 from histostream.wsi.outputs.folder import OutputFolder
 from histostream.wsi.outputs.label_rows import LabelRows, Sink, SlideInfo

@@ -12,12 +12,12 @@ from typing import Any, cast
 import onnx
 
 from histostream.benchmarks.flops import count_flops
-from histostream.benchmarks.hardware import hardware
 from histostream.benchmarks.peak_rates import Device, Probe, open_probes
 from histostream.benchmarks.stages import ALONE, STAGES, BenchError, Contender, Setup
 from histostream.export.graph.model import GraphError
 from histostream.runtime.bundle.card import read_file
 from histostream.runtime.choices import PRECISIONS
+from histostream.runtime.hardware import hardware
 from histostream.runtime.options import Options
 from histostream.runtime.record import versions
 from histostream.wsi.errors import HistoError

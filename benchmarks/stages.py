@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.benchmarks.sessions import quiet
 from histostream.runtime.bundle.card import ModelCard, read_card, read_file, write_card
 from histostream.runtime.choices import PRECISIONS
 from histostream.runtime.cuda.base import Stream
-from histostream.runtime.engines.base import Engine, open_engine, to_channels
+from histostream.runtime.engines.base import Engine, to_channels
 from histostream.runtime.engines.device_engine import DeviceEngine
+from histostream.runtime.engines.onnxruntime import quiet
+from histostream.runtime.engines.opener import open_engine
 from histostream.runtime.options import Options
 from histostream.runtime.slide_run import plan_grid, segment_slide
 from histostream.runtime.stream.blend import Blender

@@ -20,7 +20,7 @@ from typing import Any
 import click
 import torch
 
-from histostream.benchmarks.hardware import hardware
+from histostream.runtime.hardware import hardware
 from histostream.training import device as compute
 from histostream.training import synthetic
 from histostream.training.augment import Augmentation

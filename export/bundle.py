@@ -25,9 +25,11 @@ from histostream.export.tiles import IMAGE_SUFFIXES, Tiles, collect_tiles
 from histostream.export.triton import write_triton
 from histostream.runtime.bundle.card import ENGINES, ModelCard, write_card
 from histostream.runtime.choices import PRECISIONS
-from histostream.runtime.engines.base import EngineError, open_engine
+from histostream.runtime.engines.opener import open_engine
 from histostream.runtime.engines.tensorrt import build as tensorrt
 from histostream.runtime.engines.tensorrt.file import read_engine
+from histostream.runtime.engines.tensorrt.library import Library, find_library
+from histostream.runtime.errors import EngineError
 from histostream.wsi.errors import HistoError, OutputError
 from histostream.wsi.outputs.label_rows import ClassInfo
 from histostream.wsi.slides.reader import open_slide
@@ -252,7 +254,7 @@ class _BundleWriter:
         with Quantizer(self.model, self.judge.tiles.calibration) as quantizer:
             self._write_converted("int8", quantizer.quantize, quantizer.quantize)
 
-    def write_engine(self, library: tensorrt.Library) -> None:
+    def write_engine(self, library: Library) -> None:
         """Build a TensorRT engine of the half-precision graph, or of the FP32 graph if there is none."""
         precision = "fp16" if "fp16" in self.card.precisions else "fp32"
         name = f"{ENGINES}/{tensorrt.engine_name(precision, library)}"
@@ -364,12 +366,12 @@ class _BundleWriter:
         write_card(self.card, self.folder)
 
 
-def _find_library(options: Options, say: Say) -> tensorrt.Library | None:
+def _find_library(options: Options, say: Say) -> Library | None:
     """Find the TensorRT to build with; None if none is wanted or installed."""
     if options.tensorrt == "off":
         return None
     try:
-        library = tensorrt.find_library(options.tensorrt)
+        library = find_library(options.tensorrt)
     except EngineError as error:
         if options.tensorrt != "auto":
             raise

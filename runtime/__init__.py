@@ -7,7 +7,9 @@ from histostream.wsi.lazy import import_on_use
 
 if TYPE_CHECKING:
     from histostream.runtime.bundle.card import CardError, ModelCard, default_bundle, read_card
-    from histostream.runtime.engines.base import Engine, EngineError, open_engine
+    from histostream.runtime.engines.base import Engine
+    from histostream.runtime.engines.opener import open_engine
+    from histostream.runtime.errors import EngineError
     from histostream.runtime.options import Options
     from histostream.runtime.result import ResultError, SlideResult
     from histostream.runtime.segmenter import Segmenter
@@ -35,7 +37,9 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 _MODULES = {
     "bundle.card": ("CardError", "ModelCard", "default_bundle", "read_card"),
-    "engines.base": ("Engine", "EngineError", "open_engine"),
+    "engines.base": ("Engine",),
+    "engines.opener": ("open_engine",),
+    "errors": ("EngineError",),
     "slide_run": ("segment_pixels", "segment_slide"),
     "options": ("Options",),
     "result": ("ResultError", "SlideResult"),

@@ -1,6 +1,11 @@
 """Values of command options, in a module without heavy imports, so that --help is quick."""
 
-BACKENDS = ("auto", "cpu", "cuda", "tensorrt", "openvino")
+from histostream.wsi.registry import Registry
+
+ENGINES = Registry(
+    "histostream.runtime.engines", "histostream.engines", shared=("base", "device_engine", "onnxruntime", "opener")
+)
+BACKENDS = ("auto", *ENGINES.names)
 PRECISIONS = {"fp32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
 BF16 = "bf16"  # the FP32 graph, computed in bfloat16 by a CPU that can
 WINDOWS = ("hann", "gaussian", "linear", "mean", "crop", "exact")

@@ -29,7 +29,8 @@ from histostream.runtime.cohort.worker import (
 from histostream.runtime.crf.options import CrfOptions, read_params
 from histostream.runtime.crf.params import CrfError
 from histostream.runtime.dry_run import not_enough_disk, plan_slides, size
-from histostream.runtime.engines.base import Engine, open_engine
+from histostream.runtime.engines.base import Engine
+from histostream.runtime.engines.opener import open_engine
 from histostream.runtime.messages import JsonMessages, Messages, TextMessages, duration
 from histostream.runtime.options import Options
 from histostream.runtime.process_memory import return_buffers_at_once

@@ -18,13 +18,16 @@ class Registry:
     ----------
     package
         The package whose modules they are, as ``histostream.wsi.slides.readers``. A module is known
-        by its name; those that begin with ``_``, and ``base``, are none of them.
+        by its name; those that begin with ``_`` are none of them.
     group
         Entry points of other packages, as ``histostream.readers``; each names a module.
+    shared
+        Further modules of the package that are none of them: what they share.
     """
 
     package: str
     group: str
+    shared: tuple[str, ...] = ("base",)
 
     @cached_property
     def _entry_points(self) -> dict[str, metadata.EntryPoint]:
@@ -33,7 +36,7 @@ class Registry:
     @property
     def _own(self) -> set[str]:
         modules = pkgutil.iter_modules(importlib.import_module(self.package).__path__)
-        return {module.name for module in modules if module.name != "base" and not module.name.startswith("_")}
+        return {module.name for module in modules if not module.name.startswith("_")} - set(self.shared)
 
     @property
     def names(self) -> list[str]:

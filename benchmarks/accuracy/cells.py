@@ -19,8 +19,8 @@ import click
 import torch
 
 from histostream.benchmarks.accuracy.score import choose, engine_for, predictor, score
-from histostream.benchmarks.hardware import hardware
 from histostream.runtime.crf import CrfParams
+from histostream.runtime.hardware import hardware
 from histostream.training import checkpoint, command, loop, methods
 from histostream.training.checkpoint import Checkpoint
 from histostream.training.choices import PRECISIONS

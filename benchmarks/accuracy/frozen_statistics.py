@@ -26,10 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from histostream.benchmarks.accuracy.nuclei import SETS, score
-from histostream.benchmarks.hardware import hardware
 from histostream.export.bundle import Options, write_bundle
 from histostream.export.trained import trained_network
 from histostream.runtime import Engine, open_engine
+from histostream.runtime.hardware import hardware
 from histostream.training.augment import Augmentation, draw_crop
 from histostream.training.batches import typical_object_px
 from histostream.training.data import Sample

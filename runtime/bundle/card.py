@@ -1,7 +1,7 @@
-"""The model card: what a model bundle says of itself.
+"""The model card, ``card.json`` of a model bundle: all that is needed to run the model.
 
-A bundle is a folder with ``card.json`` and ONNX files. It is data: reading one runs no code, every
-file in it is named in the card with its SHA-256, and a name may not lead out of the folder.
+A bundle is a folder with the card and ONNX files. It is data: reading one runs no code, the card
+has the SHA-256 of every file, and a file name must not lead out of the folder.
 """
 
 from __future__ import annotations
@@ -9,30 +9,30 @@ from __future__ import annotations
 import hashlib
 import json
 import reprlib
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
-from histostream.runtime.choices import PRECISIONS
+from histostream.runtime.choices import BF16, PRECISIONS
 from histostream.wsi.errors import HistoError, reason
 from histostream.wsi.outputs.label_rows import ClassInfo
 
 SCHEMA = 1
-ENGINES = "engines"  # the one folder that a bundle may have: TensorRT engines
+ENGINES = "engines"  # the only folder in a bundle: TensorRT engines
 SCORE_KINDS = ("probability", "embedding")
 MAX_TILE_PX = 8192  # 0.2 GB of RGB pixels; networks in use take 128 to 2048
-MAX_MPP = 1e6  # um: a pixel of a metre
+MAX_MPP = 1e6  # um per pixel: a pixel of a metre
 MAX_NAME = 200  # characters of a class or a method; the legend shows about 25
 
 
 class CardError(HistoError, ValueError):
-    """A model bundle is missing something, damaged, or of another schema."""
+    """A model bundle is incomplete, damaged, or of another schema."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """Everything that running a model needs to know, and where the model comes from.
+    """What is needed to run a model, and how the model was made.
 
     Attributes
     ----------
@@ -47,9 +47,9 @@ class ModelCard:
     tile_px
         Side of the network's input.
     align_px
-        Tiles must start at multiples of this for the network's pooling to have one phase.
+        Tiles start at multiples of this, so that the network's pooling has the same phase in all.
     halo_px
-        How far into its input an output pixel sees; computed from the network.
+        Half the receptive field: the pixels beyond its own position that an output pixel depends on.
     tile_statistics
         Whether the result depends on statistics of the whole tile (instance or group norm).
     score_kind
@@ -60,7 +60,7 @@ class ModelCard:
     opset
         ONNX operator set of the files.
     parity
-        How far each file is from the network that was trained.
+        Results of the parity check of each file against the trained network.
     precision
         For "fp16" and "int8", how the graph was converted: the nodes that stay in single
         precision, and the steps that found them.
@@ -70,7 +70,9 @@ class ModelCard:
         What the model is for, and where it fails.
     crf
         Parameters of the dense CRF that ``histo-export tune-crf`` found; thetas in pixels of
-        ``mpp``. Empty: none were looked for.
+        ``mpp``. Empty if it was not run.
+    further
+        Unknown keys of ``card.json``, written again as they are.
     """
 
     method: str
@@ -89,6 +91,7 @@ class ModelCard:
     training: dict[str, Any] = field(default_factory=dict)
     note: str = ""
     crf: dict[str, float] = field(default_factory=dict)
+    further: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, valid, wanted in (
@@ -123,16 +126,21 @@ class ModelCard:
         return tuple(name for name, file in PRECISIONS.items() if file in self.files)
 
     def digest(self) -> str:
-        """SHA-256 of what the card says of the network, engines left out.
+        """Return the SHA-256 of the card's content that describes the network.
 
-        An engine names the card that it was built for by this digest, so adding an engine to a
-        bundle does not change it, and any other change does.
+        An engine names the card that it was built for by this digest, so engines in the bundle do
+        not change it. Parameters of the CRF and unknown keys do not belong to the network.
         """
-        said = _plain(self)
-        del said["crf"]  # what is done with scores is not the network's
-        for entry in ("files", "parity"):
-            said[entry] = {k: v for k, v in said[entry].items() if not k.startswith(f"{ENGINES}/")}
-        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+        content = {"schema": SCHEMA, **asdict(self)}
+        del content["crf"], content["further"]
+        for name in ("files", "parity"):
+            content[name] = {k: v for k, v in content[name].items() if not k.startswith(f"{ENGINES}/")}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def graph_file(precision: str) -> str:
+    """Return the name of the ONNX file that is run in a precision."""
+    return PRECISIONS["fp32" if precision == BF16 else precision]
 
 
 def default_bundle() -> Path:
@@ -156,32 +164,34 @@ def read_card(bundle: Path) -> ModelCard:
     """
     path = bundle / "card.json"
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CardError(
             f"{bundle}: not a model bundle (no card.json in it); name a folder that histo-export wrote"
         ) from error
     except (OSError, ValueError, RecursionError, MemoryError) as error:
         raise CardError(f"{path}: cannot be read ({reason(error)}); export the model again") from error
-    schema = said.pop("schema", None) if isinstance(said, dict) else None
+    schema = content.pop("schema", None) if isinstance(content, dict) else None
     if schema != SCHEMA or isinstance(schema, bool):
         raise CardError(f"{path}: schema {_short(schema)}, this version reads {SCHEMA}; export the model again")
     try:
-        return _from_plain(said)
+        return _parse(content)
     except (TypeError, KeyError, ValueError, OverflowError) as error:
         raise CardError(f"{path}: {reason(error)}; export the model again") from error
 
 
 def write_card(card: ModelCard, bundle: Path) -> None:
     """Write ``card.json`` into a bundle's folder."""
-    text = json.dumps(_plain(card), indent=1, allow_nan=False)
+    content = {"schema": SCHEMA, **asdict(card)}
+    content |= content.pop("further")
+    text = json.dumps(content, indent=1, allow_nan=False)
     (bundle / "card.json").write_text(text + "\n", encoding="utf-8")
 
 
 def read_file(bundle: Path, card: ModelCard, name: str) -> bytes:
     """Read a file of a bundle and check it against the card.
 
-    The bytes that were checked are the bytes to use: a file that changes afterwards does no harm.
+    Use the returned bytes, not the file: it may change after the check.
 
     Raises
     ------
@@ -199,58 +209,41 @@ def read_file(bundle: Path, card: ModelCard, name: str) -> bytes:
         raise CardError(
             f"{path}: cannot be read ({error.strerror}); check its permissions, or export the model again"
         ) from error
-    found = hashlib.sha256(content).hexdigest()
-    if found != card.files[name]:
+    sha256 = hashlib.sha256(content).hexdigest()
+    if sha256 != card.files[name]:
         raise CardError(
-            f"{path} does not match card.json (sha256 {found[:8]}... is not "
+            f"{path} does not match card.json (sha256 {sha256[:8]}... is not "
             f"{card.files[name][:8]}...): export again or fetch both files"
         )
     return content
 
 
-def _plain(card: ModelCard) -> dict[str, Any]:
-    return {"schema": SCHEMA, **asdict(card)}
-
-
-def _from_plain(said: dict[str, Any]) -> ModelCard:
-    types: dict[str, Any] = {
-        "method": str,
-        "mpp": (int, float),
-        "channels": int,
-        "tile_px": int,
-        "align_px": int,
-        "halo_px": int,
-        "tile_statistics": bool,
-        "score_kind": str,
-        "files": dict,
-        "opset": int,
-        "parity": dict,
-        "precision": dict,
-        "training": dict,
-        "note": str,
-        "classes": list,
-        "crf": dict,
-    }
+def _parse(content: dict[str, Any]) -> ModelCard:
+    """Make a card of untrusted JSON."""
+    types = get_type_hints(ModelCard)
+    further = {name: content.pop(name) for name in list(content) if name not in types or name == "further"}
+    del types["further"]
     for name in ("precision", "crf"):  # which older cards do not have
-        said.setdefault(name, {})
-    for name, kind in types.items():
-        if name not in said:
+        content.setdefault(name, {})
+    for name, hint in types.items():
+        kind: Any = get_origin(hint) or hint
+        kind = {tuple: list, float: (int, float)}.get(kind, kind)
+        if name not in content:
             raise KeyError(f"{name} is missing")
-        if not isinstance(said[name], kind) or (kind is not bool and isinstance(said[name], bool)):
-            raise TypeError(f"{name}={_short(said[name])} has the wrong type")
-    for file, digest in said["files"].items():
+        if not isinstance(content[name], kind) or (kind is not bool and isinstance(content[name], bool)):
+            raise TypeError(f"{name}={_short(content[name])} has the wrong type")
+    for file, digest in content["files"].items():
         if not isinstance(digest, str):
             raise TypeError(f"sha256 {_short(digest)} of {_short(file)} has the wrong type")
-    known = {f.name for f in fields(ModelCard)}
-    classes = tuple(ClassInfo(_name(c["name"]), _color(c["color"])) for c in said.pop("classes"))
-    return ModelCard(classes=classes, **{k: v for k, v in said.items() if k in known})
+    classes = tuple(ClassInfo(_class_name(c["name"]), _color(c["color"])) for c in content.pop("classes"))
+    return ModelCard(classes=classes, further=further, **content)
 
 
-def _name(value: Any) -> str:
+def _class_name(value: Any) -> str:
     name = str(value)
-    # Lines and tabs do no harm; what a terminal obeys, and half characters, do.
+    # Line breaks and tabs are harmless; control sequences of terminals and surrogates are not.
     if not "".join(name.split()).isprintable() or len(name) > MAX_NAME:
-        raise ValueError(f"{_short(name)} is no name for a class: use up to {MAX_NAME} characters that can be printed")
+        raise ValueError(f"{_short(name)} is no name for a class: use up to {MAX_NAME} printable characters")
     return name
 
 
@@ -262,8 +255,8 @@ def _color(values: Any) -> tuple[int, int, int]:
 
 
 def _short(value: Any) -> str:
-    """Return a value as a message quotes it."""
+    """Return a value as text for a message."""
     try:
         return reprlib.repr(value)
-    except ValueError:  # a number of more digits than Python writes
+    except ValueError:  # Python refuses to write numbers of thousands of digits
         return "a number of thousands of digits"

@@ -1,8 +1,8 @@
-"""An ONNX file of a bundle, read without trust before any library reads it.
+"""Check an ONNX file of a bundle, which is not trusted, before a library reads it.
 
-ONNX may keep weights in other files, run loops, and call functions that multiply; a deployed graph
-does none of these, and a file that does is refused here. Only the outline of the file is read, in
-protobuf's wire format: this needs no onnx package, and takes time and memory by the file's size.
+ONNX can keep weights in other files, run loops and call functions that call functions. A deployed
+graph does none of these, and a file that does is refused. Only the structure of the file is read,
+in protobuf's wire format, which needs no onnx package and takes time in proportion to its size.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ ATTRIBUTE_TENSOR, ATTRIBUTE_GRAPH, ATTRIBUTE_TENSORS, ATTRIBUTE_GRAPHS = 5, 6, 1
 ATTRIBUTE_SPARSE = (22, 23)
 TENSOR_EXTERNAL, TENSOR_LOCATION = 13, 14
 
-Field = tuple[int, int, memoryview | int]  # number, wire type, what it holds
+Field = tuple[int, int, memoryview | int]  # number, wire type, value
 
 
 def read_graph(bundle: Path, card: ModelCard, name: str) -> bytes:
-    """Read an ONNX file of a bundle, checked against the card and for what may not be in it.
+    """Read an ONNX file of a bundle, and refuse a graph that is not a deployed one.
 
     Raises
     ------
     CardError
-        If `read_file` does; or if the file keeps weights elsewhere, or has control flow or
-        functions, which an export has written out.
+        As `read_file`; or if the file has weights in other files, control flow, functions or steps
+        for training, which an exported graph does not have.
     """
     content = read_file(bundle, card, name)
     try:
@@ -42,58 +42,64 @@ def read_graph(bundle: Path, card: ModelCard, name: str) -> bytes:
 
 
 class _RefusedError(ValueError):
-    """Why a graph is refused."""
+    """A graph is refused; the message says why."""
 
 
 def _check_model(model: memoryview) -> None:
-    for number, _, held in _fields(model):
+    for number, _, value in _fields(model):
         if number == MODEL_FUNCTIONS:
-            raise _RefusedError("it has functions, which a deployed graph has not")
+            raise _RefusedError("it has functions, which a deployed graph does not have")
         if number == MODEL_TRAINING:
-            raise _RefusedError("it has steps for training, which a deployed graph has not")
-        if number == MODEL_GRAPH and isinstance(held, memoryview):
-            _check_graph(held)
+            raise _RefusedError("it has steps for training, which a deployed graph does not have")
+        if number == MODEL_GRAPH and isinstance(value, memoryview):
+            _check_graph(value)
 
 
 def _check_graph(graph: memoryview) -> None:
-    for number, _, held in _fields(graph):
-        if not isinstance(held, memoryview):
+    for number, _, value in _fields(graph):
+        if not isinstance(value, memoryview):
             continue
         if number == GRAPH_NODE:
-            _check_node(held)
+            _check_node(value)
         elif number == GRAPH_TENSOR:
-            _check_tensor(held)
+            _check_tensor(value)
         elif number == GRAPH_SPARSE:
-            _check_sparse(held)
+            _check_sparse(value)
 
 
 def _check_node(node: memoryview) -> None:
-    fields = [(number, held) for number, _, held in _fields(node) if isinstance(held, memoryview)]
-    kind = "".join(ascii(bytes(held))[1:40] for number, held in fields if number == NODE_TYPE)
-    for attribute in (held for number, held in fields if number == NODE_ATTRIBUTE):
-        for number, _, held in _fields(attribute):
+    fields = [(number, value) for number, _, value in _fields(node) if isinstance(value, memoryview)]
+    kind = "".join(ascii(bytes(value))[1:40] for number, value in fields if number == NODE_TYPE)
+    for attribute in (value for number, value in fields if number == NODE_ATTRIBUTE):
+        for number, _, value in _fields(attribute):
             if number in (ATTRIBUTE_GRAPH, ATTRIBUTE_GRAPHS):
                 raise _RefusedError(f"a node is a {kind}: a deployed graph has no control flow")
-            if isinstance(held, memoryview) and number in (ATTRIBUTE_TENSOR, ATTRIBUTE_TENSORS):
-                _check_tensor(held)
-            if isinstance(held, memoryview) and number in ATTRIBUTE_SPARSE:
-                _check_sparse(held)
+            if isinstance(value, memoryview) and number in (ATTRIBUTE_TENSOR, ATTRIBUTE_TENSORS):
+                _check_tensor(value)
+            if isinstance(value, memoryview) and number in ATTRIBUTE_SPARSE:
+                _check_sparse(value)
 
 
 def _check_sparse(sparse: memoryview) -> None:
-    for number, _, held in _fields(sparse):
-        if number in (1, 2) and isinstance(held, memoryview):  # values and indices
-            _check_tensor(held)
+    for number, _, value in _fields(sparse):
+        if number in (1, 2) and isinstance(value, memoryview):  # values and indices
+            _check_tensor(value)
 
 
 def _check_tensor(tensor: memoryview) -> None:
-    for number, _, held in _fields(tensor):
-        if number == TENSOR_EXTERNAL or (number == TENSOR_LOCATION and held):
-            raise _RefusedError("its weights lie in another file, which a bundle's do not")
+    for number, _, value in _fields(tensor):
+        if number == TENSOR_EXTERNAL or (number == TENSOR_LOCATION and value):
+            raise _RefusedError("its weights are in another file, which a bundle must not have")
 
 
 def _fields(message: memoryview) -> Iterator[Field]:
-    """Yield the fields of a message; raises where it is none."""
+    """Yield the fields of a message.
+
+    Raises
+    ------
+    _RefusedError
+        If it is not a message.
+    """
     at = 0
     while at < len(message):
         key, at = _varint(message, at)
@@ -107,7 +113,7 @@ def _fields(message: memoryview) -> Iterator[Field]:
         elif kind in (FIXED64, FIXED32):
             size = 8 if kind == FIXED64 else 4
         else:
-            raise _RefusedError("it is damaged, or no ONNX file")
+            raise _RefusedError("it is damaged, or not an ONNX file")
         if at + size > len(message):
             raise _RefusedError("it is damaged, or was cut off")
         yield number, kind, message[at : at + size]
@@ -115,7 +121,7 @@ def _fields(message: memoryview) -> Iterator[Field]:
 
 
 def _varint(message: memoryview, at: int) -> tuple[int, int]:
-    """Return the number at a place, and the place after it."""
+    """Return the number at an offset, and the offset behind it."""
     value = 0
     for i, byte in enumerate(message[at : at + 10]):
         value |= (byte & 0x7F) << 7 * i

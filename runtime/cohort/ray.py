@@ -42,7 +42,8 @@ from histostream.runtime.cohort.worker import (
     Worker,
     pick_worker,
 )
-from histostream.runtime.engines.base import EngineError, open_engine
+from histostream.runtime.engines.opener import open_engine
+from histostream.runtime.errors import EngineError
 from histostream.runtime.process_memory import return_buffers_at_once
 from histostream.runtime.slide_job import SlideJob
 from histostream.wsi.errors import HistoError

@@ -1,8 +1,8 @@
-"""Devices: the few CUDA calls that the stream needs, behind one protocol; and how to open one.
+"""The few CUDA calls that the stream needs, as protocols; and how to open a device.
 
-The folder is the registry: each file offers ``open(index)`` on one binding of the CUDA driver.
-Nothing of CUDA is imported before that. Only the device's primary context is used, so that memory
-and streams are shared with ONNX Runtime and TensorRT.
+``cuda_python.py`` and ``pycuda.py`` implement them, each on one binding of the CUDA driver, which
+their ``open_device(index)`` imports. Only the device's primary context is used, so that memory and
+streams are shared with ONNX Runtime and TensorRT.
 
 ::
 
@@ -14,30 +14,18 @@ and streams are shared with ONNX Runtime and TensorRT.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import logging
-import re
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from functools import cache
-from importlib import resources
-from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.runtime.engines.base import EngineError
-from histostream.runtime.engines.tensorrt.build import cache_folder
-from histostream.wsi.files import write_whole
+from histostream.runtime.errors import EngineError
 from histostream.wsi.optional import install_command
 
 BINDINGS = ("cuda_python", "pycuda")
-POINTER, NUMBER = "P", "i"  # as in the module struct: a void pointer, an int32
-OPTIONS = ("--std=c++17", "--restrict")
 Bytes = NDArray[np.uint8]
-log = logging.getLogger(__name__)
 
 
 class DeviceError(EngineError):
@@ -45,12 +33,12 @@ class DeviceError(EngineError):
 
 
 class DeviceMemoryError(DeviceError):
-    """The device, or the host's pinned memory, has no room for what was asked.
+    """The device's memory, or the host's pinned memory, is used up.
 
     Attributes
     ----------
     nbytes
-        Size that was asked for.
+        Size of the failed allocation.
     """
 
     def __init__(self, message: str, nbytes: int) -> None:
@@ -59,13 +47,13 @@ class DeviceMemoryError(DeviceError):
 
 
 class Event(Protocol):
-    """A point in a stream's queue."""
+    """A mark in a stream's queue."""
 
     def record(self, stream: Stream) -> None:
-        """Mark what is queued on the stream up to now; an earlier mark is forgotten."""
+        """Put the mark behind the work queued so far; it replaces an earlier mark."""
 
     def synchronize(self) -> None:
-        """Block the host until the mark is reached; at once if there is none."""
+        """Block the host until the mark is reached; returns immediately if nothing was recorded."""
 
     def elapsed_ms(self, start: Event) -> float:
         """Milliseconds on the device since another event; both must be reached."""
@@ -83,7 +71,7 @@ class Stream(Protocol):
     handle: int
 
     def wait(self, event: Event) -> None:
-        """Let what is queued from here on wait for the event as it is recorded now."""
+        """Let work queued from now on wait for the event's latest mark."""
 
     def synchronize(self) -> None:
         """Block the host until the queue is empty."""
@@ -105,15 +93,15 @@ class Device(Protocol):
     Attributes
     ----------
     index
-        Its number, as the driver counts.
+        Its number in the driver's order.
     name
-        As its maker calls it.
+        Its product name.
     sm
         Its architecture, as "sm90".
     total_bytes
-        Its memory.
+        Size of its memory.
     multiprocessors
-        Their number.
+        Number of its multiprocessors.
     graphs
         Whether `capture` is possible.
     """
@@ -126,37 +114,37 @@ class Device(Protocol):
     graphs: bool
 
     def free_bytes(self) -> int:
-        """Memory that nobody uses now."""
+        """Return the size of the unused device memory."""
 
     def alloc(self, nbytes: int) -> int:
-        """Take device memory, its content undefined; returns its address.
+        """Allocate device memory of undefined content; returns its address.
 
         Raises
         ------
         DeviceMemoryError
-            If there is not so much; the message names the bytes.
+            If not enough is free; the message names the size.
         """
 
     def free(self, pointer: int) -> None:
-        """Give memory back, once nothing queued uses it."""
+        """Free memory; no queued work may use it any more."""
 
     def pinned(self, nbytes: int) -> Bytes:
-        """Take host memory that copies can run from and to while the host goes on."""
+        """Allocate page-locked host memory, for copies that run beside the host."""
 
     def unpin(self, array: Bytes) -> None:
-        """Give it back."""
+        """Free memory that `pinned` returned."""
 
     def stream(self) -> Stream:
-        """Make a stream; it does not wait for the default stream."""
+        """Make a stream that does not synchronise with the default stream."""
 
     def event(self) -> Event:
         """Make an event."""
 
     def upload(self, pointer: int, array: Bytes, stream: Stream) -> None:
-        """Queue a copy of a contiguous, pinned array; leave it alone until that is done."""
+        """Queue a copy of a contiguous, pinned array to the device; it must not change until then."""
 
     def download(self, array: Bytes, pointer: int, stream: Stream) -> None:
-        """Queue a copy to a contiguous, pinned array."""
+        """Queue a copy from the device to a contiguous, pinned array."""
 
     def copy(self, to: int, pointer: int, nbytes: int, stream: Stream) -> None:
         """Queue a copy on the device."""
@@ -180,17 +168,17 @@ class Device(Protocol):
         Raises
         ------
         DeviceError
-            If that cannot be captured, or the binding has no graphs.
+            If the work cannot be captured, or the binding has no graphs.
         """
 
     def activate(self) -> None:
-        """Make the device the one that this thread's calls go to."""
+        """Make this the device of the calling thread."""
 
     def synchronize(self) -> None:
         """Block the host until all queues are empty."""
 
     def close(self) -> None:
-        """Give everything back that was taken; a second call does nothing."""
+        """Free all memory, streams and events, and release the device; a second call does nothing."""
 
 
 def open_device(index: int = 0, *, binding: str = "auto") -> Device:
@@ -218,162 +206,3 @@ def open_device(index: int = 0, *, binding: str = "auto") -> Device:
         except ImportError as error:
             missing.append(f"{name.replace('_', '-')}: {error}")
     raise DeviceError(f"no binding of the CUDA driver can be loaded ({'; '.join(missing)}): {install_command('cuda')}")
-
-
-@cache
-def kernel_source() -> str:
-    """Return the text of ``kernels.cu``."""
-    return (resources.files("histostream.runtime.cuda") / "kernels.cu").read_text(encoding="utf-8")
-
-
-@cache
-def kernel_signatures(source: str | None = None) -> dict[str, str]:
-    """Parameters of each kernel, one letter each: `POINTER` or `NUMBER`."""
-    text = re.sub(r"//[^\n]*", "", kernel_source() if source is None else source)
-    found = re.findall(r"__global__\s+void\s+(\w+)\s*\(([^)]*)\)", text)
-    return {
-        name: "".join(POINTER if "*" in one else NUMBER for one in parameters.split(",")) for name, parameters in found
-    }
-
-
-def kernel_signature(kernel: str, arguments: Sequence[int]) -> str:
-    """Signature of a kernel, once the number of arguments is found to fit it."""
-    signature = kernel_signatures()[kernel]
-    if len(arguments) != len(signature):
-        raise ValueError(f"{kernel} takes {len(signature)} arguments, not {len(arguments)}")
-    return signature
-
-
-def compiled_kernels(sm: str, compiler: str, compile_source: Callable[[str], bytes]) -> bytes:
-    """Return the kernels for an architecture: from the user's cache folder, else compiled now.
-
-    Parameters
-    ----------
-    sm
-        The architecture, as "sm90".
-    compiler
-        Name and version of the compiler; another one compiles again.
-    compile_source
-        Makes a module of the source.
-    """
-    path = kernels_path(sm, compiler)
-    with suppress(OSError):
-        return path.read_bytes()
-    log.info("compiling kernels for %s with %s", sm, compiler)
-    module = compile_source(kernel_source())
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, module)
-    except OSError as error:
-        log.info("the compiled kernels are not kept: %s", error)
-    return module
-
-
-def kernels_path(sm: str, compiler: str) -> Path:
-    """Where compiled kernels are kept: named by source, options, compiler and architecture."""
-    said = "\n".join((kernel_source(), *OPTIONS, compiler))
-    digest = hashlib.sha256(said.encode()).hexdigest()[:16]
-    return cache_folder() / "kernels" / f"{digest}.{sm}.bin"
-
-
-def load_kernels(
-    sm: str,
-    compiler: str,
-    compile_source: Callable[[str], bytes],
-    load: Callable[[bytes], Any],
-) -> Any:
-    """Load the kernels; where those from the cache folder do not load, compile them again."""
-    path = kernels_path(sm, compiler)
-    cached = path.exists()
-    try:
-        return load(compiled_kernels(sm, compiler, compile_source))
-    except DeviceError as error:
-        if not cached:
-            raise
-        log.warning("%s: does not load (%s); compiling again", path, error)
-    with suppress(OSError):
-        path.unlink()
-    return load(compiled_kernels(sm, compiler, compile_source))
-
-
-def compiler_version() -> str:
-    """Name and version of NVRTC.
-
-    Raises
-    ------
-    ImportError
-        If ``cuda-python`` is not installed.
-    DeviceError
-        If the library itself is not.
-    """
-    from cuda.bindings import nvrtc
-
-    major, minor = _nvrtc(nvrtc, *_guarded(nvrtc.nvrtcVersion))
-    return f"nvrtc {major}.{minor}"
-
-
-def compile_cubin(source: str, sm: str) -> bytes:
-    """Compile CUDA source with NVRTC; needs no GPU.
-
-    Returns
-    -------
-    Machine code for the architecture; for one that is newer than NVRTC, PTX of the newest that
-    NVRTC knows, which the driver compiles further.
-
-    Raises
-    ------
-    DeviceError
-        If the source does not compile; the message has the compiler's first lines.
-    """
-    from cuda.bindings import nvrtc
-
-    (known,) = _nvrtc(nvrtc, *_guarded(nvrtc.nvrtcGetSupportedArchs))
-    number = int(sm.removeprefix("sm"))
-    exact = number in known
-    if not exact and number < min(known):
-        raise DeviceError(
-            f"{compiler_version()} does not know {sm}; its oldest is sm{min(known)}; "
-            "use --backend cpu, or an older NVRTC"
-        )
-    target = f"sm_{number}" if exact else f"compute_{max(k for k in known if k < number)}"
-    options = [option.encode() for option in (f"--gpu-architecture={target}", *OPTIONS)]
-    (program,) = _nvrtc(nvrtc, *nvrtc.nvrtcCreateProgram(source.encode(), b"kernels.cu", 0, [], []))
-    try:
-        status, *_ = nvrtc.nvrtcCompileProgram(program, len(options), options)
-        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            (size,) = _nvrtc(nvrtc, *nvrtc.nvrtcGetProgramLogSize(program))
-            said = bytearray(size)
-            _nvrtc(nvrtc, *nvrtc.nvrtcGetProgramLog(program, said))
-            lines = said.decode(errors="replace").strip("\0\n ").splitlines()[:4]
-            raise DeviceError(f"kernels.cu does not compile for {sm}: {' | '.join(lines)}; use --backend cpu")
-        if exact:
-            (size,) = _nvrtc(nvrtc, *nvrtc.nvrtcGetCUBINSize(program))
-            code = bytearray(size)
-            _nvrtc(nvrtc, *nvrtc.nvrtcGetCUBIN(program, code))
-        else:
-            (size,) = _nvrtc(nvrtc, *nvrtc.nvrtcGetPTXSize(program))
-            code = bytearray(size)
-            _nvrtc(nvrtc, *nvrtc.nvrtcGetPTX(program, code))
-        return bytes(code)
-    finally:
-        nvrtc.nvrtcDestroyProgram(program)
-
-
-def _guarded(call: Callable[[], Any]) -> Any:
-    """Call NVRTC the first time: that its library is missing is an exception, not a status."""
-    try:
-        return call()
-    except Exception as error:  # cuda-python's own exceptions have no common base
-        raise DeviceError(f"NVRTC cannot be loaded ({first_line(error)}): {install_command('cuda')}") from error
-
-
-def _nvrtc(nvrtc: Any, status: Any, *values: Any) -> tuple[Any, ...]:
-    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        raise DeviceError(f"NVRTC failed ({status.name}); use --backend cpu")
-    return values
-
-
-def first_line(error: BaseException) -> str:
-    """First line of what an exception says."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -9,22 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from histostream.runtime.cuda.base import (
-    Bytes,
-    DeviceError,
-    DeviceMemoryError,
-    compile_cubin,
-    compiler_version,
-    first_line,
-    kernel_signature,
-    load_kernels,
-)
+from histostream.runtime.cuda.base import Bytes, DeviceError, DeviceMemoryError
+from histostream.runtime.cuda.kernels import compile_cubin, compiler_version, kernel_signature, load_kernels
+from histostream.wsi.errors import reason
 
 ARGUMENTS = {"P": ctypes.c_void_p, "i": ctypes.c_int32}
 
 
 class CudaEvent:
-    """A point in a stream's queue; the host sleeps while it waits for it."""
+    """A mark in a stream's queue; the host sleeps while it waits for it."""
 
     def __init__(self, device: CudaPythonDevice) -> None:
         self._device = device
@@ -32,7 +25,7 @@ class CudaEvent:
         self.event = device.call("cuEventCreate", int(flags))
 
     def record(self, stream: CudaStream) -> None:
-        """Mark what is queued on the stream up to now."""
+        """Put the mark behind the work queued so far."""
         self._device.call("cuEventRecord", self.event, stream.stream)
 
     def synchronize(self) -> None:
@@ -54,7 +47,7 @@ class CudaStream:
         self.handle = int(self.stream)
 
     def wait(self, event: CudaEvent) -> None:
-        """Let what is queued from here on wait for the event."""
+        """Let work queued from now on wait for the event."""
         self._device.call("cuStreamWaitEvent", self.stream, event.event, 0)
 
     def synchronize(self) -> None:
@@ -114,38 +107,36 @@ class CudaPythonDevice:
         self.activate()
 
     def call(self, name: str, *arguments: Any) -> Any:
-        """Call the driver; what it returns besides the status, or a `DeviceError`."""
+        """Call the driver; returns its values without the status, or raises a `DeviceError`."""
         status, *values = getattr(self.driver, name)(*arguments)
         if status != self.driver.CUresult.CUDA_SUCCESS:
-            raise DeviceError(
-                f"GPU {self.index}: {name} failed ({self._reason(status)}); run it again, or use --backend cpu"
-            )
+            raise self._failed(name, status)
         return values[0] if len(values) == 1 else tuple(values)
 
     def free_bytes(self) -> int:
-        """Memory that nobody uses now."""
+        """Return the size of the unused device memory."""
         free, _ = self.call("cuMemGetInfo")
         return int(free)
 
     def alloc(self, nbytes: int) -> int:
-        """Take device memory; returns its address."""
-        pointer = int(self._take("cuMemAlloc", nbytes, "device memory"))
+        """Allocate device memory; returns its address."""
+        pointer = int(self._allocate("cuMemAlloc", nbytes, "device memory"))
         self._memory[pointer] = nbytes
         return pointer
 
     def free(self, pointer: int) -> None:
-        """Give memory back."""
+        """Free device memory."""
         del self._memory[pointer]
         self.call("cuMemFree", pointer)
 
     def pinned(self, nbytes: int) -> Bytes:
-        """Take host memory that copies can run from and to while the host goes on."""
-        address = int(self._take("cuMemHostAlloc", nbytes, "pinned host memory", 0))
+        """Allocate page-locked host memory."""
+        address = int(self._allocate("cuMemHostAlloc", nbytes, "pinned host memory", 0))
         self._pinned[address] = nbytes
         return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
 
     def unpin(self, array: Bytes) -> None:
-        """Give it back."""
+        """Free page-locked host memory."""
         address = array.ctypes.data
         del self._pinned[address]
         self.call("cuMemFreeHost", address)
@@ -188,8 +179,7 @@ class CudaPythonDevice:
         if kernel not in self._functions:
             self._functions[kernel] = self._function(kernel, arguments)
         function, types = self._functions[kernel]
-        packed = (tuple(arguments), types)
-        self.call("cuLaunchKernel", function, *grid, *block, 0, stream.stream, packed, 0)
+        self.call("cuLaunchKernel", function, *grid, *block, 0, stream.stream, (tuple(arguments), types), 0)
 
     def capture(self, stream: CudaStream, work: Callable[[], None]) -> CudaGraph:
         """Record what ``work`` queues on the stream, without running it."""
@@ -204,7 +194,7 @@ class CudaPythonDevice:
         return CudaGraph(self, self.call("cuStreamEndCapture", stream.stream))
 
     def activate(self) -> None:
-        """Make the device the one that this thread's calls go to."""
+        """Make this the device of the calling thread."""
         self.call("cuCtxSetCurrent", self._context)
 
     def synchronize(self) -> None:
@@ -212,11 +202,11 @@ class CudaPythonDevice:
         self.call("cuCtxSynchronize")
 
     def close(self) -> None:
-        """Give everything back that was taken."""
+        """Free everything, and release the device."""
         if self._context is None:
             return
         self.activate()
-        with suppress(DeviceError):  # a failed device still has to be let go
+        with suppress(DeviceError):  # a failed device must be released too
             self.synchronize()
         calls: list[tuple[str, Any]] = [("cuMemFree", pointer) for pointer in self._memory]
         calls += [("cuMemFreeHost", address) for address in self._pinned]
@@ -230,7 +220,7 @@ class CudaPythonDevice:
         self._memory, self._pinned, self._streams, self._events = {}, {}, [], []
         self._functions, self._module, self._context = {}, None, None
 
-    def _take(self, name: str, nbytes: int, kind: str, *flags: int) -> Any:
+    def _allocate(self, name: str, nbytes: int, kind: str, *flags: int) -> Any:
         status, *values = getattr(self.driver, name)(nbytes, *flags)
         if status == self.driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
             raise DeviceMemoryError(
@@ -239,9 +229,7 @@ class CudaPythonDevice:
                 nbytes,
             )
         if status != self.driver.CUresult.CUDA_SUCCESS:
-            raise DeviceError(
-                f"GPU {self.index}: {name} failed ({self._reason(status)}); run it again, or use --backend cpu"
-            )
+            raise self._failed(name, status)
         return values[0]
 
     def _function(self, kernel: str, arguments: Sequence[int]) -> tuple[Any, tuple[Any, ...]]:
@@ -256,12 +244,12 @@ class CudaPythonDevice:
         function = self.call("cuModuleGetFunction", self._module, kernel.encode())
         return function, tuple(ARGUMENTS[letter] for letter in signature)
 
-    def _reason(self, status: Any) -> str:
-        name = getattr(status, "name", str(status))
-        found, text = self.driver.cuGetErrorString(status)
-        if found != self.driver.CUresult.CUDA_SUCCESS or not text:
-            return str(name)
-        return f"{name}: {bytes(text).decode(errors='replace')}"
+    def _failed(self, call: str, status: Any) -> DeviceError:
+        text = getattr(status, "name", str(status))
+        known, description = self.driver.cuGetErrorString(status)
+        if known == self.driver.CUresult.CUDA_SUCCESS and description:
+            text = f"{text}: {bytes(description).decode(errors='replace')}"
+        return DeviceError(f"GPU {self.index}: {call} failed ({text}); run it again, or use --backend cpu")
 
 
 def open_device(index: int) -> CudaPythonDevice:
@@ -279,7 +267,7 @@ def open_device(index: int) -> CudaPythonDevice:
     try:
         (status,) = driver.cuInit(0)
     except RuntimeError as error:  # cuda-python does not find the driver's library
-        raise DeviceError(f"no NVIDIA driver on this machine ({first_line(error)}); use --backend cpu") from error
+        raise DeviceError(f"no NVIDIA driver on this machine ({reason(error)}); use --backend cpu") from error
     if status != driver.CUresult.CUDA_SUCCESS:
         raise DeviceError(f"the NVIDIA driver does not start ({status.name}); use --backend cpu")
     status, count = driver.cuDeviceGetCount()

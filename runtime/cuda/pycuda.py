@@ -8,21 +8,14 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from histostream.runtime.cuda.base import (
-    Bytes,
-    DeviceError,
-    DeviceMemoryError,
-    compile_cubin,
-    compiler_version,
-    first_line,
-    kernel_signature,
-    load_kernels,
-)
+from histostream.runtime.cuda.base import Bytes, DeviceError, DeviceMemoryError
+from histostream.runtime.cuda.kernels import compile_cubin, compiler_version, kernel_signature, load_kernels
+from histostream.wsi.errors import reason
 from histostream.wsi.optional import install_command
 
 
 class PyCudaEvent:
-    """A point in a stream's queue; the host sleeps while it waits for it."""
+    """A mark in a stream's queue; the host sleeps while it waits for it."""
 
     def __init__(self, device: PyCudaDevice) -> None:
         self._device = device
@@ -30,7 +23,7 @@ class PyCudaEvent:
         self.event = device.call(driver.Event, driver.event_flags.BLOCKING_SYNC)
 
     def record(self, stream: PyCudaStream) -> None:
-        """Mark what is queued on the stream up to now."""
+        """Put the mark behind the work queued so far."""
         self._device.call(self.event.record, stream.stream)
 
     def synchronize(self) -> None:
@@ -51,7 +44,7 @@ class PyCudaStream:
         self.handle = int(self.stream.handle)
 
     def wait(self, event: PyCudaEvent) -> None:
-        """Let what is queued from here on wait for the event."""
+        """Let work queued from now on wait for the event."""
         self._device.call(self.stream.wait_for_event, event.event)
 
     def synchronize(self) -> None:
@@ -87,32 +80,32 @@ class PyCudaDevice:
         except self.driver.Error as error:
             name = getattr(function, "__name__", "a call")
             raise DeviceError(
-                f"GPU {self.index}: {name} failed ({first_line(error)}); run it again, or use --backend cpu"
+                f"GPU {self.index}: {name} failed ({reason(error)}); run it again, or use --backend cpu"
             ) from error
 
     def free_bytes(self) -> int:
-        """Memory that nobody uses now."""
+        """Return the size of the unused device memory."""
         free, _ = self.call(self.driver.mem_get_info)
         return int(free)
 
     def alloc(self, nbytes: int) -> int:
-        """Take device memory; returns its address."""
-        memory = self._take(self.driver.mem_alloc, nbytes, "device memory")
+        """Allocate device memory; returns its address."""
+        memory = self._allocate(self.driver.mem_alloc, nbytes, "device memory")
         self._memory[int(memory)] = memory
         return int(memory)
 
     def free(self, pointer: int) -> None:
-        """Give memory back."""
+        """Free device memory."""
         self.call(self._memory.pop(pointer).free)
 
     def pinned(self, nbytes: int) -> Bytes:
-        """Take host memory that copies can run from and to while the host goes on."""
-        array = self._take(lambda size: self.driver.pagelocked_empty(size, np.uint8), nbytes, "pinned host memory")
+        """Allocate page-locked host memory."""
+        array = self._allocate(lambda size: self.driver.pagelocked_empty(size, np.uint8), nbytes, "pinned host memory")
         self._pinned[array.ctypes.data] = array
         return np.asarray(array)
 
     def unpin(self, array: Bytes) -> None:
-        """Give it back."""
+        """Free page-locked host memory."""
         self.call(self._pinned.pop(array.ctypes.data).base.free)
 
     def stream(self) -> PyCudaStream:
@@ -158,7 +151,7 @@ class PyCudaDevice:
         raise DeviceError(f"PyCUDA has no CUDA graphs; {install_command('cuda')} for them")
 
     def activate(self) -> None:
-        """Make the device the one that this thread's calls go to."""
+        """Make this the device of the calling thread."""
         with suppress(self.driver.Error):  # another thread has none yet
             self.driver.Context.pop()
         self._context.push()
@@ -168,10 +161,10 @@ class PyCudaDevice:
         self.call(self.driver.Context.synchronize)
 
     def close(self) -> None:
-        """Give everything back that was taken."""
+        """Free everything, and release the device."""
         if self._context is None:
             return
-        with suppress(DeviceError):  # a failed device still has to be let go
+        with suppress(DeviceError):  # a failed device must be released too
             self.synchronize()
         for memory in self._memory.values():
             with suppress(DeviceError):
@@ -183,7 +176,7 @@ class PyCudaDevice:
         self.driver.Context.pop()
         self._context = None  # released once PyCUDA's last stream and event are gone
 
-    def _take(self, function: Callable[[int], Any], nbytes: int, kind: str) -> Any:
+    def _allocate(self, function: Callable[[int], Any], nbytes: int, kind: str) -> Any:
         try:
             return function(nbytes)
         except self.driver.MemoryError as error:
@@ -194,8 +187,7 @@ class PyCudaDevice:
             ) from error
         except self.driver.Error as error:
             raise DeviceError(
-                f"GPU {self.index}: {nbytes} bytes of {kind} cannot be taken "
-                f"({first_line(error)}); use a smaller --batch"
+                f"GPU {self.index}: {nbytes} bytes of {kind} cannot be taken ({reason(error)}); use a smaller --batch"
             ) from error
 
     def _function(self, kernel: str, arguments: Sequence[int]) -> Any:
@@ -223,7 +215,7 @@ class PyCudaDevice:
             return bytes(nvcc(source, no_extern_c=True, arch=self.sm.replace("sm", "sm_")))
         except (OSError, self.driver.CompileError) as error:
             raise DeviceError(
-                f"kernels.cu does not compile for {self.sm} ({first_line(error)}): "
+                f"kernels.cu does not compile for {self.sm} ({reason(error)}): "
                 f"{install_command('cuda')}, which brings NVRTC"
             ) from error
 
@@ -251,7 +243,7 @@ def open_device(index: int) -> PyCudaDevice:
         driver.init()
         count = int(driver.Device.count())
     except driver.Error as error:
-        raise DeviceError(f"the NVIDIA driver does not start ({first_line(error)}); use --backend cpu") from error
+        raise DeviceError(f"the NVIDIA driver does not start ({reason(error)}); use --backend cpu") from error
     if not 0 <= index < count:
         raise DeviceError(f"there is no GPU {index}: the driver sees {count}; --devices counts from 0")
     return PyCudaDevice(driver, index)

@@ -1,4 +1,4 @@
-"""What an engine offers that runs on tiles in device memory, and a batch on its way there and back."""
+"""Engines that run on tiles in device memory, and what they share: buffers of a batch, and copies."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from histostream.runtime.engines.base import Engine, check_tiles
 
 @runtime_checkable
 class DeviceEngine(Engine, Protocol):
-    """An engine that also runs on memory of its device.
+    """An engine that also runs on tiles in the memory of its device.
 
     Attributes
     ----------
     device
         Where it runs.
     stream
-        Its stream; work queued there needs no waiting between the network and what is around it.
+        The stream that the network runs on; other work queued there runs in order with it.
     max_batch
-        Most tiles per inference.
+        Largest number of tiles per inference.
     """
 
     device: Device
@@ -32,12 +32,12 @@ class DeviceEngine(Engine, Protocol):
     max_batch: int
 
     def buffers(self, batch: int) -> tuple[int, int]:
-        """Addresses for the tiles and the scores of a batch; the same ones in every call.
+        """Return the addresses for the tiles and the scores of a batch; they stay the same.
 
         Raises
         ------
         DeviceMemoryError
-            If there is no room for them.
+            If the device has not enough memory for them.
         """
 
     def infer_device(self, tiles: int, scores: int, n: int, stream: Stream) -> None:
@@ -45,18 +45,18 @@ class DeviceEngine(Engine, Protocol):
 
 
 class BatchBuffers:
-    """Tiles and scores of one batch in device memory, kept from slide to slide.
+    """Device memory for the tiles and scores of one batch, reused for all slides.
 
-    A captured graph holds their addresses, so they may not move.
+    Captured graphs hold its addresses, so it moves only for a larger batch.
     """
 
     def __init__(self, device: Device, card: ModelCard) -> None:
         self._device, self._card = device, card
-        self._taken: tuple[int, int, int] | None = None  # batch, tiles, scores
+        self._allocated: tuple[int, int, int] | None = None  # batch, address of tiles, of scores
 
     def get(self, batch: int) -> tuple[int, int]:
-        """Addresses for at least ``batch`` tiles and their scores."""
-        if self._taken is None or self._taken[0] < batch:
+        """Return the addresses for at least ``batch`` tiles and for their scores."""
+        if self._allocated is None or self._allocated[0] < batch:
             self.close()
             tiles = self._device.alloc(batch * tile_bytes(self._card))
             try:
@@ -64,31 +64,31 @@ class BatchBuffers:
             except DeviceMemoryError:
                 self._device.free(tiles)
                 raise
-            self._taken = batch, tiles, scores
-        return self._taken[1:]
+            self._allocated = batch, tiles, scores
+        return self._allocated[1:]
 
     def close(self) -> None:
-        """Give them back."""
-        if self._taken is not None:
+        """Free the memory."""
+        if self._allocated is not None:
             self._device.synchronize()
-            _, tiles, scores = self._taken
-            self._taken = None
+            _, tiles, scores = self._allocated
+            self._allocated = None
             self._device.free(tiles)
             self._device.free(scores)
 
 
 def tile_bytes(card: ModelCard) -> int:
-    """Size of one tile of the network's input."""
+    """Return the size of one tile of the network's input."""
     return card.tile_px**2 * card.channels
 
 
 def score_bytes(card: ModelCard) -> int:
-    """Size of the scores of one tile."""
+    """Return the size of the scores of one tile."""
     return card.tile_px**2 * len(card.classes)
 
 
 def infer_arrays(engine: DeviceEngine, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Run an engine on tiles in host memory: up, through the network, down, and wait.
+    """Run an engine on tiles in host memory, batch by batch, with copies to the device and back.
 
     Parameters
     ----------
@@ -110,10 +110,10 @@ def infer_arrays(engine: DeviceEngine, tiles: NDArray[np.uint8]) -> NDArray[np.u
     up, down = device.pinned(batch * tile_bytes(card)), device.pinned(batch * score_bytes(card))
     try:
         for first in range(0, len(tiles), batch):
-            some = tiles[first : first + batch]
-            n = len(some)
-            up[: some.size] = some.reshape(-1)
-            device.upload(tiles_at, up[: some.size], stream)
+            part = tiles[first : first + batch]
+            n = len(part)
+            up[: part.size] = part.reshape(-1)
+            device.upload(tiles_at, up[: part.size], stream)
             engine.infer_device(tiles_at, scores_at, n, stream)
             size = n * score_bytes(card)
             device.download(down[:size], scores_at, stream)

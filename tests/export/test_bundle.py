@@ -24,8 +24,9 @@ from histostream.export.parity import LIMITS, Limits, ParityError
 from histostream.export.tiles import collect_tiles
 from histostream.export.trained import export_checkpoint, trained_network
 from histostream.runtime.bundle.card import CardError, default_bundle, read_card, read_file
-from histostream.runtime.engines.base import EngineError, open_engine
+from histostream.runtime.engines.opener import open_engine
 from histostream.runtime.engines.tensorrt.file import read_engine
+from histostream.runtime.errors import EngineError
 from histostream.training import checkpoint
 from histostream.training.checkpoint import CheckpointError
 from histostream.training.methods.imems import method as imems

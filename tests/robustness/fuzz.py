@@ -23,7 +23,7 @@ from pathlib import Path
 
 import click
 
-from histostream.benchmarks.hardware import hardware
+from histostream.runtime.hardware import hardware
 from histostream.wsi.files import write_json
 from tests.robustness.hostile import Case, make_case, sane_case
 from tests.robustness.hostile.case import slide_case

@@ -29,7 +29,7 @@ import click
 import numpy as np
 import tifffile
 
-from histostream.benchmarks.hardware import hardware
+from histostream.runtime.hardware import hardware
 from histostream.wsi.files import write_json
 from histostream.wsi.outputs.folder import RUN_FILE
 from histostream.wsi.outputs.journal import JOURNAL

@@ -28,8 +28,8 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.benchmarks.hardware import hardware
 from histostream.benchmarks.objects import scores
+from histostream.runtime.hardware import hardware
 from histostream.runtime.result import SlideResult
 from histostream.wsi.outputs.folder import RUN_FILE
 from histostream.wsi.outputs.label_rows import NOT_ANALYSED

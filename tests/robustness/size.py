@@ -39,10 +39,10 @@ import tifffile
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from histostream.benchmarks.hardware import hardware
 from histostream.benchmarks.memory import base_4_bundle
 from histostream.export.graph.from_torch import write_model
 from histostream.runtime.bundle.card import ModelCard, write_card
+from histostream.runtime.hardware import hardware
 from histostream.wsi.outputs.label_rows import NOT_ANALYSED, ClassInfo
 from histostream.wsi.outputs.sinks.tiff import NOT_ANALYSED_COLOR
 from histostream.wsi.slides.reader import open_slide

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from histostream.runtime.engines.base import open_engine
+from histostream.runtime.engines.opener import open_engine
 from tests.robustness import mosaic, size
 from tests.robustness.mosaic import Mosaic
 from tests.robustness.size import Case, height_problems, identity_bundle, run_case, watch

@@ -30,16 +30,8 @@ import pytest
 from numpy.typing import NDArray
 
 from histostream.runtime.bundle.card import ModelCard
-from histostream.runtime.cuda.base import (
-    Device,
-    DeviceMemoryError,
-    Event,
-    Graph,
-    Stream,
-    kernel_signature,
-    kernel_signatures,
-    kernel_source,
-)
+from histostream.runtime.cuda.base import Device, DeviceMemoryError, Event, Graph, Stream
+from histostream.runtime.cuda.kernels import kernel_signature, kernel_signatures, kernel_source
 from histostream.runtime.engines.base import Engine
 from histostream.runtime.engines.device_engine import BatchBuffers, infer_arrays
 
@@ -448,8 +440,8 @@ FAKE_DRIVER = """
 #include <map>
 #include <string>
 
-// As much of the CUDA driver as devices/cuda_python.py calls, in host memory; streams do at once
-// what they are told. Counts what is taken, so that a test can see that it is given back.
+// As much of the CUDA driver as cuda/cuda_python.py calls, in host memory; streams run work
+// when it is queued. Counts what is taken, so that a test can see that it is given back.
 typedef unsigned long long Pointer;
 typedef void (*Launcher)(const unsigned*, void**);
 struct Graph { std::vector<std::function<void()>> works; };

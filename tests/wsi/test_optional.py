@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from histostream.runtime.engines.base import EngineError
+from histostream.runtime.errors import EngineError
 from histostream.wsi import optional
 from histostream.wsi.errors import OutputError
 from tests.conftest import REPOSITORY

@@ -31,6 +31,16 @@ def test_a_card_comes_back_as_it_was_written(bundle: Path) -> None:
     assert read_file(bundle, card, "model.onnx") == b"weights"
 
 
+def test_unknown_keys_are_written_again_and_are_no_part_of_the_digest(bundle: Path) -> None:
+    digest = read_card(bundle).digest()
+    change(bundle, colour_space={"a": [1]}, further="x")
+    card = read_card(bundle)
+    assert card.digest() == digest
+    write_card(replace(card, crf={"w1": 2.0}), bundle)
+    content = json.loads((bundle / "card.json").read_text())
+    assert (content["colour_space"], content["further"], content["crf"]) == ({"a": [1]}, "x", {"w1": 2.0})
+
+
 def test_a_changed_file_is_refused(bundle: Path) -> None:
     (bundle / "model.onnx").write_bytes(b"other weights")
     with pytest.raises(CardError, match=r"does not match card\.json"):
@@ -77,9 +87,9 @@ def test_a_wrong_entry_is_named(bundle: Path, entries: dict[str, Any], message: 
 
 def test_a_missing_entry_is_named(bundle: Path) -> None:
     path = bundle / "card.json"
-    said = json.loads(path.read_text())
-    del said["halo_px"]
-    path.write_text(json.dumps(said))
+    content = json.loads(path.read_text())
+    del content["halo_px"]
+    path.write_text(json.dumps(content))
     with pytest.raises(CardError, match="halo_px is missing"):
         read_card(bundle)
 

@@ -70,9 +70,9 @@ def with_branch(model: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (in_initializer, "its weights lie in another file"),
-        (in_attribute, "its weights lie in another file"),
-        (in_sparse_initializer, "its weights lie in another file"),
+        (in_initializer, "its weights are in another file"),
+        (in_attribute, "its weights are in another file"),
+        (in_sparse_initializer, "its weights are in another file"),
         (with_training, "it has steps for training"),
         (with_branch, "a node is a 'If': a deployed graph has no control flow"),
         (put_loop, "a node is a 'Loop': a deployed graph has no control flow"),

@@ -15,7 +15,8 @@ import tifffile
 from histostream.runtime.cohort.inputs import SlideInput
 from histostream.runtime.cohort.processes import ProcessPool, check_devices
 from histostream.runtime.cohort.worker import Outcome, Report, Task
-from histostream.runtime.engines.base import EngineError, open_engine
+from histostream.runtime.engines.opener import open_engine
+from histostream.runtime.errors import EngineError
 from histostream.runtime.options import Options
 from histostream.runtime.slide_run import segment_slide
 from histostream.wsi.errors import HistoError
@@ -183,7 +184,7 @@ def test_devices_that_cannot_be_meant_are_refused(devices: tuple[str, ...], word
 
 
 def test_a_gpu_that_is_not_there_is_one_clear_line(tiny_bundle: Path) -> None:
-    from histostream.runtime.engines.base import gpu_count
+    from histostream.runtime.cuda.driver import gpu_count
 
     if gpu_count():
         pytest.skip("a GPU is here")

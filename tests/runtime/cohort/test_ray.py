@@ -25,7 +25,8 @@ from histostream.runtime.cohort import ray as ray_crew
 from histostream.runtime.cohort.inputs import SlideInput
 from histostream.runtime.cohort.ray import RayExecutor, RayWorker
 from histostream.runtime.cohort.worker import LocalExecutor, Outcome, Task, Worker
-from histostream.runtime.engines.base import EngineError, open_engine
+from histostream.runtime.engines.opener import open_engine
+from histostream.runtime.errors import EngineError
 from histostream.runtime.options import Options
 from histostream.wsi.outputs.folder import LOCK_FILE
 from histostream.wsi.outputs.lock import Holder, Lock, LockedError

@@ -1,6 +1,6 @@
 """Opening devices, compiling and keeping kernels, and the engines that run on device memory.
 
-There is no GPU here. ``devices/cuda_python.py`` itself runs, in a process of its own, on a driver
+There is no GPU here. ``cuda/cuda_python.py`` itself runs, in a process of its own, on a driver
 whose GPU is host memory (`host_device.fake_driver`); what only a GPU can show is marked ``gpu``.
 """
 
@@ -21,13 +21,15 @@ import pytest
 from numpy.typing import NDArray
 
 from histostream.runtime.bundle.card import read_card
-from histostream.runtime.cuda import base as devices
-from histostream.runtime.cuda.base import DeviceError, DeviceMemoryError, open_device
-from histostream.runtime.engines.base import EngineError, gpu_count, open_engine
-from histostream.runtime.engines.onnxruntime import OnnxRuntimeDeviceEngine
-from histostream.runtime.engines.tensorrt.build import Library, messages
+from histostream.runtime.cuda import kernels
+from histostream.runtime.cuda.base import BINDINGS, DeviceError, DeviceMemoryError, open_device
+from histostream.runtime.cuda.driver import gpu_count
+from histostream.runtime.engines.cuda import OnnxRuntimeDeviceEngine
+from histostream.runtime.engines.opener import open_engine
 from histostream.runtime.engines.tensorrt.file import EngineHeader, Profile
+from histostream.runtime.engines.tensorrt.library import Library, messages
 from histostream.runtime.engines.tensorrt.run import TensorRtEngine, deserialise
+from histostream.runtime.errors import EngineError
 from histostream.runtime.options import Options
 from histostream.runtime.slide_run import segment_slide
 from tests.runtime.conftest import random_pixels, write_slide
@@ -64,7 +66,7 @@ def test_importing_devices_and_backends_loads_nothing_of_cuda() -> None:
     code = """
         import sys
         import histostream.runtime.cuda.cuda_python, histostream.runtime.cuda.pycuda
-        import histostream.runtime.engines.tensorrt.run, histostream.runtime.engines.onnxruntime
+        import histostream.runtime.engines.tensorrt.run, histostream.runtime.engines.cuda
         import histostream.runtime.cli
         roots = {name.split(".")[0] for name in sys.modules}
         print(sorted(roots & {"cuda", "pycuda", "tensorrt", "tensorrt_rtx", "onnxruntime"}))
@@ -182,8 +184,8 @@ def test_a_slide_streams_through_cuda_python(tmp_path: Path) -> None:
         print(run.run["device"]["name"], ctypes.CDLL("libcuda.so.1").fake_taken())
     """
     # NVRTC crashes beside this driver, which is not all of one: it finds the kernels compiled.
-    version = devices.compiler_version()
-    devices.compiled_kernels("sm90", version, lambda text: devices.compile_cubin(text, "sm90"))
+    version = kernels.compiler_version()
+    kernels.load_kernels("sm90", version, lambda text: kernels.compile_cubin(text, "sm90"), bytes)
     assert on_fake_driver(code) == "fake GPU 0\n"
     assert_same(results(tmp_path / "device" / "slide"), results(tmp_path / "host" / "slide"))
 
@@ -211,10 +213,10 @@ def test_kernels_are_compiled_once(cache: Path) -> None:
         return b"code"
 
     for _ in range(2):
-        assert devices.compiled_kernels("sm90", "nvrtc 1", compile_source) == b"code"
+        assert kernels.load_kernels("sm90", "nvrtc 1", compile_source, bytes) == b"code"
     assert len(compiled) == 1
-    devices.compiled_kernels("sm80", "nvrtc 1", compile_source)
-    devices.compiled_kernels("sm90", "nvrtc 2", compile_source)
+    kernels.load_kernels("sm80", "nvrtc 1", compile_source, bytes)
+    kernels.load_kernels("sm90", "nvrtc 2", compile_source, bytes)
     assert len(compiled) == 3
     assert len(list((cache / "histostream" / "kernels").iterdir())) == 3
 
@@ -225,22 +227,22 @@ def test_kept_kernels_that_do_not_load_are_compiled_again(cache: Path, caplog: p
             raise DeviceError("invalid image")
         return image
 
-    path = devices.kernels_path("sm90", "nvrtc 1")
+    path = kernels.kernels_path("sm90", "nvrtc 1")
     path.parent.mkdir(parents=True)
     path.write_bytes(b"damaged")
     assert path.is_relative_to(cache)
-    assert devices.load_kernels("sm90", "nvrtc 1", lambda _: b"code", load) == b"code"
+    assert kernels.load_kernels("sm90", "nvrtc 1", lambda _: b"code", load) == b"code"
     assert path.read_bytes() == b"code"
     assert "compiling again" in caplog.text
     path.unlink()
     with pytest.raises(DeviceError, match="invalid image"):  # it is not the file's fault
-        devices.load_kernels("sm90", "nvrtc 1", lambda _: b"worse", load)
+        kernels.load_kernels("sm90", "nvrtc 1", lambda _: b"worse", load)
 
 
 def test_kernels_are_compiled_where_they_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert devices.compiled_kernels("sm90", "nvrtc 1", lambda _: b"code") == b"code"
+    assert kernels.load_kernels("sm90", "nvrtc 1", lambda _: b"code", bytes) == b"code"
 
 
 @NO_GPU
@@ -256,7 +258,7 @@ def test_auto_says_why_a_gpu_is_not_used(tiny_bundle: Path) -> None:
     said = on_fake_driver(f"""
         import logging
         from pathlib import Path
-        from histostream.runtime.engines.base import open_engine
+        from histostream.runtime.engines.opener import open_engine
         records = []
         class Keep(logging.Handler):
             def emit(self, record):
@@ -289,7 +291,7 @@ def test_onnxruntime_runs_on_addresses(tiny_bundle: Path) -> None:
     session = onnxruntime.InferenceSession(tiny_bundle / "model.onnx", providers=["CPUExecutionProvider"])
     device = HostDevice()
     bound = OnnxRuntimeDeviceEngine(
-        session, engine.card, "bound", device=device, stream=AtOnce(device, 1), graphs=True, kind="cpu"
+        session, engine.card, "bound", device=device, stream=AtOnce(device, 1), graphs=True, memory_kind="cpu"
     )
     at, scores_at = bound.buffers(5)
     array_at(at, tiles.shape)[...] = tiles
@@ -307,7 +309,7 @@ def test_a_plan_that_does_not_load_is_an_error_with_the_librarys_reason(tmp_path
     logger = messages(trt)
     with pytest.raises(EngineError, match=r"a\.engine: tensorrt-rtx .* cannot load it") as caught:
         deserialise(library, b"not a plan" * 20, tmp_path / "a.engine", logger)
-    assert "does not say why" not in str(caught.value)
+    assert "no reason given" not in str(caught.value)
 
 
 class FakeContext:
@@ -495,7 +497,7 @@ def test_what_tensorrt_refuses_is_an_error_with_its_words(tiny_bundle: Path) -> 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(gpu_count() == 0, reason="no GPU is here")
-@pytest.mark.parametrize("binding", devices.BINDINGS)
+@pytest.mark.parametrize("binding", BINDINGS)
 def test_a_gpu_computes_what_the_host_computes(binding: str, tmp_path: Path) -> None:
     """The real driver: copies, events and kernels, on random scores, against the Blender."""
     try:

@@ -14,7 +14,8 @@ import pytest
 from numpy.typing import NDArray
 
 from histostream.runtime.choices import WINDOWS
-from histostream.runtime.cuda.base import DeviceError, compile_cubin, kernel_signatures, kernel_source
+from histostream.runtime.cuda.base import DeviceError
+from histostream.runtime.cuda.kernels import compile_cubin, kernel_signatures, kernel_source
 from histostream.runtime.stream.blend import Blender
 from histostream.runtime.stream.device import DeviceStream
 from histostream.wsi.outputs.label_rows import NOT_ANALYSED, ClassInfo

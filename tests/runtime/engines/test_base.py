@@ -13,7 +13,9 @@ import pytest
 from numpy.typing import NDArray
 
 from histostream.runtime.bundle.card import CardError, read_card
-from histostream.runtime.engines.base import Engine, EngineError, open_engine
+from histostream.runtime.engines.base import Engine
+from histostream.runtime.engines.opener import open_engine
+from histostream.runtime.errors import EngineError
 
 BACKENDS = [
     "cpu",
@@ -63,7 +65,7 @@ def test_tiles_of_a_wrong_kind_are_refused(engine: Engine, tiles: NDArray[np.uin
 
 @pytest.mark.parametrize("backend", ["cuda", "tensorrt"])
 def test_a_gpu_that_is_not_there_is_an_error_not_a_cpu_run(tiny_bundle: Path, backend: str) -> None:
-    from histostream.runtime.engines.base import gpu_count
+    from histostream.runtime.cuda.driver import gpu_count
 
     if gpu_count():
         pytest.skip("a GPU is here")

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from histostream.runtime import slide_run as infer
 from histostream.runtime.choices import WINDOWS
 from histostream.runtime.cuda.base import DeviceMemoryError
-from histostream.runtime.engines.base import Engine, open_engine
+from histostream.runtime.engines.base import Engine
 from histostream.runtime.engines.device_engine import DeviceEngine
+from histostream.runtime.engines.opener import open_engine
 from histostream.runtime.options import Options
 from histostream.runtime.slide_run import segment_slide
 from histostream.runtime.stream import column_band as band
