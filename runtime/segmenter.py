@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from histostream.runtime.bundle.card import ModelCard, default_bundle
 from histostream.runtime.cohort.inputs import find_inputs
-from histostream.runtime.cohort.worker import DAMAGED, DONE, UNCHANGED, Worker
+from histostream.runtime.cohort.worker import Worker
 from histostream.runtime.engines.base import Engine
 from histostream.runtime.engines.opener import open_engine
 from histostream.runtime.options import Options
+from histostream.runtime.outcome import DAMAGED, DONE, UNCHANGED
 from histostream.runtime.result import ResultError, SlideResult
 from histostream.runtime.slide_job import SlideJob
 from histostream.runtime.slide_run import ManyDevices, segment_pixels
