@@ -151,8 +151,3 @@ def test_per_image_scores_of_no_image_are_nan() -> None:
     for reduction in ("pooled", "per_image_mean"):
         assert np.isnan(PerImage(3).reduce(Confusion.accuracy, reduction))
         assert np.isnan(PerImage(3).reduce(Confusion.dice, reduction)).tolist() == [True] * 3
-
-
-def pair_of(p: np.ndarray) -> np.ndarray:
-    """Return the probabilities (N, 2, H, W) of a sigmoid output (N, H, W)."""
-    return np.stack([1 - p, p], axis=1)

@@ -476,7 +476,7 @@ def test_volumes_become_half_slices_with_and_without_the_tumour(tmp_path: Path) 
         ("brats:{0}?sequences=flair,t2", "sequences='flair,t2': give one or three of flair, t1ce"),
         ("brats:{0}?sequences=t2,t2,t2", "give one or three of"),
         ("brats:{0}?labelled=0", "labelled=0.0"),
-        ("brats:{0}", "no patient to train on in HGG or LGG of it"),
+        ("brats:{0}", "no patient to train on in its HGG or LGG"),
         ("tnbc:{0}", "no folder 'images' in it"),
         ("glas:{0}", "no train_1, train_2"),
         ("vnc:{0}", "no folder 'raw' in it"),
@@ -1026,7 +1026,7 @@ def test_a_slide_is_a_pool(wsi_slides: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("notes.txt", "no image or slide that is known"),
+        ("notes.txt", "not an image or slide"),
         ("none", "there is no such folder"),
         ("empty", "no folder 'images'"),
     ],
