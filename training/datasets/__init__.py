@@ -20,7 +20,7 @@ from histostream.training.datasets import folder
 from histostream.training.registry import Registry
 
 NAMED = re.compile(r"([A-Za-z][\w-]+):(.+)", re.DOTALL)  # two letters or more: C: is a drive
-DATASETS = Registry(__name__, __path__, "histostream.datasets", "data set", DataError, hidden=("folder",))
+DATASETS = Registry(__name__, "histostream.datasets", "data set", DataError, hidden=("folder",))
 
 
 def open_dataset(text: str) -> DataSet:
