@@ -1,8 +1,8 @@
-"""Random variations of stained images: place, size, stain, light, focus, coding, warps.
+"""Random variations of stained images: position, size, stain, light, focus, coding, warps.
 
-What stained slides need and no library has is done here on one crop, in numpy, driven by the
-generator that is passed in; rotations, elastic warps, colour jitter and motion blur are kornia's,
-on whole batches and on their device (`warp`). Both repeat exactly from a run's seed.
+Variations of stained tissue are computed here for one crop, in numpy, from the generator that is
+passed in. Rotations, elastic warps, colour jitter and motion blur are kornia's, on whole batches on
+their device (`warp`). Both repeat exactly from a run's seed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DAB = np.array((0.268, 0.570, 0.776), np.float32)
 
 @dataclass(frozen=True, slots=True)
 class Augmentation:
-    """How crops are drawn and varied; the defaults change nothing but the place of the crop.
+    """How crops are drawn and varied; the defaults vary the position of the crop alone.
 
     Attributes
     ----------
@@ -46,9 +46,9 @@ class Augmentation:
         Strength of random gains and offsets of the haematoxylin, eosin and residual channels
         (Tellez et al. 2018); 0 is off.
     restain
-        Share of crops whose ground is painted anew: the labelled objects keep their own density
-        in haematoxylin, on a synthetic ground of eosin, fibres, bundles and gaps. Teaches that
-        nuclei, and not everything purple or dark, are the objects.
+        Share of crops whose ground is replaced: the labelled objects keep their own density
+        in haematoxylin, on a synthetic ground of eosin, fibres, bundles and gaps, so that a
+        network learns nuclei and not everything purple or dark.
     light
         Strength of random brightness, contrast and gamma; 0 is off.
     focus
@@ -118,11 +118,10 @@ def draw_crop(
     -------
     (crop_px, crop_px, C) uint8 pixels and (crop_px, crop_px) uint8 labels.
     """
-    a = augmentation
-    factor = object_zoom(sample, a, typical_object_px) * a.zoom ** rng.uniform(-1, 1)
+    factor = object_zoom(sample, augmentation, typical_object_px) * augmentation.zoom ** rng.uniform(-1, 1)
     image, labels = zoom(sample.image, sample.labels, factor)
     image, labels = _crop(image, labels, crop_px, rng)
-    return _vary(image, labels, a, rng)
+    return _vary(image, labels, augmentation, rng)
 
 
 def draw_whole(
@@ -138,14 +137,14 @@ def draw_whole(
 
 
 def warp(images: Tensor, labels: Tensor, augmentation: Augmentation) -> tuple[Tensor, Tensor]:
-    """Rotate, warp, jitter and blur a batch by kornia, where it lies; torch's seed decides how.
+    """Rotate, warp, jitter and blur a batch by kornia, on its device, from torch's seed.
 
     Parameters
     ----------
     images
         (N, C, H, W) uint8.
     labels
-        (N, H, W) int64; moved with the images, without interpolation.
+        (N, H, W) int64; warped with the images, without interpolation.
 
     Returns
     -------
@@ -196,7 +195,7 @@ def _vary(
     a: Augmentation,
     rng: np.random.Generator,
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Everything that varies a crop but its place."""
+    """Vary a crop in all but its position."""
     if a.flips:
         image, labels = _dihedral(image, labels, rng)
     pixels = image.astype(np.float32)

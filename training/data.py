@@ -1,7 +1,7 @@
-"""Training images and their labels, and how a set is divided; the sets are read by `sets`.
+"""Training images and their labels; `histostream.training.datasets` reads them.
 
-Images are uint8, labels the class of each pixel. A `Picture` may be in memory or, as the tile of a
-slide is, read whenever it is asked for.
+Images are uint8, labels the class of each pixel. A `Picture` may be in memory, or be read at each
+access, as the tile of a slide is.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Label = TypeVar("Label", np.uint8, np.int32)
 
 
 class DataError(HistoError, ValueError):
-    """A training set cannot be used as it is."""
+    """A data set cannot be used as it is."""
 
 
 class Picture(Protocol):
@@ -36,9 +36,9 @@ class Picture(Protocol):
     Attributes
     ----------
     name
-        Unique in its set.
+        Unique in its data set.
     group
-        Patient, slide or image: the pictures of one group stay in one part of any split.
+        Patient, slide or image: images of one group stay in one part of any split.
     image
         (H, W, 3) uint8 RGB, or (H, W, 1).
     shape
@@ -58,7 +58,7 @@ class Picture(Protocol):
     def shape(self) -> tuple[int, int]: ...  # noqa: D102
 
     def digest(self) -> bytes:
-        """SHA-256 of what it holds (a slide's tile: of the slide and the place), for records."""
+        """SHA-256 of its contents (of a slide's tile: of the slide and the position), for records."""
         ...
 
 
@@ -70,10 +70,10 @@ class Sample(Picture, Protocol):
     labels
         (H, W) uint8, class of each pixel, 0..K-1.
     instances
-        (H, W) int32, 0 background and 1..N objects; None where the set has none.
+        (H, W) int32, 0 background and 1..N objects; None where the data set has none.
     object_px
-        Median diameter of the objects (of the circle of equal area), in pixels; nan where the set
-        has no instances or the image has no object.
+        Median diameter of the objects (of the circle of equal area), in pixels; nan where the data
+        set has no instances or the image has no object.
     """
 
     @property
@@ -114,10 +114,10 @@ class StoredSample(StoredPicture):
     object_px: float = math.nan
 
     def __post_init__(self) -> None:
-        for given in (self.labels, self.instances):
-            if given is not None and given.shape != self.image.shape[:2]:
+        for labels in (self.labels, self.instances):
+            if labels is not None and labels.shape != self.image.shape[:2]:
                 raise DataError(
-                    f"{self.name}: labels are {given.shape}, image {self.image.shape}; save them at one size"
+                    f"{self.name}: labels are {labels.shape}, image {self.image.shape}; save them at one size"
                 )
 
     def digest(self) -> bytes:
@@ -127,12 +127,12 @@ class StoredSample(StoredPicture):
 
 @dataclass(frozen=True, slots=True)
 class DataSet:
-    """The images of one set, as its authors divided them.
+    """The images of one data set, as its authors divided them.
 
     Attributes
     ----------
     name
-        What the set is called, e.g. "glas".
+        E.g. "glas".
     classes
         (name, (r, g, b)) in the order of the labels; empty if not known.
     mpp
@@ -142,8 +142,8 @@ class DataSet:
     validation, test
         Official parts, often empty.
     pools
-        Pictures whose labels are missing or not used: "target", "unlabelled", "presence",
-        "absence", as far as they exist.
+        Images whose labels are missing or not used, by name: "target", "unlabelled", "presence" or
+        "absence".
     """
 
     name: str
@@ -159,9 +159,9 @@ class DataSet:
         if not labelled:
             raise DataError(f"{self.name}: no labelled image in it; add labels")
         for part in (labelled, *self.pools.values()):
-            twice = [name for name, n in Counter(p.name for p in part).items() if n > 1]
-            if twice:
-                raise DataError(f"{self.name}: two images have the name {listed(twice)}")
+            repeated = [name for name, n in Counter(p.name for p in part).items() if n > 1]
+            if repeated:
+                raise DataError(f"{self.name}: two images have the name {listed(repeated)}")
 
     @property
     def channels(self) -> int:
@@ -170,10 +170,10 @@ class DataSet:
         return int(first.image.shape[2])
 
     def at_mpp(self, mpp: float) -> DataSet:
-        """Return the set with every image resampled to ``mpp`` micrometres per pixel.
+        """Return the data set with every image resampled to ``mpp`` micrometres per pixel.
 
         Images are resampled as slides are (area average down, bilinear up), labels and objects are
-        taken at the pixels' centres. A set of unknown resolution stays as it is.
+        taken at the pixels' centres. A data set of unknown resolution stays as it is.
 
         Raises
         ------
@@ -196,19 +196,19 @@ class DataSet:
 
 
 def pictures_at(pictures: Sequence[Picture], own_mpp: float, mpp: float) -> tuple[Picture, ...]:
-    """Resample pictures of ``own_mpp`` to ``mpp`` micrometres per pixel."""
+    """Resample images of ``own_mpp`` to ``mpp`` micrometres per pixel."""
     if same_mpp(own_mpp, mpp):
         return tuple(pictures)
     return tuple(_resampled_picture(picture, mpp / own_mpp) for picture in pictures)
 
 
 def same_mpp(own_mpp: float, mpp: float) -> bool:
-    """Whether two resolutions are too near to each other for a resampling to be worth it."""
+    """Whether two resolutions are so close that no resampling is needed."""
     return math.isclose(own_mpp, mpp, rel_tol=SAME_MPP)
 
 
 def checksum(samples: Sequence[Picture]) -> str:
-    """SHA-256 over all digests in order, so that a training record says what it saw."""
+    """SHA-256 over all digests in order: the identity of the data in a training record."""
     return hashlib.sha256(b"".join(sample.digest() for sample in samples)).hexdigest()
 
 
@@ -239,7 +239,7 @@ def listed(names: Sequence[object], most: int = 8) -> str:
 
 
 def _sha256(*parts: str | NDArray[np.generic] | None) -> bytes:
-    """Hash texts and arrays so that no two lists of them are mistaken for each other."""
+    """Hash texts and arrays with their lengths and shapes, so that different lists differ."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, str):
@@ -255,7 +255,7 @@ def _sha256(*parts: str | NDArray[np.generic] | None) -> bytes:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _ResampledPicture:
-    """A picture at another resolution, made whenever it is asked for."""
+    """A picture at another resolution, resampled at each access."""
 
     _source: Picture
     _scale: float
@@ -283,7 +283,7 @@ class _ResampledPicture:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _ResampledSample(_ResampledPicture):
-    """A sample at another resolution, made whenever it is asked for."""
+    """A sample at another resolution, resampled at each access."""
 
     _source: Sample
 

@@ -1,9 +1,9 @@
-"""Scores of label maps: confusion counts of pixels and soft Dice, and what follows from them.
+"""Scores of label maps, from confusion counts of their pixels.
 
 A score over several images is either ``"pooled"`` (the pixels of all images are counted together)
-or the ``"per_image_mean"`` (a score per image, then their mean). Papers mean one or the other and
-the numbers differ, so nothing here chooses: `Confusion` and `SoftDice` pool, and `PerImage` keeps
-the images apart and takes the name of the reduction.
+or the ``"per_image_mean"`` (a score per image, then their mean). Papers mean one or the other, and
+the numbers differ: `Confusion` pools, and `PerImage` keeps the images apart and takes the name of
+the reduction.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ Score = TypeVar("Score", float, NDArray[np.float64])
 class Confusion:
     """Pixel counts ``counts[truth, predicted]``, pooled over everything that is added.
 
-    The scores of a class that nothing says anything about are nan, and a mean over classes leaves
-    them out; each method says when. With no pixels counted every score is nan.
+    The score of a class that does not occur is nan, and a mean over classes leaves it out. With no
+    pixels counted every score is nan.
 
     Parameters
     ----------
@@ -45,8 +45,8 @@ class Confusion:
         """Count the pixels of two label maps of one shape.
 
         Pixels whose truth is 255 (not annotated) are left out, whatever was predicted there.
-        A prediction of 255 (not analysed) on an annotated pixel is refused: a model that may
-        abstain would be scored only where it likes.
+        A prediction of 255 (not analysed) on an annotated pixel is refused: leaving such pixels out
+        would favour a model that abstains.
 
         Raises
         ------
@@ -166,92 +166,6 @@ class PerImage:
         return mean if isinstance(scores[0], np.ndarray) else float(mean)
 
 
-class SoftDice:
-    """Dice of probabilities that are not thresholded, pooled over everything that is added.
-
-    Of class k, (2 sum(p_k y_k) + s) / (sum(p_k) + sum(y_k) + s) over the pixels of all images,
-    where p is the probability and y is 1 where the truth is k, else 0.
-
-    Parameters
-    ----------
-    classes
-        Number of classes K, 1 to 255.
-    smooth
-        The term s; 1 in the code of the image-to-image translation paper (veugene/genseg), which
-        no test set of more than a few images can tell from 0.
-
-    Raises
-    ------
-    ValueError
-        If the number of classes is another, or ``smooth`` is negative.
-    """
-
-    def __init__(self, classes: int, *, smooth: float = 0.0) -> None:
-        _check_classes(classes)
-        if not smooth >= 0:
-            raise ValueError(f"smooth={smooth} is negative")
-        self.smooth = smooth
-        self._both = np.zeros(classes)
-        self._either = np.zeros(classes)
-
-    def add(self, probabilities: NDArray[np.floating], truth: NDArray[np.integer]) -> None:
-        """Count a batch; pixels whose truth is 255 are left out.
-
-        Parameters
-        ----------
-        probabilities
-            (N, K, H, W) floating, in [0, 1]. A single sigmoid output p is given as the pair
-            (1 - p, p).
-        truth
-            (N, H, W) labels, 0..K-1 or 255.
-
-        Raises
-        ------
-        ValueError
-            If the shapes do not fit, a label is outside 0..K-1, or the values are no
-            probabilities (integers, logits, nan).
-        """
-        classes = len(self._both)
-        shape = (*truth.shape[:1], classes, *truth.shape[1:])
-        if truth.ndim != 3 or probabilities.shape != shape:
-            raise ValueError(
-                f"probabilities are {probabilities.shape}, truth {truth.shape}: give (N, {classes}, H, W) and (N, H, W)"
-            )
-        if not np.issubdtype(probabilities.dtype, np.floating):
-            raise ValueError(f"probabilities are {probabilities.dtype}: give floats in [0, 1]")
-        counted = truth != NOT_ANALYSED
-        _check_labels("truth", truth[counted], classes)
-        for label in range(classes):
-            p, own = probabilities[:, label][counted], truth[counted] == label
-            if p.size and not (p.min() >= 0 and p.max() <= 1):  # false for nan also
-                raise ValueError(
-                    f"probabilities of class {label} lie in {p.min()}..{p.max()}, not in [0, 1]: "
-                    "apply the softmax or sigmoid first"
-                )
-            # float64, for a float16 or float32 sum over a test set stops growing
-            self._both[label] += p[own].sum(dtype=np.float64)
-            self._either[label] += p.sum(dtype=np.float64) + own.sum()
-
-    def __iadd__(self, other: SoftDice) -> Self:
-        """Pool with the sums of another of the same classes and ``smooth``, else ValueError."""
-        if (len(other._both), other.smooth) != (len(self._both), self.smooth):
-            raise ValueError(
-                f"soft Dice of {len(other._both)} classes with smooth={other.smooth}, "
-                f"here {len(self._both)} with smooth={self.smooth}"
-            )
-        self._both += other._both
-        self._either += other._either
-        return self
-
-    def dice(self) -> NDArray[np.float64]:
-        """Soft Dice of each class, (K,); nan where both sums and ``smooth`` are 0."""
-        return _ratio(2 * self._both + self.smooth, self._either + self.smooth)
-
-    def mean_dice(self) -> float:
-        """Plain mean of `dice` over the classes that have one."""
-        return _mean_of_present(self.dice())
-
-
 def _check_classes(classes: int) -> None:
     if not 1 <= classes <= NOT_ANALYSED:
         raise ValueError(f"{classes} classes: use 1 to {NOT_ANALYSED}, for {NOT_ANALYSED} is no class")
@@ -260,7 +174,7 @@ def _check_classes(classes: int) -> None:
 def _annotated(
     predicted: NDArray[np.integer], truth: NDArray[np.integer]
 ) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
-    """Both maps, flat, without the pixels that nobody annotated."""
+    """Return both maps, flat, without the pixels that are not annotated."""
     if predicted.shape != truth.shape:
         raise ValueError(f"predicted is {predicted.shape}, truth {truth.shape}")
     counted = truth != NOT_ANALYSED
@@ -273,11 +187,11 @@ def _check_labels(name: str, labels: NDArray[np.integer], classes: int) -> None:
         raise ValueError(f"{name} has label {wrong[0]} on {wrong.size} pixels: {classes} classes are 0..{classes - 1}")
 
 
-def _ratio(part: ArrayLike, whole: ArrayLike) -> NDArray[np.float64]:
-    """Part / whole, nan where the whole is 0."""
-    total = np.asarray(whole, np.float64)
-    ratio = np.full(total.shape, np.nan)
-    np.divide(part, total, out=ratio, where=total > 0)
+def _ratio(part: ArrayLike, total: ArrayLike) -> NDArray[np.float64]:
+    """Return part / total, nan where the total is 0."""
+    divisor = np.asarray(total, np.float64)
+    ratio = np.full(divisor.shape, np.nan)
+    np.divide(part, divisor, out=ratio, where=divisor > 0)
     return ratio
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from types import ModuleType
@@ -19,8 +18,8 @@ class Registry:
 
     Attributes
     ----------
-    package, folder
-        Name of the package whose modules are listed, and its ``__path__``.
+    package
+        Name of the package whose modules are listed.
     group
         Group of the entry points with which other packages add modules.
     kind
@@ -28,13 +27,12 @@ class Registry:
     error
         Type of the error for an unknown name.
     submodule
-        Module of a listed sub-package that is imported; "": the listed module itself.
+        Module of a listed sub-package that is imported.
     hidden
         Modules of the package that are not listed; those that begin with an underscore never are.
     """
 
     package: str
-    folder: Sequence[str]
     group: str
     kind: str
     error: type[HistoError]
@@ -43,9 +41,7 @@ class Registry:
 
     def names(self) -> list[str]:
         """Return the names of all modules, sorted."""
-        own = {module.name for module in pkgutil.iter_modules(self.folder) if not module.name.startswith("_")}
-        added = {point.name for point in metadata.entry_points(group=self.group)}
-        return sorted(own - set(self.hidden) | added)
+        return sorted({*self._own(), *(point.name for point in metadata.entry_points(group=self.group))})
 
     def load(self, name: str) -> ModuleType:
         """Import the module called ``name``.
@@ -55,12 +51,20 @@ class Registry:
         HistoError
             The registry's ``error``, if there is none; the message names the nearest.
         """
-        names = self.names()
-        if name not in names:
-            near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
-            raise self.error(f"no {self.kind} is called {name!r}: {hint}")
+        own = self._own()
+        if name in own:
+            return importlib.import_module(own[name])
         for point in metadata.entry_points(group=self.group, name=name):
             module: ModuleType = point.load()
             return module
-        return importlib.import_module(".".join(filter(None, (self.package, name, self.submodule))))
+        near = difflib.get_close_matches(name, self.names(), n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(self.names())}"
+        raise self.error(f"no {self.kind} is called {name!r}: {hint}")
+
+    def _own(self) -> dict[str, str]:
+        """Return the full names of the package's modules, by name."""
+        return {
+            module.name: f"{self.package}.{module.name}" + (f".{self.submodule}" if module.ispkg else "")
+            for module in pkgutil.iter_modules(importlib.import_module(self.package).__path__)
+            if not module.name.startswith("_") and module.name not in self.hidden
+        }

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 import torch
 
+from histostream.training.checks import check_at_least, check_choices
+
 DECAYS = ("none", "cosine", "poly")
-SELECTIONS = ("loss", "dice", "jaccard", "last")
-USUAL_STEPS = 500  # between validations of a schedule in steps
-LABELLED_BY = ("patient", "image")
+DEFAULT_VALIDATION_STEPS = 500  # of a schedule in steps
 POLY_POWER = 0.9  # DeepLab's, which the adaptation papers took over
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """How long and on what to train.
+    """How long, on what images and with what learning rate to train.
 
     Attributes
     ----------
@@ -72,17 +72,14 @@ class Schedule:
     decay: str = "none"
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("decay", DECAYS),
-            ("select", SELECTIONS),
-            ("labelled_by", LABELLED_BY),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r}: use one of {', '.join(known)}")
-        if min(self.steps, self.batch) < 1:
-            raise ValueError("steps and batch must be at least 1")
-        if min(self.epochs, self.crop_px, self.warmup, self.validate_every) < 0:
-            raise ValueError("epochs, crop_px, warmup and validate_every must not be negative")
+        check_choices(
+            self,
+            decay=DECAYS,
+            select=("loss", "dice", "jaccard", "last"),
+            labelled_by=("patient", "image"),
+        )
+        check_at_least(self, 1, "steps", "batch")
+        check_at_least(self, 0, "epochs", "crop_px", "warmup", "validate_every")
         if not (0 <= self.validation < 1 and 0 <= self.test < 1):
             raise ValueError("validation and test are shares between 0 and 1: set 0 or more, less than 1")
         if not 0 < self.labelled <= 1:
@@ -101,7 +98,7 @@ class Schedule:
     def validates(self, done: int, images: int) -> bool:
         """Whether the networks are validated after ``done`` steps on so many training images."""
         if self.validate_every or not self.epochs:
-            return done % (self.validate_every or USUAL_STEPS) == 0
+            return done % (self.validate_every or DEFAULT_VALIDATION_STEPS) == 0
         return self.epochs_passed(done, images) > self.epochs_passed(done - 1, images)
 
     def rate(self, step: int, steps: int) -> float:

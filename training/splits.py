@@ -28,8 +28,8 @@ def split(samples: Sequence[Picture], *, validation: float, test: float, seed: i
     samples
         The images.
     validation, test
-        Shares of the images that these parts should have; groups are whole, so the nearest
-        possible number is taken. Validation has one group at least.
+        Shares of the images for these parts; the nearest number that whole groups allow is taken,
+        and one group at least for validation.
     seed
         Another seed is another split.
 
@@ -44,8 +44,8 @@ def split(samples: Sequence[Picture], *, validation: float, test: float, seed: i
     message = f"{_amount(samples)} are too few for validation={validation}, test={test}: set smaller shares"
     if test > 0 and not n_test:
         raise DataError(message)
-    test_part, rest = _taken(shuffled, n_test) if n_test else ([], shuffled)
-    validation_part, train_part = _taken(rest, max(1, round(validation * count)))
+    test_part, rest = _take(shuffled, n_test) if n_test else ([], shuffled)
+    validation_part, train_part = _take(rest, max(1, round(validation * count)))
     if not train_part:
         raise DataError(message)
     return Split(*(_indices(part) for part in (train_part, validation_part, test_part)))
@@ -81,13 +81,13 @@ def fold(samples: Sequence[Picture], *, folds: int, fold: int, validation: float
             f"fold={fold}: the {folds} folds are numbered 0 to {folds - 1}: set schedule.fold to one of them"
         )
     shuffled = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
-    sizes, place = [0] * folds, {}
+    sizes, fold_of = [0] * folds, {}
     for i in sorted(range(len(shuffled)), key=lambda i: -len(shuffled[i])):
-        place[i] = sizes.index(min(sizes))
-        sizes[place[i]] += len(shuffled[i])
-    test_part = [group for i, group in enumerate(shuffled) if place[i] == fold]
-    rest = [group for i, group in enumerate(shuffled) if place[i] != fold]
-    validation_part, train_part = _taken(rest, max(1, round(validation * len(samples))))
+        fold_of[i] = sizes.index(min(sizes))
+        sizes[fold_of[i]] += len(shuffled[i])
+    test_part = [group for i, group in enumerate(shuffled) if fold_of[i] == fold]
+    rest = [group for i, group in enumerate(shuffled) if fold_of[i] != fold]
+    validation_part, train_part = _take(rest, max(1, round(validation * len(samples))))
     if not train_part:
         raise DataError(
             f"{_amount(samples)} in {folds} folds with validation={validation} leave nothing to "
@@ -117,8 +117,8 @@ def keep_labels(samples: Sequence[Picture], *, share: float, seed: int, by: str 
     """
     groups = [[i] for i in range(len(samples))] if by == "image" else _groups(samples)
     shuffled = [groups[i] for i in np.random.default_rng(seed).permutation(len(groups))]
-    kept, others = _taken(shuffled, round(share * len(samples)))
-    if not others:
+    kept, unlabelled = _take(shuffled, round(share * len(samples)))
+    if not unlabelled:
         raise DataError(
             f"labelled={share}: of {_amount(samples)} to train on none is left without labels; "
             "use a smaller share, or 1"
@@ -128,18 +128,18 @@ def keep_labels(samples: Sequence[Picture], *, share: float, seed: int, by: str 
 
 def _groups(samples: Sequence[Picture]) -> list[list[int]]:
     """Return the indices of the samples of each group, in the order in which the groups appear."""
-    found: dict[str, list[int]] = {}
+    groups: dict[str, list[int]] = {}
     for i, sample in enumerate(samples):
-        found.setdefault(sample.group, []).append(i)
-    return list(found.values())
+        groups.setdefault(sample.group, []).append(i)
+    return list(groups.values())
 
 
-def _taken(groups: list[list[int]], wanted: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Take the first groups, one at least, that have the number of images nearest to ``wanted``."""
+def _take(groups: list[list[int]], images: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Take the first groups, one at least, that have the number of images nearest to ``images``."""
     if not groups:
         return [], []
     total = np.cumsum([len(group) for group in groups])
-    end = 1 + int(np.abs(total - wanted).argmin())
+    end = 1 + int(np.abs(total - images).argmin())
     return groups[:end], groups[end:]
 
 

@@ -1,4 +1,4 @@
-"""Synthetic training sets, deterministic by seed: what a method must be able to learn.
+"""Synthetic data sets, deterministic by seed, each with a task that a method must be able to learn.
 
 They serve tests; results are reported on real data.
 """
@@ -21,10 +21,9 @@ BLUR_PX, NOISE = 0.9, 8.0  # of the target
 
 
 def textures(count: int, test: int, *, side_px: int = 128, seed: int = 0) -> DataSet:
-    """Tissue of three textures: stripes at two angles, and blobs, in regions of random brightness.
+    """Make tissue of three textures: stripes at two angles, and blobs, in regions of random brightness.
 
-    Brightness says nothing of the class, so that a network has to see the texture (methods.md
-    1.10.2).
+    Brightness does not depend on the class, so that a network has to learn the texture.
 
     Parameters
     ----------
@@ -42,10 +41,10 @@ def textures(count: int, test: int, *, side_px: int = 128, seed: int = 0) -> Dat
 
 
 def nuclei_pair(count: int, target: int, test: int, *, side_px: int = 64, seed: int = 0) -> DataSet:
-    """Dark nuclei on pale textured ground, and the same of another laboratory (methods.md 2.11.3).
+    """Make dark nuclei on pale textured ground, and a target domain as of another laboratory.
 
-    The target's images are those of the source with the hue turned, 0.6 of the contrast, a blur,
-    noise, and smaller nuclei. The pool's pictures keep their labels, which training leaves out, so
+    The target's images are drawn as the source's, with the hue turned, 0.6 of the contrast, a blur,
+    noise, and smaller nuclei. The pool's images keep their labels, which training leaves out, so
     that they may serve as the data of an oracle.
 
     Parameters
@@ -59,10 +58,10 @@ def nuclei_pair(count: int, target: int, test: int, *, side_px: int = 64, seed: 
     """
     rng = np.random.default_rng(seed)
     source = tuple(_nuclei(f"source {i}", side_px, rng, other=False) for i in range(count))
-    there = tuple(_nuclei(f"target {i}", side_px, rng, other=True) for i in range(target + test))
+    other = tuple(_nuclei(f"target {i}", side_px, rng, other=True) for i in range(target + test))
     classes = (("ground", GROUND_COLOR), ("nucleus", NUCLEUS_COLOR))
-    pools = {"target": there[:target]}
-    return DataSet("nuclei pair", classes, None, source, test=there[target:], pools=pools)
+    pools = {"target": other[:target]}
+    return DataSet("nuclei pair", classes, None, source, test=other[target:], pools=pools)
 
 
 def _nuclei(name: str, side: int, rng: np.random.Generator, *, other: bool) -> StoredSample:
@@ -93,7 +92,7 @@ def _nuclei(name: str, side: int, rng: np.random.Generator, *, other: bool) -> S
 
 
 def _of_another_laboratory(pixels: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:
-    """Turn the hue about the grey axis, then take contrast, focus and cleanness away."""
+    """Turn the hue about the grey axis, lower the contrast, blur, and add noise."""
     c, s = np.cos(HUE_TURN), np.sin(HUE_TURN) / np.sqrt(3)
     third = (1 - c) / 3
     turn = np.array(
@@ -149,17 +148,17 @@ EM_TARGET_BLUR_PX = 0.8
 
 
 def em_pair(count: int, test: int, *, side_px: int = 96, seed: int = 0) -> DataSet:
-    """Electron micrographs of mitochondria, and the same of another microscope (methods.md 5.10.2).
+    """Make electron micrographs of mitochondria, and a target domain as of another microscope.
 
     Ellipses with a dark rim and dark cristae in grey texture with membranes. In the target the
-    contrast curve is inverted in the dark half, so that rims and cristae are brighter than what is
-    between them; contrast is lower, and there are blur and noise.
+    contrast curve is inverted in the dark half, so that rims and cristae are brighter than the rest
+    of the organelle; contrast is lower, and there are blur and noise.
 
     Parameters
     ----------
     count, test
         Source images to train on and as many of the target, in the pool "target"; target images to
-        test on. The pool's pictures have labels too, so that they serve an oracle.
+        test on. The pool's images have labels too, so that they serve an oracle.
     side_px
         Height and width of each.
     seed
@@ -182,11 +181,11 @@ def _micrograph(name: str, side: int, rng: np.random.Generator, *, target: bool)
     if target:
         falling = EM_INVERTED - brightness
         curved = np.where(brightness < EM_TURN, falling, brightness)
-        seen = 90 + EM_TARGET_GAIN * gaussian_filter(curved, EM_TARGET_BLUR_PX)
-        seen += rng.normal(0, EM_TARGET_NOISE, labels.shape)
+        grey = 90 + EM_TARGET_GAIN * gaussian_filter(curved, EM_TARGET_BLUR_PX)
+        grey += rng.normal(0, EM_TARGET_NOISE, labels.shape)
     else:
-        seen = 30 + EM_GAIN * brightness + rng.normal(0, EM_NOISE, labels.shape)
-    image: NDArray[np.uint8] = np.clip(seen, 0, 255).astype(np.uint8)[..., None]
+        grey = 30 + EM_GAIN * brightness + rng.normal(0, EM_NOISE, labels.shape)
+    image: NDArray[np.uint8] = np.clip(grey, 0, 255).astype(np.uint8)[..., None]
     return StoredSample(name, name, image, labels)
 
 
@@ -224,11 +223,11 @@ CUE_PX = 4
 
 
 def long_range_cue(count: int, test: int, *, side_px: int = 128, seed: int = 0) -> DataSet:
-    """Striped discs whose class is told by a patch of 4 px at the other side (methods.md 3.13.2).
+    """Make striped discs whose class a patch of 4 px at the other side of the image shows.
 
     The disc lies on the right and looks the same in both classes; the patch is at the left border,
-    red for "warm" and blue for "cold". A network that does not see half of the image can know the
-    disc and not its class, so that it has half of the discs right. Classes take turns.
+    red for "warm" and blue for "cold". A network whose receptive field is less than half of the
+    image finds the disc and guesses its class. Classes alternate.
 
     Parameters
     ----------
@@ -265,10 +264,9 @@ REGION_SHARE = (0.35, 0.65)  # of the image that is gland
 
 
 def colored_regions(count: int, test: int, *, side_px: int = 64, seed: int = 0) -> DataSet:
-    """Two tissues in smooth regions, each of its own colour and grain (methods.md 3.13.3).
+    """Make two tissues in smooth regions: pale stroma with fine grain, dark gland with coarse grain.
 
-    What a generator has to paint from the labels: pale stroma with fine grain, dark gland with
-    coarse grain.
+    They are what a generator has to paint from the labels.
 
     Parameters
     ----------

@@ -44,7 +44,6 @@ from histostream.training import checkpoint, datasets, methods, synthetic
 from histostream.training.data import DataSet, Sample, StoredPicture
 from histostream.training.methods.pyramid_gan import sample
 from histostream.training.methods.translation import method as translation
-from histostream.training.metrics import SoftDice
 from histostream.training.recipe import read_recipe
 
 PYRAMID, TRANSLATION = "pyramid_gan", "translation"
@@ -285,19 +284,20 @@ def digit_scores(run: Path, samples: Sequence[Sample]) -> Plain:
     said = checkpoint.read(folder)
     state = translation.build(config_of(folder, said), len(said.classes), said.channels)
     checkpoint.load(folder, state)
-    dice = SoftDice(2, smooth=1.0)
+    both, either = 0.0, 0.0
     sums, counts = np.zeros(2), np.zeros(2)
     for one in samples:
         image = _nchw(one.image)
-        p = translation.probabilities(state, image).numpy().astype(np.float64)
-        dice.add(np.concatenate([1 - p, p], axis=1), one.labels[None])
+        p = translation.probabilities(state, image)[0, 0].numpy().astype(np.float64)
+        both += p[one.labels == 1].sum()
+        either += p.sum() + (one.labels == 1).sum()
         if state.config.objective == "translation":
             # Grey 127.5 is no residual.
             off = np.abs(translation.paint(state, image)["residual"][0, 0].numpy() - 127.5)
             for k in (0, 1):
                 sums[k] += off[one.labels == k].sum()
                 counts[k] += (one.labels == k).sum()
-    found: Plain = {"soft_dice": round(float(dice.dice()[1]), 5)}
+    found: Plain = {"soft_dice": round(float((2 * both + 1) / (either + 1)), 5)}
     if counts.all():
         found["residual"] = round(float((sums[1] / counts[1]) / (sums[0] / counts[0])), 2)
     return found

@@ -97,10 +97,10 @@ def nuclei_encoder(folder: Path = SHIPPED_WEIGHTS) -> Extractor:
     ValueError
         If it is of another method, or of grey images.
     """
-    said = checkpoint.read(folder)
-    if said.method != "imems" or said.channels != 3:
-        raise ValueError(f"{folder}: {said.method!r} of {said.channels} channels; give an 'imems' of 3")
-    state = imems.build(imems.Config(**said.config), len(said.classes), said.channels)
+    header = checkpoint.read(folder)
+    if header.method != "imems" or header.channels != 3:
+        raise ValueError(f"{folder}: {header.method!r} of {header.channels} channels; give an 'imems' of 3")
+    state = imems.build(imems.Config(**header.config), len(header.classes), header.channels)
     checkpoint.load(folder, state)
     generator = state.modules["generator"]
     digest = hashlib.sha256((folder / "checkpoint.safetensors").read_bytes()).hexdigest()
@@ -112,7 +112,10 @@ def nuclei_encoder(folder: Path = SHIPPED_WEIGHTS) -> Extractor:
 def frechet_inception_distance(
     real: Iterable[Tensor], generated: Iterable[Tensor], extractor: Extractor
 ) -> FrechetScore:
-    """FID: Fréchet distance between the features of two sets of images.
+    """FID: Fréchet distance between the features of two sets of images, each taken as a Gaussian.
+
+    ``|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))``, with means m and unbiased covariances C, in
+    float64.
 
     Parameters
     ----------
@@ -130,46 +133,17 @@ def frechet_inception_distance(
 
     device = next((p.device for p in extractor.parameters()), torch.device("cpu"))
     metric = FrechetInceptionDistance(feature=extractor).to(device)
-    seen = {}
+    counts = {}
     for is_real, batches in ((True, real), (False, generated)):
-        seen[is_real] = 0
+        counts[is_real] = 0
         for batch in batches:
             metric.update(batch.to(device), real=is_real)
-            seen[is_real] += len(batch)
-    if min(seen.values()) < 2:
-        raise ValueError(f"{seen[True]} real and {seen[False]} generated images: 2 of each needed")
+            counts[is_real] += len(batch)
+    if min(counts.values()) < 2:
+        raise ValueError(f"{counts[True]} real and {counts[False]} generated images: 2 of each needed")
     # torchmetrics' square root of a rank-deficient covariance may leave -1e-6 of the trace.
     distance = max(0.0, float(metric.compute()))
-    return FrechetScore(distance, extractor.name, seen[True], seen[False])
-
-
-def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
-    """Squared Fréchet distance of two sets of features, each taken as a Gaussian.
-
-    ``|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))``, with means m and unbiased covariances C;
-    by the same code as `frechet_inception_distance`, in float64.
-
-    Parameters
-    ----------
-    features_a, features_b
-        (N, D) and (M, D); N and M at least 2.
-
-    Raises
-    ------
-    ValueError
-        If the shapes are others.
-    """
-    a, b = features_a, features_b
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise ValueError(
-            f"features are {tuple(a.shape)} and {tuple(b.shape)}: give (N, D) and (M, D), N and M at least 2"
-        )
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
-    metric = FrechetInceptionDistance(feature=_Given(a.shape[1])).to(a.device)
-    metric.update(a.to(torch.float64), real=True)
-    metric.update(b.to(torch.float64), real=False)
-    return max(0.0, float(metric.compute()))
+    return FrechetScore(distance, extractor.name, counts[True], counts[False])
 
 
 def ms_ssim(images_a: Tensor, images_b: Tensor) -> Tensor:
@@ -236,17 +210,6 @@ def ms_ssim_among(samples: Tensor) -> float:
     # one pair at a time, for the maps of 45 pairs of 512 px images are gigabytes
     scores = [float(ms_ssim(samples[i : i + 1], samples[j : j + 1])) for i, j in pairs]
     return sum(scores) / len(scores)
-
-
-class _Given(nn.Module):
-    """What torchmetrics takes for an extractor where the features are there already."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features
 
 
 class _PooledEncoder(nn.Module):

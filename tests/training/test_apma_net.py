@@ -411,9 +411,9 @@ def test_a_crop_of_another_size_is_named(batch: Batch) -> None:
         ({"feat_disc": "vgg"}, "feat_disc='vgg'"),
         ({"adapt_features": "mmd"}, "'mmd'"),
         ({"source_only_steps": 2.0}, "source_only_steps=2.0"),
-        ({"lambda_rec": -1.0}, "negative"),
+        ({"lambda_rec": -1.0}, "use 0 or more"),
         ({"feat_disc": "ganin", "feat_crop": 100}, "feat_crop=100: use a multiple of 32"),
-        ({"base_width": 0}, "at least 1"),
+        ({"base_width": 0}, "use 1 or more"),
     ],
 )
 def test_settings_that_cannot_be_are_named(more: dict[str, Any], said: str) -> None:

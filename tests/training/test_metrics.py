@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from histostream.training.metrics import Confusion, PerImage, SoftDice
+from histostream.training.metrics import Confusion, PerImage
 
 
 def random_maps(classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -127,7 +127,7 @@ def test_labels_that_are_no_class_are_refused(predicted: Any, truth: Any, messag
 
 
 @pytest.mark.parametrize("classes", [0, 256])
-@pytest.mark.parametrize("kind", [Confusion, PerImage, SoftDice])
+@pytest.mark.parametrize("kind", [Confusion, PerImage])
 def test_the_number_of_classes_is_1_to_255(kind: Any, classes: int) -> None:
     with pytest.raises(ValueError, match=f"{classes} classes"):
         kind(classes)
@@ -151,81 +151,3 @@ def test_per_image_scores_of_no_image_are_nan() -> None:
     for reduction in ("pooled", "per_image_mean"):
         assert np.isnan(PerImage(3).reduce(Confusion.accuracy, reduction))
         assert np.isnan(PerImage(3).reduce(Confusion.dice, reduction)).tolist() == [True] * 3
-
-
-def pair_of(p: np.ndarray) -> np.ndarray:
-    """Return the probabilities (N, 2, H, W) of a sigmoid output (N, H, W)."""
-    return np.stack([1 - p, p], axis=1)
-
-
-def test_soft_dice_counted_by_hand_is_pooled_over_images() -> None:
-    soft = SoftDice(2)
-    soft.add(pair_of(np.array([[[0.5, 1.0]]])), np.array([[[1, 0]]]))
-    soft.add(pair_of(np.array([[[0.25]]])), np.array([[[1]]]))
-    assert soft.dice()[1] == pytest.approx(2 * (0.5 + 0.25) / (1.75 + 2))
-    assert soft.dice()[0] == pytest.approx(2 * 0 / (1.25 + 1))
-    assert soft.mean_dice() == pytest.approx((2 * 0.75 / 3.75 + 0) / 2)
-    smooth = SoftDice(2, smooth=1)
-    smooth.add(pair_of(np.array([[[0.5, 1.0]]])), np.array([[[1, 0]]]))
-    assert smooth.dice()[1] == pytest.approx((2 * 0.5 + 1) / (1.5 + 1 + 1))
-
-
-def test_soft_dice_of_hard_labels_is_dice() -> None:
-    predicted, truth = random_maps(3, 5)
-    one_hot = np.moveaxis(np.eye(3)[predicted], -1, 0)[None]
-    soft = SoftDice(3)
-    soft.add(one_hot, truth[None])
-    np.testing.assert_allclose(soft.dice(), counted(predicted, truth, 3).dice(), rtol=1e-12)
-
-
-def test_soft_dice_of_parts_adds_up_and_leaves_out_what_nobody_annotated() -> None:
-    rng = np.random.default_rng(0)
-    p, truth = pair_of(rng.random((2, 5, 6))), rng.integers(0, 2, (2, 5, 6))
-    whole, merged, other, masked = (SoftDice(2) for _ in range(4))
-    whole.add(p, truth)
-    merged.add(p[:1], truth[:1])
-    other.add(p[1:], truth[1:])
-    merged += other
-    np.testing.assert_allclose(merged.dice(), whole.dice(), rtol=1e-12)
-    truth[1] = 255
-    masked.add(p, truth)
-    other = SoftDice(2)
-    other.add(p[:1], truth[:1])
-    np.testing.assert_allclose(masked.dice(), other.dice(), rtol=1e-12)
-    with pytest.raises(ValueError, match="smooth=1"):
-        merged += SoftDice(2, smooth=1)
-
-
-def test_soft_dice_sums_half_precision_without_loss() -> None:
-    p = np.full((1, 1, 300, 300), 0.1, np.float16)  # a float16 sum would stop at 256
-    soft = SoftDice(1)
-    soft.add(p, np.zeros((1, 300, 300), np.uint8))
-    value = float(p[0, 0, 0, 0])
-    assert soft.dice()[0] == pytest.approx(2 * value / (value + 1), rel=1e-9)
-
-
-def test_soft_dice_of_an_absent_class_is_nan() -> None:
-    soft = SoftDice(3)
-    soft.add(np.array([0.5, 0.5, 0]).reshape(1, 3, 1, 1), np.zeros((1, 1, 1), np.int64))
-    assert np.isnan(soft.dice()).tolist() == [False, False, True]
-    assert soft.mean_dice() == pytest.approx((2 * 0.5 / 1.5 + 0) / 2)
-
-
-@pytest.mark.parametrize(
-    ("probabilities", "truth", "message"),
-    [
-        (np.full((1, 2, 1, 1), 3.0), np.zeros((1, 1, 1), int), "softmax or sigmoid first"),
-        (np.full((1, 2, 1, 1), np.nan), np.zeros((1, 1, 1), int), "softmax or sigmoid first"),
-        (np.ones((1, 2, 1, 1), np.uint8), np.zeros((1, 1, 1), int), "uint8: give floats"),
-        (np.ones((1, 1, 1, 1)), np.zeros((1, 1, 1), int), r"give \(N, 2, H, W\)"),
-        (np.ones((1, 2, 1, 1)), np.full((1, 1, 1), 2), "truth has label 2"),
-    ],
-)
-def test_what_is_no_probability_or_label_is_refused(probabilities: np.ndarray, truth: np.ndarray, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        SoftDice(2).add(probabilities, truth)
-
-
-def test_soft_dice_refuses_a_negative_smoothing() -> None:
-    with pytest.raises(ValueError, match="smooth=-1"):
-        SoftDice(2, smooth=-1)

@@ -410,7 +410,7 @@ def test_a_loss_that_is_no_number_stops_the_run(found: DataSet, tmp_path: Path) 
     def step(state: State, batch: Any) -> dict[str, torch.Tensor]:
         return {"l1": torch.tensor(float("nan") if batch.step == 2 else 1.0)}
 
-    with pytest.raises(TrainError, match="step 3: a loss is no number"):
+    with pytest.raises(TrainError, match="step 3: a loss is not finite"):
         loop.train(recipe(), method_that(step), found, tmp_path)
 
 

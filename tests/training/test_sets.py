@@ -198,7 +198,9 @@ def test_the_documented_file_is_read(root: Path) -> None:
     found = open_dataset(str(root))
     assert (found.name, found.mpp, len(found.train), len(found.test)) == ("my-glands", 0.5, 16, 8)
     assert {s.group for s in found.test} == {"P08", "P09"}
-    assert {name: f"`{name}`" in text for name in datasets.names()} == dict.fromkeys(datasets.names(), True)
+    assert {name: f"`{name}`" in text for name in datasets.DATASETS.names()} == dict.fromkeys(
+        datasets.DATASETS.names(), True
+    )
 
 
 # ----------------------------------------------------------------------------- what is refused
@@ -399,7 +401,7 @@ def test_three_classes_need_more_than_objects(tmp_path: Path) -> None:
 
 
 def test_the_folder_is_the_registry() -> None:
-    assert datasets.names() == ["brats", "dsb2018", "epfl", "glas", "mnist", "monuseg", "tnbc", "vnc"]
+    assert datasets.DATASETS.names() == ["brats", "dsb2018", "epfl", "glas", "mnist", "monuseg", "tnbc", "vnc"]
 
 
 def patient(folder: Path, seed: int) -> None:
@@ -458,7 +460,7 @@ def test_volumes_become_half_slices_with_and_without_the_tumour(tmp_path: Path) 
     ("text", "words"),
     [
         ("glass:{0}", "no data set is called 'glass': did you mean 'glas'"),
-        ("zzz:{0}", "known sets: brats, dsb2018, epfl"),
+        ("zzz:{0}", "known: brats, dsb2018, epfl"),
         ("glas:{0}/nowhere", "nowhere: there is no such folder"),
         ("{0}/nowhere", "nowhere: there is no such folder"),
         ("C:\\data\\mine", "there is no such folder"),
@@ -474,7 +476,7 @@ def test_volumes_become_half_slices_with_and_without_the_tumour(tmp_path: Path) 
         ("brats:{0}?sequences=flair,t2", "sequences='flair,t2': give one or three of flair, t1ce"),
         ("brats:{0}?sequences=t2,t2,t2", "give one or three of"),
         ("brats:{0}?labelled=0", "labelled=0.0"),
-        ("brats:{0}", "no patient to train on in HGG or LGG of it"),
+        ("brats:{0}", "no patient to train on in its HGG or LGG"),
         ("tnbc:{0}", "no folder 'images' in it"),
         ("glas:{0}", "no train_1, train_2"),
         ("vnc:{0}", "no folder 'raw' in it"),
@@ -1024,7 +1026,7 @@ def test_a_slide_is_a_pool(wsi_slides: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("notes.txt", "no image or slide that is known"),
+        ("notes.txt", "not an image or slide"),
         ("none", "there is no such folder"),
         ("empty", "no folder 'images'"),
     ],

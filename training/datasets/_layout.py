@@ -1,10 +1,11 @@
-"""``dataset.toml``: what a folder of images cannot say of itself."""
+"""``dataset.toml``: classes, resolution, groups and parts of a folder of images."""
 
 from __future__ import annotations
 
 import re
+import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from histostream.training.data import Classes, DataError, listed
 
 FILE = "dataset.toml"
-TILE_PX = 512  # of slides, where the file does not say
+TILE_PX = 512  # of slides, by default
 COLORS = ((255, 255, 255), (230, 75, 53), (77, 187, 213), (0, 160, 135), (243, 155, 127), (60, 84, 136))
 KEYS = ("name", "mpp", "slide_mpp", "tile_px", "group", "parts", "classes", "splits")
 CLASS_KEYS = ("name", "color", "value")
@@ -21,7 +22,7 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What ``dataset.toml`` says, or would say if it were there.
+    """Contents of ``dataset.toml``, or their defaults.
 
     Attributes
     ----------
@@ -32,11 +33,11 @@ class Layout:
     mpp
         Micrometres per pixel of the images, at which slides are read too; None if not known.
     slide_mpp
-        Of level 0 of all slides, where their files do not say or are wrong.
+        Of level 0 of all slides, where their files have none or a wrong one.
     tile_px
         Side of the tiles that slides are cut into.
     group
-        Finds the group in the stem of a file name, as its first group; None: each file is one.
+        Its first group finds the image's group in the stem of a file name; None: each file is one.
     parts
         (rows, columns) that each image is cut into.
     classes, values
@@ -67,12 +68,12 @@ class Layout:
         """
         if self.group is None:
             return stem
-        found = self.group.search(stem)
-        if not found or found[1] is None:
+        match = self.group.search(stem)
+        if not match or match[1] is None:
             raise DataError(
                 f"{self.file}: group={self.group.pattern!r} does not match {stem!r}; change it, or rename the file"
             )
-        return str(found[1])
+        return str(match[1])
 
 
 def read_layout(folder: Path) -> Layout:
@@ -87,22 +88,22 @@ def read_layout(folder: Path) -> Layout:
     if not file.is_file():
         return Layout(file, folder.resolve().name)
     try:
-        found = tomllib.loads(file.read_text(encoding="utf-8"))
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: not a TOML file ({error}); mend it") from error
-    _refuse_unknown(file, found, KEYS, "")
-    classes, values = _classes(file, found.get("classes", []))
+        raise DataError(f"{file}: not a TOML file ({error}); correct it") from error
+    _refuse_unknown(file, table, KEYS, "")
+    classes, values = _classes(file, table.get("classes", []))
     return Layout(
         file,
-        name=_text(file, "name", found.get("name", folder.resolve().name)),
-        mpp=_positive(file, "mpp", found.get("mpp")),
-        slide_mpp=_positive(file, "slide_mpp", found.get("slide_mpp")),
-        tile_px=_whole(file, "tile_px", found.get("tile_px", TILE_PX), least=32),
-        group=_pattern(file, found.get("group")),
-        parts=_parts(file, found.get("parts", [1, 1])),
+        name=_checked(file, "name", table.get("name", folder.resolve().name), _is_text, "a text"),
+        mpp=_positive(file, "mpp", table.get("mpp")),
+        slide_mpp=_positive(file, "slide_mpp", table.get("slide_mpp")),
+        tile_px=_checked(file, "tile_px", table.get("tile_px", TILE_PX), _is_whole(32), "a whole number from 32"),
+        group=_pattern(file, table.get("group")),
+        parts=_parts(file, table.get("parts", [1, 1])),
         classes=classes,
         values=values,
-        splits=_splits(file, found.get("splits", {})),
+        splits=_splits(file, table.get("splits", {})),
     )
 
 
@@ -116,21 +117,15 @@ def _classes(file: Path, tables: Any) -> tuple[Classes, tuple[int, ...]]:
         _refuse_unknown(file, table, CLASS_KEYS, "classes.")
         if "name" not in table:
             raise DataError(f"{file}: class number {i} has no name")
-        names.append(_text(file, "classes.name", table["name"]))
-        colors.append(_color(file, table.get("color", list(COLORS[i % len(COLORS)]))))
-        values.append(_whole(file, "classes.value", table.get("value", i), least=0))
-    for what, given in (("name", names), ("value", values)):
-        if len(set(given)) < len(given):
-            raise DataError(f"{file}: two classes have the same {what}: {listed(given)}; change one")
+        names.append(_checked(file, "classes.name", table["name"], _is_text, "a text"))
+        color = table.get("color", list(COLORS[i % len(COLORS)]))
+        _checked(file, "classes.color", color, _is_list(3, range(256)), "[red, green, blue], 0 to 255")
+        colors.append((color[0], color[1], color[2]))
+        values.append(_checked(file, "classes.value", table.get("value", i), _is_whole(0), "a whole number from 0"))
+    for key, entries in (("name", names), ("value", values)):
+        if len(set(entries)) < len(entries):
+            raise DataError(f"{file}: two classes have the same {key}: {listed(entries)}; change one")
     return tuple(zip(names, colors, strict=True)), tuple(values)
-
-
-def _color(file: Path, value: Any) -> tuple[int, int, int]:
-    fits = isinstance(value, list) and len(value) == 3
-    if not fits or not all(type(v) is int and 0 <= v <= 255 for v in value):
-        raise DataError(f"{file}: classes.color={value!r}: expected [red, green, blue], 0 to 255")
-    red, green, blue = value
-    return red, green, blue
 
 
 def _splits(file: Path, tables: Any) -> dict[str, tuple[str, ...]]:
@@ -144,9 +139,7 @@ def _splits(file: Path, tables: Any) -> dict[str, tuple[str, ...]]:
 
 
 def _parts(file: Path, value: Any) -> tuple[int, int]:
-    fits = isinstance(value, list) and len(value) == 2
-    if not fits or not all(type(v) is int and v > 0 for v in value):
-        raise DataError(f"{file}: parts={value!r}: expected [rows, columns]")
+    _checked(file, "parts", value, _is_list(2, range(1, sys.maxsize)), "[rows, columns]")
     return value[0], value[1]
 
 
@@ -154,36 +147,44 @@ def _pattern(file: Path, value: Any) -> re.Pattern[str] | None:
     if value is None:
         return None
     try:
-        pattern = re.compile(_text(file, "group", value))
+        pattern = re.compile(_checked(file, "group", value, _is_text, "a text"))
     except re.error as error:
-        raise DataError(f"{file}: group={value!r} is no regular expression ({error}); mend it") from error
+        raise DataError(f"{file}: group={value!r} is no regular expression ({error}); correct it") from error
     if not pattern.groups:
         raise DataError(f"{file}: group={value!r}: put the group's name in parentheses")
     return pattern
 
 
-def _text(file: Path, key: str, value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise DataError(f"{file}: {key}={value!r}: expected a text")
-    return value
-
-
 def _positive(file: Path, key: str, value: Any) -> float | None:
     if value is None:
         return None
-    if type(value) not in (int, float) or not value > 0:
-        raise DataError(f"{file}: {key}={value!r}: expected a positive number")
-    return float(value)
+    return float(_checked(file, key, value, lambda v: type(v) in (int, float) and v > 0, "a positive number"))
 
 
-def _whole(file: Path, key: str, value: Any, *, least: int) -> int:
-    if type(value) is not int or value < least:
-        raise DataError(f"{file}: {key}={value!r}: expected a whole number from {least}")
+def _checked(file: Path, key: str, value: Any, is_valid: Callable[[Any], bool], expected: str) -> Any:
+    """Return a value of the file, or raise DataError."""
+    if not is_valid(value):
+        raise DataError(f"{file}: {key}={value!r}: expected {expected}")
     return value
 
 
-def _refuse_unknown(file: Path, table: dict[str, Any], known: tuple[str, ...], at: str) -> None:
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _is_whole(least: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and value >= least
+
+
+def _is_list(length: int, allowed: range) -> Callable[[Any], bool]:
+    def check(value: Any) -> bool:
+        return isinstance(value, list) and len(value) == length and all(type(v) is int and v in allowed for v in value)
+
+    return check
+
+
+def _refuse_unknown(file: Path, table: dict[str, Any], known: tuple[str, ...], prefix: str) -> None:
     unknown = [key for key in table if key not in known]
     if unknown:
-        names = ", ".join(repr(at + key) for key in unknown)
+        names = ", ".join(repr(prefix + key) for key in unknown)
         raise DataError(f"{file}: unknown key {names}; known: {', '.join(known)}")

@@ -1,7 +1,7 @@
-"""Training straight from slides: the tiles of `wsi.grid`, read when they are asked for.
+"""Training from slides: their tiles, read at each access.
 
-Tiles lie and are read as in inference, so a network sees in training what it will see later.
-Labels are polygons; a pixel has the class of the smallest polygon that its centre lies in.
+Tiles are placed and read as in inference. Labels are polygons; a pixel has the class of the
+smallest polygon that its centre lies in.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from histostream.wsi.slides.resolution import MAX_MPP, MAX_UPSAMPLING, MIN_MPP, 
 from histostream.wsi.tiling.grid import TileGrid
 from histostream.wsi.tiling.tissue import Polygon, find_tissue, read_polygons
 
-ROI = "roi"  # the name, in any case, of polygons that say what was annotated
+ROI = "roi"  # name, in any case, of polygons around what was annotated
 OPEN_SLIDES = 32  # files held open at once
 CACHED_TILES = 64  # 50 MiB of tiles of 512 px
-IDENTITY_BYTES = 1 << 20  # at either end of a slide's file, that tell it from others
+IDENTITY_BYTES = 1 << 20  # at either end of a slide's file, for its identity
 TILE_WIDTH = 322  # TIFF tag; only tiled files have it
 
 
 def is_slide(path: Path) -> bool:
-    """Whether a file among pictures is a slide: by its suffix; a TIFF, if it is tiled."""
+    """Whether a file is a slide and no image: by its suffix; a TIFF, if it is tiled."""
     suffix = path.suffix.lower()
     if suffix not in (".tif", ".tiff"):
         return suffix in slide_suffixes()
@@ -57,11 +57,11 @@ def slide_files(folder: Path) -> list[Path]:
     DataError
         If two have the same stem.
     """
-    found = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".")]
     files = [
         p
-        for p in found
-        if (p.is_file() and p.suffix.lower() in slide_suffixes()) or (p.is_dir() and any(p.glob("*.dcm")))
+        for p in sorted(folder.iterdir())
+        if not p.name.startswith(".")
+        and ((p.is_file() and p.suffix.lower() in slide_suffixes()) or (p.is_dir() and any(p.glob("*.dcm"))))
     ]
     refuse_same_stems(files)
     return files
@@ -91,16 +91,15 @@ def read_annotated(paths: Sequence[Path], folder: Path, layout: Layout) -> list[
     """
     if not layout.classes:
         raise DataError(f"{layout.file}: slides need the names of the classes, as [[classes]]: add them")
-    drawn = label_files(paths, folder, (".geojson",))
     store = OpenSlides()
-    pairs = zip(paths, drawn, strict=True)
-    found = collect(lambda p: _samples(_Slide.open(p[0], layout, store), *p, layout), pairs)
-    if not any(samples[0].has_objects for samples in found):
+    pairs = zip(paths, label_files(paths, folder, (".geojson",)), strict=True)
+    slides = collect(lambda pair: _samples(_Slide.open(pair[0], layout, store), *pair, layout), pairs)
+    if not any(samples[0].has_objects for samples in slides):
         raise DataError(
             f"{folder}: no polygon of any class but {layout.classes[0][0]!r}: "
             "there is nothing to learn; check the classes of the annotations"
         )
-    return found
+    return slides
 
 
 def read_pictures(paths: Sequence[Path], layout: Layout) -> list[Picture]:
@@ -121,7 +120,7 @@ def read_pictures(paths: Sequence[Path], layout: Layout) -> list[Picture]:
 
 
 class OpenSlides:
-    """Slides that are open and tiles that were read lately; may be used by several threads."""
+    """Open slides and recently read tiles; may be used by several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -131,7 +130,7 @@ class OpenSlides:
 
     @contextmanager
     def reader(self, path: Path) -> Iterator[SlideReader]:
-        """Lend an open slide; it stays open while anyone has it."""
+        """Lend an open slide; it stays open while it is lent."""
         with self._lock:
             if path not in self._open:
                 self._open[path] = open_slide(path), [0]
@@ -146,7 +145,7 @@ class OpenSlides:
                 self._close_surplus()
 
     def tile(self, slide: _Slide, box: Box) -> NDArray[np.uint8]:
-        """Read a tile, or return it once more."""
+        """Return a tile, from the cache or the slide."""
         with self._lock:
             if (slide.path, box) in self._tiles:
                 self._tiles.move_to_end((slide.path, box))
@@ -168,19 +167,19 @@ class OpenSlides:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SlidePicture:
-    """A tile of a slide; its pixels are read whenever they are asked for."""
+    """A tile of a slide; its pixels are read at each access."""
 
     _slide: _Slide
     _box: Box
 
     @property
     def name(self) -> str:
-        """Slide and place, in pixels at the resolution of the set."""
+        """Slide and position, in pixels at the resolution of the data set."""
         return f"{self._slide.path.stem}_x{self._box.x}_y{self._box.y}"
 
     @property
     def group(self) -> str:
-        """The slide, or what ``dataset.toml`` makes of its name."""
+        """The slide's name, or its part that ``group`` of ``dataset.toml`` matches."""
         return self._slide.group
 
     @property
@@ -194,10 +193,10 @@ class SlidePicture:
         return self._slide.store.tile(self._slide, self._box)
 
     def digest(self) -> bytes:
-        """SHA-256 of the slide's identity, the resolution and the place."""
-        return hashlib.sha256(self._slide.identity + self._place()).digest()
+        """SHA-256 of the slide's identity, the resolution and the position."""
+        return hashlib.sha256(self._slide.identity + self._position()).digest()
 
-    def _place(self) -> bytes:
+    def _position(self) -> bytes:
         box = self._box
         return f"{self._slide.mpp:.9g} {box.x} {box.y} {box.width} {box.height}".encode()
 
@@ -206,12 +205,12 @@ class SlidePicture:
 class SlideSample(SlidePicture):
     """A tile of a slide with annotations."""
 
-    _drawn: _Drawn
+    _annotations: _Annotations
 
     @property
     def labels(self) -> NDArray[np.uint8]:
         """(H, W) uint8, class of each pixel."""
-        return self._drawn.labels(self._box)
+        return self._annotations.labels(self._box)
 
     @property
     def instances(self) -> NDArray[np.int32] | None:
@@ -225,18 +224,18 @@ class SlideSample(SlidePicture):
 
     @property
     def has_objects(self) -> bool:
-        """Whether anything on the whole slide is of another class than the first."""
-        return any(self._drawn.shapes.values)
+        """Whether any polygon of the slide is of another class than the first."""
+        return any(self._annotations.shapes.values)
 
     def digest(self) -> bytes:
-        """SHA-256 of the slide's and the annotations' identity, the resolution and the place."""
-        parts = self._slide.identity + self._drawn.identity + self._place()
+        """SHA-256 of the slide's and the annotations' identity, the resolution and the position."""
+        parts = self._slide.identity + self._annotations.identity + self._position()
         return hashlib.sha256(parts).digest()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Slide:
-    """One slide at the resolution of the set."""
+    """One slide at the resolution of the data set."""
 
     path: Path
     group: str
@@ -252,8 +251,8 @@ class _Slide:
         with store.reader(path) as reader:
             own = layout.slide_mpp or reader.mpp
             if own is None or not MIN_MPP <= own <= MAX_MPP:
-                said = "no resolution in the file" if own is None else f"{own:.4g} um per pixel"
-                raise DataError(f"{path}: {said}; add slide_mpp to {layout.file} (20x is usually 0.5, 40x 0.25)")
+                problem = "no resolution in the file" if own is None else f"{own:.4g} um per pixel"
+                raise DataError(f"{path}: {problem}; add slide_mpp to {layout.file} (20x is usually 0.5, 40x 0.25)")
             if own / layout.mpp > MAX_UPSAMPLING:
                 raise DataError(
                     f"{path}: it has {own:.4g} um per pixel, too coarse for mpp={layout.mpp:g} "
@@ -280,8 +279,8 @@ class _Slide:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Drawn:
-    """The polygons of one slide, in pixels at the resolution of the set."""
+class _Annotations:
+    """The polygons of one slide, in pixels at the resolution of the data set."""
 
     shapes: _Shapes
     regions: _Shapes  # of interest
@@ -290,17 +289,17 @@ class _Drawn:
     def labels(self, box: Box) -> NDArray[np.uint8]:
         """(H, W) uint8, class of each pixel of a box; later polygons lie on earlier ones."""
         labels = np.zeros((box.height, box.width), np.uint8)
-        for inside, place, label in self.shapes.within(box):
-            labels[place][inside] = label
+        for inside, window, label in self.shapes.within(box):
+            labels[window][inside] = label
         return labels
 
     def annotated(self, box: Box) -> Box | None:
-        """Return the part of a box that was annotated, None if there is no rectangle of it."""
+        """Return the annotated part of a box; None if it is no rectangle, or too small."""
         if not self.regions.polygons:
             return box
         known = np.zeros((box.height, box.width), bool)
-        for inside, place, _ in self.regions.within(box):
-            known[place] |= inside
+        for inside, window, _ in self.regions.within(box):
+            known[window] |= inside
         rows, columns = (np.flatnonzero(known.any(axis=axis)) for axis in (1, 0))
         if not len(rows) or not known[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all():
             return None
@@ -323,14 +322,14 @@ class _Shapes:
         object.__setattr__(self, "bounds", np.asarray(bounds, float).reshape(-1, 4))
 
     def within(self, box: Box) -> Iterator[tuple[NDArray[np.bool_], tuple[slice, slice], int]]:
-        """Yield of each polygon that touches a box: pixels inside, of which part of it, label."""
+        """Yield, for each polygon that touches a box: its pixels in a window of the box, the window, its label."""
         left, top, right, bottom = self.bounds.T
         touching = (left < box.right) & (right > box.x) & (top < box.bottom) & (bottom > box.y)
         for i in np.flatnonzero(touching):
             x0, y0 = (max(int(v), low) for v, low in ((left[i], box.x), (top[i], box.y)))
             x1, y1 = min(math.ceil(right[i]), box.right), min(math.ceil(bottom[i]), box.bottom)
-            place = slice(y0 - box.y, y1 - box.y), slice(x0 - box.x, x1 - box.x)
-            yield filled(self.polygons[i], Box(x0, y0, x1 - x0, y1 - y0)), place, self.values[i]
+            window = slice(y0 - box.y, y1 - box.y), slice(x0 - box.x, x1 - box.x)
+            yield filled(self.polygons[i], Box(x0, y0, x1 - x0, y1 - y0)), window, self.values[i]
 
 
 def filled(rings: Sequence[NDArray[np.float64]], box: Box) -> NDArray[np.bool_]:
@@ -368,35 +367,31 @@ def filled(rings: Sequence[NDArray[np.float64]], box: Box) -> NDArray[np.bool_]:
     return inside
 
 
-def _samples(slide: _Slide, path: Path, annotations: Path, layout: Layout) -> list[SlideSample]:
+def _samples(slide: _Slide, path: Path, annotation_file: Path, layout: Layout) -> list[SlideSample]:
     with slide.view() as view:
         downsample = view.downsample
-    drawn = _read_drawn(annotations, downsample, layout)
-    boxes = []
-    for tile in slide.tiles(layout.tile_px):
-        box = drawn.annotated(tile)
-        if box is not None:
-            boxes.append(box)
+    annotations = _read_annotations(annotation_file, downsample, layout)
+    boxes = [box for tile in slide.tiles(layout.tile_px) if (box := annotations.annotated(tile)) is not None]
     if not boxes:
         raise DataError(
-            f"{annotations}: no tile of {path.name} has tissue and lies in a region named ROI; "
+            f"{annotation_file}: no tile of {path.name} has tissue and lies in a region named ROI; "
             "draw rectangles, or make tile_px smaller"
         )
-    return [SlideSample(slide, box, drawn) for box in boxes]
+    return [SlideSample(slide, box, annotations) for box in boxes]
 
 
-def _read_drawn(path: Path, downsample: float, layout: Layout) -> _Drawn:
+def _read_annotations(path: Path, downsample: float, layout: Layout) -> _Annotations:
     polygons = read_polygons(path, downsample)
     known = {name: label for label, (name, _) in enumerate(layout.classes)}
     for name in sorted({p.name for p in polygons if p.name.lower() != ROI} - set(known)):
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}, ROI"
-        what = f"a polygon of class {name!r}" if name else "a polygon without a class"
-        raise DataError(f"{path}: {what}, which {layout.file.name} does not have: {hint}")
+        polygon = f"a polygon of class {name!r}" if name else "a polygon without a class"
+        raise DataError(f"{path}: {polygon}, which {layout.file.name} does not have: {hint}")
     polygons.sort(key=_area, reverse=True)
     classes = [p for p in polygons if p.name.lower() != ROI]
     regions = [p for p in polygons if p.name.lower() == ROI]
-    return _Drawn(
+    return _Annotations(
         _Shapes(tuple(p.rings for p in classes), tuple(known[p.name] for p in classes)),
         _Shapes(tuple(p.rings for p in regions), (1,) * len(regions)),
         hashlib.sha256(path.read_bytes() + repr(layout.classes).encode()).digest(),

@@ -6,8 +6,8 @@ Cut up as for the paper of image-to-image translation (003, section 4.2, and its
 axial slices, split into hemispheres of 240 x 120 pixels; those with a quarter of brain or more.
 Needs nibabel (extra ``nifti``).
 
-Not as there: images have 1 or 3 of the 4 sequences, because they are grey or RGB all the way to a
-bundle; and the bias field is not corrected (N4), which has to be done to the files.
+Unlike there, images have 1 or 3 of the 4 sequences, since HistoStream's images are grey or RGB; and
+the bias field is not corrected (N4), which has to be done to the files beforehand.
 """
 
 from __future__ import annotations
@@ -74,10 +74,10 @@ def read(path: Path, *, sequences: str = "flair,t1ce,t2", labelled: float = 0.01
         parts["test"] += order[first : first + second]
         parts["train"] += order[first + second :]
     if not parts["train"]:
-        raise DataError(f"{path}: no patient to train on in {' or '.join(GRADES)} of it; fetch the whole set")
+        raise DataError(f"{path}: no patient to train on in its {' or '.join(GRADES)}; fetch the whole set")
     read_part = {name: collect(lambda folder: _half_slices(folder, names), folders) for name, folders in parts.items()}
-    with_tumour = {n: [s for some, _ in v for s in some] for n, v in read_part.items()}
-    volumes = [some for some, _ in read_part["train"] if some]
+    with_tumour = {n: [s for present, _ in v for s in present] for n, v in read_part.items()}
+    volumes = [present for present, _ in read_part["train"] if present]
     chosen = rng.permutation(len(volumes))[: max(1, round(labelled * len(volumes)))]
     train = tuple(s for i in sorted(chosen) for s in volumes[i])
     return DataSet(
@@ -89,7 +89,7 @@ def read(path: Path, *, sequences: str = "flair,t1ce,t2", labelled: float = 0.01
         tuple(with_tumour["test"]),
         pools={
             "presence": tuple(StoredPicture(s.name, s.group, s.image) for s in with_tumour["train"]),
-            "absence": tuple(p for _, some in read_part["train"] for p in some),
+            "absence": tuple(p for _, absent in read_part["train"] for p in absent),
         },
     )
 
@@ -120,11 +120,11 @@ def _half_slices(folder: Path, sequences: Sequence[str]) -> tuple[list[StoredSam
                 continue
             # (x, y) as stored -> rows and columns.
             image = np.ascontiguousarray(images[xs, :, z].swapaxes(0, 1))
-            found = np.ascontiguousarray(tumour[xs, :, z].swapaxes(0, 1)).astype(np.uint8)
+            labels = np.ascontiguousarray(tumour[xs, :, z].swapaxes(0, 1)).astype(np.uint8)
             name = f"{folder.name}_{z:03d}_{side}"
-            if found.sum() > TUMOUR * inside.sum():
-                present.append(StoredSample(name, folder.name, image, found))
-            elif not found.any():
+            if labels.sum() > TUMOUR * inside.sum():
+                present.append(StoredSample(name, folder.name, image, labels))
+            elif not labels.any():
                 absent.append(StoredPicture(name, folder.name, image))
     return present, absent
 
@@ -144,8 +144,8 @@ def _volume(folder: Path, name: str) -> NDArray[np.float32]:
     if not files:
         raise DataError(f"{folder}: no {folder.name}_{name}{SUFFIXES[0]} in it; fetch the whole set")
     try:
-        found: Nifti1Image | Any = nibabel.load(files[0])
-        volume = np.asarray(found.dataobj, np.float32)
+        image: Nifti1Image | Any = nibabel.load(files[0])
+        volume = np.asarray(image.dataobj, np.float32)
     except (OSError, EOFError, ValueError, zlib.error, nibabel.filebasedimages.ImageFileError) as e:
         raise DataError(f"{files[0]}: cannot be read ({e}); fetch it again") from e
     if volume.ndim != 3 or not np.isfinite(volume).all():

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from histostream.training.data import DataSet
-from histostream.training.datasets._files import NUCLEI, one_of, read_objects
+from histostream.training.datasets._files import NUCLEI, check_option, read_object_folder
 
 
 def read(path: Path, *, kind: str = "brightfield") -> DataSet:
@@ -20,6 +20,6 @@ def read(path: Path, *, kind: str = "brightfield") -> DataSet:
     DataError
         If there is no such kind, or a file is missing or cannot be used.
     """
-    one_of("kind", kind, ("brightfield", "fluorescence"))
+    check_option("kind", kind, ("brightfield", "fluorescence"))
     folder = path / kind if (path / kind).is_dir() else path
-    return DataSet("dsb2018", NUCLEI, None, tuple(read_objects(folder)))
+    return DataSet("dsb2018", NUCLEI, None, tuple(read_object_folder(folder)))

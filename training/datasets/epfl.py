@@ -7,15 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from histostream.training.data import DataSet, StoredSample
-from histostream.training.datasets._files import (
-    MITOCHONDRIA,
-    collect,
-    image_files,
-    label_files,
-    masked,
-    refuse_background_only,
-)
+from histostream.training.data import DataSet
+from histostream.training.datasets._files import MITOCHONDRIA, read_masks
 
 MPP = 0.005
 NEAR = 12  # slices, 60 nm; nearer ones are near-copies of each other and stay in one part
@@ -29,21 +22,17 @@ def read(path: Path) -> DataSet:
     DataError
         If a file is missing or cannot be used.
     """
-    train, test = (_read_part(path / part) for part in ("train", "test"))
+    train, test = (
+        read_masks(path / part / "images", path / part / "masks", group=_group, name=lambda p: f"{_part(p)}_{p.name}")
+        for part in ("train", "test")
+    )
     return DataSet("epfl", MITOCHONDRIA, MPP, tuple(train), test=tuple(test))
 
 
-def _read_part(folder: Path) -> list[StoredSample]:
-    images = image_files(folder / "images")
-    pairs = zip(images, label_files(images, folder / "masks"), strict=True)
-    samples = collect(
-        lambda pair: masked(*pair, at_least=128, group=_group(pair[0]), name=f"{folder.name}_{pair[0].name}"),
-        pairs,
-    )
-    refuse_background_only(samples, folder)
-    return samples
+def _part(path: Path) -> str:
+    return path.parent.parent.name
 
 
 def _group(path: Path) -> str:
     first = int(path.stem) // NEAR * NEAR if path.stem.isdecimal() else path.stem
-    return f"{path.parent.parent.name} slices from {first}"
+    return f"{_part(path)} slices from {first}"

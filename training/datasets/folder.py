@@ -1,7 +1,7 @@
-"""A set of one's own: the one folder layout, which ``docs/data.md`` describes.
+"""Reads the folder layout for one's own data, which ``docs/data.md`` describes.
 
 ``images/`` with ``labels/`` or ``labels_instance/``, ``slides/`` with ``annotations/``, pools of
-pictures without labels, and ``dataset.toml`` for what files cannot say.
+images without labels, and ``dataset.toml``.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ POOLS = ("target", "unlabelled", "presence", "absence")
 
 
 def read(path: Path) -> DataSet:
-    """Read a folder and check everything that can be wrong with it before training starts.
+    """Read a data set from a folder, and check all of its files.
 
     Raises
     ------
     DataError
-        If anything is; the message says what, in which file, and what to do.
+        If a file, a label or ``dataset.toml`` cannot be used.
     SlideError
         If a slide or its annotations cannot be read.
     """
@@ -62,18 +62,18 @@ def read(path: Path) -> DataSet:
     slides = _slides.slide_files(path / "slides") if (path / "slides").is_dir() else []
     stored = _read_images(path, layout) if (path / "images").is_dir() or not slides else {}
     refuse_background_only([s for samples in stored.values() for s in samples], path)
-    found: dict[str, Sequence[Sample]] = {**stored}
+    samples: dict[str, Sequence[Sample]] = {**stored}  # by stem
     if slides:
         tiles = _slides.read_annotated(slides, path / "annotations", layout)
-        for slide, samples in zip(slides, tiles, strict=True):
-            if slide.stem in found:
+        for slide, slide_samples in zip(slides, tiles, strict=True):
+            if slide.stem in samples:
                 raise DataError(f"{path}: {slide.stem} is an image and a slide; rename one")
-            found[slide.stem] = samples
+            samples[slide.stem] = slide_samples
     pools = {name: _read_pool(path / name, layout) for name in POOLS if (path / name).is_dir()}
-    _check_channels(path, found, pools)
-    parts = _divide(layout, list(found))
-    _refuse_split_groups(layout, found, parts)
-    train, validation, test = (tuple(s for stem in parts[part] for s in found[stem]) for part in SPLITS)
+    _check_channels(path, samples, pools)
+    parts = _divide(layout, list(samples))
+    _refuse_split_groups(layout, samples, parts)
+    train, validation, test = (tuple(s for stem in parts[part] for s in samples[stem]) for part in SPLITS)
     return DataSet(layout.name, layout.classes, layout.mpp, train, validation, test, pools)
 
 
@@ -90,10 +90,10 @@ def read_folder(folder: Path) -> list[Sample]:
 
 
 def holds_pictures(path: Path) -> bool:
-    """Whether a path is a slide or an image, or a folder with some directly in it, and no set."""
+    """Whether a path is a slide or an image, or a folder directly of such files, and not of a data set."""
     if path.is_dir():
-        is_set = any((path / name).is_dir() for name in ("images", "slides"))
-        return not is_set and bool(files_of(path, _picture_suffixes()))
+        is_dataset = any((path / name).is_dir() for name in ("images", "slides"))
+        return not is_dataset and bool(files_of(path, _picture_suffixes()))
     return path.is_file()
 
 
@@ -111,15 +111,15 @@ def read_pictures(path: Path, mpp: float) -> tuple[Picture, ...]:
     own_mpp = layout.mpp or mpp
     layout = replace(layout, mpp=own_mpp)
     if path.is_dir():
-        found = _read_pool(path, layout)
+        pictures = _read_pool(path, layout)
     elif path.suffix.lower() in _picture_suffixes():
-        found = _read_files([path], layout)
+        pictures = _read_files([path], layout)
     else:
-        raise DataError(f"{path}: no image or slide that is known ({', '.join(_picture_suffixes())}); check the path")
-    return pictures_at(found, own_mpp, mpp)
+        raise DataError(f"{path}: not an image or slide ({', '.join(_picture_suffixes())}); check the path")
+    return pictures_at(pictures, own_mpp, mpp)
 
 
-def cut(whole: StoredSample, rows: int, columns: int) -> list[StoredSample]:
+def cut(source: StoredSample, rows: int, columns: int) -> list[StoredSample]:
     """Cut a sample into ``rows`` x ``columns`` parts that cover it and stay in its group.
 
     Raises
@@ -128,24 +128,26 @@ def cut(whole: StoredSample, rows: int, columns: int) -> list[StoredSample]:
         If the parts would be too small.
     """
     if (rows, columns) == (1, 1):
-        return [whole]
-    height, width = whole.shape
+        return [source]
+    height, width = source.shape
     if min(height // rows, width // columns) < MIN_PX:
         raise DataError(
-            f"{whole.name}: {width} x {height} px cannot be cut into {rows} x {columns} parts of {MIN_PX} px or more"
+            f"{source.name}: {width} x {height} px cannot be cut into {rows} x {columns} parts of {MIN_PX} px or more"
         )
     ys = [height * i // rows for i in range(rows + 1)]
     xs = [width * i // columns for i in range(columns + 1)]
     return [
-        _part(whole, f"_r{i}c{j}", np.s_[top:bottom, left:right])
+        _part(source, f"_r{i}c{j}", np.s_[top:bottom, left:right])
         for (i, (top, bottom)), (j, (left, right)) in product(enumerate(pairwise(ys)), enumerate(pairwise(xs)))
     ]
 
 
-def _part(whole: StoredSample, ending: str, place: tuple[slice, slice]) -> StoredSample:
-    name = Path(whole.name)
-    instances = None if whole.instances is None else whole.instances[place]
-    return sample(f"{name.stem}{ending}{name.suffix}", whole.group, whole.image[place], whole.labels[place], instances)
+def _part(source: StoredSample, ending: str, window: tuple[slice, slice]) -> StoredSample:
+    name = Path(source.name)
+    instances = None if source.instances is None else source.instances[window]
+    return sample(
+        f"{name.stem}{ending}{name.suffix}", source.group, source.image[window], source.labels[window], instances
+    )
 
 
 # ----------------------------------------------------------------------------- reading
@@ -168,7 +170,7 @@ def _read_images(path: Path, layout: Layout) -> dict[str, list[StoredSample]]:
     samples = collect(lambda paths: _read_sample(*paths, layout), files)
     if labels[0] is not None and not layout.classes:
         _check_values(classes, samples, layout)
-    return {image.stem: cut(whole, *layout.parts) for image, whole in zip(images, samples, strict=True)}
+    return {image.stem: cut(source, *layout.parts) for image, source in zip(images, samples, strict=True)}
 
 
 def _read_sample(path: Path, label_path: Path | None, instance_path: Path | None, layout: Layout) -> StoredSample:
@@ -178,7 +180,7 @@ def _read_sample(path: Path, label_path: Path | None, instance_path: Path | None
     if label_path:
         labels = _as_classes(label_path, read_fitting(label_path, image), layout)
     else:
-        assert instances is not None  # one of the two was asked for
+        assert instances is not None  # one of the two paths is given
         labels = (instances > 0).astype(np.uint8)
     return sample(path.name, layout.group_of(path.stem), image, labels, instances)
 
@@ -200,8 +202,8 @@ def _as_classes(path: Path, raw: NDArray[np.integer], layout: Layout) -> NDArray
             f"({listed(layout.values)}); add it there, or correct the file"
         )
     order = np.argsort(layout.values)
-    place = np.searchsorted(np.asarray(layout.values)[order], raw)
-    return order.astype(np.uint8)[place]
+    positions = np.searchsorted(np.asarray(layout.values)[order], raw)
+    return order.astype(np.uint8)[positions]
 
 
 def _check_values(folder: Path, samples: Sequence[StoredSample], layout: Layout) -> None:
@@ -234,45 +236,44 @@ def _read_files(files: Sequence[Path], layout: Layout) -> tuple[Picture, ...]:
 # ----------------------------------------------------------------------------- checks, parts
 
 
-def _check_channels(path: Path, found: dict[str, Sequence[Sample]], pools: dict[str, tuple[Picture, ...]]) -> None:
-    kinds = {}
-    for folder, pictures in [("", [s for part in found.values() for s in part]), *pools.items()]:
-        for picture in _one_a_slide(pictures):
-            kinds[f"{folder}/{picture.name}".lstrip("/")] = picture.image.shape[2]
-    refuse_mixed_channels(kinds, path)
+def _check_channels(path: Path, samples: dict[str, Sequence[Sample]], pools: dict[str, tuple[Picture, ...]]) -> None:
+    channels = {}
+    for folder, pictures in [("", [s for part in samples.values() for s in part]), *pools.items()]:
+        for picture in _one_per_slide(pictures):
+            channels[f"{folder}/{picture.name}".lstrip("/")] = picture.image.shape[2]
+    refuse_mixed_channels(channels, path)
 
 
-def _one_a_slide(pictures: Sequence[Picture]) -> Iterator[Picture]:
-    """Yield all pictures in memory, and one tile of each group of slides."""
-    seen = set()
+def _one_per_slide(pictures: Sequence[Picture]) -> Iterator[Picture]:
+    """Yield all images in memory, and one tile of each group of slides."""
+    groups = set()
     for picture in pictures:
-        if isinstance(picture, StoredPicture) or picture.group not in seen:
-            seen.add(picture.group)
+        if isinstance(picture, StoredPicture) or picture.group not in groups:
+            groups.add(picture.group)
             yield picture
 
 
 def _divide(layout: Layout, stems: Sequence[str]) -> dict[str, list[str]]:
-    """Return the stems of each part; what no part names trains, unless ``train`` is given."""
+    """Return the stems of each part; ``train``, if it is not given, has those that no part names."""
     chosen: dict[str, list[str]] = {}
     for part, patterns in layout.splits.items():
         for pattern in patterns:
             if not fnmatch.filter(stems, pattern):
-                raise DataError(f"{layout.file}: splits.{part}: {pattern!r} matches no image; mend it")
+                raise DataError(f"{layout.file}: splits.{part}: {pattern!r} matches no image; correct it")
         chosen[part] = [s for s in stems if any(fnmatch.fnmatchcase(s, p) for p in patterns)]
-    times = Counter(stem for part in chosen.values() for stem in part)
-    twice = [stem for stem, n in times.items() if n > 1]
-    if twice:
-        raise DataError(f"{layout.file}: in two splits: {listed(twice)}; name each in one")
+    counts = Counter(stem for part in chosen.values() for stem in part)
+    repeated = [stem for stem, n in counts.items() if n > 1]
+    if repeated:
+        raise DataError(f"{layout.file}: in two splits: {listed(repeated)}; name each in one")
     if "train" not in chosen:
-        named = {stem for part in chosen.values() for stem in part}
-        chosen["train"] = [stem for stem in stems if stem not in named]
+        chosen["train"] = [stem for stem in stems if stem not in counts]
     return {part: chosen.get(part, []) for part in SPLITS}
 
 
-def _refuse_split_groups(layout: Layout, found: dict[str, Sequence[Sample]], parts: dict[str, list[str]]) -> None:
+def _refuse_split_groups(layout: Layout, samples: dict[str, Sequence[Sample]], parts: dict[str, list[str]]) -> None:
     part_of: dict[str, str] = {}
     for part, stems in parts.items():
-        for group in {s.group for stem in stems for s in found[stem]}:
+        for group in {s.group for stem in stems for s in samples[stem]}:
             if part_of.setdefault(group, part) != part:
                 raise DataError(
                     f"{layout.file}: group {group!r} is in {part_of[group]} and in {part}; put all of it in one split"

@@ -10,7 +10,7 @@ import csv
 from pathlib import Path
 
 from histostream.training.data import DataError, DataSet, StoredSample, listed
-from histostream.training.datasets._files import annotated, by_number, collect, image_files
+from histostream.training.datasets._files import by_number, collect, image_files, read_objects
 
 CLASSES = (("stroma", (255, 255, 255)), ("gland", (213, 62, 120)))
 MPP = 0.62005  # Zeiss MIRAX MIDI at 20x; the challenge's page
@@ -45,7 +45,7 @@ def _read_part(path: Path, part: str, patients: dict[str, str]) -> list[StoredSa
     missing = [p.name for p in images if p.stem not in truths]
     if missing:
         raise DataError(f"{folder}: no annotation (NAME_anno) for {listed(missing)}; fetch the whole set")
-    return collect(lambda p: annotated(p, truths[p.stem], group=patients.get(p.stem, "")), images)
+    return collect(lambda p: read_objects(p, truths[p.stem], patients.get(p.stem, "")), images)
 
 
 def _patients(path: Path) -> dict[str, str]:

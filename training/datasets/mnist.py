@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histostream.training.data import DataError, DataSet, StoredPicture, StoredSample
-from histostream.training.datasets._files import one_of
+from histostream.training.datasets._files import check_option
 
 CLASSES = (("background", (0, 0, 0)), ("digit", (255, 200, 60)))
 DIGIT_PX, SCRAP_PX = 28, 10
@@ -73,7 +73,7 @@ def read(
     DataError
         If an option does not fit, or a file is missing or damaged.
     """
-    one_of("variant", variant, tuple(VARIANTS))
+    check_option("variant", variant, tuple(VARIANTS))
     if seed < 0 or test < 1:
         raise DataError(f"seed={seed}, test={test}: use 0 or more, and 1 or more")
     size = VARIANTS[variant]
@@ -126,11 +126,9 @@ def _presence(
     seed: tuple[int, int],
 ) -> tuple[StoredSample, ...]:
     rng = np.random.default_rng(seed)
-    shown = digits[chosen].astype(np.float32) / 255
-    canvas = _ground(len(shown), size, rng)
+    canvas = _ground(len(chosen), size, rng)
     ink = np.zeros(canvas.shape, np.float32)
-    place = _places(len(shown), size.side_px - DIGIT_PX, DIGIT_PX, rng)
-    ink[place] = shown
+    ink[_squares(len(chosen), size.side_px - DIGIT_PX, DIGIT_PX, rng)] = digits[chosen].astype(np.float32) / 255
     canvas = _scattered(np.where(ink > 0, ink, canvas), fold, size, rng)
     labels = (ink > INK).astype(np.uint8)
     return tuple(
@@ -158,16 +156,16 @@ def _scattered(
     count = len(canvas)
     for _ in range(size.clutter):
         source = fold[rng.integers(len(fold), size=count)]
-        scrap = source[_places(count, DIGIT_PX - SCRAP_PX, SCRAP_PX, rng)].astype(np.float32) / 255
-        place = _places(count, size.side_px - SCRAP_PX, SCRAP_PX, rng)
-        under = canvas[place]
+        scrap = source[_squares(count, DIGIT_PX - SCRAP_PX, SCRAP_PX, rng)].astype(np.float32) / 255
+        square = _squares(count, size.side_px - SCRAP_PX, SCRAP_PX, rng)
+        under = canvas[square]
         # The authors' rule: the brighter where the sum is above 1, else the scrap's ink on top.
         over = np.where(scrap > 0, scrap, under)
-        canvas[place] = np.where(scrap + under > 1, np.maximum(scrap, under), over)
+        canvas[square] = np.where(scrap + under > 1, np.maximum(scrap, under), over)
     return canvas
 
 
-def _places(
+def _squares(
     count: int, furthest: int, side: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Index of one random square in each of ``count`` images, (N, side, side)."""

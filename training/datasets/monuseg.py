@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from histostream.training.data import DataError, DataSet
-from histostream.training.datasets._files import NUCLEI, one_of, read_objects
+from histostream.training.datasets._files import NUCLEI, check_option, read_object_folder
 
 MPP = 0.25  # 40x, about
 PATIENT = len("TCGA-XX-XXXX")
@@ -32,11 +32,11 @@ def read(path: Path, *, organ: str = "all") -> DataSet:
     DataError
         If there is no such organ, or a file is missing or cannot be used.
     """
-    one_of("organ", organ, ("kirc", "other", "all"))
-    train = read_objects(path / "train", lambda stem: stem[:PATIENT])
-    wanted = [s for s in train if organ == "all" or (s.group in KIRC) == (organ == "kirc")]
-    if not wanted:
+    check_option("organ", organ, ("kirc", "other", "all"))
+    train = read_object_folder(path / "train", lambda stem: stem[:PATIENT])
+    chosen = [s for s in train if organ == "all" or (s.group in KIRC) == (organ == "kirc")]
+    if not chosen:
         raise DataError(f"{path / 'train'}: no image of organ={organ!r} in it; fetch the whole set")
-    there = (path / "test").is_dir()
-    test = read_objects(path / "test", lambda stem: stem[:PATIENT]) if there else []
-    return DataSet("monuseg", NUCLEI, MPP, tuple(wanted), test=tuple(test))
+    has_test = (path / "test").is_dir()
+    test = read_object_folder(path / "test", lambda stem: stem[:PATIENT]) if has_test else []
+    return DataSet("monuseg", NUCLEI, MPP, tuple(chosen), test=tuple(test))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from histostream.training.data import DataSet
-from histostream.training.datasets._files import NUCLEI, read_objects
+from histostream.training.datasets._files import NUCLEI, read_object_folder
 
 MPP = 0.25  # 40x; the paper
 
@@ -21,5 +21,5 @@ def read(path: Path) -> DataSet:
     DataError
         If a file is missing or cannot be used.
     """
-    train = read_objects(path, lambda stem: f"slide {stem.partition('_')[0]}")
+    train = read_object_folder(path, lambda stem: f"slide {stem.partition('_')[0]}")
     return DataSet("tnbc", NUCLEI, MPP, tuple(train))

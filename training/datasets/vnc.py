@@ -11,19 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from histostream.training.data import DataSet, StoredSample
-from histostream.training.datasets._files import (
-    MITOCHONDRIA,
-    collect,
-    image_files,
-    label_files,
-    masked,
-    refuse_background_only,
-)
+from histostream.training.datasets._files import MITOCHONDRIA, read_masks
 
 MPP = 0.0046
 TRAIN = 0.67  # of the columns: 0 to 685 of 1024
-# Of 255: the masks have a few soft edge pixels.
-AT_LEAST = 128
 
 
 def read(path: Path) -> DataSet:
@@ -35,21 +26,20 @@ def read(path: Path) -> DataSet:
         If a file is missing or cannot be used.
     """
     folder = path / "stack1" if (path / "stack1").is_dir() else path
-    images = image_files(folder / "raw")
-    pairs = zip(images, label_files(images, folder / "mitochondria"), strict=True)
-    sections = collect(lambda p: masked(*p, at_least=AT_LEAST, group=f"section {p[0].stem}", name=p[0].name), pairs)
-    refuse_background_only(sections, folder)
+    sections = read_masks(
+        folder / "raw", folder / "mitochondria", group=lambda p: f"section {p.stem}", name=lambda p: p.name
+    )
     train, test = (tuple(_columns(s, right) for s in sections) for right in (False, True))
     return DataSet("vnc", MITOCHONDRIA, MPP, train, test=test)
 
 
 def _columns(section: StoredSample, right: bool) -> StoredSample:
     middle = round(TRAIN * section.shape[1])
-    place = np.s_[:, middle:] if right else np.s_[:, :middle]
+    columns = np.s_[:, middle:] if right else np.s_[:, :middle]
     name = Path(section.name)
     return StoredSample(
         f"{name.stem}_{'right' if right else 'left'}{name.suffix}",
         section.group,
-        np.ascontiguousarray(section.image[place]),
-        np.ascontiguousarray(section.labels[place]),
+        np.ascontiguousarray(section.image[columns]),
+        np.ascontiguousarray(section.labels[columns]),
     )

@@ -1,9 +1,8 @@
 """The published methods: one folder is one paper, and this folder is the registry.
 
-The folder of a method has ``method.py``, ``networks.py`` and its recipes, ``NAME.toml``. Another package
-adds a method with an entry point of the group ``histostream.methods`` that names such a module.
-
-``method.py`` offers
+The folder of a method has ``method.py``, ``networks.py`` and its recipes, ``NAME.toml``; a small
+method may be one file. Another package adds a method with an entry point of the group
+``histostream.methods`` that names its module, which offers
 
 ``Config``
     Frozen dataclass; every default with its source.
@@ -61,7 +60,7 @@ class MethodError(HistoError, ValueError):
     """There is no method of that name."""
 
 
-METHODS = Registry(__name__, __path__, "histostream.methods", "method", MethodError, submodule="method")
+METHODS = Registry(__name__, "histostream.methods", "method", MethodError, submodule="method")
 DEFAULTS: dict[str, Callable[..., Any]] = {
     "score_kind": lambda config: "probability",
     "pools": lambda config: (),
