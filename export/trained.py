@@ -130,7 +130,7 @@ def export_checkpoint(
         mpp=checkpoint.mpp,
         channels=checkpoint.channels,
         tile_px=options.tile_px or own_tile_px(module) or TILE_PX,
-        score_kind=methods.load_method(method_name).score_kind(config_of(folder, checkpoint)),
+        score_kind=methods.hook(methods.load_method(method_name), "score_kind")(config_of(folder, checkpoint)),
         training={**checkpoint.record, "step": checkpoint.step, "torch": torch.__version__},
         note=checkpoints.read_note(folder),
     )
