@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from histostream.wsi.errors import SlideError
 from histostream.wsi.geometry import Box
 from histostream.wsi.slides.damage import read_block
+from histostream.wsi.slides.reader import read_from_blocks
 from histostream.wsi.slides.resolution import SlideView
 from histostream.wsi.tiling.grid import Strip, Tile, TileGrid
 
@@ -200,24 +201,14 @@ class _BlockWindow:
         if view.scale == 1:
             self._copy(out, columns, rows)
             return
-        left, right = view.source_columns(*columns)
-        top, bottom = view.source_rows(*rows)
-        source = np.empty((bottom - top, right - left, view.channels), np.uint8)
-        self._copy(source, (left, right), (top, bottom))
+        source = self._copy(None, view.source_columns(*columns), view.source_rows(*rows))
         out[...] = view.resample(source, x0, y0, x1 - x0, y1 - y0)
 
-    def _copy(self, out: NDArray[np.uint8], columns: Span, rows: Span) -> None:
+    def _copy(self, out: NDArray[np.uint8] | None, columns: Span, rows: Span) -> NDArray[np.uint8]:
         """Copy the level's pixels in these columns and rows from their blocks to ``out``."""
-        block_w, block_h = self._view.slide.block_px[self._view.level]
-        for row in _lattice(rows, block_h):
-            top = row * block_h
-            y0, y1 = max(rows[0], top), min(rows[1], top + block_h)
-            for column in _lattice(columns, block_w):
-                left = column * block_w
-                x0, x1 = max(columns[0], left), min(columns[1], left + block_w)
-                block = self._blocks[row, column]
-                target = out[y0 - rows[0] : y1 - rows[0], x0 - columns[0] : x1 - columns[0]]
-                target[...] = block[y0 - top : y1 - top, x0 - left : x1 - left]
+        view, box = self._view, Box(columns[0], rows[0], columns[1] - columns[0], rows[1] - rows[0])
+        block_px = view.slide.block_px[view.level]
+        return read_from_blocks(box, block_px, view.channels, lambda row, column: self._blocks[row, column], out)
 
     def _reuse(self, needs: _Needs, strip: Strip) -> int:
         """Copy the rows that the last strip has already; return the first row that is missing."""

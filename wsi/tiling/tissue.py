@@ -41,22 +41,9 @@ MIN_BRIGHTNESS, MAX_BRIGHTNESS = 8, 20
 
 @dataclass(frozen=True, slots=True)
 class TissueMask:
-    """The tissue on an overview of the slide.
-
-    Attributes
-    ----------
-    mask
-        (H, W) bool, of the whole slide.
-    scale_x, scale_y
-        Pixels of the view per pixel of the mask.
-    area_mm2
-        Area of the tissue; None if the slide's resolution is not known.
-    """
+    """The tissue on an overview of the whole slide, (H, W) bool."""
 
     mask: NDArray[np.bool_]
-    scale_x: float
-    scale_y: float
-    area_mm2: float | None
 
     def tiles(self, grid: TileGrid) -> NDArray[np.bool_]:
         """Return (rows, columns) bool: the tiles whose write box touches tissue."""
@@ -89,14 +76,10 @@ class RegionOfInterest:
         The rings of each, as in `Polygon`.
     mask
         (H, W) bool, the polygons on an overview of the whole slide.
-    scale_x, scale_y
-        Pixels of the view per pixel of the mask.
     """
 
     polygons: tuple[tuple[NDArray[np.float64], ...], ...]
     mask: NDArray[np.bool_]
-    scale_x: float
-    scale_y: float
 
     def tiles(self, grid: TileGrid) -> NDArray[np.bool_]:
         """Return (rows, columns) bool: the tiles whose write box touches a polygon."""
@@ -147,15 +130,13 @@ def find_tissue(
     longest_um = max(view.width, view.height) * mpp
     overview = _overview(view, max(1, min(max_px, round(longest_um / OVERVIEW_MPP))), preview)
     height, width = overview.shape[:2]
-    scale_x, scale_y = view.width / width, view.height / height
-    um2 = mpp**2 * scale_x * scale_y
+    um2 = mpp**2 * (view.width / width) * (view.height / height)
     if mpp / view.downsample < LIGHT_MPP:
         mask = np.ones((height, width), np.bool_)
     else:
         mask = _without_small(_is_tissue(overview), min_area_um2 / um2)
-    area_mm2 = float(mask.sum()) * um2 / 1e6 if view.mpp else None
     dilated = Image.fromarray(mask).convert("L").filter(ImageFilter.MaxFilter(2 * MARGIN_PX + 1))
-    return TissueMask(np.asarray(dilated) > 0, scale_x, scale_y, area_mm2)
+    return TissueMask(np.asarray(dilated) > 0)
 
 
 def read_roi(path: str | Path, view: SlideView) -> RegionOfInterest:
@@ -177,7 +158,7 @@ def read_roi(path: str | Path, view: SlideView) -> RegionOfInterest:
             f"{path}: no polygon lies on the slide {view.slide.path}; "
             "coordinates are pixels of level 0, check that the two belong together"
         )
-    return RegionOfInterest(tuple(polygons), mask, scale_x, scale_y)
+    return RegionOfInterest(tuple(polygons), mask)
 
 
 def read_polygons(path: str | Path, downsample: float = 1.0) -> list[Polygon]:

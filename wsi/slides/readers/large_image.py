@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.wsi.errors import DamagedError, HistoError, SlideError, reason
-from histostream.wsi.geometry import Box
+from histostream.wsi.errors import HistoError, SlideError, reason
 from histostream.wsi.slides.image_header import check_plain_image
-from histostream.wsi.slides.reader import DeclinedError, Level, check_block, check_box, read_from_blocks, square_mpp
+from histostream.wsi.slides.reader import BlockReader, DeclinedError, Level, square_mpp
 from histostream.wsi.slides.tiff_check import check_tiff
 
 ORDER = 100  # after the fast readers, since it opens everything
@@ -22,7 +21,7 @@ MAX_PLAIN_IMAGE_PX = 65_535  # side of a PNG or JPEG, which is decoded as a whol
 CHANNELS = {1: 1, 2: 1, 3: 3, 4: 3}  # bands -> channels: an even number of bands ends with alpha
 
 
-class LargeImageReader:
+class LargeImageReader(BlockReader):
     """A large-image tile source; see `SlideReader`.
 
     Pixels are always read in the source's own blocks: if a level's downsample is not a whole number,
@@ -33,63 +32,30 @@ class LargeImageReader:
 
     def __init__(self, path: Path, source: Any) -> None:
         metadata = source.getMetadata()
-        self.path = path
-        self._zs, self.levels = _levels(source)
-        block = (int(source.tileWidth), int(source.tileHeight))
-        self.block_px = (block,) * len(self.levels)
+        self._zs, levels = _levels(source)
+        block_px = ((int(source.tileWidth), int(source.tileHeight)),) * len(levels)
         mm = (metadata.get("mm_x"), metadata.get("mm_y"))
-        self.mpp = square_mpp(path, *(1000 * side if side else None for side in mm))
-        self.channels = CHANNELS[metadata["bandCount"]]
-        self.decoded_blocks = 0
+        mpp = square_mpp(path, *(1000 * side if side else None for side in mm))
+        super().__init__(path, levels, block_px, mpp, CHANNELS[metadata["bandCount"]])
         self._source = source
-        self._lock = threading.Lock()
         self._reopening = threading.Lock()
 
-    def read(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
-        """Read a box of one level, (height, width, channels); see `SlideReader.read`."""
-        check_box(self.levels[level], x, y, width, height)
-        return read_from_blocks(
-            Box(x, y, width, height),
-            self.block_px[level],
-            self.channels,
-            lambda row, column: self._block(level, row, column),
-        )
-
-    def _block(self, level: int, row: int, column: int) -> NDArray[np.uint8]:
+    def _decode(self, level: int, row: int, column: int) -> NDArray[np.uint8]:
         try:
-            pixels = self._tile(self._source, level, row, column)
+            return self._tile(self._source, level, row, column)
         except MemoryError:  # not a fault of the file
             raise
-        except Exception as error:  # the sources' errors have no common base class
-            pixels = self._tile_of_reopened(level, row, column, error)
-        with self._lock:
-            self.decoded_blocks += 1
-        return pixels
+        except Exception:  # the sources' errors have no common base class
+            # After a damaged block OpenSlide refuses all other blocks too, in every thread that shares
+            # the handle, until large-image has opened the file again.
+            with self._reopening:
+                _refuse_unreadable(self.path)
+                return self._tile(open_source(self.path), level, row, column)
 
     def _tile(self, source: Any, level: int, row: int, column: int) -> NDArray[np.uint8]:
         # Without style, since large-image would apply ICC profiles.
         block = source.getTile(column, row, self._zs[level], numpyAllowed="always", applyStyle=False)
-        pixels = without_alpha(np.asarray(block))
-        check_block(pixels, self.levels[level], self.block_px[level], self.channels, row, column)
-        return pixels
-
-    def _tile_of_reopened(self, level: int, row: int, column: int, error: Exception) -> NDArray[np.uint8]:
-        """Read a block again after opening the file again, for this block alone.
-
-        After a damaged block OpenSlide refuses all other blocks too, in every thread that shares the
-        handle, until large-image has opened the file again.
-        """
-        with self._reopening:
-            _refuse_unreadable(self.path)
-            try:
-                return self._tile(open_source(self.path), level, row, column)
-            except MemoryError:
-                raise
-            except Exception as second_error:
-                raise DamagedError(
-                    f"{self.path}: block {column}, {row} of level {level} cannot be decoded "
-                    f"({reason(second_error)}); the file is damaged there: copy or scan it again"
-                ) from error
+        return self._check(without_alpha(np.asarray(block)), level, row, column)
 
     def close(self) -> None:
         """Release the file; large-image closes it when nothing refers to it."""
@@ -97,12 +63,6 @@ class LargeImageReader:
         if image is not None:
             image.close()
         self._source = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
 
 def open_reader(path: Path) -> LargeImageReader:

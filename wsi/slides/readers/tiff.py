@@ -9,27 +9,17 @@ from __future__ import annotations
 import math
 import os
 import re
-import threading
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.wsi.errors import DamagedError, HistoError, SlideError, reason
-from histostream.wsi.geometry import Box
+from histostream.wsi.errors import HistoError, SlideError, reason
 from histostream.wsi.slides.image_header import check_claim
-from histostream.wsi.slides.reader import (
-    DeclinedError,
-    Level,
-    check_block,
-    check_box,
-    downsample_between,
-    read_from_blocks,
-    square_mpp,
-)
+from histostream.wsi.slides.reader import BlockReader, DeclinedError, Level, downsample_between, square_mpp
 from histostream.wsi.slides.tiff_check import check_tiff, is_tiff
 
 ORDER = 10
@@ -44,36 +34,22 @@ UM_PER_UNIT = {2: 25_400.0, 3: 10_000.0}  # ResolutionUnit: inch, centimetre
 UM_PER_OME_UNIT = {"nm": 1e-3, "um": 1.0, "µm": 1.0, "μm": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6}
 
 
-class TiffReader:
-    """Tiles of a TIFF file, decoded one by one; see `SlideReader`."""
+class TiffReader(BlockReader):
+    """Reads the tiles of a TIFF file; see `SlideReader`."""
 
     name = "tiff"
 
     def __init__(self, path: Path, file: Any, pages: list[Any]) -> None:
         # pages: tifffile.TiffPage, finest first
         base = (pages[0].imagewidth, pages[0].imagelength)
-        self.path = path
-        self.levels = tuple(Level(p.imagewidth, p.imagelength, downsample_between(base, _size(p))) for p in pages)
-        self.block_px = tuple((page.tilewidth, page.tilelength) for page in pages)
-        self.mpp = _mpp(path, file, pages[0])
-        self.channels: int = pages[0].samplesperpixel
-        self.decoded_blocks = 0
+        levels = tuple(Level(p.imagewidth, p.imagelength, downsample_between(base, _size(p))) for p in pages)
+        block_px = tuple((page.tilewidth, page.tilelength) for page in pages)
+        super().__init__(path, levels, block_px, _mpp(path, file, pages[0]), pages[0].samplesperpixel)
         # tifffile makes these on first use, which would be a race between threads.
         self._decoders = [(p.decode, p.jpegtables, p.dataoffsets, p.databytecounts) for p in pages]
-        self._lock = threading.Lock()
         self._handle = path.open("rb", buffering=0)
 
-    def read(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
-        """Read a box of one level, (height, width, channels); see `SlideReader.read`."""
-        check_box(self.levels[level], x, y, width, height)
-        return read_from_blocks(
-            Box(x, y, width, height),
-            self.block_px[level],
-            self.channels,
-            lambda row, column: self._tile(level, row, column),
-        )
-
-    def _tile(self, level: int, row: int, column: int) -> NDArray[np.uint8]:
+    def _decode(self, level: int, row: int, column: int) -> NDArray[np.uint8]:
         decode, tables, offsets, counts = self._decoders[level]
         index = row * -(-self.levels[level].width // self.block_px[level][0]) + column
         try:
@@ -82,20 +58,8 @@ class TiffReader:
             raise SlideError(
                 f"{self.path}: cannot be read any more ({error.strerror or error}); check the drive that it is on"
             ) from error
-        try:
-            check_claim(data, math.prod(self.block_px[level]))
-            tile: NDArray[np.uint8] = decode(data, index, jpegtables=tables)[0][0]
-            check_block(tile, self.levels[level], self.block_px[level], self.channels, row, column)
-        except MemoryError:  # not a fault of the file, whose sizes are checked
-            raise
-        except Exception as error:  # the codecs' errors have no common base class
-            raise DamagedError(
-                f"{self.path}: tile {column}, {row} of level {level} cannot be decoded "
-                f"({reason(error)}); the file is damaged there: copy or scan it again"
-            ) from error
-        with self._lock:
-            self.decoded_blocks += 1
-        return tile
+        check_claim(data, math.prod(self.block_px[level]))
+        return self._check(decode(data, index, jpegtables=tables)[0][0], level, row, column)
 
     def _pread(self, offset: int, count: int) -> bytes:
         if hasattr(os, "pread"):
@@ -107,12 +71,6 @@ class TiffReader:
     def close(self) -> None:
         """Close the file."""
         self._handle.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
 
 def open_reader(path: Path) -> TiffReader:
