@@ -655,7 +655,7 @@ def plan_grid(
     roi = None if options.roi is None else read_roi(options.roi, view)
     keep = None if roi is None else roi.tiles(grid)
     if options.tissue:
-        tissue = find_tissue(view, picture=picture).tiles(grid)
+        tissue = find_tissue(view, preview=picture).tiles(grid)
         keep = tissue if keep is None else keep & tissue
     if keep is None:
         return grid, roi

@@ -1,15 +1,15 @@
-"""Slides in, tiles out: what the rest of HistoStream needs of a whole-slide image."""
+"""Read whole-slide images as tiles, and write label maps: the public names of the package."""
 
 from typing import TYPE_CHECKING
 
 from histostream.wsi.lazy import import_on_use
 
 if TYPE_CHECKING:
-    from histostream.wsi.errors import HistoError, OutputError, SlideError
+    from histostream.wsi.errors import DamagedError, HistoError, OutputError, SlideError
     from histostream.wsi.geometry import Box
     from histostream.wsi.outputs.folder import OutputFolder
     from histostream.wsi.outputs.label_rows import NOT_ANALYSED, ClassInfo, LabelRows, Sink, SlideInfo
-    from histostream.wsi.slides.reader import Level, SlideReader, open_slide
+    from histostream.wsi.slides.reader import BlockReader, DeclinedError, Level, SlideReader, open_slide
     from histostream.wsi.slides.resolution import SlideView, at_mpp, thumbnail
     from histostream.wsi.tiling.grid import Strip, Tile, TileGrid
     from histostream.wsi.tiling.strips import cut, read_strips
@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "NOT_ANALYSED",
+    "BlockReader",
     "Box",
     "ClassInfo",
+    "DamagedError",
+    "DeclinedError",
     "HistoError",
     "LabelRows",
     "Level",
@@ -44,11 +47,11 @@ __all__ = [
 ]
 
 _MODULES = {
-    "errors": ("HistoError", "OutputError", "SlideError"),
+    "errors": ("DamagedError", "HistoError", "OutputError", "SlideError"),
     "geometry": ("Box",),
     "outputs.folder": ("OutputFolder",),
     "outputs.label_rows": ("NOT_ANALYSED", "ClassInfo", "LabelRows", "Sink", "SlideInfo"),
-    "slides.reader": ("Level", "SlideReader", "open_slide"),
+    "slides.reader": ("BlockReader", "DeclinedError", "Level", "SlideReader", "open_slide"),
     "slides.resolution": ("SlideView", "at_mpp", "thumbnail"),
     "tiling.grid": ("Strip", "Tile", "TileGrid"),
     "tiling.strips": ("cut", "read_strips"),

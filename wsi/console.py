@@ -1,4 +1,4 @@
-"""What the ``histo-*`` commands share: grouped options, settings files, errors in one line."""
+"""Shared parts of the ``histo-*`` commands: grouped options, settings files, errors in one line."""
 
 from __future__ import annotations
 
@@ -24,32 +24,25 @@ BYTES = {"MIB": MIB, "GIB": 1024 * MIB, "TIB": MIB * MIB, "MB": 10**6, "GB": 10*
 
 
 def memory_mib(text: str) -> int:
-    """Read a size of memory as people write it; the type of an option.
+    """Return whole MiB of a size of memory: ``1GiB``, ``900MiB``, ``2GB``, or a number of MiB.
 
-    Parameters
-    ----------
-    text
-        ``1GiB``, ``900MiB``, ``2GB``, or a plain number of MiB.
-
-    Returns
-    -------
-    Whole MiB; parts of one are dropped, so that a bound stays a bound.
+    It is rounded down, so that a limit stays a limit. It is the type of an option.
 
     Raises
     ------
     click.BadParameter
-        If it is no size.
+        If it is not a size.
 
     Examples
     --------
     >>> memory_mib("1.5GiB"), memory_mib("900")
     (1536, 900)
     """
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Z]*)", text.strip().upper())
-    unit = BYTES.get(found.group(2) or "MIB") if found else None
-    if found is None or unit is None:
-        raise click.BadParameter(f"{text!r} is no size of memory: write 1GiB, 900MiB, 2GB, or a number of MiB")
-    return int(float(found.group(1)) * unit / MIB)
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Z]*)", text.strip().upper())
+    unit = BYTES.get(match[2] or "MIB") if match else None
+    if match is None or unit is None:
+        raise click.BadParameter(f"{text!r} is not a size of memory: write 1GiB, 900MiB, 2GB, or a number of MiB")
+    return int(float(match[1]) * unit / MIB)
 
 
 class GroupedOption(click.Option):
@@ -64,7 +57,7 @@ class GroupedCommand(click.Command):
     """A command whose ``--help`` lists `GroupedOption` under their titles, in order."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write one section for each group, and one for what belongs to none."""
+        """Write one section for each group, and one for the other options."""
         sections: dict[str, list[tuple[str, str]]] = {}
         others = []
         for parameter in self.get_params(ctx):
@@ -97,15 +90,15 @@ class SettingsError(click.ClickException):
 
 
 def read_settings(context: click.Context, _: click.Parameter, path: Path | None) -> Path | None:
-    """Take a TOML file's values as defaults of a command; the callback of an eager option.
+    """Use a TOML file's values as defaults of a command; the callback of an eager option.
 
     A key is an option's long name without the dashes (``max-memory = "2GiB"``), or the name of an
-    argument in lower case (``slides = ["a.svs"]``). What is typed on the command line counts more.
+    argument in lower case (``slides = ["a.svs"]``). The command line takes precedence.
 
     Raises
     ------
     SettingsError
-        If the file cannot be read or is not TOML, or a key or the type of a value does not fit.
+        If the file cannot be read or is not TOML, or a key is unknown, or a value is of another type.
     """
     if path is not None:
         try:
@@ -119,14 +112,14 @@ def read_settings(context: click.Context, _: click.Parameter, path: Path | None)
 
 def _read_defaults(command: click.Command, path: Path) -> dict[str, Any]:
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_SETTINGS_BYTES:
+        info = path.stat()
+        if not stat.S_ISREG(info.st_mode) or info.st_size > MAX_SETTINGS_BYTES:
             raise SettingsError(f"{path}: is not a file of up to {MAX_SETTINGS_BYTES} bytes; name a TOML file")
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: is not a TOML file ({error}); mend it") from error
+        raise SettingsError(f"{path}: is not a TOML file ({error}); correct it") from error
     known = _settings(command)
     defaults = {}
     for key, value in values.items():
@@ -137,24 +130,18 @@ def _read_defaults(command: click.Command, path: Path) -> dict[str, Any]:
 
 
 def _settings(command: click.Command) -> dict[str, click.Parameter]:
-    """Return the parameters that a settings file may give, by their key."""
-    found: dict[str, click.Parameter] = {}
+    """Return the parameters that a settings file may set, by their keys."""
+    parameters: dict[str, click.Parameter] = {}
     for parameter in command.params:
         if isinstance(parameter, click.Argument):
-            found[str(parameter.name)] = parameter
+            parameters[str(parameter.name)] = parameter
         elif not parameter.is_eager:
-            found[max(parameter.opts, key=len).lstrip("-")] = parameter
-    return found
+            parameters[max(parameter.opts, key=len).lstrip("-")] = parameter
+    return parameters
 
 
-def _setting(place: str, parameter: click.Parameter, value: Any) -> Any:
-    """Return a value of a settings file as the command line would give it.
-
-    Raises
-    ------
-    SettingsError
-        If its type does not fit the option.
-    """
+def _setting(key: str, parameter: click.Parameter, value: Any) -> Any:
+    """Return a value of a settings file as the command line would pass it."""
     several = isinstance(parameter, click.Argument) or parameter.multiple
     listed = "," in (parameter.metavar or "")  # written with commas on the command line
     words = value if isinstance(value, list) else [value]
@@ -170,7 +157,7 @@ def _setting(place: str, parameter: click.Parameter, value: Any) -> Any:
     else:
         expected, fits = "a text", isinstance(value, str) or type(value) is int
     if not fits:
-        raise SettingsError(f"{place} = {value!r}: expected {expected}")
+        raise SettingsError(f"{key} = {value!r}: expected {expected}")
     if several:
         return [str(word) for word in words]
     return ",".join(map(str, words)) if listed else value
@@ -190,32 +177,32 @@ def show_only_our_warnings(command: str, formatter: logging.Formatter | None = N
     handler.setFormatter(formatter or logging.Formatter(f"{command}: %(message)s"))
     handler.addFilter(logging.Filter("histostream"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
-    if not sys.warnoptions:  # whoever asks Python for them sees them
+    if not sys.warnoptions:  # unless Python's option -W asks for them
         warnings.simplefilter("ignore")
 
 
 def fail(command: str, message: str) -> None:
-    """Say what went wrong, in one line on stderr."""
+    """Write an error in one line to stderr."""
     click.echo(f"{command}: {printable(message)}", err=True)
 
 
 def one_line_errors(
     command: str, *, out_of_memory: str, stopped: str, extra: str, extras: Mapping[str, str]
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a command say what went wrong in one line, and leave with status 1, or 130 if stopped.
+    """Return a decorator: a command writes its error in one line and exits with status 1, or 130 if stopped.
 
     Parameters
     ----------
     command
-        Its name, as "histo-export".
+        Name of the command, as "histo-export".
     out_of_memory
-        What to try when memory does not last.
+        Advice if memory runs out.
     stopped
-        What a user who stops it finds.
+        What a stopped command leaves.
     extra
-        The extra of HistoStream that brings what the command needs.
+        Extra of HistoStream that installs what the command needs.
     extras
-        Other extras, by the package that they bring.
+        Other extras, by the packages that they install.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:

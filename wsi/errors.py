@@ -1,25 +1,25 @@
-"""Errors that a caller may want to catch; each message says what happened, to what, and what to do.
+"""Errors that a caller may want to catch; each message says what happened, to which file, and what to do.
 
 ::
 
   HistoError
     SlideError       a slide cannot be opened, lacks something, or breaks while being read
-      DamagedError   one place of it cannot be decoded; others may
+      DamagedError   one block of it cannot be decoded
     OutputError      an output file or folder cannot be written
-  StoppedError       the user asked to stop; no fault of anything, so no HistoError
+  StoppedError       the user stopped the program; not a HistoError, since nothing is wrong
 """
 
 
 class HistoError(Exception):
-    """Base of every error that is the input's fault, not the program's."""
+    """Base of all errors that the input causes, not the program."""
 
 
 class SlideError(HistoError, OSError):
-    """A slide cannot be opened or read, or does not say what is needed of it."""
+    """A slide cannot be opened or read, or lacks information that is needed."""
 
 
 class DamagedError(SlideError):
-    """A block of a slide cannot be decoded, though the file can be read; other blocks may."""
+    """A block of a slide cannot be decoded, though the file can be read."""
 
 
 class OutputError(HistoError, OSError):
@@ -27,20 +27,20 @@ class OutputError(HistoError, OSError):
 
 
 class StoppedError(Exception):
-    """The user asked to stop; what was finished is kept."""
+    """The user stopped the program; finished results are kept."""
 
 
 MAX_REASON = 300  # characters; libraries quote whole files
 
 
 def reason(error: BaseException) -> str:
-    """Return what a library's exception says as one short line, or its name if it says nothing."""
+    """Return the message of a library's exception as one short line, or its class if it has none."""
     line = printable(" ".join(str(error).split())) or type(error).__name__
     return line if len(line) <= MAX_REASON else f"{line[:MAX_REASON]}..."
 
 
 def printable(text: str) -> str:
-    """Write control characters, and what is no character, as Python's escapes: names hold any."""
+    """Return a text whose control characters and surrogates are Python's escapes."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

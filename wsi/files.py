@@ -138,18 +138,15 @@ def _encoded(text: str) -> bytes:
 
 
 def temporary_name(path: Path, suffix: str = "part") -> Path:
-    """Return the hidden name beside ``path`` that an unfinished file has.
+    """Return the hidden name beside ``path`` of an unfinished file.
 
-    It is the same in every run, so what a killed run left is overwritten by the next.
+    It is the same in every run, so that the next run overwrites the file of a killed one.
     """
     return path.with_name(f".{path.name}.{suffix}")
 
 
 def remove(paths: Iterable[Path]) -> None:
-    """Remove files and folders that may not exist.
-
-    The error that led here matters more than a new one.
-    """
+    """Remove files and folders that may not exist, without raising an error."""
     for path in paths:
         with suppress(OSError):
             if is_folder(path):
@@ -160,7 +157,7 @@ def remove(paths: Iterable[Path]) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn the operating system's errors while writing ``path`` into an `OutputError`."""
+    """Turn the operating system's errors while ``path`` is written into an `OutputError`."""
     try:
         yield
     except HistoError:
@@ -178,37 +175,37 @@ def _message(path: Path, error: OSError) -> str:
     if error.errno in _FULL:
         return f"no room to write {path} ({reason}): free space there or choose another folder"
     if error.errno in _DENIED:
-        return f"may not write {path} ({reason}): change its permissions or choose another folder"
+        return f"no permission to write {path} ({reason}): change its permissions or choose another folder"
     if error.errno in {errno.EEXIST, errno.ENOTDIR, errno.EISDIR}:
-        return f"cannot write {path} ({reason}): move what is in the way or choose another folder"
+        return f"cannot write {path} ({reason}): move the file that is in the way or choose another folder"
     return f"cannot write {path} ({reason}): check the disk or choose another folder"
 
 
 def replace_whole(temporary: Path, final: Path) -> None:
-    """Put a finished file or folder in place of an older one.
+    """Rename a finished file or folder to its final name, in place of an older one.
 
-    A folder cannot be renamed over another, so the older one steps aside first. Between the two
-    renames there is none of the name; a process that is killed there leaves no marker either, so
-    the run is done again, which also removes what stepped aside.
+    A folder cannot be renamed over another, so an older folder is renamed first and then removed. If
+    the process is killed between the two renames, there is no marker (run.json) either: the run is
+    done again, which also removes the renamed folder.
     """
     if not is_folder(temporary):
         temporary.replace(final)
         return
-    aside = temporary_name(final, "old")
-    remove([aside])
+    old = temporary_name(final, "old")
+    remove([old])
     if is_folder(final):
-        final.replace(aside)
+        final.replace(old)
     temporary.replace(final)
-    remove([aside])
+    remove([old])
 
 
 def is_folder(path: Path) -> bool:
-    """Whether it is a folder itself: what a link points to is not ours to move or remove."""
+    """Whether a path is a folder and not a link, whose target must not be moved or removed."""
     return path.is_dir() and not path.is_symlink()
 
 
 def sync_all(path: Path) -> None:
-    """Force a file, or a folder with all that is in it, to the disk."""
+    """Force a file, or a folder with its content, to the disk."""
     if is_folder(path):
         for entry in path.iterdir():
             sync_all(entry)
@@ -217,14 +214,14 @@ def sync_all(path: Path) -> None:
 
 def sync(path: Path) -> None:
     """Force one file or folder to the disk."""
-    # A rename may reach the disk before the bytes it points to, unless they are forced first.
-    if os.name == "nt" and path.is_dir():  # Windows has no such call for folders
+    # Otherwise a rename may reach the disk before the file's content.
+    if os.name == "nt" and path.is_dir():  # Windows cannot sync folders
         return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in {errno.EINVAL, errno.ENOTSUP}:  # network drives: no such call
+        if error.errno not in {errno.EINVAL, errno.ENOTSUP}:  # network drives that cannot sync
             raise
     finally:
         os.close(handle)

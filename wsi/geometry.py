@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A rectangle of pixels: (x, y) is its top left corner, right and bottom are exclusive."""
+    """A rectangle of pixels with the top left corner (x, y); right and bottom are exclusive."""
 
     x: int
     y: int

@@ -1,4 +1,4 @@
-"""Public names of a package that are imported when they are first used (PEP 562)."""
+"""Import the public names of a package when they are first used (PEP 562)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,9 @@ from typing import Any
 
 
 def import_on_use(package: str, modules: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
-    """Return the ``__getattr__`` of a package, so that commands start without numpy.
+    """Return the ``__getattr__`` of a package; ``modules`` are its public names by their modules.
 
-    Parameters
-    ----------
-    package
-        Its name.
-    modules
-        Public names, by the module of the package that they are in.
+    The commands start without numpy that way.
     """
 
     def find(name: str) -> Any:

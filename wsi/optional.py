@@ -1,4 +1,4 @@
-"""Packages that only some features need, and the command that installs them here."""
+"""Optional packages, and the command that installs them into this installation."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def require(module: str, purpose: str, extra: str, error: Callable[[str], HistoE
     module
         Top-level module, as ``pyarrow``.
     purpose
-        What needs it, as ``objects.parquet needs``; begins the message.
+        Begin of the message, as ``objects.parquet needs``.
     extra
-        The extra of HistoStream that brings it.
+        Extra of HistoStream that installs it.
     error
-        Makes the exception from its message.
+        Class of the error.
 
     Raises
     ------
     HistoError
-        Of the kind ``error``, if the package is missing; the message names the command to type.
+        If the package is missing; the message names the command that installs it.
     """
     if importlib.util.find_spec(module) is None:
         raise error(f"{purpose} {module}: {install_command(extra)}")
@@ -46,27 +46,18 @@ def require(module: str, purpose: str, extra: str, error: Callable[[str], HistoE
 def install_command(*extras: str) -> str:
     """Return the command that adds extras to this installation of HistoStream.
 
-    How HistoStream was installed decides what works: ``pip install 'histostream[crf]'`` finds
-    nothing where it came from a checkout, a wheel file or a repository. pip records the origin in
-    ``direct_url.json`` (PEP 610); without that record it came from the package index.
-
-    Parameters
-    ----------
-    extras
-        Names of extras in pyproject.toml.
-
-    Returns
-    -------
-    A shell command, as ``pip install '.[crf]'``.
+    If HistoStream was installed from a checkout, a wheel file or a repository, the command names that
+    origin, as ``pip install '.[crf]'``. pip records it in ``direct_url.json`` (PEP 610); without that
+    record HistoStream came from the package index.
     """
-    wanted = f"[{','.join(extras)}]" if extras else ""
-    return f"{_pip()} install {_requirement(wanted)}"
+    suffix = f"[{','.join(extras)}]" if extras else ""
+    return f"{_pip()} install {_requirement(suffix)}"
 
 
 def engine_command(extra: str) -> str:
-    """Return the command that makes ``cpu`` or ``cuda`` the engine of this installation.
+    """Return the command that installs the extra ``cpu`` or ``cuda``.
 
-    The two packages of ONNX Runtime overwrite each other's files: what is there goes first.
+    The two packages of ONNX Runtime overwrite each other's files, so an installed one is removed first.
     """
     packages = [name for name in ENGINES if any(metadata.distributions(name=name))]
     remove = f"{_pip()} uninstall --yes {' '.join(packages)} && " if packages else ""
@@ -74,44 +65,43 @@ def engine_command(extra: str) -> str:
 
 
 def either_engine() -> str:
-    """Return the two commands of which one installs an engine."""
+    """Return the commands of which either installs an engine."""
     return f"{install_command('cpu')}, or {install_command('cuda')} for an NVIDIA GPU"
 
 
 def _pip() -> str:
-    """Return ``pip`` if the shell's own pip installs for this interpreter, else how to call it."""
-    here = Path(sys.executable).parent
-    found = shutil.which("pip")
-    if found is not None and Path(found).parent == here:
+    """Return ``pip`` if the shell's own pip installs for this interpreter, else ``PYTHON -m pip``."""
+    pip = shutil.which("pip")
+    if pip is not None and Path(pip).parent == Path(sys.executable).parent:
         return "pip"
     return f"{_shortest(Path(sys.executable))} -m pip"
 
 
-def _requirement(wanted: str) -> str:
+def _requirement(extras: str) -> str:
     origin = _origin()
     url, editable = origin.get("url", ""), origin.get("dir_info", {}).get("editable", False)
     if not url:
-        return f"'{DISTRIBUTION}{wanted}'"
+        return f"'{DISTRIBUTION}{extras}'"
     if "vcs_info" in origin:
-        return f"'{DISTRIBUTION}{wanted} @ {origin['vcs_info']['vcs']}+{url}'"
+        return f"'{DISTRIBUTION}{extras} @ {origin['vcs_info']['vcs']}+{url}'"
     if "dir_info" not in origin:
-        return f"'{DISTRIBUTION}{wanted} @ {url}'"
+        return f"'{DISTRIBUTION}{extras} @ {url}'"
     folder = _shortest(Path(url2pathname(unquote(urlsplit(url).path))))
-    return f"{'--editable ' if editable else ''}'{folder}{wanted}'"
+    return f"{'--editable ' if editable else ''}'{folder}{extras}'"
 
 
 def _origin() -> dict[str, Any]:
-    """Return what pip recorded of where HistoStream came from; {} without a record."""
+    """Return pip's record of where HistoStream came from; {} without a record."""
     # In a checkout, setuptools' egg-info comes first on the path, and has no such record.
     for distribution in metadata.distributions(name=DISTRIBUTION):
         if text := distribution.read_text("direct_url.json"):
-            found = json.loads(text)
-            return found if isinstance(found, dict) else {}
+            origin = json.loads(text)
+            return origin if isinstance(origin, dict) else {}
     return {}
 
 
 def _shortest(path: Path) -> str:
-    """Return a path relative to the working directory if it lies in it, else the whole path."""
+    """Return a path relative to the working directory if it lies in it, else as it is."""
     try:
         return str(path.relative_to(Path.cwd()))
     except (ValueError, OSError):

@@ -81,7 +81,7 @@ def test_a_damaged_block_is_background_and_listed(
     assert result.run["damaged"] == [box]
     assert json.loads((result.folder / "run.json").read_text())["damaged"] == [box]
     assert "slide.tif" in caplog.text
-    assert "run.json lists it" in caplog.text
+    assert "run.json lists all such blocks" in caplog.text
 
 
 def test_without_a_background_class_it_is_not_analysed(damaged: Path, tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_without_a_background_class_it_is_not_analysed(damaged: Path, tmp_path: 
 
 
 def test_strict_stops_at_it(damaged: Path, tmp_path: Path) -> None:
-    with pytest.raises(DamagedError, match=r"slide\.tif: tile 3, 2 .* cannot be decoded"):
+    with pytest.raises(DamagedError, match=r"slide\.tif: block 3, 2 .* cannot be decoded"):
         segment_slide(damaged, IdentityEngine(), tmp_path / "out", replace(ALL, strict=True))
     assert not (tmp_path / "out").exists()
 

@@ -1,4 +1,4 @@
-"""Blocks of a slide that cannot be decoded: found, listed, and not the end of the run."""
+"""Record the blocks of a slide that cannot be decoded, and read around them."""
 
 from __future__ import annotations
 
@@ -15,19 +15,13 @@ from histostream.wsi.errors import DamagedError, SlideError
 from histostream.wsi.geometry import Box
 from histostream.wsi.slides.reader import SlideReader, read_from_blocks
 
-FEW = 16  # as many damaged blocks are borne whatever the share
-GREY = 128  # stands for damaged places of an overview: darker than glass, so they are analysed
+FEW = 16  # so many damaged blocks are accepted, whatever their share
+GREY = 128  # of damaged blocks in an overview: darker than glass, so that they are analysed
 log = logging.getLogger(__name__)
 
 
 class Damage:
-    """The damaged blocks of one slide; threads may add to it.
-
-    Parameters
-    ----------
-    slide
-        The slide.
-    """
+    """The damaged blocks of one slide; several threads may add to it."""
 
     def __init__(self, slide: SlideReader) -> None:
         self._slide = slide
@@ -38,12 +32,12 @@ class Damage:
         return len(self._boxes)
 
     def add(self, level: int, box: Box, error: SlideError | None = None) -> None:
-        """Note a block that cannot be decoded, in pixels of its level.
+        """Record a block that cannot be decoded, in pixels of its level.
 
         Raises
         ------
         SlideError
-            If most blocks so far were damaged: then the slide is, and not a place of it.
+            If most blocks so far are damaged: then the whole slide is.
         """
         with self._lock:
             known = (level, box) in self._boxes
@@ -52,7 +46,7 @@ class Damage:
         if known or error is None:
             return
         if count == 1:
-            log.warning("%s; it is left out, and run.json lists it and others like it", error)
+            log.warning("%s; it is left out; run.json lists all such blocks", error)
         if count > FEW and count > self._slide.decoded_blocks:
             raise SlideError(
                 f"{self._slide.path}: most of it cannot be decoded ({count} blocks so far); copy or scan it again"
@@ -64,25 +58,17 @@ class Damage:
             return [box for at, box in self._boxes if at == level]
 
     def record(self) -> list[dict[str, Any]]:
-        """Return what run.json says: level, and box in pixels of level 0."""
-        found = []
+        """Return the entries of run.json: level, and box in pixels of level 0."""
+        entries = []
         for level, box in sorted(self._boxes, key=lambda key: (key[0], key[1].y, key[1].x)):
             k = self._slide.levels[level].downsample
             sides = {"x": box.x, "y": box.y, "width": box.width, "height": box.height}
-            found.append({"level": level, **{n: round(v * k) for n, v in sides.items()}})
-        return found
+            entries.append({"level": level, **{n: round(v * k) for n, v in sides.items()}})
+        return entries
 
 
 class Undamaged:
-    """A slide of which damaged blocks are grey.
-
-    Parameters
-    ----------
-    slide
-        The slide.
-    damage
-        Where damaged blocks are noted.
-    """
+    """A slide whose damaged blocks are read as grey and recorded in ``damage``; see `SlideReader`."""
 
     def __init__(self, slide: SlideReader, damage: Damage) -> None:
         self._slide, self._damage = slide, damage
@@ -122,11 +108,11 @@ def read_block(
     fill
         Value of a block that cannot be decoded.
     note
-        Told of such a block, and of the error; None raises it.
+        Called with the box of such a block and the error; None raises the error.
     """
     width, height = slide.block_px[level]
-    x, y, whole = column * width, row * height, slide.levels[level]
-    box = Box(x, y, min(width, whole.width - x), min(height, whole.height - y))
+    x, y, size = column * width, row * height, slide.levels[level]
+    box = Box(x, y, min(width, size.width - x), min(height, size.height - y))
     try:
         return slide.read(level, box.x, box.y, box.width, box.height)
     except DamagedError as error:

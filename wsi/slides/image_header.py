@@ -1,6 +1,6 @@
-"""What an encoded image says its size is, read without decoding it.
+"""Read the size in an encoded image's header, and refuse sizes that cannot be true.
 
-Decoders allocate what the header claims, whatever the tile was said to be: 12 GB for 20 bytes.
+Decoders allocate the size that the header claims, which may be 12 GB for a file of 20 bytes.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers of JPEG that begin
 ALONE = {0x01, *range(0xD0, 0xD9)}  # markers without a length
 SCAN, END = 0xDA, 0xD9
 SCAN_MARKER = b"\xff\xda"
-MAX_SCANS = 200  # of a progressive JPEG, each over all of it; encoders make about ten
-CODESTREAM = b"\xff\x4f\xff\x51"  # how a JPEG 2000 codestream begins
-# Formats that Pillow decodes itself; for some others it starts programs, as Ghostscript for EPS.
+MAX_SCANS = 200  # of a progressive JPEG; each goes over the whole image, and encoders make about ten
+CODESTREAM = b"\xff\x4f\xff\x51"  # start of a JPEG 2000 codestream
+# Formats that Pillow decodes itself; for others, as EPS, it starts a program (Ghostscript).
 PLAIN_FORMATS = ("PNG", "JPEG", "MPO", "BMP", "GIF", "WEBP", "JPEG2000", "PPM", "TGA", "TIFF")
-# Pixels that one byte of a file can hold: JPEG takes a bit for a block of 8 x 8, PNG compresses
-# 1032 bytes of 8 pixels, the run lengths of BMP and TGA are below 256 and 129, a code of GIF's
-# has 12 bits for at most 4096 pixels, and PPM's least pixel is a bit.
+# Pixels that one byte of a file can hold: JPEG needs a bit for a block of 8 x 8, PNG expands a byte to
+# 1032 bytes of 8 pixels, runs in BMP and TGA are shorter than 256 and 129 pixels, a code of GIF has 12
+# bits for at most 4096 pixels, and a pixel of PPM has at least one bit.
 MAX_PX_PER_BYTE = {"JPEG": 512, "MPO": 512, "PNG": 8256, "BMP": 256, "TGA": 128, "GIF": 4096, "PPM": 8}
 
 
 def declared_size(data: bytes) -> tuple[int, int] | None:
-    """(width, height) that a JPEG or a JPEG 2000 codestream claims; None if it claims none."""
+    """Return (width, height) in the header of a JPEG or JPEG 2000 codestream; None if there is none."""
     if data[:2] == b"\xff\xd8":
         return max(_jpeg_sizes(data), key=lambda size: size[0] * size[1], default=None)
     at = data[:4096].find(CODESTREAM)  # alone, or in the boxes of a JP2 file
@@ -36,28 +36,28 @@ def declared_size(data: bytes) -> tuple[int, int] | None:
     return max(right - left, 0), max(bottom - top, 0)
 
 
-def check_claim(data: bytes, most_px: int) -> None:
-    """Refuse an encoded image that would take much more to decode than was expected of it.
+def check_claim(data: bytes, max_px: int) -> None:
+    """Refuse an encoded image that would take much more to decode than expected.
 
     Raises
     ------
     ValueError
-        If it claims to have more than ``most_px`` pixels, or has more scans than any encoder makes.
+        If its header has more than ``max_px`` pixels, or it has more scans than any encoder makes.
     """
     size = declared_size(data)
-    if size is not None and size[0] * size[1] > most_px:
+    if size is not None and size[0] * size[1] > max_px:
         raise ValueError(f"it says that it has {size[0]} x {size[1]} px")
     if data[:2] == b"\xff\xd8" and data.count(SCAN_MARKER) > MAX_SCANS:
         raise ValueError(f"it has {data.count(SCAN_MARKER)} scans")
 
 
 def check_plain_image(path: Path) -> None:
-    """Refuse a plain image that claims more pixels than its bytes can hold; other files pass.
+    """Check a PNG, JPEG or similar image; other files pass.
 
     Raises
     ------
     SlideError
-        If so, or if it is of a format whose decoder starts other programs.
+        If it claims more pixels than its bytes can hold, or the decoder of its format starts programs.
     """
     from PIL import Image
 
@@ -70,10 +70,10 @@ def check_plain_image(path: Path) -> None:
             return
     if kind not in PLAIN_FORMATS:
         raise SlideError(f"{path}: {kind} is no format for slides; save it as PNG or TIFF")
-    holds = MAX_PX_PER_BYTE.get(str(kind))
+    max_px_per_byte = MAX_PX_PER_BYTE.get(str(kind))
     if kind in ("JPEG", "MPO") and path.read_bytes().count(SCAN_MARKER) > MAX_SCANS:
         raise SlideError(f"{path}: a JPEG of more than {MAX_SCANS} scans; save it again")
-    if holds and width * height > holds * path.stat().st_size:
+    if max_px_per_byte and width * height > max_px_per_byte * path.stat().st_size:
         raise SlideError(
             f"{path}: it says that it has {width} x {height} px, which its {path.stat().st_size} "
             "bytes cannot hold; copy it again"

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.wsi.errors import SlideError
+from histostream.wsi.errors import DamagedError, SlideError, reason
 from histostream.wsi.geometry import Box
 from histostream.wsi.optional import install_command
 from histostream.wsi.registry import Registry
@@ -167,7 +168,9 @@ def slide_suffixes() -> frozenset[str]:
     return frozenset(suffix for module in READERS.load_all().values() for suffix in module.SUFFIXES)
 
 
-def read_from_blocks(box: Box, block_px: tuple[int, int], channels: int, block: Callable[[int, int], Pixels]) -> Pixels:
+def read_from_blocks(
+    box: Box, block_px: tuple[int, int], channels: int, block: Callable[[int, int], Pixels], out: Pixels | None = None
+) -> Pixels:
     """Assemble a box of a level from the blocks that it lies on; each is requested once.
 
     Parameters
@@ -180,13 +183,15 @@ def read_from_blocks(box: Box, block_px: tuple[int, int], channels: int, block: 
         Channels of the result.
     block
         Returns the block at (row, column), (H, W, channels) uint8.
+    out
+        Array for the result; None makes a contiguous one.
 
     Returns
     -------
-    (height, width, channels) uint8, contiguous.
+    (height, width, channels) uint8.
     """
     block_w, block_h = block_px
-    out = np.empty((box.height, box.width, channels), np.uint8)
+    out = np.empty((box.height, box.width, channels), np.uint8) if out is None else out
     for row in range(box.y // block_h, (box.bottom - 1) // block_h + 1):
         for column in range(box.x // block_w, (box.right - 1) // block_w + 1):
             pixels = block(row, column)
@@ -236,15 +241,68 @@ def check_box(level: Level, x: int, y: int, width: int, height: int) -> None:
         )
 
 
-def check_block(pixels: Pixels, level: Level, block_px: tuple[int, int], channels: int, row: int, column: int) -> None:
-    """Raise ValueError unless a decoded block, (H, W, channels) uint8, covers its part of the level."""
-    width = min(block_px[0], level.width - column * block_px[0])
-    height = min(block_px[1], level.height - row * block_px[1])
-    shape = pixels.shape
-    if len(shape) != 3 or shape[0] < height or shape[1] < width or shape[2] != channels:
-        raise ValueError(f"it is {shape} {pixels.dtype}, not {(height, width, channels)}")
-    if pixels.dtype != np.uint8:
-        raise ValueError(f"its pixels are {pixels.dtype}")
+class BlockReader:
+    """Base of readers that decode one block at a time; a subclass adds ``name``, ``_decode`` and ``close``.
+
+    See `SlideReader` for the parameters.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        levels: tuple[Level, ...],
+        block_px: tuple[tuple[int, int], ...],
+        mpp: float | None,
+        channels: int,
+    ) -> None:
+        self.path, self.levels, self.block_px, self.mpp, self.channels = path, levels, block_px, mpp, channels
+        self.decoded_blocks = 0
+        self._lock = threading.Lock()
+
+    def read(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:
+        """Read a box of one level, (height, width, channels); see `SlideReader.read`."""
+        check_box(self.levels[level], x, y, width, height)
+        box = Box(x, y, width, height)
+        return read_from_blocks(box, self.block_px[level], self.channels, partial(self._block, level))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        raise NotImplementedError
+
+    def _decode(self, level: int, row: int, column: int) -> Pixels:
+        """Return a block (H, W, channels); raise SlideError if the file cannot be read, or any error of a codec."""
+        raise NotImplementedError
+
+    def _block(self, level: int, row: int, column: int) -> Pixels:
+        try:
+            pixels = self._decode(level, row, column)
+        except (SlideError, MemoryError):  # not a fault of the block
+            raise
+        except Exception as error:  # the codecs' errors have no common base class
+            raise DamagedError(
+                f"{self.path}: block {column}, {row} of level {level} cannot be decoded "
+                f"({reason(error)}); the file is damaged there: copy or scan it again"
+            ) from error
+        with self._lock:
+            self.decoded_blocks += 1
+        return pixels
+
+    def _check(self, pixels: Pixels, level: int, row: int, column: int) -> Pixels:
+        """Return a decoded block if it covers its part of the level, else raise ValueError."""
+        (block_w, block_h), size = self.block_px[level], self.levels[level]
+        width, height = min(block_w, size.width - column * block_w), min(block_h, size.height - row * block_h)
+        shape = pixels.shape
+        if len(shape) != 3 or shape[0] < height or shape[1] < width or shape[2] != self.channels:
+            raise ValueError(f"it is {shape} {pixels.dtype}, not {(height, width, self.channels)}")
+        if pixels.dtype != np.uint8:
+            raise ValueError(f"its pixels are {pixels.dtype}")
+        return pixels
 
 
 def _open_with(name: str, path: Path) -> SlideReader:

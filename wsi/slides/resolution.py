@@ -1,8 +1,8 @@
-"""A slide seen at a physical resolution: which stored level is read, and how it is resampled.
+"""View a slide at a physical resolution: choose the stored level to read, and resample it.
 
-A view's pixels depend on the slide and the resolution only, never on the region that is asked for:
-pixel i always covers the source interval [i * scale, (i + 1) * scale), counted from the slide's
-corner. So strips, tiles and the whole image agree bit for bit.
+The pixels of a view do not depend on the region that is read: pixel i always covers the source
+interval [i * scale, (i + 1) * scale), counted from the slide's corner. Strips, tiles and the whole
+image therefore agree bit for bit.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from histostream.wsi.errors import SlideError
 from histostream.wsi.slides.reader import SlideReader
 
 MIN_MPP, MAX_MPP = 0.001, 50.0  # um; electron micrographs are 0.005, a macro camera about 25
-LIGHT_MPP = 0.05  # um; finer pixels are of an electron microscope: 100x oil is 0.1
-SAME_MPP = 0.02  # relative; below what scanners of one model differ by, and not worth a resampling
+LIGHT_MPP = 0.05  # um; finer pixels come from an electron microscope: 100x oil is 0.1
+SAME_MPP = 0.02  # relative; less than scanners of one model differ by, and not worth a resampling
 MAX_UPSAMPLING = 2.02  # 2x, within the same tolerance of 1 %
 BAND_BYTES = 64 << 20  # source pixels held at once while a thumbnail is made
 
@@ -35,7 +35,7 @@ class SlideView:
     scale
         Pixels of that level per pixel of the view, along one side; 1.0 means as stored.
     mpp
-        Micrometres per pixel of the view; None if the slide does not say and none was asked for.
+        Micrometres per pixel of the view; None if neither the slide nor the caller gives it.
     """
 
     slide: SlideReader
@@ -95,22 +95,22 @@ class SlideView:
         return self.resample(source, x, y, width, height)
 
     def resample(self, source: NDArray[np.uint8], x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
-        """Turn pixels of the level into pixels of the view.
+        """Resample pixels of the level to pixels of the view.
 
-        Exact area average where the view is coarser, bilinear with half-pixel centres where it is
-        finer; at the slide's border only the covered part counts.
+        An exact area average if the view is coarser, bilinear with half-pixel centres if it is finer;
+        at the slide's border only the part inside of the slide counts.
 
         Parameters
         ----------
         source
-            (H, W, C) pixels of the level, exactly ``source_rows(y, y + height)`` x
+            (H, W, C) pixels of the level: ``source_rows(y, y + height)`` x
             ``source_columns(x, x + width)``.
         x, y, width, height
-            The box of the view that is wanted.
+            Box of the view.
 
         Returns
         -------
-        (height, width, C) uint8; ``source`` itself if nothing is to be done.
+        (height, width, C) uint8; ``source`` itself if the scale is 1.
         """
         if self.scale == 1:
             return source
@@ -122,26 +122,26 @@ class SlideView:
 
 
 def at_mpp(slide: SlideReader, mpp: float | None, *, slide_mpp: float | None = None, force: bool = False) -> SlideView:
-    """See a slide at ``mpp`` micrometres per pixel.
+    """View a slide at ``mpp`` micrometres per pixel.
 
-    The coarsest stored level that is not coarser than wanted is read, and averaged down. A level
-    within 2 % of the wanted resolution is taken as it is; the view then has the level's own mpp.
+    The coarsest stored level that is not coarser than ``mpp`` is read and averaged. A level within
+    2 % of ``mpp`` is not resampled; the view then has the level's own mpp.
 
     Parameters
     ----------
     slide
         An open slide.
     mpp
-        The wanted resolution; None takes level 0 as it is.
+        Resolution of the view; None takes level 0 as it is.
     slide_mpp
-        Resolution of level 0, in place of what the file says.
+        Resolution of level 0, instead of the one in the file.
     force
-        Upsample by more than 2x.
+        Allow upsampling by more than 2x.
 
     Raises
     ------
     SlideError
-        If the slide's resolution is not known or absurd, or the slide is too coarse.
+        If the slide's resolution is unknown or impossible, or the slide is too coarse.
 
     Examples
     --------
@@ -156,7 +156,7 @@ def at_mpp(slide: SlideReader, mpp: float | None, *, slide_mpp: float | None = N
         known = own is not None and MIN_MPP <= own <= MAX_MPP
         return SlideView(slide, 0, 1.0, own if known else None)
     if not MIN_MPP <= mpp <= MAX_MPP:
-        raise SlideError(f"{slide.path}: {mpp:g} um per pixel is asked for; use {MIN_MPP:g} to {MAX_MPP:g}")
+        raise SlideError(f"{slide.path}: {mpp:g} um per pixel is requested; use {MIN_MPP:g} to {MAX_MPP:g}")
     own = _checked_mpp(slide, own)
     fine = [i for i, level in enumerate(slide.levels) if own * level.downsample <= mpp * 1.02]
     level = max(fine, key=lambda i: slide.levels[i].downsample) if fine else 0
@@ -165,25 +165,25 @@ def at_mpp(slide: SlideReader, mpp: float | None, *, slide_mpp: float | None = N
         return SlideView(slide, level, 1.0, level_mpp)
     if level_mpp / mpp > MAX_UPSAMPLING and not force:
         raise SlideError(
-            f"{slide.path}: it has {level_mpp:.4g} um per pixel, {mpp:g} is asked for, which makes "
-            f"up {level_mpp / mpp:.1f} pixels from one; pass --force-upsampling to do it anyway"
+            f"{slide.path}: it has {level_mpp:.4g} um per pixel, {mpp:g} is requested, which invents "
+            f"{level_mpp / mpp:.1f} pixels from one; pass --force-upsampling to do it anyway"
         )
     return SlideView(slide, level, mpp / level_mpp, mpp)
 
 
 def resampled(pixels: NDArray[np.uint8], scale: float) -> NDArray[np.uint8]:
-    """Resample a whole image as a view of a slide is resampled.
+    """Resample a whole image like a view of a slide.
 
     Parameters
     ----------
     pixels
         (H, W, C).
     scale
-        Pixels of it per pixel of the result, along one side: above 1 makes it smaller.
+        Pixels of the image per pixel of the result, along one side; above 1 the result is smaller.
 
     Returns
     -------
-    (H / scale, W / scale, C) uint8, both rounded to nearest.
+    (H / scale, W / scale, C) uint8, both sides rounded to nearest.
     """
     rows, columns = (_taps(0, max(1, int(side / scale + 0.5)), scale, side) for side in pixels.shape[:2])
     averaged = _weighted_rows(pixels, *rows)
@@ -191,16 +191,15 @@ def resampled(pixels: NDArray[np.uint8], scale: float) -> NDArray[np.uint8]:
 
 
 def thumbnail(slide_or_view: SlideReader | SlideView, max_px: int) -> NDArray[np.uint8]:
-    """Read the whole slide in small, in bands, from the coarsest level that is fine enough.
+    """Read the whole slide as a small image, in bands, from the coarsest level that is fine enough.
 
-    Its pixel (column i, row j) covers the view's columns [i * f, (i + 1) * f) and rows likewise,
-    with f = view.width / thumbnail width, and view.height / thumbnail height for rows (the two
-    differ by less than a pixel of the thumbnail over its whole length).
+    Column i covers the view's columns [i * f, (i + 1) * f) with f = view.width / thumbnail width, and
+    rows likewise (the two factors differ by less than a pixel over the thumbnail's whole length).
 
     Parameters
     ----------
     slide_or_view
-        What to show; the thumbnail is not finer than it.
+        The thumbnail is not finer than it.
     max_px
         Longest side of the thumbnail.
 
@@ -220,7 +219,7 @@ def thumbnail(slide_or_view: SlideReader | SlideView, max_px: int) -> NDArray[np
     small = _overview(slide_or_view, max_px)
     level = small.slide.levels[small.level]
     row_bytes = level.width * small.channels * max(1.0, small.scale)
-    # Borders of bands are decoded twice, so a band is some blocks high.
+    # Blocks at the borders of bands are decoded twice, so a band is several blocks high.
     blocks_high = 8 * small.slide.block_px[small.level][1] / small.scale
     band = max(1, min(int(BAND_BYTES / row_bytes), int(blocks_high)))
     out = np.empty((small.height, small.width, small.channels), np.uint8)
@@ -250,12 +249,12 @@ def _checked_mpp(slide: SlideReader, mpp: float | None) -> float:
 
 
 def _taps(start: int, stop: int, scale: float, size: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Which source pixels make up the pixels start:stop of one axis, and how much each counts.
+    """Return the source pixels of the pixels start:stop of one axis, and their weights.
 
     Returns
     -------
-    (N, taps) index into the source, not below that of any earlier pixel, and (N, taps) weight;
-    each row of weights sums to 1, and an index of weight 0 may lie outside of the source.
+    (N, taps) index into the source, and (N, taps) weight; each row of weights sums to 1, and an index
+    of weight 0 may lie outside of the source.
     """
     i = np.arange(start, stop, dtype=np.float64)[:, None]
     if scale >= 1:
@@ -273,7 +272,7 @@ def _taps(start: int, stop: int, scale: float, size: int) -> tuple[NDArray[np.in
 
 
 def _span(start: int, stop: int, scale: float, size: int) -> tuple[int, int]:
-    """Return the source pixels [first, last) that count for the pixels start:stop of one axis."""
+    """Return the source pixels [first, last) of the pixels start:stop of one axis."""
     if scale == 1:
         return start, stop
     index, weight = _taps(start, start + 1, scale, size)
@@ -282,8 +281,8 @@ def _span(start: int, stop: int, scale: float, size: int) -> tuple[int, int]:
     return first, int(index[weight > 0].max()) + 1
 
 
-# Both passes add one tap after the other for all pixels: the order of the additions, and so every
-# bit of the sums, is the same for any region. A matrix product would not promise that.
+# Both passes add one tap after the other for all pixels, so that the order of the additions, and every
+# bit of the sums, is the same for any region. A matrix product would not guarantee that.
 
 
 def _weighted_rows(
@@ -321,7 +320,7 @@ def _weighted_columns(
     for row, result in zip(source, out, strict=True):
         total.fill(0.5)
         for places, share in zip(values, shares, strict=True):
-            # mode="clip" lets numpy write into `out` without a copy; nothing is left to clip.
+            # With mode="clip" numpy writes into `out` without a copy; there is nothing to clip.
             np.take(row, places, out=product, mode="clip")
             product *= share
             total += product

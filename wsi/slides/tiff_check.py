@@ -1,8 +1,8 @@
-"""The directories of a TIFF file, read without trust before any library reads them.
+"""Check the directories of a TIFF file before any library reads them.
 
-Libraries follow what a file says: they allocate the sizes that it claims, walk directories that
-form a loop, and open files that its XML names. What cannot be true is refused here, by name, and
-so is a file that was cut off. Nothing is allocated by what the file claims.
+Libraries trust a file: they allocate the sizes that it claims, follow directories that form a loop,
+and open files that its XML names. Claims that cannot be true are refused here, and so is a file that
+was cut off. Nothing of the size that a file claims is allocated.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import dataclass
+import struct
 from pathlib import Path
-from typing import BinaryIO, Literal, NoReturn
+from typing import BinaryIO, Literal, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,77 +24,46 @@ MAX_DIRECTORIES = 4096  # a slide has about ten; a z-stack some hundred
 MAX_DEPTH = 4  # directories within directories; pyramids have one level of them
 MAX_ENTRIES = 1000  # of a directory; the standard knows about 300 tags
 MIB = 1024 * 1024
-MAX_OVERLAP = 4  # times a file's size that its values may add up to: some writers share a few
+MAX_OVERLAP = 4  # times a file's size: sum of the sizes of all values; some writers share a few values
 MAX_SIDE_PX = 1 << 24  # 8 m of slide at 0.5 um per pixel
 MAX_TILE_PX = 1 << 26  # 8192 x 8192; two threads then hold 400 MB of RGB
 MAX_CHANNELS = 256
-# Bytes that one byte of a tile can become, by compression. Deflate's limit is 1032. LZW's longest
+# Bytes that one byte of a compressed tile can expand to, by compression. Deflate's limit is 1032. LZW's longest
 # string has 3836 bytes in a code of 12 bits. JPEG takes a bit for each block of 8 x 8, in every
 # channel that is not subsampled: 512 pixels of 3 or 4 bytes.
 MAX_EXPANSION = {1: 1, 5: 2560, 7: 2048, 8: 1032, 32946: 1032}
 
-SIZES = {
-    1: 1,
-    2: 1,
-    3: 2,
-    4: 4,
-    5: 8,
-    6: 1,
-    7: 1,
-    8: 2,
-    9: 4,
-    10: 8,
-    11: 4,
-    12: 8,
-    13: 4,
-    16: 8,
-    17: 8,
-    18: 8,
-}  # bytes of one value, by type
-COUNTING = {1: "u1", 3: "u2", 4: "u4", 13: "u4", 16: "u8", 18: "u8"}  # types of whole numbers
+# Bytes of one value, by TIFF type, and the numpy types of those that are whole numbers.
+SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+WHOLE_NUMBERS = {1: "u1", 3: "u2", 4: "u4", 13: "u4", 16: "u8", 18: "u8"}
+
 WIDTH, LENGTH, BITS, COMPRESSION, DESCRIPTION, SAMPLES = 256, 257, 258, 259, 270, 277
 ROWS, PLANAR = 278, 284
 STRIPS, STRIP_BYTES, TILES, TILE_BYTES = 273, 279, 324, 325
 TILE_WIDTH, TILE_LENGTH, SUB_DIRECTORIES, DEPTH, NDPI = 322, 323, 330, 32997, 65420
+# Tags that decide what is decoded; readers differ in which of two entries they take.
+UNIQUE_TAGS = {WIDTH, LENGTH, BITS, COMPRESSION, SAMPLES, ROWS, PLANAR, STRIPS, STRIP_BYTES, TILES, TILE_BYTES}
+UNIQUE_TAGS |= {TILE_WIDTH, TILE_LENGTH, SUB_DIRECTORIES, DEPTH}
 
-DECIDING = {
-    WIDTH,
-    LENGTH,
-    BITS,
-    COMPRESSION,
-    SAMPLES,
-    ROWS,
-    PLANAR,
-    STRIPS,
-    STRIP_BYTES,
-    TILES,
-    TILE_BYTES,
-    TILE_WIDTH,
-    TILE_LENGTH,
-    SUB_DIRECTORIES,
-    DEPTH,
-}
-
-# No slide's XML defines entities: they are for files that multiply, or read others.
+# No slide's XML defines entities, which can multiply its size or read other files.
 ENTITIES = re.compile(rb"<!\s*(ENTITY|DOCTYPE)", re.IGNORECASE)
-FILE_ELSEWHERE = re.compile(rb"<[^<\s]*UUID\s[^<]*FileName\s*=\s*[\"'][^\"']*[/\\&]")  # of OME
+OTHER_FOLDER = re.compile(rb"<[^<\s]*UUID\s[^<]*FileName\s*=\s*[\"'][^\"']*[/\\&]")  # of OME-XML
 OME_PIXELS = re.compile(rb"<[^<\s]*Pixels\s([^<]*)")
-# Of more digits, the first: enough to be too many.
+# At most 18 digits, which are more than enough to exceed every limit.
 OME_SIZES = re.compile(rb"\bSize[ZCT]\s*=\s*[\"']\s*\+?([0-9]{1,18})")
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """What a directory says of one tag; the values lie at ``place``."""
+class _Entry(NamedTuple):
+    """An entry of a directory: its values start at byte ``place``."""
 
     tag: int
     type: int
-    count: int
+    number: int  # of values
     place: int
 
     @property
     def nbytes(self) -> int:
-        return self.count * SIZES.get(self.type, 0)
+        return self.number * SIZES.get(self.type, 0)
 
 
 def is_tiff(path: Path) -> bool:
@@ -106,12 +75,12 @@ def is_tiff(path: Path) -> bool:
 
 
 def check_tiff(path: Path) -> None:
-    """Refuse a TIFF that was cut off, or that says what cannot be true; other files pass.
+    """Check a TIFF file; other files pass.
 
     Raises
     ------
     SlideError
-        Naming what is wrong.
+        If the file was cut off, or claims what cannot be true.
     """
     if not is_tiff(path):
         return
@@ -131,6 +100,7 @@ class _Directories:
         self._endian: Literal["little", "big"] = "little" if head[:2] == b"II" else "big"
         self._big = head[2:4] in (b"+\0", b"\0+")
         self._word = 8 if self._big else 4
+        self._format = struct.Struct(("<" if self._endian == "little" else ">") + ("HHQQ" if self._big else "HHII"))
         self._ndpi = False
 
     def check(self) -> None:
@@ -138,21 +108,22 @@ class _Directories:
         self._chain(self._number(8 if self._big else 4, self._word), ())
 
     def _chain(self, at: int, above: tuple[int, ...]) -> None:
-        """Follow the links from one directory; ``above`` are those that it is part of."""
+        """Check a directory and those that it links to; ``above`` are the directories that contain it."""
         inside: set[int] = set()
         while at:
             if at in inside or at in above:
                 self._refuse(f"its directories form a loop at byte {at}")
             inside.add(at)
-            if at in self._checked:  # some both list and link those below another
+            if at in self._checked:  # some writers both list and link sub-directories
                 return
             self._checked.add(at)
             if len(self._checked) > MAX_DIRECTORIES or len(above) > MAX_DEPTH:
                 self._refuse(f"it has more than {MAX_DIRECTORIES} directories, or nests them")
             entries, after = self._directory(at)
             self._check_image(entries)
-            for below in self._sub_directories(entries):
-                self._chain(below, (*above, at))
+            if SUB_DIRECTORIES in entries:
+                for below in self._values(entries[SUB_DIRECTORIES]).tolist():
+                    self._chain(below, (*above, at))
             at = after
 
     def _directory(self, at: int) -> tuple[dict[int, _Entry], int]:
@@ -163,48 +134,31 @@ class _Directories:
             self._refuse(f"the directory at byte {at} has {count} entries")
         content = self._read(at + head, count * size)
         entries: dict[int, _Entry] = {}
-        for i in range(count):
-            entry = self._entry(at + head + i * size, content[i * size : (i + 1) * size])
-            if entry.tag in entries and entry.tag in DECIDING:  # readers differ in which they take
+        for i, entry in enumerate(map(_Entry._make, self._format.iter_unpack(content))):
+            if entry.nbytes <= self._word:  # the values lie in the entry itself
+                entry = entry._replace(place=at + head + i * size + 4 + self._word)
+            else:
+                self._need(entry.place + entry.nbytes)
+                self._listed += entry.nbytes
+                if self._listed > MAX_OVERLAP * self._size + MIB:
+                    self._refuse("the values of its tags overlap")
+            if entry.tag in entries and entry.tag in UNIQUE_TAGS:
                 self._refuse(f"a directory has tag {entry.tag} twice")
             entries.setdefault(entry.tag, entry)
         link = at + head + count * size
         self._ndpi |= NDPI in entries
-        if self._ndpi and not self._big:  # NDPI has links, and parts of offsets, beyond 4 GB
+        if self._ndpi and not self._big:  # NDPI has links, and the upper parts of offsets, beyond 4 GB
             entries = {tag: self._far(e, link + 8 + 4 * i) for i, (tag, e) in enumerate(entries.items())}
             return entries, self._number(link, 8)
         return entries, self._number(link, self._word)
 
-    def _entry(self, at: int, content: bytes) -> _Entry:
-        numbers = (
-            content[:2],
-            content[2:4],
-            content[4 : 4 + self._word],
-            content[4 + self._word :],
-        )
-        tag, kind, count, place = (int.from_bytes(part, self._endian) for part in numbers)
-        entry = _Entry(tag, kind, count, place)
-        if entry.nbytes <= self._word:
-            return _Entry(tag, kind, count, at + 4 + self._word)
-        self._need(place + entry.nbytes)
-        self._listed += entry.nbytes
-        if self._listed > MAX_OVERLAP * self._size + MIB:
-            self._refuse("the values of its tags overlap")
-        return entry
-
     def _far(self, entry: _Entry, at: int) -> _Entry:
         if entry.nbytes <= self._word or self._size < 2**32:
             return entry
-        place = entry.place + (self._number(at, 4) << 32)
-        return _Entry(entry.tag, entry.type, entry.count, place)
-
-    def _sub_directories(self, entries: dict[int, _Entry]) -> list[int]:
-        if SUB_DIRECTORIES not in entries:
-            return []
-        return [int(at) for at in self._values(entries[SUB_DIRECTORIES])]
+        return entry._replace(place=entry.place + (self._number(at, 4) << 32))
 
     def _check_image(self, entries: dict[int, _Entry]) -> None:
-        """Check the sizes of one image, and that its tiles or strips are all there."""
+        """Check the sizes of one image, and that all its tiles or strips are in the file."""
         if DESCRIPTION in entries:
             self._check_text(entries[DESCRIPTION])
         if WIDTH not in entries and LENGTH not in entries:
@@ -235,15 +189,15 @@ class _Directories:
         """Check the lists of offsets and sizes of tiles or strips, of ``values`` values each."""
         tags = (TILES, TILE_BYTES) if tiled else (STRIPS, STRIP_BYTES)
         name = "tiles" if tiled else "strips"
-        if tags[0] not in entries:  # some write tiles under the tags of strips
+        if tags[0] not in entries:  # some writers list tiles under the tags of strips
             tags = (STRIPS, STRIP_BYTES)
         if not all(tag in entries for tag in tags):
             self._refuse(f"it does not say where its {name} are")
         offsets, counts = (entries[tag] for tag in tags)
-        if offsets.count != counts.count or offsets.count < wanted:
-            self._refuse(f"an image of {wanted} {name} lists {offsets.count} places and {counts.count} sizes")
-        if tiled and offsets.count != wanted:
-            self._refuse(f"an image of {wanted} tiles lists {offsets.count}")
+        if offsets.number != counts.number or offsets.number < wanted:
+            self._refuse(f"an image of {wanted} {name} lists {offsets.number} places and {counts.number} sizes")
+        if tiled and offsets.number != wanted:
+            self._refuse(f"an image of {wanted} tiles lists {offsets.number}")
         sizes = self._values(counts).astype(np.float64)
         # In floating point, since sums of hostile numbers do not fit 64 bits.
         ends = self._values(offsets).astype(np.float64) + sizes
@@ -258,7 +212,7 @@ class _Directories:
         text = self._read(entry.place, min(entry.nbytes, self._size))
         if ENTITIES.search(text):
             self._refuse("its XML defines entities, which no slide needs")
-        if FILE_ELSEWHERE.search(text):
+        if OTHER_FOLDER.search(text):
             self._refuse("its XML names a file in another folder")
         for pixels in OME_PIXELS.findall(text):
             planes = math.prod(int(size) for size in OME_SIZES.findall(pixels))
@@ -271,14 +225,14 @@ class _Directories:
         if tag not in entries:
             self._refuse(f"it lacks tag {tag}")
         entry = entries[tag]
-        if not entry.count:
+        if not entry.number:
             self._refuse(f"its tag {tag} has no value")
-        return int(self._values(_Entry(tag, entry.type, 1, entry.place))[0])
+        return int(self._values(entry._replace(number=1))[0])
 
     def _values(self, entry: _Entry) -> NDArray[np.uint64]:
-        if entry.type not in COUNTING:
+        if entry.type not in WHOLE_NUMBERS:
             self._refuse(f"its tag {entry.tag} is of type {entry.type}, not a whole number")
-        kind = ("<" if self._endian == "little" else ">") + COUNTING[entry.type]
+        kind = ("<" if self._endian == "little" else ">") + WHOLE_NUMBERS[entry.type]
         content = self._read(entry.place, entry.nbytes)
         return np.frombuffer(content, kind).astype(np.uint64)
 
@@ -297,5 +251,5 @@ class _Directories:
                 f"byte {end}); copy it again"
             )
 
-    def _refuse(self, what: str) -> NoReturn:
-        raise SlideError(f"{self._path}: the file is damaged: {what}; copy it again")
+    def _refuse(self, problem: str) -> NoReturn:
+        raise SlideError(f"{self._path}: the file is damaged: {problem}; copy it again")

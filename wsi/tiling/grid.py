@@ -1,6 +1,6 @@
-"""Tiles over a slide: where each one reads, and which pixels it answers for.
+"""Overlapping tiles over a slide: the pixels that each reads, and those that it is responsible for.
 
-All boxes are pixels of the level that inference runs at, not of the slide's level 0.
+All boxes are in pixels of the level that inference runs at, not of the slide's level 0.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from histostream.wsi.geometry import Box
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """One network input.
+    """One input of the network.
 
     Attributes
     ----------
     row, column
-        Place in the grid.
+        Position in the grid.
     read
-        The pixels that the network sees; may stick out of the slide at the right and the bottom
-        (only where the slide is smaller than a tile, or not a multiple of ``align_px``).
+        The pixels that the network gets. They extend beyond the right and bottom of the slide only
+        if it is smaller than a tile, or its size is not a multiple of ``align_px``.
     write
-        The pixels that lie nearer to this tile's middle than to its neighbours'. The write boxes
-        of a grid cover every pixel of the slide once.
+        The pixels nearest to this tile's centre. The write boxes of a grid cover every pixel of the
+        slide once.
     """
 
     row: int
@@ -39,7 +39,7 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Strip:
-    """Full-width rows of something: raw pixels on the way in, labels on the way out.
+    """Rows of pixels over the whole width: raw pixels before the network, labels after it.
 
     Attributes
     ----------
@@ -58,22 +58,22 @@ class Strip:
 class TileGrid:
     """Overlapping tiles over a slide, in rows and columns.
 
-    The last tile of a row or column is shifted in so that it ends at the slide's border: no tile
-    is mostly padding, and a network's own zero padding meets the slide's border, as it does when
-    it sees the whole image. Make one with `TileGrid.cover`.
+    The last tile of a row or column is moved so that it ends at the slide's border: no tile is
+    mostly padding, and the network's zero padding lies at the slide's border, as it does for the
+    whole image. Make a grid with `TileGrid.cover`.
 
     Attributes
     ----------
     width, height
         Size of the slide, in pixels of the level that inference runs at.
     tile_px, overlap_px
-        Side of a tile, and the pixels that neighbours share (the last pair may share more).
+        Side of a tile, and the pixels that neighbours share (the last two may share more).
     align_px
-        Tiles start at multiples of this, so that a network's pooling has one phase everywhere.
+        Tiles start at multiples of this, so that pooling has the same phase everywhere.
     x0, x1
-        The columns of pixels that are wanted: the whole width, or a column band of it.
+        The columns of pixels that are processed: the whole width, or a column band.
     keep
-        (rows, columns) bool, which tiles are wanted; None means all.
+        (rows, columns) bool, the tiles that are processed; None means all.
     """
 
     width: int
@@ -125,12 +125,12 @@ class TileGrid:
 
     @cached_property
     def columns(self) -> range:
-        """Columns of tiles that touch the wanted band ``x0:x1``."""
+        """Columns of tiles that touch the band ``x0:x1``."""
         inside = [i for i, x in enumerate(self.xs) if x < self.x1 and x + self.tile_px > self.x0]
         return range(inside[0], inside[-1] + 1)
 
     def band(self, x0: int, x1: int) -> TileGrid:
-        """Restrict to the pixel columns ``x0:x1``; tiles that reach into them stay whole."""
+        """Restrict the grid to the tiles that touch the pixel columns ``x0:x1``."""
         if not 0 <= x0 < x1 <= self.width:
             raise ValueError(f"band {x0}:{x1} does not lie in a slide {self.width} px wide")
         return replace(self, x0=x0, x1=x1)
@@ -142,19 +142,15 @@ class TileGrid:
         return replace(self, keep=keep)
 
     def tile(self, row: int, column: int) -> Tile:
-        """Return the tile at one place of the grid."""
+        """Return the tile at one position of the grid."""
         x, y = self.xs[column], self.ys[row]
         left, right = self._share(self.xs, column, self.width)
         top, bottom = self._share(self.ys, row, self.height)
-        return Tile(
-            row,
-            column,
-            read=Box(x, y, self.tile_px, self.tile_px),
-            write=Box(left, top, right - left, bottom - top),
-        )
+        write = Box(left, top, right - left, bottom - top)
+        return Tile(row, column, Box(x, y, self.tile_px, self.tile_px), write)
 
     def row(self, row: int) -> list[Tile]:
-        """Return the wanted tiles of one row, left to right."""
+        """Return the tiles of one row that are processed, left to right."""
         return [self.tile(row, column) for column in self.columns if self.keep is None or self.keep[row, column]]
 
     def __iter__(self) -> Iterator[Tile]:

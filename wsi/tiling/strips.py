@@ -1,4 +1,4 @@
-"""Rows of tiles as strips of pixels; every block of the file is decoded once, by threads."""
+"""Read a slide as strips, each the pixels of one row of tiles; threads decode every block once."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from histostream.wsi.errors import SlideError
 from histostream.wsi.geometry import Box
 from histostream.wsi.slides.damage import read_block
+from histostream.wsi.slides.reader import read_from_blocks
 from histostream.wsi.slides.resolution import SlideView
 from histostream.wsi.tiling.grid import Strip, Tile, TileGrid
 
@@ -31,47 +32,46 @@ def read_strips(
     prefetch: int = 1,
     on_bad_block: Callable[[Box, SlideError], None] | None = None,
 ) -> Generator[tuple[list[Tile], Strip], None, None]:
-    """Read what the wanted tiles of a grid need, one row of tiles at a time.
+    """Read the pixels of a grid's tiles, one row of tiles at a time.
 
-    A block of the file that several tiles need, in one row or in neighbouring rows, is decoded
-    once; one that no wanted tile needs is never decoded. Memory holds ``prefetch + 1`` strips and
-    the blocks that they and the next row share, whatever the height of the slide.
+    A block of the file that several tiles need is decoded once; a block that no tile needs is not
+    decoded. Memory holds ``prefetch + 1`` strips and the blocks that they share with the next row,
+    whatever the height of the slide.
 
     Parameters
     ----------
     view
         The slide at the resolution of the grid.
     grid
-        Which tiles; its size must be the view's.
+        The tiles; it must have the size of the view.
     threads
         Decoding threads.
     prefetch
-        Strips prepared ahead while the caller works on one.
+        Number of strips that are prepared while the caller works on one.
     on_bad_block
-        Called, in another thread, with the box of a block that cannot be decoded (in pixels of
-        ``view.level``) and the error; the block is then white. Without it the error is raised.
+        Called in another thread with the box of a block that cannot be decoded (in pixels of
+        ``view.level``) and the error; the block becomes white. None raises the error.
 
     Yields
     ------
-    The wanted tiles of a row of the grid (rows without any are left out), and the raw pixels that
-    they lie on: the slide's rows from the tiles' top to their bottom, the columns from the first
-    tile's left edge to the last one's right edge, both cut at the slide's border. A tile that lies
-    mostly outside of the slide needs more for its mirrored part: the strip then begins earlier.
-    Pixels that no wanted tile needs are white. Leave the pixels as they are: the next strip copies
-    the rows that it shares.
+    The tiles of a row of the grid (rows without tiles are skipped), and the strip that they lie on,
+    from the first tile's left edge to the last one's right edge, cut at the slide's border. If a
+    tile lies mostly outside of the slide, the strip begins earlier, since the tile's mirrored part
+    needs more pixels. Pixels that no tile needs are white. Do not change the pixels: the next strip
+    copies the rows that both share.
 
     Raises
     ------
     SlideError
         If a block cannot be decoded.
     ValueError
-        If the grid is not of the view's size.
+        If the grid and the view differ in size.
     """
     if (grid.width, grid.height) != (view.width, view.height):
         raise ValueError(f"the grid covers {grid.width}x{grid.height} px, the view has {view.width}x{view.height}")
     rows = [row for row in range(len(grid.ys)) if grid.row(row)]
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-    # One thread prepares strips in order and so owns the blocks; it waits for the pool's threads.
+    # One thread prepares the strips in order and owns the blocks; it waits for the pool's threads.
     conductor = ThreadPoolExecutor(1, thread_name_prefix="strips")
     window = _BlockWindow(view, grid, rows, pool, on_bad_block)
     ahead: deque[Future[tuple[list[Tile], Strip]]] = deque()
@@ -90,12 +90,12 @@ def read_strips(
 
 
 def cut(strip: Strip, tile: Tile, *, width: int, height: int) -> NDArray[np.uint8]:
-    """Cut one tile out of its strip; where it sticks out of the slide, the slide is mirrored.
+    """Cut one tile out of its strip; beyond the slide's border, the slide is mirrored.
 
     Parameters
     ----------
     strip
-        As `read_strips` gives it with this tile.
+        The strip that `read_strips` yields with this tile.
     tile
         The tile.
     width, height
@@ -115,7 +115,7 @@ def cut(strip: Strip, tile: Tile, *, width: int, height: int) -> NDArray[np.uint
 
 
 def _mirrored(start: int, stop: int, size: int) -> NDArray[np.int64]:
-    """Index into 0:size of each of start:stop, mirrored at the first and last pixel."""
+    """Return an index into 0:size for each of start:stop, mirrored at the first and last pixel."""
     period = max(2 * (size - 1), 1)
     index = np.arange(start, stop) % period
     return np.minimum(index, period - index) if size > 1 else np.zeros_like(index)
@@ -123,7 +123,7 @@ def _mirrored(start: int, stop: int, size: int) -> NDArray[np.int64]:
 
 @dataclass(frozen=True, slots=True)
 class _Needs:
-    """What one row of tiles needs of the view and of the file."""
+    """The pixels of the view and the blocks of the file that one row of tiles needs."""
 
     tiles: list[Tile]
     rows: Span  # of the view
@@ -132,7 +132,7 @@ class _Needs:
 
 
 class _BlockWindow:
-    """The decoded blocks that this row of tiles and later ones still need."""
+    """Makes strips, and keeps the decoded blocks that later strips need."""
 
     def __init__(
         self,
@@ -159,21 +159,21 @@ class _BlockWindow:
         return needs.tiles, strip
 
     def _first_blocks(self, rows: list[int]) -> dict[int, int]:
-        """For each row of tiles, the first row of blocks that any later one needs."""
+        """Return for each row of tiles the first row of blocks that any later row needs."""
         height, size = self._grid.tile_px, self._view.height
         block_h = self._view.slide.block_px[self._view.level][1]
         keep_from, first = {}, self._view.slide.levels[self._view.level].height
         for row in reversed(rows):
             keep_from[row] = first
-            seen = _seen(self._grid.ys[row], self._grid.ys[row] + height, size)
-            first = min(first, self._view.source_rows(*seen)[0] // block_h)
+            rows_read = _inside(self._grid.ys[row], self._grid.ys[row] + height, size)
+            first = min(first, self._view.source_rows(*rows_read)[0] // block_h)
         return keep_from
 
     def _needs(self, row: int) -> _Needs:
         view, tiles = self._view, self._grid.row(row)
         block_w, block_h = view.slide.block_px[view.level]
-        rows = _seen(tiles[0].read.y, tiles[0].read.bottom, view.height)
-        runs = _joined([_seen(tile.read.x, tile.read.right, view.width) for tile in tiles])
+        rows = _inside(tiles[0].read.y, tiles[0].read.bottom, view.height)
+        runs = _joined([_inside(tile.read.x, tile.read.right, view.width) for tile in tiles])
         columns = {c for run in runs for c in _lattice(view.source_columns(*run), block_w)}
         block_rows = _lattice(view.source_rows(*rows), block_h)
         blocks = [(row, column) for row in block_rows for column in sorted(columns)]
@@ -201,27 +201,17 @@ class _BlockWindow:
         if view.scale == 1:
             self._copy(out, columns, rows)
             return
-        left, right = view.source_columns(*columns)
-        top, bottom = view.source_rows(*rows)
-        source = np.empty((bottom - top, right - left, view.channels), np.uint8)
-        self._copy(source, (left, right), (top, bottom))
+        source = self._copy(None, view.source_columns(*columns), view.source_rows(*rows))
         out[...] = view.resample(source, x0, y0, x1 - x0, y1 - y0)
 
-    def _copy(self, out: NDArray[np.uint8], columns: Span, rows: Span) -> None:
+    def _copy(self, out: NDArray[np.uint8] | None, columns: Span, rows: Span) -> NDArray[np.uint8]:
         """Copy the level's pixels in these columns and rows from their blocks to ``out``."""
-        block_w, block_h = self._view.slide.block_px[self._view.level]
-        for row in _lattice(rows, block_h):
-            top = row * block_h
-            y0, y1 = max(rows[0], top), min(rows[1], top + block_h)
-            for column in _lattice(columns, block_w):
-                left = column * block_w
-                x0, x1 = max(columns[0], left), min(columns[1], left + block_w)
-                block = self._blocks[row, column]
-                target = out[y0 - rows[0] : y1 - rows[0], x0 - columns[0] : x1 - columns[0]]
-                target[...] = block[y0 - top : y1 - top, x0 - left : x1 - left]
+        view, box = self._view, Box(columns[0], rows[0], columns[1] - columns[0], rows[1] - rows[0])
+        block_px = view.slide.block_px[view.level]
+        return read_from_blocks(box, block_px, view.channels, lambda row, column: self._blocks[row, column], out)
 
     def _reuse(self, needs: _Needs, strip: Strip) -> int:
-        """Copy the rows that the last strip already has; return the first row that it has not."""
+        """Copy the rows that the last strip has already; return the first row that is missing."""
         if self._last is None or self._last[0].runs != needs.runs:
             return strip.y
         last = self._last[1]
@@ -236,8 +226,8 @@ class _BlockWindow:
         self._blocks = {key: block for key, block in self._blocks.items() if key[0] >= first}
 
 
-def _seen(start: int, stop: int, size: int) -> Span:
-    """Return the pixels 0:size that start:stop shows, mirrored where it sticks out."""
+def _inside(start: int, stop: int, size: int) -> Span:
+    """Return the pixels in 0:size that start:stop needs, where it is mirrored beyond the border."""
     if stop <= size:
         return start, stop
     index = _mirrored(start, stop, size)
@@ -245,7 +235,7 @@ def _seen(start: int, stop: int, size: int) -> Span:
 
 
 def _lattice(span: Span, block_px: int) -> range:
-    """Which blocks of one axis the pixels [first, last) lie on."""
+    """Return the blocks of one axis that the pixels [first, last) lie on."""
     return range(span[0] // block_px, (span[1] - 1) // block_px + 1)
 
 

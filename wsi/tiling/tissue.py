@@ -1,4 +1,4 @@
-"""Which tiles are worth inferring: tissue found on an overview, or regions that a user drew."""
+"""Choose the tiles to analyse: tissue found on an overview, or regions that a user drew."""
 
 from __future__ import annotations
 
@@ -19,44 +19,31 @@ from histostream.wsi.slides.resolution import LIGHT_MPP, SlideView, thumbnail
 from histostream.wsi.tiling.grid import TileGrid
 
 OVERVIEW_PX = 2048  # longest side; 25 um per pixel on the largest slides
-OVERVIEW_MPP = 8.0  # um, at least: an overview on which one cell has no pixels of its own
-GUESSED_MPP = 0.5  # um of level 0, for the sizes here only, where a slide does not say: 20x
+OVERVIEW_MPP = 8.0  # um, at least: single cells are not resolved on the overview
+GUESSED_MPP = 0.5  # um of level 0, for the sizes here only, if a slide has no resolution: 20x
 MIN_AREA_UM2 = 10_000.0  # 100 um x 100 um: smaller than a biopsy's fragments, larger than dust
-MAX_DISTANCE_PX = 1 << 26  # of a corner from the slide's, level 0: farther than any slide is large
+MAX_DISTANCE_PX = 1 << 26  # of a vertex from the slide's corner, at level 0: no slide is as large
 DRAWN_ROWS = 256  # of a polygon at a time
-FURTHEST_LEFT_PX = 4096  # of the slide's corner, where a canvas begins at most
-BLUR_PX = 1  # radius; against JPEG's noise
-MARGIN_PX = 2  # by which tissue is widened, so that its faint borders are kept
-# Of 255, in the colour channel that a pixel absorbs most. Glass varied by +-5 on the slides tried,
-# pale grey-blue tissue that saturation misses began at +40.
+MAX_LEFT_PX = 4096  # a canvas begins at most this far left of the slide
+BLUR_PX = 1  # radius; suppresses JPEG noise
+MARGIN_PX = 2  # tissue is dilated by it, so that faint borders are kept
+# Of 255, in the colour channel that a pixel absorbs most. On the slides tried glass varied by +-5, and
+# pale grey-blue tissue, which a threshold on saturation misses, began at +40.
 ABSORBED = 20  # more than glass
-MAX_GLASS = 48  # glass is never darker; where the lightest pixels are, there is no glass
+MAX_GLASS = 48  # glass is never darker; if even the lightest pixels are, there is no glass
 GLASS_PERCENTILE = 5
-FILLED = 2  # absorption of the pure white that stands for what was not scanned
-DARK_GROUND = 64  # a median brightness below this is fluorescence, not a stained slide
-# Limits of Otsu's threshold on slides with a dark ground: it may fall between dim and bright cells
-# where both exist, and the dim ones count too.
+FILLED = 2  # absorption of the pure white with which scanners fill areas that they skip
+DARK_GROUND = 64  # a median brightness below it means fluorescence, not a stained slide
+# Limits of Otsu's threshold on slides with a dark ground: it may fall between dim and bright cells, and
+# the dim ones count too.
 MIN_BRIGHTNESS, MAX_BRIGHTNESS = 8, 20
 
 
 @dataclass(frozen=True, slots=True)
 class TissueMask:
-    """Where the tissue is, on an overview of the slide.
-
-    Attributes
-    ----------
-    mask
-        (H, W) bool, over the whole slide.
-    scale_x, scale_y
-        Pixels of the view per pixel of the mask.
-    area_mm2
-        Area of the tissue; None if the slide's resolution is not known.
-    """
+    """The tissue on an overview of the whole slide, (H, W) bool."""
 
     mask: NDArray[np.bool_]
-    scale_x: float
-    scale_y: float
-    area_mm2: float | None
 
     def tiles(self, grid: TileGrid) -> NDArray[np.bool_]:
         """Return (rows, columns) bool: the tiles whose write box touches tissue."""
@@ -70,9 +57,9 @@ class Polygon:
     Attributes
     ----------
     name
-        Its class in QuPath, else its own name; empty if it has neither.
+        Name of its class in QuPath, else its own name; empty if it has neither.
     rings
-        (N, 2) float64 of x, y each: the outline, then its holes.
+        (N, 2) float64 each, x and y: the outline, then its holes.
     """
 
     name: str
@@ -86,17 +73,13 @@ class RegionOfInterest:
     Attributes
     ----------
     polygons
-        Each a tuple of rings, (N, 2) float64 of x, y: the outline, then its holes.
+        The rings of each, as in `Polygon`.
     mask
-        (H, W) bool, the polygons over an overview of the whole slide.
-    scale_x, scale_y
-        Pixels of the view per pixel of the mask.
+        (H, W) bool, the polygons on an overview of the whole slide.
     """
 
     polygons: tuple[tuple[NDArray[np.float64], ...], ...]
     mask: NDArray[np.bool_]
-    scale_x: float
-    scale_y: float
 
     def tiles(self, grid: TileGrid) -> NDArray[np.bool_]:
         """Return (rows, columns) bool: the tiles whose write box touches a polygon."""
@@ -112,27 +95,25 @@ def find_tissue(
     *,
     min_area_um2: float = MIN_AREA_UM2,
     max_px: int = OVERVIEW_PX,
-    picture: NDArray[np.uint8] | None = None,
+    preview: NDArray[np.uint8] | None = None,
 ) -> TissueMask:
     """Find the tissue on an overview of a slide.
 
-    Tissue is what absorbs more than glass in some colour channel, stained or not. Where the ground
-    is dark (fluorescence) it is what is bright, by Otsu's threshold. Doubtful places are kept: a
-    tile too many costs milliseconds, a tile too few is lost. Pen marks count as tissue. An electron
-    micrograph (a level 0 finer than 0.05 um per pixel) is tissue everywhere: it shows a few cells
-    and no glass.
+    Tissue, stained or not, absorbs more than glass in some colour channel. On a dark ground
+    (fluorescence) it is brighter than Otsu's threshold. Doubtful pixels are kept: a tile too many
+    costs milliseconds, a tile too few is lost. Pen marks count as tissue. An electron micrograph
+    (level 0 finer than 0.05 um per pixel) is tissue everywhere: it shows a few cells and no glass.
 
     Parameters
     ----------
     view
         The slide.
     min_area_um2
-        Smaller pieces are dropped.
+        Smaller pieces of tissue are dropped.
     max_px
         Longest side of the overview.
-    picture
-        (H, W, C) uint8 of the whole slide, where one was read already; it is used if it is fine
-        enough.
+    preview
+        (H, W, C) uint8, an overview that was read before; used if it is fine enough.
 
     Examples
     --------
@@ -147,26 +128,24 @@ def find_tissue(
     """
     mpp = view.mpp or GUESSED_MPP * view.downsample
     longest_um = max(view.width, view.height) * mpp
-    overview = _overview(view, max(1, min(max_px, round(longest_um / OVERVIEW_MPP))), picture)
+    overview = _overview(view, max(1, min(max_px, round(longest_um / OVERVIEW_MPP))), preview)
     height, width = overview.shape[:2]
-    scale_x, scale_y = view.width / width, view.height / height
-    um2 = mpp**2 * scale_x * scale_y
+    um2 = mpp**2 * (view.width / width) * (view.height / height)
     if mpp / view.downsample < LIGHT_MPP:
         mask = np.ones((height, width), np.bool_)
     else:
         mask = _without_small(_is_tissue(overview), min_area_um2 / um2)
-    area_mm2 = float(mask.sum()) * um2 / 1e6 if view.mpp else None
-    wide = Image.fromarray(mask).convert("L").filter(ImageFilter.MaxFilter(2 * MARGIN_PX + 1))
-    return TissueMask(np.asarray(wide) > 0, scale_x, scale_y, area_mm2)
+    dilated = Image.fromarray(mask).convert("L").filter(ImageFilter.MaxFilter(2 * MARGIN_PX + 1))
+    return TissueMask(np.asarray(dilated) > 0)
 
 
 def read_roi(path: str | Path, view: SlideView) -> RegionOfInterest:
-    """Read the polygons of a GeoJSON file, in pixels of level 0, as QuPath writes it.
+    """Read regions from a GeoJSON file, in pixels of level 0, as QuPath writes it.
 
     Raises
     ------
     SlideError
-        If the file cannot be read, is no GeoJSON, holds no polygon, or none on the slide.
+        If the file cannot be read, is not GeoJSON, or has no polygon on the slide.
     """
     polygons = [polygon.rings for polygon in read_polygons(path, view.downsample)]
     scale = max(1.0, max(view.width, view.height) / OVERVIEW_PX)
@@ -179,7 +158,7 @@ def read_roi(path: str | Path, view: SlideView) -> RegionOfInterest:
             f"{path}: no polygon lies on the slide {view.slide.path}; "
             "coordinates are pixels of level 0, check that the two belong together"
         )
-    return RegionOfInterest(tuple(polygons), mask, scale_x, scale_y)
+    return RegionOfInterest(tuple(polygons), mask)
 
 
 def read_polygons(path: str | Path, downsample: float = 1.0) -> list[Polygon]:
@@ -195,11 +174,11 @@ def read_polygons(path: str | Path, downsample: float = 1.0) -> list[Polygon]:
     Raises
     ------
     SlideError
-        If the file cannot be read, is no GeoJSON, or holds no polygon.
+        If the file cannot be read, is not GeoJSON, or has no polygon.
     """
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-        polygons = [Polygon(name, _rings(rings, downsample)) for name, rings in _polygons(found)]
+        geojson = json.loads(Path(path).read_text(encoding="utf-8"))
+        polygons = [Polygon(name, _rings(rings, downsample)) for name, rings in _polygons(geojson)]
     except OSError as error:
         raise SlideError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     except RecursionError as error:
@@ -211,19 +190,19 @@ def read_polygons(path: str | Path, downsample: float = 1.0) -> list[Polygon]:
     return polygons
 
 
-def _overview(view: SlideView, longest_px: int, picture: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
-    """Return the whole slide, its longest side ``longest_px`` at most."""
-    if picture is None or max(picture.shape[:2]) < longest_px:
+def _overview(view: SlideView, longest_px: int, preview: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
+    """Return the whole slide at ``longest_px`` on its longest side, from ``preview`` if it is fine enough."""
+    if preview is None or max(preview.shape[:2]) < longest_px:
         return thumbnail(view, longest_px)
-    scale = longest_px / max(picture.shape[:2])
-    height, width = (max(1, round(side * scale)) for side in picture.shape[:2])
-    image = Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture)
+    scale = longest_px / max(preview.shape[:2])
+    height, width = (max(1, round(side * scale)) for side in preview.shape[:2])
+    image = Image.fromarray(preview[..., 0] if preview.shape[2] == 1 else preview)
     smaller = np.asarray(image.resize((width, height), Image.Resampling.BOX))
-    return smaller.reshape(height, width, picture.shape[2])
+    return smaller.reshape(height, width, preview.shape[2])
 
 
 def _is_tissue(overview: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """(H, W, C) -> (H, W) bool."""
+    """Return (H, W) bool: the tissue on an overview (H, W, C)."""
     image = Image.fromarray(overview[..., 0] if overview.shape[2] == 1 else overview)
     blurred = np.asarray(image.filter(ImageFilter.BoxBlur(BLUR_PX))).reshape(overview.shape)
     brightness = blurred.max(axis=2)
@@ -238,7 +217,7 @@ def _is_tissue(overview: NDArray[np.uint8]) -> NDArray[np.bool_]:
 
 
 def _otsu(signal: NDArray[np.uint8]) -> int:
-    """Return the t for which the variance between <= t and > t is largest (Otsu 1979), limited."""
+    """Return the t for which the variance between <= t and > t is largest (Otsu 1979), within limits."""
     count = np.bincount(signal.ravel(), minlength=256).astype(float)
     below = np.cumsum(count)
     above = below[-1] - below
@@ -258,7 +237,7 @@ def _without_small(mask: NDArray[np.bool_], min_px: float) -> NDArray[np.bool_]:
 
 
 def _touching(mask: NDArray[np.bool_], grid: TileGrid) -> NDArray[np.bool_]:
-    """Return (rows, columns) bool: tiles whose write box holds a marked pixel of an overview."""
+    """Return (rows, columns) bool: the tiles whose write box contains a marked pixel of an overview."""
     height, width = mask.shape
     counts = np.zeros((height + 1, width + 1), np.int64)
     counts[1:, 1:] = mask.cumsum(axis=0, dtype=np.int64).cumsum(axis=1)
@@ -272,32 +251,32 @@ def _touching(mask: NDArray[np.bool_], grid: TileGrid) -> NDArray[np.bool_]:
 
 
 def _covering(spans: list[tuple[int, int]], scale: float, size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the overview pixels [first, last) that each span of the view lies on."""
+    """Return the overview pixels [first, last) that each span of the view touches."""
     edges = np.asarray(spans) * scale
     first = np.clip(np.floor(edges[:, 0]).astype(np.int64), 0, size - 1)
     last = np.clip(np.ceil(edges[:, 1]).astype(np.int64), first + 1, size)
     return first, last
 
 
-def _polygons(found: Any, name: str = "") -> Iterator[tuple[str, list[Any]]]:
-    """Yield name and rings of the polygons of anything that GeoJSON nests."""
-    if isinstance(found, list):  # QuPath once wrote a bare list of features
-        for part in found:
+def _polygons(geojson: Any, name: str = "") -> Iterator[tuple[str, list[Any]]]:
+    """Yield name and rings of all polygons in a GeoJSON object."""
+    if isinstance(geojson, list):  # old versions of QuPath wrote a bare list of features
+        for part in geojson:
             yield from _polygons(part)
         return
-    match found["type"]:
+    match geojson["type"]:
         case "FeatureCollection":
-            yield from _polygons(found["features"])
+            yield from _polygons(geojson["features"])
         case "Feature":
-            if found["geometry"] is not None:
-                yield from _polygons(found["geometry"], _name(found.get("properties")))
+            if geojson["geometry"] is not None:
+                yield from _polygons(geojson["geometry"], _name(geojson.get("properties")))
         case "GeometryCollection":
-            for part in found["geometries"]:
+            for part in geojson["geometries"]:
                 yield from _polygons(part, name)
         case "MultiPolygon":
-            yield from ((name, rings) for rings in found["coordinates"])
+            yield from ((name, rings) for rings in geojson["coordinates"])
         case "Polygon":
-            yield name, found["coordinates"]
+            yield name, geojson["coordinates"]
 
 
 def _name(properties: Any) -> str:
@@ -309,29 +288,29 @@ def _name(properties: Any) -> str:
 
 
 def _rings(coordinates: list[Any], downsample: float) -> tuple[NDArray[np.float64], ...]:
-    """Turn a polygon's coordinates at level 0 into (N, 2) arrays in pixels of the view."""
+    """Return a polygon's coordinates at level 0 as (N, 2) arrays in pixels of the view."""
     rings = tuple(np.asarray(ring, float)[:, :2] for ring in coordinates)
     if not rings or min(len(ring) for ring in rings) < 3:
         raise ValueError("a polygon has less than three corners")
     for ring in rings:
         if ring.shape[1] != 2:
             raise ValueError("a corner is no pair of numbers")
-        if not (np.abs(ring) <= MAX_DISTANCE_PX).all():  # nan is not, either
-            raise ValueError(f"a corner lies more than {MAX_DISTANCE_PX} px away, or nowhere")
+        if not (np.abs(ring) <= MAX_DISTANCE_PX).all():  # false for nan too
+            raise ValueError(f"a corner lies more than {MAX_DISTANCE_PX} px away, or is not a number")
     return tuple(ring / downsample for ring in rings)
 
 
 def _rasterised(polygons: Iterable[Sequence[NDArray[np.float64]]], box: Box) -> NDArray[np.bool_]:
     """Return (H, W) bool: pixels of a box inside or on the outline of a polygon, not in a hole.
 
-    A pixel has one answer, whatever box it is asked with: corners are cut to whole pixels of the
-    slide, and a polygon is drawn from its own left edge, since Pillow's sums round by where the
-    canvas begins.
+    The result for a pixel does not depend on the box: vertices are rounded down to whole pixels of
+    the slide, and a polygon is drawn from its own left edge, since Pillow rounds differently for
+    another origin of the canvas.
     """
     inside = np.zeros((box.height, box.width), bool)
     for rings in polygons:
         outline, *holes = (np.floor(ring) for ring in rings)
-        left, top = np.maximum(outline.min(axis=0), -FURTHEST_LEFT_PX)
+        left, top = np.maximum(outline.min(axis=0), -MAX_LEFT_PX)
         right, bottom = outline.max(axis=0) + 1
         first, last = int(max(top, box.y)), int(min(bottom, box.bottom))
         x0, x1 = int(max(left, box.x)), int(min(right, box.right))

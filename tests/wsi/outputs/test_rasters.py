@@ -274,7 +274,7 @@ def test_a_folder_that_cannot_take_its_place_leaves_no_marker(tmp_path: Path, mo
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", refuse)
-    with pytest.raises(OutputError, match=r"may not write .*labels\.ome\.zarr"):
+    with pytest.raises(OutputError, match=r"no permission to write .*labels\.ome\.zarr"):
         publish(tmp_path, OmeZarr, "labels.ome.zarr", label_map(700, 600, seed=1))
     assert not (path.parent / "run.json").exists()
     monkeypatch.undo()
@@ -289,7 +289,7 @@ def test_a_link_to_a_folder_is_not_followed(tmp_path: Path) -> None:
     (mine / "kept").write_text("mine")
     (tmp_path / "slide").mkdir()
     (tmp_path / "slide" / "labels.ome.zarr").symlink_to(mine, target_is_directory=True)
-    with pytest.raises(OutputError, match="move what is in the way"):
+    with pytest.raises(OutputError, match="move the file that is in the way"):
         publish(tmp_path, OmeZarr, "labels.ome.zarr", label_map(70, 60))
     assert os.listdir(mine) == ["kept"]  # noqa: PTH208
 

@@ -445,7 +445,7 @@ def test_a_rename_that_fails_leaves_no_marker(tmp_path: Path, monkeypatch: pytes
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", refuse)
-    with pytest.raises(OutputError, match=r"may not write .*summary\.csv"):  # noqa: SIM117
+    with pytest.raises(OutputError, match=r"no permission to write .*summary\.csv"):  # noqa: SIM117
         with OutputFolder(tmp_path, "slide") as again:
             fill(again, label_map(700, 600))
     left = {p.name for p in folder.path.iterdir()}
@@ -456,7 +456,7 @@ def test_a_rename_that_fails_leaves_no_marker(tmp_path: Path, monkeypatch: pytes
 def test_a_file_in_the_way_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "slide").write_text("mine")
     with (
-        pytest.raises(OutputError, match="move what is in the way"),
+        pytest.raises(OutputError, match="move the file that is in the way"),
         OutputFolder(tmp_path, "slide"),
     ):
         pass

@@ -191,7 +191,7 @@ def test_a_damaged_tile_is_named(tmp_path: Path) -> None:
         raw.write(b"\xff" * 64)
     with (
         open_slide(path) as slide,
-        pytest.raises(SlideError, match=r"a\.tif: tile 1, 0 of level 0 cannot be decoded"),
+        pytest.raises(SlideError, match=r"a\.tif: block 1, 0 of level 0 cannot be decoded"),
     ):
         whole(slide)
 

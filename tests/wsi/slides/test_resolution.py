@@ -149,9 +149,9 @@ def test_an_absurd_resolution_is_refused_unless_corrected(absurd: float) -> None
         at_mpp(ArraySlide(noise(8, 8)), 0.5, slide_mpp=absurd)
 
 
-def test_making_up_pixels_must_be_asked_for() -> None:
+def test_strong_upsampling_must_be_requested() -> None:
     slide = ArraySlide(noise(8, 8), mpp=1.0)
-    with pytest.raises(SlideError, match=r"makes up 4\.0 pixels from one; pass --force-upsampling"):
+    with pytest.raises(SlideError, match=r"invents 4\.0 pixels from one; pass --force-upsampling"):
         at_mpp(slide, 0.25)
     assert at_mpp(slide, 0.25, force=True).width == 32
 

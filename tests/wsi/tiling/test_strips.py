@@ -126,7 +126,7 @@ def test_a_damaged_block_is_an_error_for_the_consumer(tmp_path: Path) -> None:
     with open_slide(tmp_path / "slide.tif") as slide:
         view = SlideView(slide, 0, 1.0, None)
         grid = TileGrid.cover(300, 300, tile_px=64, overlap_px=0)
-        with pytest.raises(SlideError, match=r"slide\.tif: tile 2, 4 of level 0"):
+        with pytest.raises(SlideError, match=r"slide\.tif: block 2, 4 of level 0"):
             list(read_strips(view, grid))
 
 

@@ -39,7 +39,6 @@ def drawn(ground: tuple[int, ...], colour: tuple[int, ...], box: Box | None) -> 
 def test_tissue_is_found_and_no_more(ground: tuple[int, ...], colour: tuple[int, ...]) -> None:
     box = Box(400, 800, 320, 160)
     tissue = find_tissue(drawn(ground, colour, box))
-    assert tissue.area_mm2 == pytest.approx(320 * 160 * 4e-6, rel=0.1)
     grid = TileGrid.cover(PIXELS, PIXELS, tile_px=80, overlap_px=0)
     expected = np.zeros((20, 20), bool)
     expected[9:13, 4:10] = True  # the box is 10:12, 5:9; its widened border touches one more
@@ -54,7 +53,6 @@ def test_all_tissue_is_kept() -> None:
 def test_all_glass_is_dropped(ground: tuple[int, ...]) -> None:
     tissue = find_tissue(drawn(ground, ground, None))
     assert not tissue.mask.any()
-    assert tissue.area_mm2 == 0
 
 
 @pytest.mark.parametrize("scale", [1, 20])
@@ -64,7 +62,6 @@ def test_an_electron_micrograph_is_tissue_everywhere(scale: int) -> None:
     assert view.width == 640 // scale
     tissue = find_tissue(view)
     assert tissue.mask.all()
-    assert tissue.area_mm2 == pytest.approx(640 * 320 * 25e-12)
 
 
 def test_specks_are_dropped_by_their_area() -> None:
@@ -89,7 +86,7 @@ def test_every_mask_pixel_keeps_the_tiles_that_it_lies_on() -> None:
     for row, column in [(0, 0), (6, 9), (3, 4)]:
         mask = np.zeros((7, 10), bool)
         mask[row, column] = True
-        kept = TissueMask(mask, 100.0, 100.0, None).tiles(grid)
+        kept = TissueMask(mask).tiles(grid)
         for tile in grid:
             box = tile.write
             touches = box.x < 100 * (column + 1) and box.right > 100 * column
@@ -202,7 +199,7 @@ def test_a_pixel_lies_inside_or_not_whatever_box_it_is_asked_with() -> None:
         rings = [rng.uniform(-20, 620, (int(rng.integers(3, 9)), 2))]
         if i % 2:
             rings.append(rng.uniform(100, 400, (4, 2)))
-        roi = RegionOfInterest((tuple(rings),), np.ones((1, 1), bool), 600, 600)
+        roi = RegionOfInterest((tuple(rings),), np.ones((1, 1), bool))
         whole = roi.inside(Box(0, 0, 600, 600))
         for x0, x1 in ((0, 200), (200, 451), (451, 600)):
             for y0, y1 in ((0, 37), (37, 301), (301, 600)):

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.wsi.errors import DamagedError, HistoError, SlideError, reason
-from histostream.wsi.geometry import Box
+from histostream.wsi.errors import HistoError, SlideError, reason
 from histostream.wsi.slides.image_header import check_plain_image
-from histostream.wsi.slides.reader import DeclinedError, Level, check_block, check_box, read_from_blocks, square_mpp
+from histostream.wsi.slides.reader import BlockReader, DeclinedError, Level, square_mpp
 from histostream.wsi.slides.tiff_check import check_tiff
 
 ORDER = 100  # after the fast readers, since it opens everything
@@ -22,89 +21,48 @@ MAX_PLAIN_IMAGE_PX = 65_535  # side of a PNG or JPEG, which is decoded as a whol
 CHANNELS = {1: 1, 2: 1, 3: 3, 4: 3}  # bands -> channels: an even number of bands ends with alpha
 
 
-class LargeImageReader:
+class LargeImageReader(BlockReader):
     """A large-image tile source; see `SlideReader`.
 
-    Pixels are always fetched in the source's own blocks. OpenSlide moves a region by a fraction of
-    a pixel where a level's downsample is no whole number, so free regions would depend on where
-    they begin.
+    Pixels are always read in the source's own blocks: if a level's downsample is not a whole number,
+    OpenSlide shifts a region by a fraction of a pixel that depends on where the region begins.
     """
 
     name = "large_image"
 
     def __init__(self, path: Path, source: Any) -> None:
-        found = source.getMetadata()
-        self.path = path
-        self._zs, self.levels = _levels(source)
-        block = (int(source.tileWidth), int(source.tileHeight))
-        self.block_px = (block,) * len(self.levels)
-        mm = (found.get("mm_x"), found.get("mm_y"))
-        self.mpp = square_mpp(path, *(1000 * side if side else None for side in mm))
-        self.channels = CHANNELS[found["bandCount"]]
-        self.decoded_blocks = 0
+        metadata = source.getMetadata()
+        self._zs, levels = _levels(source)
+        block_px = ((int(source.tileWidth), int(source.tileHeight)),) * len(levels)
+        mm = (metadata.get("mm_x"), metadata.get("mm_y"))
+        mpp = square_mpp(path, *(1000 * side if side else None for side in mm))
+        super().__init__(path, levels, block_px, mpp, CHANNELS[metadata["bandCount"]])
         self._source = source
-        self._lock = threading.Lock()
-        self._mending = threading.Lock()
+        self._reopening = threading.Lock()
 
-    def read(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
-        """Read a box of one level, (height, width, channels); see `SlideReader.read`."""
-        check_box(self.levels[level], x, y, width, height)
-        return read_from_blocks(
-            Box(x, y, width, height),
-            self.block_px[level],
-            self.channels,
-            lambda row, column: self._block(level, row, column),
-        )
-
-    def _block(self, level: int, row: int, column: int) -> NDArray[np.uint8]:
+    def _decode(self, level: int, row: int, column: int) -> NDArray[np.uint8]:
         try:
-            pixels = self._tile(self._source, level, row, column)
-        except MemoryError:  # says nothing of the file
+            return self._tile(self._source, level, row, column)
+        except MemoryError:  # not a fault of the file
             raise
-        except Exception as error:  # its sources have no common base for what damage leads to
-            pixels = self._once_more(level, row, column, error)
-        with self._lock:
-            self.decoded_blocks += 1
-        return pixels
+        except Exception:  # the sources' errors have no common base class
+            # After a damaged block OpenSlide refuses all other blocks too, in every thread that shares
+            # the handle, until large-image has opened the file again.
+            with self._reopening:
+                _refuse_unreadable(self.path)
+                return self._tile(open_source(self.path), level, row, column)
 
     def _tile(self, source: Any, level: int, row: int, column: int) -> NDArray[np.uint8]:
-        # Without style: large-image would apply ICC profiles, we promise raw pixels.
-        z = self._zs[level]
-        block = source.getTile(column, row, z, numpyAllowed="always", applyStyle=False)
-        pixels = without_alpha(np.asarray(block))
-        check_block(pixels, self.levels[level], self.block_px[level], self.channels, row, column)
-        return pixels
-
-    def _once_more(self, level: int, row: int, column: int, error: Exception) -> NDArray[np.uint8]:
-        """Try a block again with the file opened anew, for this block alone.
-
-        After a damaged block OpenSlide refuses every other one too, in all threads that share the
-        handle, until large-image has opened it again.
-        """
-        with self._mending:
-            _refuse_unreadable(self.path)
-            try:
-                return self._tile(open_source(self.path), level, row, column)
-            except MemoryError:
-                raise
-            except Exception as again:
-                raise DamagedError(
-                    f"{self.path}: block {column}, {row} of level {level} cannot be decoded "
-                    f"({reason(again)}); the file is damaged there: copy or scan it again"
-                ) from error
+        # Without style, since large-image would apply ICC profiles.
+        block = source.getTile(column, row, self._zs[level], numpyAllowed="always", applyStyle=False)
+        return self._check(without_alpha(np.asarray(block)), level, row, column)
 
     def close(self) -> None:
-        """Let go of the file; large-image closes it when nothing refers to it."""
-        image = getattr(self._source, "_pilImage", None)  # but not that of a PNG or JPEG
+        """Release the file; large-image closes it when nothing refers to it."""
+        image = getattr(self._source, "_pilImage", None)  # but it does not close a PNG or JPEG
         if image is not None:
             image.close()
         self._source = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
 
 def open_reader(path: Path) -> LargeImageReader:
@@ -115,8 +73,8 @@ def open_reader(path: Path) -> LargeImageReader:
     DeclinedError
         If no source of large-image opens it.
     SlideError
-        If it is a TIFF that was cut off or says what cannot be true, or holds something else than
-        one 8-bit RGB or grey image.
+        If it is a TIFF that was cut off or claims what cannot be true, or does not hold one 8-bit
+        RGB or grey image.
     """
     check_tiff(path)  # OpenSlide and libtiff open such files and fail in the middle
     import large_image
@@ -127,36 +85,36 @@ def open_reader(path: Path) -> LargeImageReader:
         return LargeImageReader(path, source)
     except (HistoError, MemoryError):
         raise
-    except Exception as error:  # its sources have no common base for what damage leads to
-        said = reason(error).replace(f" for {path}", "")
+    except Exception as error:  # the sources' errors have no common base class
+        message = reason(error).replace(f" for {path}", "")
         if not isinstance(error, large_image.exceptions.TileGeneralError):
-            said = f"{type(error).__name__}: {said}"
-        raise DeclinedError(said) from error
+            message = f"{type(error).__name__}: {message}"
+        raise DeclinedError(message) from error
 
 
 def open_source(path: Path, cached_tiles: int = 1) -> Any:
-    """Open large-image's own tile source of a file, which keeps few decoded tiles.
+    """Open a file with large-image; the source caches ``cached_tiles`` decoded tiles.
 
     Raises
     ------
     SlideError
-        If it is a folder without DICOM, or a plain image that is too large to decode.
+        If it is a folder without DICOM, or a plain image whose header cannot be true.
     """
     import large_image
     from cachetools import LRUCache
 
-    # Read when a plain image is opened; its default refuses images above 4096 px.
+    # The limit for plain images; the default refuses images above 4096 px.
     large_image.config.setConfig("max_small_image_size", MAX_PLAIN_IMAGE_PX)
     file = _file_of(path)
     check_plain_image(file)
     source = large_image.open(str(file), noCache=True)
-    # Nothing is read twice, and the default keeps up to 512 tiles alive for the whole process.
+    # Nothing is read twice, and the default cache keeps up to 512 tiles for the whole process.
     source.cache, source.cache_lock = LRUCache(maxsize=cached_tiles), threading.Lock()
     return source
 
 
 def _refuse_unreadable(path: Path) -> None:
-    """Raise SlideError if a file has vanished, or may not be read any more."""
+    """Raise SlideError if a file can no longer be read."""
     try:
         with _file_of(path).open("rb") as file:
             file.read(1)
@@ -176,8 +134,8 @@ def _file_of(path: Path) -> Path:
     return files[0]
 
 
-def _refuse_other_than_image(path: Path, found: dict[str, Any]) -> None:
-    frames, bands, dtype = len(found.get("frames", ())), found["bandCount"], found["dtype"]
+def _refuse_other_than_image(path: Path, metadata: dict[str, Any]) -> None:
+    frames, bands, dtype = len(metadata.get("frames", ())), metadata["bandCount"], metadata["dtype"]
     if frames > 1 or bands not in CHANNELS:
         raise SlideError(
             f"{path}: it holds {frames or 1} frames of {bands} bands (channels, planes or times); "
@@ -190,21 +148,21 @@ def _refuse_other_than_image(path: Path, found: dict[str, Any]) -> None:
 def _levels(source: Any) -> tuple[tuple[int, ...], tuple[Level, ...]]:
     """Return large-image's number of each stored level, and the levels, finest first."""
     zs = [z for z, stored in enumerate(source._nonemptyLevelsList()) if stored is not None]
-    if source.name == "dicom":  # does not tell large-image which levels it has
+    if source.name == "dicom":  # large-image does not know which levels it has
         pyramid = source._dicom.pyramids[0]
         widths = [round(source.sizeX / level.size.width) for level in pyramid]
         zs = [z for z in zs if 2 ** (source.levels - 1 - z) in widths]
-    found = []
+    levels = []
     for z in reversed(zs):
         downsample = 2 ** (source.levels - 1 - z)
-        # Rounded down: some formats round up, but then the last pixel is partly made up.
+        # Rounded down: some formats round up, but then the last pixel is partly padding.
         width, height = source.sizeX // downsample, source.sizeY // downsample
-        found.append((z, Level(max(width, 1), max(height, 1), float(downsample))))
-    return tuple(z for z, _ in found), tuple(level for _, level in found)
+        levels.append((z, Level(max(width, 1), max(height, 1), float(downsample))))
+    return tuple(z for z, _ in levels), tuple(level for _, level in levels)
 
 
 def without_alpha(block: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Lay a block on white if its last band is alpha; (H, W, C) uint8."""
+    """Blend a block (H, W, C) uint8 with white if its last band is alpha."""
     if block.ndim == 2:
         block = block[..., None]
     if block.shape[2] in (1, 3):
