@@ -23,6 +23,7 @@ from histostream.runtime import Options, ResultError, Segmenter, SlideResult, se
 from histostream.runtime.cli import main
 from histostream.runtime.engines.base import Engine
 from histostream.wsi.errors import HistoError, SlideError
+from histostream.wsi.records import to_json
 from tests.runtime.conftest import CARD, IdentityEngine, identity_engine, random_pixels, write_slide
 
 mpl.use("agg")
@@ -148,7 +149,7 @@ def test_an_interrupt_keeps_what_is_finished(slide: Path, tmp_path: Path) -> Non
             segmenter.run(slide, tmp_path / "out", ALL, report=interrupt)
         assert not list(tmp_path.glob("out/slide/run.json"))
         found = segmenter.run(slide, tmp_path / "out", ALL)
-    assert found.run["resumed"]["runs"] == 2
+    assert to_json(found.run)["resumed"]["runs"] == 2
     assert (found.labels[:] == LABELS).all()
     assert not [t for t in threading.enumerate() if t.name.startswith(("slide_", "device_"))]
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from histostream.runtime.cohort.inputs import InputError, SlideInput, find_inputs, stem_of
+from histostream.runtime.cohort.inputs import InputError, find_inputs
+from histostream.runtime.slide_job import SlideInput, stem_of
 
 
 def touch(folder: Path, *names: str) -> None:

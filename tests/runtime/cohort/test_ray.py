@@ -22,11 +22,11 @@ import pytest
 
 from histostream.runtime.bundle.card import CardError
 from histostream.runtime.cohort import ray as ray_crew
-from histostream.runtime.cohort.inputs import SlideInput
 from histostream.runtime.cohort.ray import RayExecutor, RayWorker
-from histostream.runtime.cohort.worker import LocalExecutor, Outcome, Task, Worker
+from histostream.runtime.cohort.worker import LocalExecutor, Outcome, Worker
 from histostream.runtime.engines.base import EngineError, open_engine
 from histostream.runtime.options import Options
+from histostream.runtime.slide_job import SlideInput, SlideJob
 from histostream.wsi.outputs.folder import LOCK_FILE
 from histostream.wsi.outputs.lock import Holder, Lock, LockedError
 from histostream.wsi.synthetic import SyntheticSlide
@@ -85,12 +85,12 @@ def expected(slides: list[Path], tiny_bundle: Path, tmp_path_factory: pytest.Tem
     return out
 
 
-def tasks(slides: list[Path], out: Path) -> list[Task]:
-    return [Task(SlideInput(str(path), path.stem), out, OPTIONS) for path in slides]
+def tasks(slides: list[Path], out: Path) -> list[SlideJob]:
+    return [SlideJob(SlideInput(str(path), path.stem), out, OPTIONS) for path in slides]
 
 
 def all_of(
-    crew: RayExecutor | LocalExecutor, wanted: list[Task], stopping: Callable[[], bool] = lambda: False
+    crew: RayExecutor | LocalExecutor, wanted: list[SlideJob], stopping: Callable[[], bool] = lambda: False
 ) -> dict[int, Outcome]:
     return dict(crew.segment_all(wanted, report=lambda i: lambda done, total: None, stopping=stopping))
 
@@ -276,7 +276,7 @@ def test_a_task_carries_who_is_gone_to_the_lock(tmp_path: Path) -> None:
     worker = Worker(PlaceDependentEngine)
     (task,) = tasks([slide], tmp_path / "out")
     assert worker.segment(task).status == "elsewhere"
-    assert worker.segment(replace(task, gone=(elsewhere.process,))).status == "done"
+    assert worker.segment(replace(task, dead_processes=(elsewhere.process,))).status == "done"
     worker.close()
 
 

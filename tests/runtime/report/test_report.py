@@ -25,8 +25,7 @@ from PIL import Image
 
 from histostream.runtime.bundle.card import default_bundle, read_card
 from histostream.runtime.cohort import worker as cohort
-from histostream.runtime.cohort.inputs import SlideInput
-from histostream.runtime.cohort.worker import LocalExecutor, Task, run_cohort
+from histostream.runtime.cohort.worker import LocalExecutor
 from histostream.runtime.options import Options
 from histostream.runtime.record import card_record
 from histostream.runtime.report.cohort import MAX_PICTURES, WORST_FIRST, CohortReport, CohortSlide, cohort_slide
@@ -36,11 +35,13 @@ from histostream.runtime.report.json_view import JsonView
 from histostream.runtime.report.picture import PICTURE_PX, read_picture
 from histostream.runtime.report.slide import slide_report
 from histostream.runtime.result import SlideResult
+from histostream.runtime.slide_job import SlideInput, SlideJob
 from histostream.runtime.slide_run import segment_slide
 from histostream.wsi.errors import printable
 from histostream.wsi.outputs.label_rows import ClassInfo, SlideInfo
 from histostream.wsi.outputs.sinks.overview import Overview
-from tests.runtime.conftest import CARD, IdentityEngine, random_pixels, write_slide
+from histostream.wsi.records import to_json
+from tests.runtime.conftest import CARD, IdentityEngine, random_pixels, run_cohort, write_slide
 from tests.runtime.test_damage import damage, write_compressed
 
 ALL = Options(tissue=False, overlap_px=16)
@@ -125,8 +126,8 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> SlideResult:
 
 def report(result: SlideResult, **changed: Any) -> Element:
     """Return the report of a result, of which run.json says something else."""
-    run = {**result.run, **changed}
-    return parsed(slide_report(run, result.summary, result.folder / "overview.png"))
+    run = {**to_json(result.run), **changed}
+    return parsed(slide_report(run, to_json(result.summary), result.folder / "overview.png"))
 
 
 def test_a_run_leaves_a_valid_report_with_every_class_and_file(result: SlideResult) -> None:
@@ -136,9 +137,9 @@ def test_a_run_leaves_a_valid_report_with_every_class_and_file(result: SlideResu
     assert loads_nothing(page)
     assert text_of(next(page.iter("h1"))) == "slide.tif"
     table = rows(page)
-    for entry in result.summary["classes"]:
+    for entry in to_json(result.summary)["classes"]:
         assert [entry["name"], figure(entry["area_mm2"]), percent(entry["share"])] in table
-    for entry in result.run["objects"]:
+    for entry in to_json(result.run)["objects"]:
         assert [entry["name"], figure(entry["count"]), figure(entry["mean_um2"])] in table
     published = json.loads((result.folder / "run.json").read_text())["outputs"]
     assert "report.html" in published
@@ -146,16 +147,16 @@ def test_a_run_leaves_a_valid_report_with_every_class_and_file(result: SlideResu
     assert links == {*published, "run.json"} - {"report.html"}
     assert not warnings(page)
     said = facts(page)
-    assert said["slide"] == result.run["slide"]["sha256"]
+    assert said["slide"] == to_json(result.run)["slide"]["sha256"]
     assert said["annotations"] == "qupath"
     assert "blend" not in said  # it has its default value
 
 
 def test_the_count_of_objects_is_that_of_the_table(result: SlideResult) -> None:
     lines = (result.folder / "objects.csv").read_text().splitlines()[1:]
-    assert sum(entry["count"] for entry in result.run["objects"]) == len(lines)
+    assert sum(entry["count"] for entry in to_json(result.run)["objects"]) == len(lines)
     areas = [float(line.split(",")[9]) for line in lines]
-    whole = sum(entry["count"] * entry["mean_um2"] for entry in result.run["objects"])
+    whole = sum(entry["count"] * entry["mean_um2"] for entry in to_json(result.run)["objects"])
     assert whole == pytest.approx(sum(areas), rel=1e-3)
 
 
@@ -166,13 +167,13 @@ def test_the_report_can_be_made_from_the_files_of_the_result(result: SlideResult
 
 
 def test_two_runs_of_the_same_slide_differ_in_times_alone(result: SlideResult, tmp_path: Path) -> None:
-    slide = Path(result.run["slide"]["path"])
+    slide = Path(to_json(result.run)["slide"]["path"])
     options = replace(ALL, annotations=("qupath",), objects=("csv",))
     again = segment_slide(slide, IdentityEngine(), tmp_path, options)
     times = ("seconds", "mpx_per_s", "bound_by", "peak_memory_mib", "started")
     outputs = json.loads((again.folder / "run.json").read_text())["outputs"]
-    run = {**again.run, "outputs": outputs, **{name: result.run[name] for name in times}}
-    text = slide_report(run, again.summary, again.folder / "overview.png")
+    run = {**to_json(again.run), "outputs": outputs, **{name: to_json(result.run)[name] for name in times}}
+    text = slide_report(run, to_json(again.summary), again.folder / "overview.png")
     assert text == (result.folder / "report.html").read_text(encoding="utf-8")
 
 
@@ -253,23 +254,23 @@ def test_damaged_places_are_counted_listed_and_outlined(tmp_path: Path) -> None:
 
 
 def test_what_a_reader_must_know_is_said_above_all(result: SlideResult) -> None:
-    slide, options = result.run["slide"], result.run["options"]
+    slide, options = to_json(result.run)["slide"], to_json(result.run)["options"]
     assert "enlarged 2 times" in warnings(report(result, slide={**slide, "scale": 0.5}))
     by_hand = report(result, options={**options, "mpp": 0.25}, slide={**slide, "mpp": None})
     assert "0.25 μm per pixel was set by --mpp (the file has none)" in warnings(by_hand)
     resumed = report(result, resumed={"runs": 3, "mpx_before": 0.05})
     assert "resumed 2 times" in warnings(resumed)
     assert "in the last run" in facts(resumed)["Tiles"]
-    nothing = [{**c, "share": None, "area_mm2": 0} for c in result.summary["classes"]]
-    empty = {**result.summary, "analysed_mm2": 0, "classes": nothing}
-    page = parsed(slide_report(result.run, empty, result.folder / "none.png"))
+    nothing = [{**c, "share": None, "area_mm2": 0} for c in to_json(result.summary)["classes"]]
+    empty = {**to_json(result.summary), "analysed_mm2": 0, "classes": nothing}
+    page = parsed(slide_report(to_json(result.run), empty, result.folder / "none.png"))
     assert "nothing was analysed" in warnings(page)
     assert not list(page.iter("img"))
 
 
 def test_the_stage_that_bounds_is_that_of_run_json(result: SlideResult) -> None:
     for stage, words in (("read", "reading the slide"), ("crf", "the CRF")):
-        seconds = {**dict.fromkeys(result.run["seconds"], 0.0), stage: 99.0, "total": 100.0}
+        seconds = {**dict.fromkeys(to_json(result.run)["seconds"], 0.0), stage: 99.0, "total": 100.0}
         (bounds,) = [
             row for row in report(result, seconds=seconds, bound_by=stage).iter("tr") if row.get("class") == "bounds"
         ]
@@ -288,7 +289,7 @@ def test_the_model_is_judged_without_its_bundle(result: SlideResult) -> None:
     }
     crf = {"params": {"w1": 5.0, "n_iter": 5}, "uncertain": 0.25, "backend": "auto"}
     cells = {"halo_px": 8, "cell_px": 1024, "cells": 3, "cells_skipped": 1}
-    page = report(result, model=model, options={**result.run["options"], "crf": crf}, crf=cells)
+    page = report(result, model=model, options={**to_json(result.run)["options"], "crf": crf}, crf=cells)
     text = text_of(page)
     assert " ".join(card.note.split()) in text
     (used,) = [row for row in page.iter("tr") if row.get("class") == "used"]
@@ -307,7 +308,7 @@ def test_the_model_is_judged_without_its_bundle(result: SlideResult) -> None:
 
 
 def test_memory_is_held_against_its_bound(result: SlideResult) -> None:
-    options = {**result.run["options"], "max_memory_mib": 1000}
+    options = {**to_json(result.run)["options"], "max_memory_mib": 1000}
     page = report(result, options=options, peak_memory_mib=250.0)
     assert ["250 MiB", "25.0 %"] in [row[-2:] for row in rows(page)]
 
@@ -320,7 +321,7 @@ def paths(value: Any, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]
 
 
 def test_a_card_may_hold_anything_in_its_records_of_training_and_parity(result: SlideResult) -> None:
-    card = card_record(read_card(default_bundle()))
+    card = to_json(card_record(read_card(default_bundle())))
     others: list[Any] = [None, "text", -1.5, [1, None, "x"], {"a": {"b": [{}]}}, True]
     for record in ("training", "parity"):
         for path in paths(card[record]):
@@ -330,7 +331,7 @@ def test_a_card_may_hold_anything_in_its_records_of_training_and_parity(result: 
                 for name in path[:-1]:
                     inner = inner[name]
                 inner[path[-1]] = other
-                page = report(result, model={**result.run["model"], "card": changed})
+                page = report(result, model={**to_json(result.run)["model"], "card": changed})
                 assert "Parity" in text_of(page)
 
 
@@ -348,7 +349,7 @@ def test_figures_of_any_card_can_be_written_as_json() -> None:
         "said": "x" * 9999,
         "none": None,
     }
-    record = card_record(replace(CARD, parity={"model.onnx": odd}, training={"scores": odd}))
+    record = to_json(card_record(replace(CARD, parity={"model.onnx": odd}, training={"scores": odd})))
     text = json.dumps(record, allow_nan=False)
     assert len(text) < 3000
     assert record["parity"]["model.onnx"]["kept"] == [0.5, 1]
@@ -436,9 +437,9 @@ def test_a_cohort_leaves_a_report_of_all_its_slides(tmp_path: Path) -> None:
     slides[2] = write_compressed(tmp_path / f"{odd}.tif", random_pixels(130, 90))
     damage(slides[2], [0])
     out = tmp_path / "out"
-    wanted = [Task(SlideInput(str(p), p.stem), out, ALL) for p in slides]
+    wanted = [SlideJob(SlideInput(str(p), p.stem), out, ALL) for p in slides]
     crew = LocalExecutor(IdentityEngine)
-    list(run_cohort(wanted, crew, record=out))
+    run_cohort(wanted, crew, record=out)
     crew.close()
     text = (out / "report.html").read_text(encoding="utf-8")
     page = parsed(text)
