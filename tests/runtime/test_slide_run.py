@@ -21,6 +21,7 @@ from histostream.runtime.choices import WINDOWS
 from histostream.runtime.engines.base import to_channels
 from histostream.runtime.options import OptionError, Options
 from histostream.runtime.process_memory import MIB, MemoryLimitError, peak_memory_mib
+from histostream.runtime.result import SlideResult
 from histostream.runtime.slide_run import segment_slide
 from histostream.runtime.stream import memory
 from histostream.runtime.stream.memory import bytes_per_column
@@ -191,7 +192,8 @@ def test_summary_and_run_record_agree_with_the_labels(noise_slide: Noise, tmp_pa
     result = segment_slide(path, identity_engine(), tmp_path / "out", ALL)
     labels = labels_of(result.folder)
     summary = json.loads((result.folder / "summary.json").read_text())
-    assert summary == json.loads(json.dumps(result.summary))
+    assert summary == to_json(result.summary)
+    assert SlideResult.read(result.folder) == result
     for k, entry in enumerate(summary["classes"]):
         assert entry["pixels"] == (labels == k).sum()
         assert entry["area_mm2"] == pytest.approx((labels == k).sum() * 0.25e-6, rel=1e-6)
