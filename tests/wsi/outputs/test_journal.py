@@ -18,7 +18,6 @@ from histostream.wsi.errors import OutputError
 from histostream.wsi.geometry import Box
 from histostream.wsi.outputs.journal import (
     BandJournal,
-    ClassView,
     Journal,
     JournalError,
     Record,
@@ -26,7 +25,7 @@ from histostream.wsi.outputs.journal import (
     ViewInfo,
     watched_strips,
 )
-from histostream.wsi.outputs.label_rows import LabelRows
+from histostream.wsi.outputs.label_rows import ClassInfo, LabelRows
 
 X0, X1, HEIGHT = 512, 812, 90
 
@@ -159,7 +158,7 @@ def test_a_full_disk_is_said_at_the_latest_at_the_end(tmp_path: Path) -> None:
 def test_a_journal_says_what_was_begun(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     assert journal.read() is None
-    view_info = ViewInfo("slide.svs", 700, 40, 0.5, 2.0, (ClassView("nucleus", (30, 100, 220)),))
+    view_info = ViewInfo("slide.svs", 700, 40, 0.5, 2.0, (ClassInfo("nucleus", (30, 100, 220)),))
     manifest = RunManifest({"options": {"blend": "hann"}}, ((0, 512), (512, 700)), 900, 3, view_info)
     journal.begin(manifest)
     assert journal.read() == manifest
