@@ -156,27 +156,7 @@ def _words(_: click.Context, __: click.Parameter, text: str) -> tuple[str, ...]:
 @_work("--workers", type=int, help="Engines on the cluster; default: as many as fit.")
 @_work("--log-json", is_flag=True, help="Write what is said as JSON, one object a line, to stderr.")
 @_one_line_errors
-def main(
-    slides: tuple[str, ...],
-    bundle: Path | None,
-    out: Path,
-    backend: str,
-    precision: str,
-    devices: tuple[str, ...],
-    threads: int | None,
-    geojson: bool,
-    annotations: tuple[str, ...],
-    crf: bool,
-    crf_params: str | None,
-    crf_uncertain: float | None,
-    restart: bool,
-    stage: Path | None,
-    cluster: str | None,
-    workers: int | None,
-    dry_run: bool,
-    log_json: bool,
-    **options: Any,
-) -> None:
+def main(geojson: bool, annotations: tuple[str, ...], **options: Any) -> None:
     """Segment whole slides; results go to OUT/<slide name>/.
 
     SLIDES are files, folders, patterns in quotes, URLs (s3://, gs://, https://), and .csv files
@@ -189,28 +169,9 @@ def main(
     histo-infer view OUT shows results in a browser, also while they are being written; see
     histo-infer view --help.
     """
-    from histostream.runtime.command import Request, run
+    from histostream.runtime.command import run
 
-    request = Request(
-        slides,
-        bundle,
-        out,
-        backend,
-        precision,
-        devices,
-        threads,
-        crf,
-        crf_params,
-        crf_uncertain,
-        restart,
-        stage,
-        cluster,
-        workers,
-        dry_run,
-        log_json,
-    )
-    annotations = (("qupath",) if geojson else ()) + annotations
-    sys.exit(run(request, annotations=annotations, **options))
+    sys.exit(run(annotations=(("qupath",) if geojson else ()) + annotations, **options))
 
 
 if __name__ == "__main__":

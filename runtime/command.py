@@ -9,7 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +74,12 @@ class Request:
             )
 
 
-def run(request: Request, **options: Any) -> int:
+def run(**options: Any) -> int:
     """Segment the slides; return the exit status.
 
-    Parameters
-    ----------
-    request, options
-        The command's options; ``options`` are those of `Options`.
+    ``options`` are the fields of `Request` and `Options`.
     """
+    request = Request(**{entry.name: options.pop(entry.name) for entry in fields(Request)})
     show_only_our_warnings("histo-infer", JsonFormatter() if request.log_json else None)
     return_buffers_at_once()
     messages: Messages = JsonMessages() if request.log_json else TextMessages()

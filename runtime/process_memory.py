@@ -16,20 +16,20 @@ M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 class MemoryLimitError(HistoError, ValueError):
-    """The bound on memory is below what the narrowest band takes."""
+    """The bound on memory is too low for the narrowest band."""
 
 
 def return_buffers_at_once() -> None:
-    """Let the C library give large freed buffers back to the system (glibc; elsewhere nothing).
+    """Make glibc return large freed buffers to the system; does nothing with other C libraries.
 
-    By default glibc learns to keep them, in one arena per thread.
+    By default glibc keeps them, in one arena per thread.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, MIB)
 
 
 def physical_bytes() -> float:
-    """Memory of this machine; infinity where the system does not say (Windows)."""
+    """Return the memory of this machine; infinity on systems that do not tell (Windows)."""
     try:
         return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (AttributeError, OSError, ValueError):
@@ -37,7 +37,7 @@ def physical_bytes() -> float:
 
 
 def resident_bytes() -> int:
-    """Memory of this process now; where the system does not say, its peak so far."""
+    """Return the memory of this process now; on systems that do not tell, its peak so far."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
@@ -46,8 +46,8 @@ def resident_bytes() -> int:
 
 
 def peak_memory_mib() -> float | None:
-    """Peak memory of this process in MiB; None where the system does not say (Windows)."""
-    # Not getrusage on Linux: its peak counts the process that started this one, until its exec.
+    """Return the peak memory of this process in MiB; None on systems that do not tell (Windows)."""
+    # Linux's getrusage counts the process that started this one, until its exec.
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

@@ -16,6 +16,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -178,42 +179,6 @@ class _Outputs:
     objects: Objects | None
 
 
-class _Hash:
-    """SHA-256 of a file, computed in a thread beside other work."""
-
-    def __init__(self, path: Path) -> None:
-        self._stop = threading.Event()
-        self._result: str | OSError = SlideError("stopped")
-        self._thread = threading.Thread(target=self._run, args=(path,), name="hash", daemon=True)
-        self._thread.start()
-
-    def result(self) -> str:
-        """Wait for the sum.
-
-        Raises
-        ------
-        OSError
-            If the file cannot be read.
-        """
-        self._thread.join()
-        if not isinstance(self._result, str):
-            raise self._result
-        return self._result
-
-    def stop(self) -> None:
-        """Stop reading the file."""
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self, path: Path) -> None:
-        try:
-            self._result = sha256_of(path, self._stop.is_set)
-        except OSError as error:
-            self._result = error
-        except StoppedError:
-            pass
-
-
 @dataclass(slots=True, eq=False)
 class SlideRun:
     """The run of one slide: made by `open`, then `run`, then `finish`.
@@ -228,20 +193,14 @@ class SlideRun:
 
     Attributes
     ----------
-    job, engine
-        The slide and the network.
     context
         What column bands and other processes are given of the run.
-    outputs
-        The output folder.
     version, inputs
         Version of the slide's file, and `fingerprint` of the run.
     manifest
         What the journal says of the run; None where a new run has not planned its bands.
     overview_blocks
         Blocks that were decoded for the overview.
-    sha256
-        The sum of the slide's file.
     started, clock
         Time of the begin, and the same as `time.perf_counter`.
     stack
@@ -256,7 +215,7 @@ class SlideRun:
     inputs: Mapping[str, Any]
     manifest: RunManifest | None
     overview_blocks: int
-    sha256: _Hash
+    sha256: Future[str]
     started: datetime
     clock: float
     stack: ExitStack
@@ -316,8 +275,10 @@ class SlideRun:
                 counts = Counts(report=report)
                 context = RunContext(plan, layout.view, card, folder.write, damage, seconds, counts, stopping)
                 blocks = slide.decoded_blocks
-                sha256 = _Hash(path)
-                stack.callback(sha256.stop)
+                hashing_stopped = threading.Event()
+                pool = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="hash"))
+                stack.callback(hashing_stopped.set)
+                sha256 = pool.submit(sha256_of, path, hashing_stopped.is_set)  # beside other work
             run = cls(job, engine, context, outputs, version, inputs, manifest, blocks, sha256, started, clock, stack)
             stack.push(run._band_stack)
             run._begin()
@@ -404,7 +365,11 @@ class SlideRun:
                         "more than --max-memory leaves room for; allow more memory to continue it, or add "
                         "--restart to start over"
                     )
-            view_info = ViewInfo.of(self.job.location, context.view, context.card.classes)
+            view = context.view
+            assert view.mpp is not None  # the card has a resolution, so the view has one
+            view_info = ViewInfo(
+                self.job.location, view.width, view.height, view.mpp, view.downsample, context.card.classes
+            )
             self.manifest = replace(manifest, runs=manifest.runs + 1, view_info=view_info)
             context.journal.begin(self.manifest)
             return list(manifest.bands)
@@ -638,7 +603,7 @@ def plan_grid(
     card, options
         The model, and how to run it.
     picture
-        An overview (H, W, C) of the slide, where one was read already.
+        An overview (H, W, C) of the slide, to find tissue in; None: it is read from the slide.
 
     Returns
     -------
@@ -649,7 +614,7 @@ def plan_grid(
     BlendError
         If the overlap or the blending does not fit the model.
     SlideError
-        If nothing is left to analyse in the region of interest.
+        If there is no tissue in the region of interest.
     """
     grid = _lay_tiles(view.width, view.height, card, options)
     roi = None if options.roi is None else read_roi(options.roi, view)
@@ -666,7 +631,7 @@ def plan_grid(
         )
     if not keep.any():
         log.warning(
-            "%s: no tissue found, nothing is analysed; pass --no-tissue to analyse all of it",
+            "%s: no tissue found, nothing is analysed; pass --no-tissue to analyse glass too",
             view.slide.path,
         )
     return grid.where(keep), roi
@@ -717,7 +682,7 @@ def segment_pixels(pixels: NDArray[np.uint8], engine: Engine, *, blend: str = "h
 def score_pixels(pixels: NDArray[np.uint8], engine: Engine, *, blend: str = "hann") -> NDArray[np.uint8]:
     """Return the blended scores of an image that is in memory, (H, W, K) uint8.
 
-    Parameters and errors as of `segment_pixels`.
+    Parameters and errors are those of `segment_pixels`.
     """
     rows = _pixel_rows(pixels, engine, blend, probabilities=True)
     return np.concatenate([row.probabilities for row in rows if row.probabilities is not None])

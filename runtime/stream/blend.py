@@ -1,12 +1,12 @@
 """Fixed-point blending: the scores of overlapping tiles become one label per pixel.
 
-Scores are uint8, window weights small integers, the accumulator uint32. Integer sums do not depend
-on the order in which they are made, so the label map is bit-identical for every batch size, thread
-count, tile order and column band.
+Scores are uint8, window weights are small integers, sums are uint32. The order of summands does not
+change the sum of integers, so the label map is bit-identical for every batch size, thread count, tile
+order and column band.
 
 A window is the outer product of two profiles. A profile falls off only towards neighbours: at the
-slide's border it stays at its full weight. Where tiles are left out (glass), the weight of a
-missing neighbour is missing from the divisor too.
+slide's border it stays at its full weight. Next to tiles that are left out (glass), the divisor is
+smaller by the weight of the missing tile.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Pixels = NDArray[np.uint8]
 # Largest weight of a profile. Nine tiles can meet in a pixel (a last tile is shifted in), so
 # 9 * 255 * FULL^2 has to fit uint32: FULL < 1368.
 FULL = 1024
-PIECE_BYTES = 1 << 19  # of one plane of sums, worked on at a time: it stays in a core's cache
-GAUSSIAN_SIGMA = 0.125  # of the tile; as MONAI's sliding window and nnU-Net
+PIECE_BYTES = 1 << 19  # bytes of one plane of sums that are finished at a time: they stay in a core's cache
+GAUSSIAN_SIGMA = 0.125  # of the tile's side; as in MONAI's sliding window and nnU-Net
 
 
 class BlendError(HistoError, ValueError):
@@ -34,13 +34,13 @@ class BlendError(HistoError, ValueError):
 
 
 def check_blend(mode: str, card: ModelCard, overlap_px: int) -> None:
-    """Refuse a blending mode that cannot keep its promise.
+    """Check that a blending mode fits the model and the overlap.
 
     Raises
     ------
     BlendError
-        If the mode is unknown; if "exact" is asked of a network that depends on tile statistics,
-        or with less overlap than twice the halo; or if the overlap is more than half a tile.
+        If the mode is unknown, if the overlap is more than half a tile, or if "exact" is combined with
+        a network that depends on tile statistics or an overlap of less than twice the halo.
     """
     if mode not in WINDOWS:
         raise BlendError(f"no blending is called {mode!r}: use {', '.join(WINDOWS)}")
@@ -60,7 +60,7 @@ def check_blend(mode: str, card: ModelCard, overlap_px: int) -> None:
 
 
 def exact_overlap_px(card: ModelCard) -> int:
-    """Smallest overlap at which every written pixel is a halo away from its tile's edges.
+    """Return the smallest overlap at which every written pixel is at least a halo away from its tile's edges.
 
     Raises
     ------
@@ -77,7 +77,7 @@ def exact_overlap_px(card: ModelCard) -> int:
 
 
 def profile(mode: str, tile_px: int, overlap_px: int) -> NDArray[np.uint32]:
-    """Integer weight along one axis of a tile that has neighbours on both sides.
+    """Return the integer weights along one axis of a tile that has neighbours on both sides.
 
     Over the overlap, hann and linear profiles of two neighbours sum to `FULL` exactly.
 
@@ -110,7 +110,7 @@ def profile(mode: str, tile_px: int, overlap_px: int) -> NDArray[np.uint32]:
 
 
 def axis_profile(mode: str, weights: NDArray[np.uint32], starts: tuple[int, ...], i: int) -> NDArray[np.uint32]:
-    """Integer weight along one axis of one tile, as its neighbours and the slide's border make it.
+    """Return the integer weights along one axis of one tile, with its neighbours and the slide's border.
 
     Parameters
     ----------
@@ -148,8 +148,8 @@ def axis_profile(mode: str, weights: NDArray[np.uint32], starts: tuple[int, ...]
 class Blender:
     """Weighted sum of tile scores over a ring of rows; finished rows leave it.
 
-    Feed the tiles of one grid row in any order with `add`, then call `finish_row`; rows that no
-    later tile reaches come out. Memory: classes x tile_px x band width x 4 bytes.
+    Add the tiles of one grid row in any order with `add`, then call `finish_row`, which returns the rows
+    that no later tile covers. Memory: classes x tile_px x band width x 4 bytes.
 
     Parameters
     ----------
@@ -160,7 +160,7 @@ class Blender:
     mode
         One of `WINDOWS`.
     probabilities
-        Whether the blended scores are wanted too.
+        Whether blended scores are returned too.
     """
 
     def __init__(self, grid: TileGrid, classes: int, mode: str, *, probabilities: bool = False) -> None:
@@ -175,17 +175,18 @@ class Blender:
         # Weight sums are separable within a row of tiles: (first row, rows' weights, columns' sum).
         self._weights: list[tuple[int, NDArray[np.uint32], NDArray[np.uint32]]] = []
         self._columns = np.zeros(width, np.uint32)
-        # A new array for each tile would cost as much as what is done with it: memory of this size
-        # comes from the system and goes back.
+        # Allocated once: a new array of this size comes from the system and is returned to it, which
+        # takes as long as the computation.
         self._window, self._product = np.empty((2, grid.tile_px, grid.tile_px), np.uint32)
 
     def add(self, tile: Tile, scores: NDArray[np.uint8]) -> None:
         """Add the scores (K, tile_px, tile_px) of one tile of the current row."""
-        wy, wx = self._tile_profiles(tile)
+        wy = self._axis_profile(self._grid.ys, tile.row)
+        wx = self._axis_profile(self._grid.xs, tile.column)
         x, y = tile.read.x - self._left, tile.read.y - self._top
         ys, xs = _extent(wy), _extent(wx)
-        place = slice(0, ys.stop - ys.start), slice(0, xs.stop - xs.start)
-        window, product = self._window[place], self._product[place]
+        used = slice(0, ys.stop - ys.start), slice(0, xs.stop - xs.start)
+        window, product = self._window[used], self._product[used]
         np.outer(wy[ys], wx[xs], out=window)
         target = self._sums[:, y + ys.start : y + ys.stop, x + xs.start : x + xs.stop]
         for sums, plane in zip(target, scores, strict=True):
@@ -214,11 +215,11 @@ class Blender:
         return finished
 
     def _reached(self) -> list[slice]:
-        """Columns of the ring that any tile in it reaches; elsewhere all sums are 0."""
+        """Return the columns of the ring that any of its tiles covers; elsewhere all sums are 0."""
         if not self._weights:
             return []
-        some = np.any([columns for _, _, columns in self._weights], axis=0)
-        edges = np.flatnonzero(np.diff(some, prepend=False, append=False)).tolist()
+        is_reached = np.any([columns for _, _, columns in self._weights], axis=0)
+        edges = np.flatnonzero(np.diff(is_reached, prepend=False, append=False)).tolist()
         return [slice(*edge) for edge in zip(edges[::2], edges[1::2], strict=True)]
 
     def _segmented(self, count: int, reached: list[slice]) -> LabelRows:
@@ -230,31 +231,32 @@ class Blender:
             scores = classes if self._probabilities else None
             return LabelRows.outside(grid.x0, self._top, right - left, count, classes=scores)
         labels = np.full((count, right - left), NOT_ANALYSED, np.uint8)
-        shared = np.zeros((*labels.shape, classes), np.uint8) if self._probabilities else None
+        probabilities = np.zeros((*labels.shape, classes), np.uint8) if self._probabilities else None
         for columns in parts:
             step = max(1, PIECE_BYTES // (4 * (columns.stop - columns.start)))
             for first in range(0, count, step):
                 rows = slice(first, min(first + step, count))
-                place = rows, slice(columns.start - left, columns.stop - left)
-                some = None if shared is None else shared[place]
-                self._finish_piece(rows, columns, labels[place], some)
-        return LabelRows(grid.x0, self._top, labels, shared)
+                piece = rows, slice(columns.start - left, columns.stop - left)
+                self._finish_piece(
+                    rows, columns, labels[piece], None if probabilities is None else probabilities[piece]
+                )
+        return LabelRows(grid.x0, self._top, labels, probabilities)
 
-    def _finish_piece(self, rows: slice, columns: slice, labels: Pixels, shared: Pixels | None) -> None:
-        """Put labels, and scores where they are wanted, of a piece of the ring into arrays."""
+    def _finish_piece(self, rows: slice, columns: slice, labels: Pixels, probabilities: Pixels | None) -> None:
+        """Write the labels, and the probabilities if there are any, of a piece of the ring into arrays."""
         sums = self._sums[:, rows, columns]
         labels[...] = _arg_max(sums)
-        if shared is None and (self._grid.keep is None or self._covered(rows, columns)):
+        if probabilities is None and (self._grid.keep is None or self._covered(rows, columns)):
             return
         weight = self._weight(rows, columns)
         labels[weight == 0] = NOT_ANALYSED
-        if shared is not None:
+        if probabilities is not None:
             divisor = np.maximum(weight, 1)
             for k, plane in enumerate(sums):
-                shared[..., k] = (plane + divisor // 2) // divisor
+                probabilities[..., k] = (plane + divisor // 2) // divisor
 
     def _covered(self, rows: slice, columns: slice) -> bool:
-        """Whether one row of tiles reaches every pixel of a piece of the ring."""
+        """Whether one row of tiles covers every pixel of a piece of the ring."""
         return any(
             y <= self._top + rows.start
             and self._top + rows.stop <= y + len(wy)
@@ -264,7 +266,7 @@ class Blender:
         )
 
     def _weight(self, rows: slice, columns: slice) -> NDArray[np.uint32]:
-        """Sum of the windows over a piece of the ring, (rows, columns)."""
+        """Return the sum of the windows over a piece of the ring, (rows, columns)."""
         top, bottom = self._top + rows.start, self._top + rows.stop
         weight = np.zeros((bottom - top, columns.stop - columns.start), np.uint32)
         for y, wy, wx in self._weights:
@@ -272,13 +274,6 @@ class Blender:
             if first < stop:
                 weight[first - top : stop - top] += np.outer(wy[first - y : stop - y], wx[columns])
         return weight
-
-    def _tile_profiles(self, tile: Tile) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]:
-        grid = self._grid
-        return (
-            self._axis_profile(grid.ys, tile.row),
-            self._axis_profile(grid.xs, tile.column),
-        )
 
     def _axis_profile(self, starts: tuple[int, ...], i: int) -> NDArray[np.uint32]:
         return axis_profile(self._mode, self._profile, starts, i)
@@ -290,7 +285,7 @@ def _extent(weights: NDArray[np.uint32]) -> slice:
 
 
 def _arg_max(sums: NDArray[np.uint32]) -> NDArray[np.uint8]:
-    """Class of the largest sum, (H, W); the lower class where two are equal."""
+    """Return the class of the largest sum, (H, W); the lower class where two are equal."""
     if len(sums) == 2:  # several times faster than a general arg-max
         return np.asarray((sums[1] > sums[0]).view(np.uint8))
     best = sums[0].copy()

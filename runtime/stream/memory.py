@@ -77,20 +77,20 @@ def plan_bands(
 
 
 def bytes_per_column(grid: TileGrid, view: SlideView, classes: int, probabilities: bool) -> float:
-    """Bytes that one column of pixels takes in all buffers of a run."""
+    """Return the bytes that one column of pixels takes in all buffers of a run."""
     block_height = view.slide.block_px[view.level][1]
     native_rows = (grid.tile_px * view.scale + 2 * block_height) * view.scale
     strips = 3 * grid.tile_px * view.channels  # in use, ready, and being read
-    sums = 4 * classes * grid.tile_px  # what rows are finished with is of pieces, see `blend`
+    sums = 4 * classes * grid.tile_px  # rows are finished in small pieces, see `blend`
     labels = 2 * grid.tile_px + BAND_ALIGN_PX
     scores = classes * (grid.tile_px + BAND_ALIGN_PX) if probabilities else 0
-    # The journal's copies, those that wait and the one that is written.
+    # The journal's copies: those that wait, and the one that is written.
     copies = (WAITING + 1) * grid.tile_px * (1 + (classes if probabilities else 0))
     return SLACK * (native_rows * view.channels + strips + sums + labels + scores + copies)
 
 
 def sink_bytes(view: SlideView, classes: int) -> int:
-    """Bytes that the sinks hold of the whole slide: the overview's counts, an index of tiles."""
+    """Return the bytes that the overview and the index of tiles take, which do not depend on the band."""
     width, height = overview_size(view.width, view.height)
     tiles = -(-view.width // BAND_ALIGN_PX) * -(-view.height // BAND_ALIGN_PX)
     return 4 * (classes + 1) * width * height + INDEX_BYTES * tiles

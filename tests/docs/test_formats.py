@@ -19,7 +19,7 @@ from histostream.runtime.engines.tensorrt.file import EngineHeader
 from histostream.training.checkpoint import Checkpoint
 from histostream.wsi.outputs.journal import RunManifest
 from histostream.wsi.outputs.lock import Holder
-from histostream.wsi.outputs.sinks import table
+from histostream.wsi.outputs.sinks.objects import _table as table
 from histostream.wsi.synthetic import SyntheticSlide
 from tests.conftest import REPOSITORY
 

@@ -34,6 +34,7 @@ from histostream.runtime.result import SlideResult
 from histostream.wsi.outputs.folder import RUN_FILE
 from histostream.wsi.outputs.label_rows import NOT_ANALYSED
 from histostream.wsi.outputs.sinks.tiff import NOT_ANALYSED_COLOR
+from histostream.wsi.records import to_json
 from histostream.wsi.synthetic import SyntheticSlide
 
 Labels = NDArray[np.uint8]
@@ -211,7 +212,7 @@ def by_shapely(truth: Truth, path: Path) -> dict[str, Any]:
     count, invalid, worst = 0, 0, 0.0
     by_class: Counter[str] = Counter()
     um2 = truth.mpp**2
-    scale = (truth.result.run["slide"]["mpp"] or truth.mpp) / truth.mpp  # full size to label map
+    scale = (truth.result.run.slide.mpp or truth.mpp) / truth.mpp  # full size to label map
     with gzip.open(path, "rt") as file:
         for line in file:
             if not line.startswith('{"type":"Feature",'):
@@ -400,7 +401,7 @@ def main(
         (run,) = folder.glob(f"*/{RUN_FILE}")
         truth = Truth(SlideResult.read(run.parent))
         files = opened(truth)
-        record = truth.result.run
+        record = to_json(truth.result.run)
         found = {
             "hardware": hardware(),
             "command": ["histo-infer", slide.name, *command[4:]],

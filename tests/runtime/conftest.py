@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,9 @@ import tifffile
 from numpy.typing import NDArray
 
 from histostream.runtime.bundle.card import ModelCard
+from histostream.runtime.cohort.worker import CohortRecord, Executor
+from histostream.runtime.outcome import Outcome
+from histostream.runtime.slide_job import SlideJob
 from histostream.wsi.outputs.label_rows import ClassInfo
 
 CARD = ModelCard(
@@ -81,3 +86,20 @@ def random_pixels(width: int, height: int, seed: int = 0) -> NDArray[np.uint8]:
 def noise_slide(tmp_path: Path) -> tuple[Path, NDArray[np.uint8]]:
     pixels = random_pixels(301, 217)
     return write_slide(tmp_path / "noise.tif", pixels), pixels
+
+
+def run_cohort(
+    jobs: Sequence[SlideJob],
+    executor: Executor,
+    *,
+    stopping: Callable[[], bool] = lambda: False,
+    record: Path | None = None,
+) -> dict[int, Outcome]:
+    """Run slides as the command does; return their outcomes by number."""
+    outcomes = {}
+    with nullcontext() if record is None else CohortRecord(record, jobs) as cohort:
+        for i, outcome in executor.segment_all(jobs, report=lambda i: lambda done, total: None, stopping=stopping):
+            outcomes[i] = outcome
+            if cohort is not None:
+                cohort.add(i, outcome)
+    return outcomes

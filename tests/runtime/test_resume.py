@@ -27,6 +27,7 @@ from histostream.runtime.result import SlideResult
 from histostream.runtime.slide_run import segment_slide
 from histostream.wsi.errors import StoppedError
 from histostream.wsi.outputs.journal import JournalError
+from histostream.wsi.records import to_json
 from histostream.wsi.tiling.grid import TileGrid
 from tests.runtime.conftest import CARD, PlaceDependentEngine, random_pixels, write_slide
 
@@ -92,10 +93,10 @@ def test_a_run_broken_off_many_times_gives_the_same_bits(
         inferred += engine.tiles
     assert broken >= 2
     assert_same(unbroken, result)
-    assert result.run["resumed"]["runs"] == broken + 1
+    assert to_json(result.run)["resumed"]["runs"] == broken + 1
     # Of what was finished a break repeats one row of tiles at most (two at the slide's end, where
     # the last is shifted in); what it loses is the row in hand.
-    assert inferred <= unbroken.run["grid"]["tiles_inferred"] + broken * 3 * in_a_row
+    assert inferred <= to_json(unbroken.run)["grid"]["tiles_inferred"] + broken * 3 * in_a_row
     assert not list(result.folder.glob(".*"))
 
 
@@ -111,7 +112,7 @@ def test_objects_of_a_run_broken_off_are_those_of_an_unbroken_run(
         with pytest.raises(Broken):
             segment_slide(slide, Breaking(after=after), tmp_path / "broken", options)
     result = segment_slide(slide, PlaceDependentEngine(), tmp_path / "broken", options)
-    assert result.run["resumed"]["runs"] == 3
+    assert to_json(result.run)["resumed"]["runs"] == 3
     for name in ("objects.geojson.gz", "objects.csv"):
         assert (unbroken.folder / name).read_bytes() == (result.folder / name).read_bytes()
     assert not list(result.folder.glob(".*"))
@@ -128,7 +129,7 @@ def test_rasters_of_a_run_broken_off_are_those_of_an_unbroken_run(
         with pytest.raises(Broken):
             segment_slide(slide, Breaking(after=after), tmp_path / "broken", options)
     result = segment_slide(slide, PlaceDependentEngine(), tmp_path / "broken", options)
-    assert result.run["resumed"]["runs"] == 3
+    assert to_json(result.run)["resumed"]["runs"] == 3
     assert not list(result.folder.glob(".*"))
 
     def files(folder: Path) -> dict[str, bytes]:
@@ -148,7 +149,9 @@ def test_only_the_row_above_is_inferred_again(slide: Path, tmp_path: Path) -> No
     engine = PlaceDependentEngine()
     result = segment_slide(slide, engine, tmp_path, replace(ALL, batch=1))
     assert engine.tiles == (rows - 5 + 1) * in_a_row
-    assert result.run["resumed"]["mpx_before"] == pytest.approx(1100 * grid.tile(3, 0).write.bottom / 1e6, abs=1e-3)
+    assert to_json(result.run)["resumed"]["mpx_before"] == pytest.approx(
+        1100 * grid.tile(3, 0).write.bottom / 1e6, abs=1e-3
+    )
 
 
 def test_a_region_of_interest_and_glass_are_gone_on_with_too(tmp_path: Path) -> None:
@@ -164,7 +167,7 @@ def test_a_region_of_interest_and_glass_are_gone_on_with_too(tmp_path: Path) -> 
         with pytest.raises(Broken):
             segment_slide(path, Breaking(after=after), tmp_path / "broken", options)
     result = segment_slide(path, PlaceDependentEngine(), tmp_path / "broken", options)
-    assert result.run["resumed"]["runs"] == 3
+    assert to_json(result.run)["resumed"]["runs"] == 3
     assert_same(unbroken, result)
 
 
@@ -174,7 +177,7 @@ def test_the_crf_goes_on_at_a_row_of_cells(tmp_path: Path) -> None:
     path = write_slide(tmp_path / "tall.tif", random_pixels(300, 2600))
     options = replace(ALL, crf=CrfOptions(CrfParams(theta_alpha=4, theta_gamma=2, n_iter=2)))
     unbroken = segment_slide(path, PlaceDependentEngine(), tmp_path / "unbroken", options)
-    in_all = unbroken.run["grid"]["tiles_inferred"]
+    in_all = to_json(unbroken.run)["grid"]["tiles_inferred"]
     with pytest.raises(Broken):
         segment_slide(path, Breaking(after=2 * in_all // 3), tmp_path / "broken", options)
     engine = PlaceDependentEngine()
@@ -188,8 +191,8 @@ def test_restart_starts_over(slide: Path, tmp_path: Path) -> None:
         segment_slide(slide, Breaking(after=200), tmp_path, replace(ALL, batch=1))
     engine = PlaceDependentEngine()
     result = segment_slide(slide, engine, tmp_path, ALL, restart=True)
-    assert engine.tiles == result.run["grid"]["tiles"]
-    assert "resumed" not in result.run
+    assert engine.tiles == to_json(result.run)["grid"]["tiles"]
+    assert "resumed" not in to_json(result.run)
 
 
 ENGINE = PlaceDependentEngine()
@@ -236,7 +239,7 @@ def test_the_journal_of_a_run_killed_after_publishing_is_forgotten(slide: Path, 
     segment_slide(slide, PlaceDependentEngine(), out, ALL)
     shutil.copytree(tmp_path / "kept", out / "slide" / ".journal")
     other = segment_slide(slide, PlaceDependentEngine(), out, replace(ALL, blend="crop"))
-    assert "resumed" not in other.run
+    assert "resumed" not in to_json(other.run)
     assert not list(other.folder.glob(".*"))
 
 
@@ -249,7 +252,7 @@ def test_memory_and_batch_may_change_between_runs(slide: Path, tmp_path: Path, m
     monkeypatch.setattr(infer, "plan_bands", lambda *_, **__: wide)
     options = replace(ALL, batch=5, threads=1, max_memory_mib=4000)
     result = segment_slide(slide, PlaceDependentEngine(), tmp_path / "broken", options)
-    assert result.run["grid"]["column_bands"] == 3  # as they were begun
+    assert to_json(result.run)["grid"]["column_bands"] == 3  # as they were begun
     assert_same(unbroken, result)
 
 
@@ -265,7 +268,7 @@ def test_bands_too_wide_for_the_memory_now_are_refused(
         segment_slide(slide, PlaceDependentEngine(), tmp_path, little)
     # What is resident varies from run to run: that must not refuse the same command.
     result = segment_slide(slide, PlaceDependentEngine(), tmp_path, plenty)
-    assert result.run["grid"]["column_bands"] == 1
+    assert to_json(result.run)["grid"]["column_bands"] == 1
 
 
 def test_a_stop_finishes_the_row_in_hand(slide: Path, tmp_path: Path) -> None:

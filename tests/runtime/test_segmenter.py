@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import html.parser
-import json
 import os
 import signal
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib as mpl
@@ -23,6 +22,7 @@ from histostream.runtime import Options, ResultError, Segmenter, SlideResult, se
 from histostream.runtime.cli import main
 from histostream.runtime.engines.base import Engine
 from histostream.wsi.errors import HistoError, SlideError
+from histostream.wsi.records import to_json
 from tests.runtime.conftest import CARD, IdentityEngine, identity_engine, random_pixels, write_slide
 
 mpl.use("agg")
@@ -148,7 +148,7 @@ def test_an_interrupt_keeps_what_is_finished(slide: Path, tmp_path: Path) -> Non
             segmenter.run(slide, tmp_path / "out", ALL, report=interrupt)
         assert not list(tmp_path.glob("out/slide/run.json"))
         found = segmenter.run(slide, tmp_path / "out", ALL)
-    assert found.run["resumed"]["runs"] == 2
+    assert to_json(found.run)["resumed"]["runs"] == 2
     assert (found.labels[:] == LABELS).all()
     assert not [t for t in threading.enumerate() if t.name.startswith(("slide_", "device_"))]
 
@@ -206,8 +206,9 @@ def test_another_slide_in_its_place_is_refused(result: SlideResult, slide: Path)
 
 
 def test_a_notebook_shows_the_overview_and_no_markup_of_names(result: SlideResult) -> None:
-    summary = json.loads(json.dumps(result.summary))
-    summary["classes"][0]["name"] = "<script>alert(1)</script>"
+    first, *others = result.summary.classes
+    classes = (replace(first, name="<script>alert(1)</script>"), *others)
+    summary = replace(result.summary, classes=classes)
     reader = Tags()
     reader.feed(SlideResult(result.folder, summary, result.run)._repr_html_())
     assert reader.count["img"] == 1
@@ -220,7 +221,7 @@ def test_what_is_no_result_is_refused(tmp_path: Path, result: SlideResult) -> No
         SlideResult.read(tmp_path)
     for text in ("{", "{}", '{"classes": 3}', "[]"):
         (result.folder / "summary.json").write_text(text)
-        with pytest.raises(ResultError, match="cannot be read"):
+        with pytest.raises(ResultError, match="no summary of classes"):
             SlideResult.read(result.folder)
 
 
@@ -238,5 +239,5 @@ def test_what_cannot_be_segmented_is_said_in_a_line(segmenter: Segmenter, tmp_pa
 
 @pytest.mark.parametrize("place", [(0, 0, 701, 9), (-1, 0, 9, 9), (700, 0, None, None), (0, 0, 0, 9)])
 def test_places_off_the_slide_are_refused(result: SlideResult, place: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="no place on a label map of 700x500 px"):
+    with pytest.raises(ValueError, match="does not lie on a label map of 700x500 px"):
         result.region(*place)

@@ -9,9 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from histostream.runtime import messages
-from histostream.runtime.choices import ANNOTATIONS
 from histostream.runtime.cli import main
-from histostream.wsi.outputs.sinks import objects
 from tests.runtime.conftest import random_pixels, write_slide
 
 
@@ -29,10 +27,6 @@ def settings(text: str) -> Path:
     path = Path("run.toml")
     path.write_text(text)
     return path
-
-
-def test_the_words_of_annotations_are_those_of_the_sink() -> None:
-    assert tuple(objects.ANNOTATIONS) == ANNOTATIONS
 
 
 def test_a_file_gives_options_and_the_command_line_counts_more(slide: Path, tiny_bundle: Path) -> None:

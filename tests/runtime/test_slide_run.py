@@ -20,12 +20,15 @@ from histostream.runtime import slide_run as infer
 from histostream.runtime.choices import WINDOWS
 from histostream.runtime.engines.base import to_channels
 from histostream.runtime.options import OptionError, Options
-from histostream.runtime.process_memory import MemoryLimitError
+from histostream.runtime.process_memory import MIB, MemoryLimitError, peak_memory_mib
+from histostream.runtime.result import SlideResult
 from histostream.runtime.slide_run import segment_slide
 from histostream.runtime.stream import memory
 from histostream.runtime.stream.memory import bytes_per_column
 from histostream.wsi.errors import SlideError
 from histostream.wsi.outputs.label_rows import NOT_ANALYSED
+from histostream.wsi.outputs.memory_needs import MemoryNeeds
+from histostream.wsi.records import to_json
 from histostream.wsi.slides.reader import open_slide
 from histostream.wsi.slides.resolution import at_mpp
 from histostream.wsi.tiling.grid import TileGrid
@@ -63,7 +66,7 @@ def test_identity_holds_for_odd_sizes(tmp_path: Path, width: int, height: int, a
 def test_labels_do_not_depend_on_batch_threads_or_bands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_slide(tmp_path / "wide.tif", random_pixels(1700, 150))
     plain = segment_slide(path, PlaceDependentEngine(), tmp_path / "plain", ALL)
-    assert plain.run["grid"]["column_bands"] == 1
+    assert to_json(plain.run)["grid"]["column_bands"] == 1
     for batch, threads, banded in itertools.product((1, 7), (1, 3), (False, True)):
         if banded:
             bands = [(0, 512), (512, 1536), (1536, 1700)]
@@ -72,37 +75,39 @@ def test_labels_do_not_depend_on_batch_threads_or_bands(tmp_path: Path, monkeypa
         out = tmp_path / f"{batch}-{threads}-{banded}"
         other = segment_slide(path, PlaceDependentEngine(), out, options)
         monkeypatch.undo()
-        assert (other.run["grid"]["column_bands"] > 1) == banded
+        assert (to_json(other.run)["grid"]["column_bands"] > 1) == banded
         np.testing.assert_array_equal(labels_of(other.folder), labels_of(plain.folder))
         np.testing.assert_array_equal(scores_of(other.folder), scores_of(plain.folder))
 
 
 def test_the_peak_of_memory_is_this_processs_own() -> None:
     """A process that was started by a large one is not charged for it."""
-    ballast = np.ones(300 * memory.MIB, np.uint8)
+    ballast = np.ones(300 * MIB, np.uint8)
     code = "from histostream.runtime.process_memory import peak_memory_mib; print(peak_memory_mib())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ballast.sum() > 0
     assert 5 < float(done.stdout) < 200
-    before = memory.peak_memory_mib()
+    before = peak_memory_mib()
     assert before is not None
     assert before > 300
 
 
 @pytest.mark.parametrize("room_mib", [3, 5, 9, 1000])
 def test_bands_fit_the_bound_on_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room_mib: int) -> None:
-    monkeypatch.setattr(memory, "resident_bytes", lambda: 200 * memory.MIB)
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 200 * MIB)
     path = write_slide(tmp_path / "wide.tif", random_pixels(4000, 20))
     with open_slide(path) as slide:
         view = at_mpp(slide, 0.5)
         grid = TileGrid.cover(4000, 20, tile_px=64, overlap_px=16)
-        bands = memory.plan_bands(grid, view, identity_engine(), 200 + room_mib, batch=1, probabilities=False)
+        needs = MemoryNeeds()
+        engine = identity_engine()
+        bands = memory.plan_bands(grid, view, engine, 200 + room_mib, batch=1, probabilities=False, needs=needs)
         per_column = memory.bytes_per_column(grid, view, 3, False)
     assert [x0 for x0, _ in bands] == [0, *(x1 for _, x1 in bands[:-1])]
     assert bands[-1][1] == 4000
     assert all(x % 512 == 0 for x, _ in bands)
     widest = max(x1 - x0 for x0, x1 in bands) + 2 * 64
-    assert widest * per_column <= room_mib * memory.MIB
+    assert widest * per_column <= room_mib * MIB
     assert (len(bands) == 1) == (room_mib == 1000)
 
 
@@ -134,11 +139,11 @@ def test_every_tile_is_inferred_once_and_every_block_decoded_once(noise_slide: N
         path, engine, tmp_path / "out", replace(ALL, batch=3), report=lambda *pair: done.append(pair)
     )
     grid = TileGrid.cover(301, 217, tile_px=64, overlap_px=16)
-    assert engine.tiles == len(grid) == result.run["grid"]["tiles_inferred"]
+    assert engine.tiles == len(grid) == to_json(result.run)["grid"]["tiles_inferred"]
     assert max(engine.batches) == 3
     blocks = -(-301 // 64) * -(-217 // 64)
     # This slide has one level, so the overview reads all of it, before the stream.
-    assert result.run["source_blocks_decoded"] == {"overview": blocks, "stream": blocks}
+    assert to_json(result.run)["source_blocks_decoded"] == {"overview": blocks, "stream": blocks}
     assert done[-1] == (301 * 217, 301 * 217)
     assert [d for d, _ in done] == sorted(d for d, _ in done)
 
@@ -152,9 +157,9 @@ def test_glass_is_left_out(tmp_path: Path) -> None:
     labels = labels_of(result.folder)
     assert (labels[200:600, 300:700] != NOT_ANALYSED).all()
     assert (labels[:60, :60] == NOT_ANALYSED).all()
-    assert engine.tiles < result.run["grid"]["tiles"] / 2
+    assert engine.tiles < to_json(result.run)["grid"]["tiles"] / 2
     analysed = (labels != NOT_ANALYSED).sum() * 0.25e-6
-    assert result.summary["analysed_mm2"] == pytest.approx(analysed, rel=1e-4)
+    assert to_json(result.summary)["analysed_mm2"] == pytest.approx(analysed, rel=1e-4)
 
 
 def test_a_slide_of_glass_is_all_outside_and_said_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -163,7 +168,7 @@ def test_a_slide_of_glass_is_all_outside_and_said_so(tmp_path: Path, caplog: pyt
     result = segment_slide(path, engine, tmp_path / "out")
     assert engine.tiles == 0
     assert (labels_of(result.folder) == NOT_ANALYSED).all()
-    assert result.summary["analysed_mm2"] == 0
+    assert to_json(result.summary)["analysed_mm2"] == 0
     assert "--no-tissue" in caplog.text
 
 
@@ -187,7 +192,8 @@ def test_summary_and_run_record_agree_with_the_labels(noise_slide: Noise, tmp_pa
     result = segment_slide(path, identity_engine(), tmp_path / "out", ALL)
     labels = labels_of(result.folder)
     summary = json.loads((result.folder / "summary.json").read_text())
-    assert summary == json.loads(json.dumps(result.summary))
+    assert summary == to_json(result.summary)
+    assert SlideResult.read(result.folder) == result
     for k, entry in enumerate(summary["classes"]):
         assert entry["pixels"] == (labels == k).sum()
         assert entry["area_mm2"] == pytest.approx((labels == k).sum() * 0.25e-6, rel=1e-6)
@@ -272,7 +278,7 @@ def test_objects_are_of_the_full_size_and_do_not_depend_on_bands(
         assert (whole.folder / name).read_bytes() == (banded.folder / name).read_bytes()
     with (whole.folder / "objects.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
-    areas = {c["name"]: c["area_mm2"] * 1e6 for c in whole.summary["classes"]}
+    areas = {c["name"]: c["area_mm2"] * 1e6 for c in to_json(whole.summary)["classes"]}
     for name, area in areas.items():  # squares of 5 um have 25 um2, so none is left out
         found = sum(float(line["area_um2"]) for line in lines if line["class"] == name)
         assert found == pytest.approx(area)

@@ -1,15 +1,15 @@
-"""What a run has finished of a slide, on disk, so that a killed run goes on where it was.
+"""The finished rows of a run on disk, so that an interrupted run can be continued.
 
 ::
 
-    OUT/slide/.journal/begun.json      what is run: slide, model, options, column bands
+    OUT/slide/.journal/begun.json      the run: slide, model, options, column bands
     OUT/slide/.journal/0.strips        finished strips of the band that begins at column 0
     OUT/slide/.journal/4096.strips     ...
 
-A strip is one record: a header with a checksum, what is known of the strip, labels, and scores
-where they are wanted. Records are only ever appended, and each is forced to the disk; a record that
-a killed process left half-written fails its checksum and is cut off. Sinks are fed from the
-records again, so they need not know how to go on.
+A strip is one record: a header with a checksum, a description of the strip in JSON, labels, and scores
+if they are written. Records are only appended, and each is flushed to the disk. A record that a killed
+process left incomplete fails its checksum and is cut off. A continued run writes the records to the
+output files again, so that sinks need no state of their own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import queue
 import struct
 import threading
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Self
@@ -35,27 +35,18 @@ from histostream.wsi.files import write_json, writing
 from histostream.wsi.geometry import Box
 from histostream.wsi.outputs.label_rows import ClassInfo, LabelRows
 from histostream.wsi.records import from_json, to_json
-from histostream.wsi.slides.resolution import SlideView
 
 JOURNAL = ".journal"
 BEGUN = "begun.json"
 MAGIC = b"HSJ1"
-# Magic, CRC-32 of all that follows; bytes of: what is known, labels, scores.
+# Magic, CRC-32 of all that follows, and the lengths of description, labels and scores.
 HEADER = struct.Struct("<4sIIQQ")
 ZSTD_LEVEL = 1  # label maps: above 1 GB/s
-WAITING = 1  # strips that wait while one is written
+WAITING = 1  # strips that wait for the writing thread
 
 
 class JournalError(OutputError):
     """A journal belongs to another run, or cannot be read."""
-
-
-@dataclass(frozen=True, slots=True)
-class ClassView:
-    """Name and colour of a class, as the viewer shows it."""
-
-    name: str
-    color: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +68,7 @@ class ViewInfo:
     height: int
     result_mpp: float
     downsample: float
-    classes: tuple[ClassView, ...]
-
-    @classmethod
-    def of(cls, source: str, view: SlideView, classes: Sequence[ClassInfo]) -> Self:
-        """Return it for a slide that is run."""
-        assert view.mpp is not None  # a model has a resolution, so the view has one
-        colors = tuple(ClassView(entry.name, entry.color) for entry in classes)
-        return cls(source, view.width, view.height, view.mpp, view.downsample, colors)
+    classes: tuple[ClassInfo, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +101,7 @@ class RunManifest:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A finished strip, and the damaged places that were found on the way to it."""
+    """A finished strip, and the damaged blocks that were found while it was read."""
 
     part: LabelRows
     damaged: tuple[Box, ...]
@@ -177,9 +161,9 @@ class Journal:
 
 
 class BandJournal:
-    """The finished strips of one column band, in order; hold it in a ``with`` block.
+    """The finished strips of one column band, in order; use it in a ``with`` block.
 
-    `finished` gives those that a former run left; call it first. A thread writes what is appended.
+    Call `finished` first: it returns the strips of an interrupted run. A thread writes new strips.
 
     Parameters
     ----------
@@ -193,7 +177,7 @@ class BandJournal:
     Attributes
     ----------
     y
-        Rows that are finished, from the top.
+        Number of finished rows, from the top.
     """
 
     def __init__(self, path: Path, x0: int, x1: int, height: int) -> None:
@@ -210,7 +194,7 @@ class BandJournal:
         return self
 
     def finished(self) -> Iterator[Record]:
-        """Yield the strips that are whole, and cut off what comes after them.
+        """Yield the complete strips, and cut off what comes after them.
 
         Raises
         ------
@@ -234,7 +218,7 @@ class BandJournal:
             self._file.seek(end)
 
     def write(self, part: LabelRows, damaged: tuple[Box, ...] = ()) -> None:
-        """Append a strip; its arrays may be used again at once.
+        """Append a strip. Its arrays are copied.
 
         Raises
         ------
@@ -269,7 +253,7 @@ class BandJournal:
                 raise self._failed
 
     def _write_all(self) -> None:
-        """Write strips until there are no more; what waits together is forced to the disk once."""
+        """Write strips until there are no more; those that wait together are flushed to the disk once."""
         more = True
         while more:
             waiting = [self._queue.get()]
@@ -278,7 +262,7 @@ class BandJournal:
                     waiting.append(self._queue.get_nowait())
             more = None not in waiting
             if self._failed is not None:
-                continue  # the other side is told with its next strip
+                continue  # `write` raises the error with its next strip
             try:
                 assert self._file is not None
                 for record in waiting:
@@ -286,7 +270,7 @@ class BandJournal:
                         self._file.write(_encoded(record))
                 self._file.flush()
                 os.fsync(self._file.fileno())
-            except Exception as error:  # whatever it is, the other side must not wait for ever
+            except Exception as error:  # any error: `write` must not wait for ever
                 self._failed = error
 
 
@@ -300,27 +284,27 @@ def watched_strips(
     y: int = 0,
     scores: bool = True,
 ) -> Iterator[tuple[Record, int]]:
-    """Read the whole strips of a band while another process may append to it; changes nothing.
+    """Read the complete strips of a band while another process may append to it.
 
     Parameters
     ----------
     path
-        The file; if there is none, there are no strips.
+        The file; without it there are no strips.
     x0, x1, height
         The band's columns and the slide's height, in pixels.
     offset, y
-        Where to begin: bytes, and rows, before a strip; what was yielded last gives the next.
+        Where to begin: bytes and rows before the first strip to read.
     scores
-        Whether scores are decoded too, where there are any.
+        Whether scores are decoded too, if there are any.
 
     Yields
     ------
-    Each strip, and the offset of the byte after it. They end at a strip that is not whole (yet).
+    Each strip, and the offset of the byte after it, until a strip is not complete (yet).
 
     Raises
     ------
     JournalError
-        If the file cannot be read, or is no journal.
+        If the file cannot be read, or is not a journal.
     """
     try:
         with path.open("rb") as file:
@@ -342,7 +326,7 @@ def _continues(part: LabelRows, x0: int, x1: int, y: int, height: int) -> bool:
 
 
 def _copy(part: LabelRows) -> LabelRows:
-    if part.all_outside:  # one value, which nobody changes
+    if part.all_outside:  # one broadcast value, which is never changed
         return part
     scores = part.probabilities
     return replace(part, labels=part.labels.copy(), probabilities=None if scores is None else scores.copy())
@@ -352,7 +336,7 @@ def _encoded(record: Record) -> bytes:
     part = record.part
     height, width = part.labels.shape
     scores = part.probabilities
-    known = {
+    description = {
         "x": part.x,
         "y": part.y,
         "height": height,
@@ -361,22 +345,22 @@ def _encoded(record: Record) -> bytes:
         "outside": part.all_outside,
         "damaged": [[b.x, b.y, b.width, b.height] for b in record.damaged],
     }
-    said = json.dumps(known).encode()
-    labels = pressed = b""
+    text = json.dumps(description).encode()
+    labels = compressed_scores = b""
     if not part.all_outside:
-        labels = _pressed(part.labels)
-        pressed = b"" if scores is None else _pressed(scores)
-    sizes = HEADER.pack(MAGIC, 0, len(said), len(labels), len(pressed))[8:]
-    body = b"".join((sizes, said, labels, pressed))
+        labels = _compressed(part.labels)
+        compressed_scores = b"" if scores is None else _compressed(scores)
+    sizes = HEADER.pack(MAGIC, 0, len(text), len(labels), len(compressed_scores))[8:]
+    body = b"".join((sizes, text, labels, compressed_scores))
     return MAGIC + struct.pack("<I", zlib.crc32(body)) + body
 
 
-def _pressed(array: NDArray[np.uint8]) -> bytes:
+def _compressed(array: NDArray[np.uint8]) -> bytes:
     return bytes(imagecodecs.zstd_encode(array.tobytes(), level=ZSTD_LEVEL))
 
 
 def _read_record(file: IO[bytes], with_scores: bool = True) -> Record | None:
-    """Read the next record; None at the end, and where a record is not whole."""
+    """Read the next record; None at the end, and where a record is not complete."""
     head = file.read(HEADER.size)
     if len(head) < HEADER.size or head[:4] != MAGIC:
         return None
@@ -387,17 +371,17 @@ def _read_record(file: IO[bytes], with_scores: bool = True) -> Record | None:
     body = file.read(sum(sizes))
     if zlib.crc32(body, zlib.crc32(head[8:])) != checksum:
         return None
-    said, labels, scores = (body[sum(sizes[:i]) : sum(sizes[: i + 1])] for i in range(len(sizes)))
-    known = json.loads(said)
-    damaged = tuple(Box(*box) for box in known["damaged"])
-    x, y, height, width = (known[name] for name in ("x", "y", "height", "width"))
-    classes = known["classes"] if with_scores else None
-    if known["outside"]:
+    text, labels, scores = (body[sum(sizes[:i]) : sum(sizes[: i + 1])] for i in range(len(sizes)))
+    description = json.loads(text)
+    damaged = tuple(Box(*box) for box in description["damaged"])
+    x, y, height, width = (description[name] for name in ("x", "y", "height", "width"))
+    classes = description["classes"] if with_scores else None
+    if description["outside"]:
         return Record(LabelRows.outside(x, y, width, height, classes=classes), damaged)
-    shared = _unpressed(scores, (height, width, classes)) if classes else None
-    return Record(LabelRows(x, y, _unpressed(labels, (height, width)), shared), damaged)
+    probabilities = _decompressed(scores, (height, width, classes)) if classes else None
+    return Record(LabelRows(x, y, _decompressed(labels, (height, width)), probabilities), damaged)
 
 
-def _unpressed(data: bytes, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+def _decompressed(data: bytes, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     values = imagecodecs.zstd_decode(data, out=int(np.prod(shape)))
     return np.frombuffer(values, np.uint8).reshape(shape)

@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 import tifffile
 
-from histostream.runtime.cohort.inputs import SlideInput
 from histostream.runtime.cohort.processes import ProcessPool, check_devices
-from histostream.runtime.cohort.worker import Outcome, Report, Task
+from histostream.runtime.cohort.worker import Report
 from histostream.runtime.engines.opener import open_engine
 from histostream.runtime.errors import EngineError
 from histostream.runtime.options import Options
+from histostream.runtime.outcome import Outcome
+from histostream.runtime.slide_job import SlideInput, SlideJob
 from histostream.runtime.slide_run import segment_slide
 from histostream.wsi.errors import HistoError
+from histostream.wsi.records import to_json
 from histostream.wsi.synthetic import SyntheticSlide
 from histostream.wsi.tiling.grid import TileGrid
 
@@ -56,11 +58,11 @@ def test_two_devices_give_the_same_bits_as_one(
     for name in ("labels.tif", "probabilities.tif"):
         np.testing.assert_array_equal(labels(one.folder, name), labels(two.folder, name))
     assert two.summary == one.summary
-    devices = two.run["device"]["devices"]
+    devices = to_json(two.run)["device"]["devices"]
     assert [d["device"] for d in devices] == ["cpu", "cpu"]
     assert devices[0]["columns"][1] == devices[1]["columns"][0]
     assert all(d["tiles"] > 0 for d in devices)
-    assert two.run["model"]["engine"].endswith("x 2 (cpu, cpu)")
+    assert to_json(two.run)["model"]["engine"].endswith("x 2 (cpu, cpu)")
     assert seen[-1][0] == seen[-1][1]
     assert not list(two.folder.glob(".*"))
 
@@ -78,11 +80,11 @@ def test_bands_have_as_many_tiles_each_wherever_the_tissue_is(fleet: ProcessPool
     assert fleet.plan_bands(TileGrid.cover(300, 300, tile_px=128, overlap_px=16)) == [(0, 300)]
 
 
-def tasks(slides: list[Path], out: Path, options: Options) -> list[Task]:
-    return [Task(SlideInput(str(path), path.stem), out, options) for path in slides]
+def tasks(slides: list[Path], out: Path, options: Options) -> list[SlideJob]:
+    return [SlideJob(SlideInput(str(path), path.stem), out, options) for path in slides]
 
 
-def all_of(fleet: ProcessPool, wanted: list[Task], stopping: bool = False) -> dict[int, Outcome]:
+def all_of(fleet: ProcessPool, wanted: list[SlideJob], stopping: bool = False) -> dict[int, Outcome]:
     return dict(fleet.segment_all(wanted, report=lambda i: lambda done, total: None, stopping=lambda: stopping))
 
 
@@ -118,7 +120,7 @@ def test_a_slide_that_fails_leaves_the_fleet_fit_for_the_next(slide: Path, fleet
     broken.write_bytes(slide.read_bytes()[: slide.stat().st_size // 2])
     with pytest.raises(HistoError):
         segment_slide(broken, fleet, tmp_path / "out", Options(tissue=False))
-    assert segment_slide(slide, fleet, tmp_path / "out", Options(tissue=False)).run["mpx"] > 0
+    assert to_json(segment_slide(slide, fleet, tmp_path / "out", Options(tissue=False)).run)["mpx"] > 0
 
 
 @pytest.mark.full

@@ -229,7 +229,7 @@ def test_slides_that_nobody_is_left_for_have_failed(
 ) -> None:
     one = RayExecutor(tiny_bundle, "local", workers=1)
     monkeypatch.setattr(ray_module, "START_S", -1.0)  # nobody comes in its place in time
-    os.kill(*processes_of(one), signal.SIGKILL)
+    os.kill(processes_of(one).pop(), signal.SIGKILL)
     found = all_of(one, tasks(slides[1:], tmp_path))
     one.close()
     assert [found[i].status for i in (0, 1)] == ["failed"] * 2
@@ -346,7 +346,7 @@ def test_a_bundle_that_is_missing_on_a_host_names_the_host(
     [
         ("127.0.0.1:1", "--ray 127.0.0.1:1: no server answers .*ray start --head"),
         ("ray://127.0.0.1:1", "no server answers"),
-        ("nonsense", "'nonsense': not an address; as HOST:6379"),
+        ("nonsense", "'nonsense': not an address; write HOST:6379"),
         ("host:port", "not an address"),
     ],
 )
@@ -450,6 +450,6 @@ def test_ctrl_c_ends_the_command_and_its_ray(
     os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all
     out, said = process.communicate(timeout=60)
     assert process.returncode == 130, (out, said)
-    assert "the same command goes on from there" in said
+    assert "the same command continues from there" in said
     assert "Traceback" not in said + out
     assert {p.name for p in (tmp_path / "large").iterdir()} == {".journal"}

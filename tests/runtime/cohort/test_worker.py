@@ -18,19 +18,19 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from histostream.runtime.cohort.inputs import SlideInput
-from histostream.runtime.cohort.worker import LocalExecutor, Outcome, Task, Worker, run_cohort
+from histostream.runtime.cohort.worker import LocalExecutor, Worker
 from histostream.runtime.cuda.base import DeviceMemoryError
 from histostream.runtime.options import Options
+from histostream.runtime.slide_job import SlideInput, SlideJob
 from histostream.wsi.outputs.lock import Lock
 from histostream.wsi.slides.reader import open_slide
-from tests.runtime.conftest import IdentityEngine, PlaceDependentEngine, random_pixels, write_slide
+from tests.runtime.conftest import IdentityEngine, PlaceDependentEngine, random_pixels, run_cohort, write_slide
 
 ALL = Options(tissue=False, overlap_px=16)
 
 
-def tasks(slides: list[Path], out: Path, **more: Any) -> list[Task]:
-    return [Task(SlideInput(str(p), p.stem), out, ALL, **more) for p in slides]
+def tasks(slides: list[Path], out: Path, **more: Any) -> list[SlideJob]:
+    return [SlideJob(SlideInput(str(p), p.stem), out, ALL, **more) for p in slides]
 
 
 @pytest.fixture
@@ -48,8 +48,8 @@ def crew() -> Iterator[LocalExecutor]:
     found.close()
 
 
-def statuses(wanted: list[Task], crew: LocalExecutor, record: Path | None = None) -> list[str]:
-    found = dict(run_cohort(wanted, crew, record=record))
+def statuses(wanted: list[SlideJob], crew: LocalExecutor, record: Path | None = None) -> list[str]:
+    found = run_cohort(wanted, crew, record=record)
     return [found[i].status if i in found else "none" for i in range(len(wanted))]
 
 
@@ -91,10 +91,10 @@ def test_what_is_done_is_left_out_while_nothing_has_changed(slides: list[Path], 
     assert statuses(tasks(slides, out), crew) == ["done", "unchanged", "unchanged"]
     other = [replace(t, options=replace(ALL, blend="crop")) for t in tasks(slides, out)]
     assert statuses(other, crew) == ["done"] * 3
-    asked = tasks(slides, out, asked={"precision": "fp32"})
+    asked = tasks(slides, out, requested={"precision": "fp32"})
     assert statuses(asked, crew) == ["done"] * 3
     free = [replace(t, options=replace(ALL, batch=2, threads=1)) for t in tasks(slides, out)]
-    assert statuses([replace(t, asked={"precision": "fp32"}) for t in other], crew) == ["done"] * 3
+    assert statuses([replace(t, requested={"precision": "fp32"}) for t in other], crew) == ["done"] * 3
     assert statuses(free, crew) == ["done"] * 3
     assert statuses(tasks(slides, out), crew) == ["unchanged"] * 3
     assert statuses(tasks(slides, out, restart=True), crew) == ["done"] * 3
@@ -164,9 +164,8 @@ def test_the_next_slide_is_read_while_this_one_is_on_the_device(
 def test_a_stop_lets_the_strip_in_hand_be_finished_and_begins_nothing(slides: list[Path], tmp_path: Path) -> None:
     engine = Watched()
     crew = LocalExecutor(lambda: engine)
-    found = dict(
-        run_cohort(tasks(slides, tmp_path / "out"), crew, stopping=lambda: engine.tiles > 5, record=tmp_path / "out")
-    )
+    out = tmp_path / "out"
+    found = run_cohort(tasks(slides, out), crew, stopping=lambda: engine.tiles > 5, record=out)
     assert {o.status for o in found.values()} == {"stopped"}
     assert 2 not in found
     assert [line["status"] for line in table(tmp_path / "out")][2] == "not begun"
@@ -217,7 +216,7 @@ def test_a_fault_of_ours_does_not_take_the_others_along(slides: list[Path], tmp_
             return super().infer(tiles)
 
     crew = LocalExecutor(Faulty, 1)
-    found: dict[int, Outcome] = dict(run_cohort(tasks(slides, tmp_path / "out"), crew))
+    found = run_cohort(tasks(slides, tmp_path / "out"), crew)
     crew.close()
     assert [found[i].status for i in range(3)] == ["failed", "done", "done"]
     assert "planted" in found[0].reason

@@ -21,6 +21,7 @@ from histostream.runtime.options import Options
 from histostream.runtime.process_memory import MemoryLimitError
 from histostream.runtime.slide_run import segment_slide
 from histostream.wsi.outputs.label_rows import NOT_ANALYSED
+from histostream.wsi.records import to_json
 from tests.runtime.conftest import identity_engine, write_slide
 from tests.runtime.test_cli import infer as run_infer
 from tests.runtime.test_cli import one_clear_line
@@ -75,10 +76,10 @@ def test_the_stream_is_the_whole_slide_at_once(tmp_path: Path) -> None:
     assert (wanted != pixels.argmax(axis=-1)).mean() > 0.02  # it does something
     scores = tifffile.imread(result.folder / "probabilities.tif", level=0)
     np.testing.assert_array_equal(scores, pixels)  # the network's own
-    said = result.run["crf"]
+    said = to_json(result.run)["crf"]
     assert said == {"halo_px": 30, "cell_px": 128, "cells": 9, "cells_skipped": 0}
-    assert result.run["options"]["crf"]["params"]["theta_alpha"] == 6.0
-    assert result.run["seconds"]["crf"] > 0
+    assert to_json(result.run)["options"]["crf"]["params"]["theta_alpha"] == 6.0
+    assert to_json(result.run)["seconds"]["crf"] > 0
     json.dumps(result.run)
 
 
@@ -101,7 +102,7 @@ def test_labels_do_not_depend_on_bands_batch_or_rows_of_tiles(tmp_path: Path, mo
     bands = [(0, 512), (512, 1024), (1024, 1100)]
     monkeypatch.setattr(infer, "plan_bands", lambda *_, **__: bands)
     banded = segment_slide(path, identity_engine(tile_px=96), tmp_path / "banded", replace(options, batch=1))
-    assert banded.run["grid"]["column_bands"] == 3
+    assert to_json(banded.run)["grid"]["column_bands"] == 3
     np.testing.assert_array_equal(labels_of(banded.folder), labels_of(plain.folder))
 
 
@@ -138,8 +139,8 @@ def test_only_uncertain_pixels_change_and_sure_cells_are_skipped(tmp_path: Path)
     np.testing.assert_array_equal(found[~free], before[~free])
     assert (found[free] == wanted[free]).mean() >= 0.9999
     assert (wanted[~free] != before[~free]).any()  # some would have changed
-    assert result.run["crf"]["cells_skipped"] == 3
-    assert result.run["crf"]["cells"] == 6
+    assert to_json(result.run)["crf"]["cells_skipped"] == 3
+    assert to_json(result.run)["crf"]["cells"] == 6
 
 
 @pytest.mark.usefixtures("small_cells")
@@ -153,8 +154,8 @@ def test_glass_stays_outside_and_its_cells_are_not_run(tmp_path: Path) -> None:
     outside = labels_of(bare.folder) == NOT_ANALYSED
     assert 0.2 < outside.mean() < 0.8
     np.testing.assert_array_equal(labels_of(crf.folder) == NOT_ANALYSED, outside)
-    assert crf.run["crf"]["cells_skipped"] > 0
-    assert crf.run["crf"]["cells"] > 0
+    assert to_json(crf.run)["crf"]["cells_skipped"] > 0
+    assert to_json(crf.run)["crf"]["cells"] > 0
 
 
 def test_scores_become_probabilities() -> None:

@@ -32,6 +32,7 @@ from histostream.runtime.engines.tensorrt.run import TensorRtEngine, deserialise
 from histostream.runtime.errors import EngineError
 from histostream.runtime.options import Options
 from histostream.runtime.slide_run import segment_slide
+from histostream.wsi.records import to_json
 from tests.runtime.conftest import random_pixels, write_slide
 from tests.runtime.host_device import HostDevice, HostStreamQueue, array_at, fake_driver
 from tests.runtime.stream.test_device import assert_same, results
@@ -181,7 +182,7 @@ def test_a_slide_streams_through_cuda_python(tmp_path: Path) -> None:
         run = segment_slide(path, engine, out / "device", options)
         segment_slide(path, PlaceDependentEngine(), out / "host", options)
         engine.close()
-        print(run.run["device"]["name"], ctypes.CDLL("libcuda.so.1").fake_taken())
+        print(to_json(run.run)["device"]["name"], ctypes.CDLL("libcuda.so.1").fake_taken())
     """
     # NVRTC crashes beside this driver, which is not all of one: it finds the kernels compiled.
     version = kernels.compiler_version()
@@ -394,7 +395,7 @@ def test_full_batches_of_tensorrt_are_one_graph_and_parts_are_not(tmp_path: Path
     engine, fake = native(device, tiny_bundle)
     options = Options(tissue=False, overlap_px=32, probabilities=True, batch=4)
     for _ in range(2):
-        run = segment_slide(path, engine, tmp_path, options).run
+        run = to_json(segment_slide(path, engine, tmp_path, options).run)
         np.testing.assert_array_equal(results(tmp_path / "slide")[1], random_pixels(520, 300))
     assert run["grid"]["tiles"] == 18  # three rows of 6: a full batch and a part
     # Once to set up and once to capture; then only the parts, one in each of two times three rows.

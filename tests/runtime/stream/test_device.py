@@ -25,10 +25,12 @@ from histostream.runtime.options import Options
 from histostream.runtime.slide_run import segment_slide
 from histostream.runtime.stream import column_band as band
 from histostream.runtime.stream import device as device_stream
-from histostream.runtime.stream.column_band import HostStream, StageSeconds, open_stream
+from histostream.runtime.stream.column_band import HostStream, open_stream
+from histostream.runtime.stream.context import StageSeconds
 from histostream.runtime.stream.device import DeviceStream, plan_band
 from histostream.wsi.errors import SlideError
 from histostream.wsi.outputs.label_rows import ClassInfo
+from histostream.wsi.records import to_json
 from histostream.wsi.slides.reader import open_slide
 from histostream.wsi.slides.resolution import at_mpp
 from histostream.wsi.tiling.grid import TileGrid
@@ -74,8 +76,8 @@ def on_both(path: Path, engine: Engine, out: Path, options: Options, seed: int =
     run = segment_slide(path, other, out / "device", options)
     other.close()
     assert_same(results(host.folder, options.probabilities), results(run.folder, options.probabilities))
-    assert "device" not in host.run
-    return run.run
+    assert "device" not in to_json(host.run)
+    return to_json(run.run)
 
 
 @pytest.fixture
@@ -136,7 +138,7 @@ def test_rows_without_tiles_are_not_computed(tmp_path: Path) -> None:
     path = write_slide(tmp_path / "glass.tif", pixels)
     device = HostDevice()
     engine = HostDeviceEngine(PlaceDependentEngine(), device)
-    run = segment_slide(path, engine, tmp_path / "out", replace(ALL, tissue=True)).run
+    run = to_json(segment_slide(path, engine, tmp_path / "out", replace(ALL, tissue=True)).run)
     engine.close()
     rows = -(-(900 - 16) // (64 - 16))
     assert 0 < run["grid"]["tiles_inferred"] < run["grid"]["tiles"]
@@ -228,7 +230,7 @@ def test_a_real_slide_and_a_real_network_agree(tmp_path: Path, wsi_slides: Path,
 
 def test_rows_are_uploaded_once(tmp_path: Path, engine: HostDeviceEngine) -> None:
     path = write_slide(tmp_path / "slide.tif", random_pixels(301, 217))
-    run = segment_slide(path, engine, tmp_path, ALL).run
+    run = to_json(segment_slide(path, engine, tmp_path, ALL).run)
     assert run["device"]["bytes_uploaded"] == 301 * 217 * 3
     device = engine.device
     assert isinstance(device, HostDevice)
@@ -258,7 +260,7 @@ def test_the_memory_that_is_planned_is_the_memory_that_is_taken(tmp_path: Path) 
     for probabilities in (False, True):
         engine = HostDeviceEngine(PlaceDependentEngine(), HostDevice())
         options = replace(ALL, probabilities=probabilities)
-        run = segment_slide(path, engine, tmp_path, options).run["device"]
+        run = to_json(segment_slide(path, engine, tmp_path, options).run)["device"]
         assert isinstance(engine.device, HostDevice)
         assert run["bytes_planned"] == engine.device.most
         engine.close()
@@ -281,7 +283,7 @@ def test_a_smaller_batch_is_run_where_memory_does_not_last(tmp_path: Path, caplo
     with caplog.at_level(logging.WARNING):
         run = segment_slide(path, engine, tmp_path / "device", replace(ALL, batch=16))
     engine.close()
-    assert run.run["device"]["batch"] == 2
+    assert to_json(run.run)["device"]["batch"] == 2
     assert "16 tiles at once do not fit on the device, running 8" in caplog.text
     assert_same(results(host.folder), results(run.folder))
 
@@ -291,7 +293,7 @@ def test_more_tiles_than_the_engine_takes_are_not_asked_of_it(
 ) -> None:
     path = write_slide(tmp_path / "slide.tif", random_pixels(301, 217))
     run = segment_slide(path, engine, tmp_path, replace(ALL, batch=100))
-    assert run.run["device"]["batch"] == max(engine.batches) == 16
+    assert to_json(run.run)["device"]["batch"] == max(engine.batches) == 16
     assert "takes 16 tiles at once, not 100" in caplog.text
 
 

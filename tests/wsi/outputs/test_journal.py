@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,16 @@ from hypothesis import strategies as st
 
 from histostream.wsi.errors import OutputError
 from histostream.wsi.geometry import Box
-from histostream.wsi.outputs.journal import BandJournal, Journal, JournalError, Record, RunManifest, watched_strips
-from histostream.wsi.outputs.label_rows import LabelRows
+from histostream.wsi.outputs.journal import (
+    BandJournal,
+    Journal,
+    JournalError,
+    Record,
+    RunManifest,
+    ViewInfo,
+    watched_strips,
+)
+from histostream.wsi.outputs.label_rows import ClassInfo, LabelRows
 
 X0, X1, HEIGHT = 512, 812, 90
 
@@ -148,10 +158,14 @@ def test_a_full_disk_is_said_at_the_latest_at_the_end(tmp_path: Path) -> None:
 def test_a_journal_says_what_was_begun(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     assert journal.read() is None
-    seen = {"source": "slide.svs", "width": 700}
-    begun = RunManifest({"options": {"blend": "hann"}}, [(0, 512), (512, 700)], 900, 3, seen)
-    journal.begin(begun)
-    assert journal.read() == begun
+    view_info = ViewInfo("slide.svs", 700, 40, 0.5, 2.0, (ClassInfo("nucleus", (30, 100, 220)),))
+    manifest = RunManifest({"options": {"blend": "hann"}}, ((0, 512), (512, 700)), 900, 3, view_info)
+    journal.begin(manifest)
+    assert journal.read() == manifest
+    content = json.loads((journal.path / "begun.json").read_text())
+    assert list(content) == ["what", "bands", "max_memory_mib", "runs", "seen"]
+    (journal.path / "begun.json").write_text(json.dumps({**content, "later": 1}))
+    assert journal.read() == replace(manifest, further={"later": 1})
     assert not journal.has_strips()
     with journal.band(0, 512, 40) as rows:
         list(rows.finished())
@@ -174,7 +188,7 @@ def test_a_journal_that_cannot_be_read_names_the_remedy(tmp_path: Path, text: st
 def test_a_journal_without_a_place_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / ".journal").write_text("in the way")
     with pytest.raises(OutputError, match=r"\.journal"):
-        Journal(tmp_path).begin(RunManifest({}, []))
+        Journal(tmp_path).begin(RunManifest({}, (), None, 1))
 
 
 def test_a_watcher_sees_whole_strips_only_and_leaves_the_file_alone(tmp_path: Path) -> None:

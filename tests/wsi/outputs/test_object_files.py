@@ -21,9 +21,9 @@ from histostream.wsi.errors import OutputError
 from histostream.wsi.outputs.folder import OutputFolder
 from histostream.wsi.outputs.label_rows import NOT_ANALYSED, ClassInfo, LabelRows, SlideInfo
 from histostream.wsi.outputs.objects import simplify
-from histostream.wsi.outputs.sinks import objects
-from histostream.wsi.outputs.sinks.geojson import ANNOTATION_UM2
-from histostream.wsi.outputs.sinks.objects import ANNOTATIONS, TABLES, Objects
+from histostream.wsi.outputs.sinks import SinkKind, find_sink, objects, sink_names
+from histostream.wsi.outputs.sinks.annotations.qupath import ANNOTATION_UM2
+from histostream.wsi.outputs.sinks.object_files import Objects
 
 pytestmark = pytest.mark.full
 
@@ -35,7 +35,15 @@ CLASSES = (
     ClassInfo('gland, "drüse"', (10, 150, 60)),
 )
 MPP = 0.5
-EVERY = (*ANNOTATIONS, *TABLES)
+SLIDE = Path("slide.svs")
+
+
+def kinds(*names: str) -> list[SinkKind]:
+    annotations = sink_names("annotations")
+    return [find_sink("annotations" if name in annotations else "objects", name) for name in names]
+
+
+EVERY = (*sink_names("annotations"), *sink_names("objects"))
 
 POSITION = {"type": "array", "minItems": 2, "maxItems": 2, "items": {"type": "number"}}
 # RFC 7946, sections 3.1.6 and 3.3, and what QuPath's PathObjectTypeAdapters reads (0.4 to 0.6).
@@ -170,7 +178,7 @@ def written(
 ) -> Path:
     info = SlideInfo("slide.svs", labels.shape[1], labels.shape[0], MPP, CLASSES)
     with OutputFolder(path, "slide") as folder:
-        folder.add(Objects(folder.path, info, files, **options))
+        folder.add(Objects(folder.path, info, SLIDE, kinds(*files), **options))
         for part in parts(labels, band_px, rows):
             folder.write(part)
     return folder.path
@@ -317,7 +325,7 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
 
     def end_early() -> None:
         with OutputFolder(tmp_path, "slide") as folder:
-            folder.add(Objects(folder.path, info, EVERY))
+            folder.add(Objects(folder.path, info, SLIDE, kinds(*EVERY)))
             for part in parts(labels[:600], 1200, 100):
                 folder.write(part)
 
@@ -334,8 +342,8 @@ def test_a_library_that_is_not_there_is_named(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else find(name))
     info = SlideInfo("slide", 50, 50, MPP, CLASSES)
     with pytest.raises(OutputError, match=rf"pip install .*\[{extra}\]"):
-        Objects(tmp_path, info, ("parquet",), simplify_um=1)
-    Objects(tmp_path, info, ("qupath", "dsa", "csv")).abort()
+        Objects(tmp_path, info, SLIDE, kinds("parquet"), simplify_um=1)
+    Objects(tmp_path, info, SLIDE, kinds("qupath", "dsa", "csv")).abort()
     assert not list(tmp_path.iterdir())
 
 
@@ -343,7 +351,7 @@ def test_a_file_that_cannot_be_opened_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / ".annotations.json.part").mkdir()
     info = SlideInfo("slide", 50, 50, MPP, CLASSES)
     with pytest.raises(OutputError, match=r"cannot write .*annotations\.json"):
-        Objects(tmp_path, info, EVERY)
+        Objects(tmp_path, info, SLIDE, kinds(*EVERY))
     assert names(tmp_path) == {".annotations.json.part"}
 
 

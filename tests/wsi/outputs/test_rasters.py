@@ -24,11 +24,12 @@ from pydicom.encaps import generate_frames
 from histostream.wsi.errors import OutputError, SlideError
 from histostream.wsi.outputs.folder import OutputFolder
 from histostream.wsi.outputs.label_rows import NOT_ANALYSED, ClassInfo, LabelRows, Sink, SlideInfo
-from histostream.wsi.outputs.sinks import dicom_seg
-from histostream.wsi.outputs.sinks.dicom_seg import DicomSeg
-from histostream.wsi.outputs.sinks.ome_tiff import COLORS, NAMES, SCHEMA, OmeTiff, OmeTiffRgb
-from histostream.wsi.outputs.sinks.ome_zarr import OmeZarr
-from histostream.wsi.outputs.sinks.rasters import RASTERS, check_installed
+from histostream.wsi.outputs.sinks import find_sink, sink_names
+from histostream.wsi.outputs.sinks.rasters import dicom_seg
+from histostream.wsi.outputs.sinks.rasters.dicom_seg import DicomSeg
+from histostream.wsi.outputs.sinks.rasters.ome_tiff import COLORS, NAMES, SCHEMA, OmeTiff
+from histostream.wsi.outputs.sinks.rasters.ome_tiff_rgb import OmeTiffRgb
+from histostream.wsi.outputs.sinks.rasters.ome_zarr import OmeZarr
 from histostream.wsi.outputs.sinks.tiff import LabelTiff
 
 pytestmark = pytest.mark.full
@@ -93,10 +94,10 @@ def slide_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(params=RASTERS)
+@pytest.fixture(params=sink_names("rasters"))
 def raster(request: pytest.FixtureRequest, slide_file: Path) -> tuple[str, Maker]:
-    name, make = RASTERS[request.param]
-    return name, lambda path, info: make(path, info, slide_file)
+    kind = find_sink("rasters", request.param)
+    return kind.file, lambda path, info: kind.open(path, info, slide_file)
 
 
 def test_bits_do_not_depend_on_how_rows_were_cut(tmp_path: Path, raster: tuple[str, Maker]) -> None:
@@ -301,11 +302,11 @@ def test_a_missing_library_is_one_clear_line(
     tmp_path: Path, slide_file: Path, monkeypatch: pytest.MonkeyPatch, name: str, needs: str
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    check_installed(["ome-tiff"])
+    find_sink("rasters", "ome-tiff").check_installed()
     with pytest.raises(OutputError, match=needs):
-        check_installed([name])
+        find_sink("rasters", name).check_installed()
     with pytest.raises(OutputError, match=needs):
-        RASTERS[name][1](tmp_path / "labels", slide_info(70, 60), slide_file)
+        find_sink("rasters", name).open(tmp_path / "labels", slide_info(70, 60), slide_file)
     assert not list(tmp_path.iterdir())
 
 

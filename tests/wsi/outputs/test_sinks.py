@@ -26,6 +26,7 @@ from histostream.wsi.outputs.label_rows import NOT_ANALYSED, ClassInfo, LabelRow
 from histostream.wsi.outputs.sinks.overview import PAINT, Overview, overview_size, scale_bar
 from histostream.wsi.outputs.sinks.summary import Summary
 from histostream.wsi.outputs.sinks.tiff import LabelTiff, ProbabilityTiff
+from histostream.wsi.records import to_json
 
 Array = NDArray[np.uint8]
 
@@ -158,7 +159,7 @@ def test_glass_as_one_value_is_glass(tmp_path: Path, width: int, height: int, ba
                 assert part.all_outside <= broadcast
                 out.write(part)
         files.append({p.name: p.read_bytes() for p in out.path.iterdir()})
-        others.append((summary.as_dict(), overview.image().tolist()))
+        others.append((summary.record(), overview.image().tolist()))
     assert files[0] == files[1]
     assert others[0] == others[1]
 
@@ -272,7 +273,7 @@ def test_summary_counts_every_pixel_once(tmp_path: Path) -> None:
     for temporary, final in summary.finish():
         temporary.rename(final)
     content = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
-    assert content == summary.as_dict()
+    assert content == to_json(summary.record())
     assert [entry["pixels"] for entry in content["classes"]] == [int((labels == k).sum()) for k in range(3)]
     assert sum(entry["share"] for entry in content["classes"]) == pytest.approx(1)
     assert content["analysed_mm2"] == pytest.approx((labels != NOT_ANALYSED).sum() * 0.25e-6)
@@ -286,9 +287,9 @@ def test_summary_counts_every_pixel_once(tmp_path: Path) -> None:
 def test_summary_of_glass_has_no_shares(tmp_path: Path) -> None:
     summary = Summary(tmp_path, slide_info(20, 10))
     summary.write(LabelRows(0, 0, np.full((10, 20), NOT_ANALYSED, np.uint8)))
-    content = summary.as_dict()
-    assert content["analysed_mm2"] == 0
-    assert [entry["share"] for entry in content["classes"]] == [None] * 3  # type: ignore[attr-defined]
+    record = summary.record()
+    assert record.analysed_mm2 == 0
+    assert [entry.share for entry in record.classes] == [None] * 3
 
 
 @pytest.mark.parametrize("count", [1, 3, 16, 17, 255])
@@ -298,8 +299,9 @@ def test_summary_counts_few_and_many_classes(tmp_path: Path, count: int) -> None
     classes = tuple(ClassInfo(str(k), (k, k, k)) for k in range(count))
     summary = Summary(tmp_path, SlideInfo("slide", 900, 700, 0.5, classes))
     summary.write(LabelRows(0, 0, labels))
-    found = [entry["pixels"] for entry in summary.as_dict()["classes"]]  # type: ignore[attr-defined]
-    assert found == np.bincount(labels.ravel(), minlength=256)[:count].tolist()
+    assert [entry.pixels for entry in summary.record().classes] == np.bincount(labels.ravel(), minlength=256)[
+        :count
+    ].tolist()
 
 
 def test_summary_refuses_a_label_without_a_class(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from histostream.wsi.outputs.objects.store import Shape, Store
 from histostream.wsi.outputs.sinks import SinkKind
 from histostream.wsi.outputs.sinks.overview import BACKGROUND
 
-DECIMALS = 2  # of coordinates, px of the slide's full size; where that is the model's, they are whole
+DECIMALS = 2  # of coordinates, in pixels of level 0
 GROUP_POINTS = 1 << 16  # simplified at a time
 # Blocks of the label map, corners that may still change, rings that are traced; measured.
 BUFFERS = 64 << 20
@@ -51,7 +51,7 @@ class Objects:
     kinds
         The files to write.
     downsample
-        Pixels of the slide's full size per pixel of the label map, along one side.
+        Pixels of level 0 per pixel of the label map, along one side.
     min_area_um2
         Smaller objects are left out.
     simplify_um
@@ -60,7 +60,7 @@ class Objects:
     Raises
     ------
     OutputError
-        If a file cannot be written, or a library that it takes is not installed.
+        If a file cannot be written, or a library that it needs is not installed.
     """
 
     def __init__(
@@ -76,11 +76,11 @@ class Objects:
     ) -> None:
         check_installed(kinds, simplify_um)
         self._info, self._downsample = info, downsample
-        self._whole = float(downsample).is_integer()  # coordinates: shorter, and easier to read
+        self._integer = float(downsample).is_integer()  # coordinates without decimals are shorter to read
         self._tolerance_px = simplify_um / info.mpp * downsample
-        wanted = [k for k, entry in enumerate(info.classes) if entry.name != BACKGROUND]
+        labels = [k for k, entry in enumerate(info.classes) if entry.name != BACKGROUND]
         min_area_px = min_area_um2 / info.mpp**2
-        self._components = Components(info.width, info.height, wanted, min_area_px)
+        self._components = Components(info.width, info.height, labels, min_area_px)
         self._counts = np.zeros(len(info.classes), np.int64)
         self._areas_um2 = np.zeros(len(info.classes))
         self._files: list[ObjectFile] = []
@@ -93,7 +93,7 @@ class Objects:
             raise
 
     def __len__(self) -> int:
-        """How many objects are complete."""
+        """Return how many objects are complete."""
         return len(self._store)
 
     def by_class(self) -> list[tuple[str, int, float | None]]:
@@ -112,11 +112,11 @@ class Objects:
     def finish(self) -> list[tuple[Path, Path]]:
         """Write the files under their temporary names."""
         self._store.add(self._components.finish())
-        for found in self._full_size():
-            self._counts[found.label] += 1
-            self._areas_um2[found.label] += found.area_um2
+        for item in self._full_size():
+            self._counts[item.label] += 1
+            self._areas_um2[item.label] += item.area_um2
             for file in self._files:
-                file.write(found)
+                file.write(item)
         self._store.remove()
         return [file.finish() for file in self._files]
 
@@ -148,7 +148,7 @@ class Objects:
             shape.x * scale,
             shape.y * scale,
             (left, top, right, bottom),
-            [ring.astype(np.int64) for ring in rings] if self._whole else rings,
+            [ring.astype(np.int64) for ring in rings] if self._integer else rings,
         )
 
     def _scaled(self, ring: NDArray[np.int32]) -> NDArray[np.float64]:
@@ -179,7 +179,7 @@ def object_needs(info: SlideInfo) -> MemoryNeeds:
 
 
 def _grouped(shapes: Iterable[Shape]) -> Iterator[list[Shape]]:
-    """Gather some at a time, by their points."""
+    """Yield the shapes in groups of about `GROUP_POINTS` points."""
     group: list[Shape] = []
     points = 0
     for shape in shapes:

@@ -24,7 +24,7 @@ LINE_PX = 24
 
 
 def overview_size(width: int, height: int, longest_px: int = OVERVIEW_PX) -> tuple[int, int]:
-    """Size of the thumbnail that `Overview` should be given.
+    """Return the size of the thumbnail for `Overview`.
 
     Parameters
     ----------
@@ -78,14 +78,14 @@ class Overview:
         xs = np.arange(part.x + left, part.x + part.labels.shape[1], self._step)
         rows, row_starts = _bins(ys * height // self._info.height)
         columns, column_starts = _bins(xs * width // self._info.width)
-        place = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+        covered = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
         for i, label in enumerate(self._painted):
             hits = (labels == label).view(np.uint8)
             if hits.any():
                 counts = np.add.reduceat(hits, row_starts, axis=0, dtype=np.uint32)
-                self._counts[(*place, i)] += np.add.reduceat(counts, column_starts, axis=1)
+                self._counts[(*covered, i)] += np.add.reduceat(counts, column_starts, axis=1)
         sizes = np.diff([*row_starts, len(ys)])[:, None] * np.diff([*column_starts, len(xs)])
-        self._total[place] += sizes.astype(np.uint32)
+        self._total[covered] += sizes.astype(np.uint32)
 
     def image(self) -> NDArray[np.uint8]:
         """Return the painted thumbnail, (h, w, 3) uint8, without the legend."""
@@ -155,6 +155,6 @@ def _draw_legend(draw: ImageDraw.ImageDraw, left: int, classes: tuple[ClassInfo,
 
 
 def _bins(bins: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Bins that occur in a rising sequence (all between the first and the last do), and where."""
+    """Return the bins of a rising sequence without gaps, and where each begins."""
     starts = np.flatnonzero(np.diff(bins, prepend=bins[0] - 1))
     return bins[starts], starts

@@ -144,7 +144,7 @@ class Summary:
         remove(self._temporary)
 
     def _csv(self) -> str:
-        """One line a class; the slide's values are repeated, so that tables can be joined."""
+        """Return one line for each class; the slide's values are in every line, so that tables can be joined."""
         summary, text = to_json(self.record()), io.StringIO()
         classes = summary.pop("classes")
         lines = [summary | entry | {"color": info.hex} for entry, info in zip(classes, self._info.classes, strict=True)]
@@ -155,7 +155,7 @@ class Summary:
 
 
 def _counted(labels: NDArray[np.uint8], classes: int) -> NDArray[np.int64]:
-    """How often each label occurs, (256,)."""
+    """Return how often each label occurs, (256,)."""
     if classes <= FEW_CLASSES:
         counts = np.zeros(256, np.int64)
         for label in (*range(classes), NOT_ANALYSED):

@@ -12,7 +12,7 @@ from histostream.wsi.outputs.label_rows import NOT_ANALYSED, LabelRows, SlideInf
 from histostream.wsi.outputs.pyramid import PyramidLayout, PyramidWriter, deflate_codec, mean, nearest
 from histostream.wsi.outputs.sinks.pyramid import PyramidSink
 
-NOT_ANALYSED_NAME = "not analysed"  # where names are given to all labels
+NOT_ANALYSED_NAME = "not analysed"  # in files that name every label
 NOT_ANALYSED_COLOR = (255, 255, 255)
 UNUSED_COLOR = (128, 128, 128)
 
@@ -69,12 +69,12 @@ class ProbabilityTiff(PyramidSink):
         Raises
         ------
         ValueError
-            If they carry no probabilities, or not one for each class.
+            If they have no probabilities, or not one for each class.
         """
         pixels = part.probabilities
         if pixels is None or pixels.shape[2] != self._classes:
-            found = "none" if pixels is None else str(pixels.shape)
-            raise ValueError(f"{self._file.path.name} needs probabilities (H, W, {self._classes}), got {found}")
+            shape = "none" if pixels is None else str(pixels.shape)
+            raise ValueError(f"{self._file.path.name} needs probabilities (H, W, {self._classes}), got {shape}")
         self._file.write(part.x, part.y, pixels[..., 0] if self._classes == 1 else pixels)
 
 

@@ -41,19 +41,19 @@ class Dsa:
             self._file = self._temporary.open("w", encoding="ascii", newline="")
             self._file.write(json.dumps(head)[:-1] + ', "elements": [\n')
 
-    def write(self, found: SlideObject) -> None:
+    def write(self, item: SlideObject) -> None:
         """Take the next object."""
-        outside, *holes = ([[x, y, 0] for x, y in ring.tolist()] for ring in found.rings)
+        outside, *holes = ([[x, y, 0] for x, y in ring.tolist()] for ring in item.rings)
         element = {
             "type": "polyline",
             "closed": True,
             "points": outside,
             **({"holes": holes} if holes else {}),
-            **self._looks[found.label],
+            **self._looks[item.label],
             "user": {
-                "area_um2": round(found.area_um2, DECIMALS),
-                "perimeter_um": round(found.perimeter_um, DECIMALS),
-                "eccentricity": round(found.eccentricity, DECIMALS),
+                "area_um2": round(item.area_um2, DECIMALS),
+                "perimeter_um": round(item.perimeter_um, DECIMALS),
+                "eccentricity": round(item.eccentricity, DECIMALS),
             },
         }
         text = json.dumps(element, separators=(",", ":"), allow_nan=False)

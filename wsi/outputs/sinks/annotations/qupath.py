@@ -43,22 +43,22 @@ class GeoJson:
             self._file = gzip.GzipFile("", "wb", GZIP_LEVEL, self._raw, mtime=0)
         self._put('{"type":"FeatureCollection","features":[\n')
 
-    def write(self, found: SlideObject) -> None:
+    def write(self, item: SlideObject) -> None:
         """Take the next object."""
         properties = {
-            "objectType": "annotation" if found.area_um2 >= ANNOTATION_UM2 else "detection",
-            "classification": self._classes[found.label],
+            "objectType": "annotation" if item.area_um2 >= ANNOTATION_UM2 else "detection",
+            "classification": self._classes[item.label],
             "measurements": {
-                "Area µm^2": round(found.area_um2, DECIMALS),
-                "Perimeter µm": round(found.perimeter_um, DECIMALS),
-                "Eccentricity": round(found.eccentricity, DECIMALS),
+                "Area µm^2": round(item.area_um2, DECIMALS),
+                "Perimeter µm": round(item.perimeter_um, DECIMALS),
+                "Eccentricity": round(item.eccentricity, DECIMALS),
             },
         }
         before = '{"type":"Feature","geometry":{"type":"Polygon","coordinates":['
         self._put(self._separator + before)
         self._separator = ",\n"
         comma = ""
-        for ring in found.rings:  # one at a time: there may be 100 000
+        for ring in item.rings:  # one at a time: there may be 100 000
             points = ring.tolist()
             self._put(comma + _compact([*points, points[0]]))
             comma = ","

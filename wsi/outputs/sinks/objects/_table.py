@@ -25,17 +25,17 @@ COLUMNS = (
 )
 
 
-def table_line(found: SlideObject, info: SlideInfo) -> tuple[Any, ...]:
+def table_line(item: SlideObject, info: SlideInfo) -> tuple[Any, ...]:
     """Return the values of `COLUMNS` for one object."""
     return (
         info.name,
-        found.number,
-        info.classes[found.label].name,
-        round(found.x, DECIMALS),
-        round(found.y, DECIMALS),
-        *found.box,
-        round(found.area_um2, DECIMALS),
-        round(found.perimeter_um, DECIMALS),
-        round(found.eccentricity, DECIMALS),
-        len(found.rings) - 1,
+        item.number,
+        info.classes[item.label].name,
+        round(item.x, DECIMALS),
+        round(item.y, DECIMALS),
+        *item.box,
+        round(item.area_um2, DECIMALS),
+        round(item.perimeter_um, DECIMALS),
+        round(item.eccentricity, DECIMALS),
+        len(item.rings) - 1,
     )

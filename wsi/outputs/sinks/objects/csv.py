@@ -33,10 +33,10 @@ class CsvTable:
             self._table = csv.writer(self._file, lineterminator="\n")
             self._table.writerow(COLUMNS)
 
-    def write(self, found: SlideObject) -> None:
+    def write(self, item: SlideObject) -> None:
         """Take the next object."""
         with writing(self.path):
-            self._table.writerow(table_line(found, self._info))
+            self._table.writerow(table_line(item, self._info))
 
     def finish(self) -> tuple[Path, Path]:
         """Complete the file under its temporary name."""

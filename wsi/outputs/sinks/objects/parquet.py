@@ -39,9 +39,9 @@ class ParquetTable:
         with writing(path):
             self._file = pyarrow.parquet.ParquetWriter(self._temporary, self._schema)
 
-    def write(self, found: SlideObject) -> None:
+    def write(self, item: SlideObject) -> None:
         """Take the next object."""
-        self._lines.append(table_line(found, self._info))
+        self._lines.append(table_line(item, self._info))
         if len(self._lines) == GROUP_LINES:
             self._flush()
 

@@ -1,11 +1,11 @@
 """labels.dcm: the label map as DICOM Segmentation, for archives and viewers of slides (PACS).
 
-A LABELMAP (Supplement 243), not BINARY: its pixels are the labels, one frame for each tile, where
-BINARY takes an uncompressed bit plane for each class. Frames are JPEG-LS, which is lossless, makes
-fewer bytes of labels than deflate, and 140 of a tile of glass (RLE 4096); viewers decode it.
+The kind is LABELMAP (Supplement 243): its pixels are the labels, one frame for each tile. (BINARY has an
+uncompressed bit plane for each class.) Frames are compressed by JPEG-LS, which viewers decode: it is
+lossless and smaller than deflate on labels, and takes 140 bytes for a tile of glass (RLE: 4096).
 
-highdicom writes the header, over one tile. Its constructor takes all pixels at once, which a slide
-does not allow; TILED_FULL says nothing of single frames, so they are written after it as they are.
+highdicom's constructor needs all pixels in memory, which is not possible for a slide. So it writes the
+header for one tile, and the frames are written after it; with TILED_FULL the header lists no frames.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from histostream.wsi.outputs.sinks.pyramid import LABEL_BYTES, PyramidSink, pyra
 from histostream.wsi.outputs.sinks.tiff import NOT_ANALYSED_COLOR, NOT_ANALYSED_NAME
 
 JPEG_LS = "1.2.840.10008.1.2.4.80"  # lossless
-SCHEME = "99HISTOSTREAM"  # of codes for classes that no coding scheme knows; 99: private
-# SNOMED CT, by the words of a name: category (CID 7150) and type, names as pydicom spells them.
+SCHEME = "99HISTOSTREAM"  # coding scheme for all other classes; 99 marks a private one
+# Words of a class's name -> category (CID 7150) and type in SNOMED CT, as pydicom spells them.
 CODES = {
     ("nucleus", "nuclei"): ("AnatomicalStructure", "Nucleus"),
     ("cell", "cells"): ("AnatomicalStructure", "Cell"),
@@ -42,19 +42,19 @@ CODES = {
     ("fat", "adipose"): ("Tissue", "AdiposeTissue"),
     ("tissue",): ("Tissue", "Tissue"),
 }
-ITEM = struct.Struct("<HHL")  # group, element, bytes: what encapsulated pixels are divided by
+ITEM = struct.Struct("<HHL")  # group, element and length of an item of encapsulated pixels
 ITEM_TAG, END_TAG = (0xFFFE, 0xE000), (0xFFFE, 0xE0DD)
 # (7FE0,0010) OB of undefined length.
 PIXELS = struct.pack("<HH2s2xL", 0x7FE0, 0x0010, b"OB", 0xFFFFFFFF)
-MAX_OFFSET = 1 << 32  # above, the extended offset table takes the place of the basic one
+MAX_OFFSET = 1 << 32  # above it, the extended offset table replaces the basic one
 UNNAMED = "not known yet"
 
 
 class DicomSeg(PyramidSink):
     """The label map as one DICOM Segmentation.
 
-    A pixel is its class's label + 1; 0 is what was not analysed. Of a DICOM slide it belongs to
-    its study, frame of reference and series; see `histostream.wsi.outputs.dicom_header`.
+    A pixel is its class's label + 1, and 0 where nothing was analysed. The segmentation of a DICOM slide
+    belongs to the slide's study and frame of reference; see `histostream.wsi.outputs.dicom_header`.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ class DicomSeg(PyramidSink):
     info
         The label map.
     slide
-        The slide that it was made of.
+        Path of the slide.
     tile_px
         Side of a frame; band edges must be multiples of it.
 
@@ -79,10 +79,10 @@ class DicomSeg(PyramidSink):
         SINK.check_installed()
         try:
             self._header = _header(info, slide_header(slide, info, tile_px), tile_px)
-            _digest(self._header, iter(()))  # what cannot be written is known before work is done
+            _digest(self._header, iter(()))  # a header that cannot be written is an error now, not at the end
         except (HistoError, MemoryError):
             raise
-        except Exception as error:  # pydicom has no common base for what damage leads to
+        except Exception as error:  # pydicom's errors on damaged headers have no common base
             raise SlideError(
                 f"{slide}: labels.dcm cannot be made of its header ({reason(error)}); leave dicom-seg out of --rasters"
             ) from error
@@ -127,7 +127,7 @@ def _decode(data: bytes, _: tuple[int, ...]) -> NDArray[np.uint8]:
 
 
 def _offsets(lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Where the items of frames begin, from the first of them on, and how long the frames are."""
+    """Return where the item of each frame begins, counted from the first one, and the length of each frame."""
     ends = np.cumsum(lengths + ITEM.size)
     return ends - lengths - ITEM.size, lengths
 
@@ -138,7 +138,7 @@ def _write_item(file: IO[bytes], data: bytes) -> None:
 
 
 def _header(info: SlideInfo, slide: Any, tile_px: int) -> Any:
-    """Let highdicom describe the label map, with one tile in place of all."""
+    """Return the header that highdicom makes for one tile, changed to the size of the label map."""
     from highdicom import AlgorithmIdentificationSequence
     from highdicom.color import CIELabColor
     from highdicom.seg import Segmentation
@@ -146,7 +146,7 @@ def _header(info: SlideInfo, slide: Any, tile_px: int) -> Any:
 
     version = metadata.version("histostream")
     algorithm = AlgorithmIdentificationSequence("HistoStream", codes.DCM.ArtificialIntelligence, version)
-    found = Segmentation(
+    header = Segmentation(
         source_images=[slide],
         pixel_array=np.zeros((1, tile_px, tile_px), np.uint8),
         segmentation_type="LABELMAP",
@@ -169,38 +169,38 @@ def _header(info: SlideInfo, slide: Any, tile_px: int) -> Any:
         tile_size=(tile_px, tile_px),
         specific_character_set="ISO_IR 192",
     )
-    outside = found.SegmentSequence[0]
+    outside = header.SegmentSequence[0]
     outside.SegmentLabel = NOT_ANALYSED_NAME
     outside.RecommendedDisplayCIELabValue = list(CIELabColor.from_rgb(*NOT_ANALYSED_COLOR).value)
-    found.TotalPixelMatrixColumns, found.TotalPixelMatrixRows = info.width, info.height
-    found.NumberOfFrames = -(-info.width // tile_px) * -(-info.height // tile_px)
-    # highdicom writes the time of the run: bits would differ where nothing else does.
-    found.ContentDate, found.ContentTime = slide.ContentDate, slide.ContentTime
-    del found.InstanceCreationDate, found.InstanceCreationTime
-    for equipment in found.ContributingEquipmentSequence:
+    header.TotalPixelMatrixColumns, header.TotalPixelMatrixRows = info.width, info.height
+    header.NumberOfFrames = -(-info.width // tile_px) * -(-info.height // tile_px)
+    # highdicom writes the time of the run, which would change the bits of equal results.
+    header.ContentDate, header.ContentTime = slide.ContentDate, slide.ContentTime
+    del header.InstanceCreationDate, header.InstanceCreationTime
+    for equipment in header.ContributingEquipmentSequence:
         del equipment.ContributionDateTime
-    del found.PixelData
-    _name(found, UNNAMED)
-    return found
+    del header.PixelData
+    _name(header, UNNAMED)
+    return header
 
 
 def _digest(header: Any, frames: Iterator[bytes]) -> str:
     from pydicom import dcmwrite
 
-    said = BytesIO()
-    dcmwrite(said, header, enforce_file_format=True)
-    digest = hashlib.sha256(said.getvalue())
+    text = BytesIO()
+    dcmwrite(text, header, enforce_file_format=True)
+    digest = hashlib.sha256(text.getvalue())
     for frame in frames:
         digest.update(frame)
     return digest.hexdigest()
 
 
-def _name(header: Any, said: str) -> None:
-    """Give the segmentation UIDs that follow from what it says: another result is another one."""
-    header.SOPInstanceUID = generated_uid("instance", said)
+def _name(header: Any, digest: str) -> None:
+    """Set the UIDs of the segmentation from a digest of its content: another result has other UIDs."""
+    header.SOPInstanceUID = generated_uid("instance", digest)
     header.file_meta.MediaStorageSOPInstanceUID = header.SOPInstanceUID
-    header.SeriesInstanceUID = generated_uid("series", said)
-    organization = generated_uid("dimensions", said)
+    header.SeriesInstanceUID = generated_uid("series", digest)
+    organization = generated_uid("dimensions", digest)
     header.DimensionOrganizationSequence[0].DimensionOrganizationUID = organization
 
 
@@ -221,7 +221,7 @@ def _segment(number: int, entry: ClassInfo, algorithm: Any) -> Any:
 
 
 def _codes(name: str) -> tuple[Any, Any]:
-    """Return category and type of a class: SNOMED's by its words, or a private type."""
+    """Return category and type of a class: codes of SNOMED CT by the words of its name, or a private type."""
     from highdicom.sr import CodedConcept
     from pydicom.sr.codedict import codes
 

@@ -6,9 +6,9 @@
         labels/classes/              a label image of it: its levels, colours and names
             0/  1/  ...              the arrays, in chunks of 512 x 512
 
-The specification wants label images in ``labels/`` of an image, and label maps have no other image
-than themselves: both name the same arrays. Version 0.4 (Zarr 2), because QuPath's and Fiji's
-reader (Bio-Formats by jzarr) knows no later one, and napari and large-image read both.
+The specification has label images in ``labels/`` of an image. Here the image is the label map itself,
+so both refer to the same arrays. The version is 0.4 (Zarr 2): the reader of QuPath and Fiji (Bio-Formats
+with jzarr) reads no later one, and napari and large-image read both.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MEMORY_BYTES = 48 << 20  # zarr and numcodecs themselves; measured
 
 
 class OmeZarr(PyramidSink):
-    """The label map as in labels.tif, in chunks; what was not analysed takes no room.
+    """The label map as in labels.tif, in chunks; chunks that were not analysed are left out.
 
     Parameters
     ----------
@@ -57,7 +57,7 @@ class OmeZarr(PyramidSink):
         SINK.check_installed()
         self._info = info
         layout = PyramidLayout(info.width, info.height, 1, info.mpp, nearest, tile_px)
-        remove([temporary_name(path)])  # of a run that was killed: other chunks may be in it
+        remove([temporary_name(path)])  # a killed run may have left other chunks
         super().__init__(PyramidWriter(path, layout, deflate_codec({}), self._assemble))
 
     def _assemble(self, pyramid: PyramidWriter, path: Path) -> None:
@@ -77,7 +77,7 @@ class OmeZarr(PyramidSink):
 def image_metadata(info: SlideInfo, paths: Sequence[str]) -> dict[str, Any]:
     """Return the ``multiscales`` of a pyramid; its levels, finest first, are at ``paths``.
 
-    ``omero`` says how to show it where colours are not known; large-image wants it, too.
+    ``omero`` is the display of readers that ignore the colours; large-image requires it.
     """
     last = max(len(info.classes) - 1, 1)
     window = {"min": 0, "max": 255, "start": 0, "end": last}
@@ -103,7 +103,7 @@ def image_metadata(info: SlideInfo, paths: Sequence[str]) -> dict[str, Any]:
 
 
 def label_metadata(info: SlideInfo, paths: Sequence[str]) -> dict[str, Any]:
-    """Return the same with the classes: colours, and names as properties."""
+    """Return `image_metadata` with the colours of the classes, and their names as properties."""
     opaque = [0 if entry.name == BACKGROUND else 255 for entry in info.classes]
     colors = [(*entry.color, a) for entry, a in zip(info.classes, opaque, strict=True)]
     return {
@@ -137,15 +137,14 @@ def _write_level(path: Path, root: Any, name: str, pyramid: PyramidWriter, level
         chunks=(px, px),
         dtype="uint8",
         fill_value=NOT_ANALYSED,
-        compressors=numcodecs.Zlib(DEFLATE_LEVEL),  # jzarr knows it; Blosc makes twice as much
-        chunk_key_encoding={"name": "v2", "separator": "/"},  # as the specification wants it
+        compressors=numcodecs.Zlib(DEFLATE_LEVEL),  # jzarr reads it; Blosc files are twice as large
+        chunk_key_encoding={"name": "v2", "separator": "/"},  # required by the specification
     )
-    # The tiles are what zarr's own codec would write: a zlib stream of one chunk each. It would
-    # take zarr 4 ms a chunk to come to the same.
+    # The tiles are zlib streams, as zarr's own codec would write in 4 ms a chunk.
     glass = pyramid.codec.encode(np.full((px, px), NOT_ANALYSED, np.uint8))
     places = product(*map(range, layout.grid(level)))
     for (row, column), data in zip(places, pyramid.tiles(level), strict=True):
-        if data != glass:  # a chunk that is missing holds the fill value
+        if data != glass:  # a missing chunk has the fill value
             chunk = path / name / str(row) / str(column)
             chunk.parent.mkdir(exist_ok=True)
             chunk.write_bytes(data)
