@@ -224,7 +224,7 @@ class ColumnBand:
                     with context.seconds.time("read"):
                         tiles, strip = next(self._strips)
                     if crf is not None:
-                        crf.see(strip, tiles)
+                        crf.add_pixels(strip, tiles)
                     for batch in stream.feed(strip, tiles):
                         self._count(batch)
                 self._write(stream.finish_row(row), crf)
@@ -261,7 +261,7 @@ class ColumnBand:
         context = self._context
         if crf is not None:
             with context.seconds.time("crf"):
-                parts = list(crf.take(parts))
+                parts = list(crf.refine(parts))
         for finished in parts:
             part = _below(finished, self._journal.y)
             if part is None:
