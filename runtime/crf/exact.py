@@ -1,4 +1,4 @@
-"""The CRF over all pairs of pixels, in float64: the reference for small images."""
+"""The CRF over all pairs of pixels, in float64, as the reference for small images."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from histostream.runtime.crf.params import CrfError, CrfParams
 from histostream.runtime.crf.softmax import softmax
 
 LIMIT_PX = 128 * 128  # 270 million pairs; minutes
-CHUNK = 1 << 23  # pairs looked at together; 64 MiB
+CHUNK_PAIRS = 1 << 23  # computed at a time; 64 MiB
 
 Doubles = NDArray[np.float64]
 
 
 def mean_field(image: NDArray[np.uint8], energies: NDArray[np.float32], params: CrfParams) -> NDArray[np.float32]:
-    """Run mean field with the sums over all pairs.
+    """Run mean field with sums over all pairs of pixels.
 
     Parameters
     ----------
@@ -24,7 +24,7 @@ def mean_field(image: NDArray[np.uint8], energies: NDArray[np.float32], params: 
     energies
         (K, H, W), log probabilities.
     params
-        As `dense_crf`.
+        As in `dense_crf`.
 
     Returns
     -------
@@ -50,12 +50,12 @@ def mean_field(image: NDArray[np.uint8], energies: NDArray[np.float32], params: 
 
 
 def pair_kernels(image: NDArray[np.uint8], params: CrfParams) -> list[PairKernel]:
-    """Kernels of equation 13 that have a weight, between the pixels of an image (H, W, C)."""
+    """Return the kernels of equation 13 with a weight above 0, for an image (H, W, C)."""
     height, width, channels = image.shape
-    places = np.moveaxis(np.indices((height, width), np.float64), 0, -1).reshape(-1, 2)
+    positions = np.moveaxis(np.indices((height, width), np.float64), 0, -1).reshape(-1, 2)
     colours = image.reshape(-1, channels).astype(np.float64)
-    appearance = np.hstack([places / params.theta_alpha, colours / params.theta_beta])
-    pairs = (params.w1, appearance), (params.w2, places / params.theta_gamma)
+    appearance = np.hstack([positions / params.theta_alpha, colours / params.theta_beta])
+    pairs = (params.w1, appearance), (params.w2, positions / params.theta_gamma)
     return [PairKernel(weight, features) for weight, features in pairs if weight]
 
 
@@ -72,11 +72,11 @@ class PairKernel:
         features, scaled = self._features, self._scale * values
         out = np.empty_like(scaled)
         squares = 0.5 * (features**2).sum(axis=1)
-        rows = max(CHUNK // len(features), 1)
+        rows = max(CHUNK_PAIRS // len(features), 1)
         for start in range(0, len(features), rows):
-            some = slice(start, start + rows)
-            exponents = features[some] @ features.T
+            part = slice(start, start + rows)
+            exponents = features[part] @ features.T
             exponents -= squares
-            exponents -= squares[some, None]
-            out[some] = np.exp(exponents, out=exponents) @ scaled
+            exponents -= squares[part, None]
+            out[part] = np.exp(exponents, out=exponents) @ scaled
         return self._scale * out

@@ -1,4 +1,4 @@
-"""The smoothness kernel: a separable Gaussian, normalised symmetrically."""
+"""The smoothness kernel: a separable Gaussian with symmetric normalisation."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-REACH = 4.0  # deviations that the Gaussian is cut off at; 6e-5 of its sum lie beyond
+CUTOFF = 4.0  # in standard deviations; 6e-5 of the Gaussian's sum lie beyond
 
 
 class Smoothness:
-    """D^-1/2 K D^-1/2 of the smoothness kernel on an image, with zeros outside.
+    """The filter D^-1/2 K D^-1/2 of the smoothness kernel, on an image with zeros outside.
 
-    The sums of a separable filter are separable, so normalising is done along each axis.
+    The row sums D of a separable filter are separable, so each axis is normalised on its own.
 
     Attributes
     ----------
@@ -23,11 +23,11 @@ class Smoothness:
     scale_y, scale_x
         (H,) and (W,) float32: D^-1/2 is their outer product.
     ones
-        (H, W) float32: what the filter makes of ones.
+        (H, W) float32: the filtered image of ones.
     """
 
     def __init__(self, theta: float, shape: tuple[int, int]) -> None:
-        radius = min(math.floor(REACH * theta), max(shape) - 1)
+        radius = min(math.floor(CUTOFF * theta), max(shape) - 1)
         taps = np.exp(-0.5 * (np.arange(radius + 1) / theta) ** 2)
         scales = [1 / np.sqrt(_along(np.ones(size), taps)) for size in shape]
         ones = [scale * _along(scale, taps) for scale in scales]

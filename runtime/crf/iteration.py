@@ -1,4 +1,4 @@
-"""The loops of mean field on the permutohedral lattice, in numba."""
+"""The iteration of mean field on the permutohedral lattice, in numba."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ from histostream.runtime.crf.permutohedral import (
     block_of,
 )
 
-WIDTH_PX = 4096  # of a part of an image row that is smoothed at a time
-HEIGHT_PX = 32  # and its rows
+WIDTH_PX, HEIGHT_PX = 4096, 32  # of the part of a plane that one task smooths
 E3, E4, E5, E6 = (np.float32(1 / math.factorial(n)) for n in (3, 4, 5, 6))
 LOG2_E = np.float32(1 / math.log(2))
 LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)  # their sum is ln 2
-LOWEST = np.float32(-40)  # e^-40 changes no float32 sum, and its products stay normal numbers
+MIN_EXPONENT = np.float32(-40)  # e^-40 changes no float32 sum, and products with it are no denormals
 
 
 @njit(parallel=True, cache=True)
@@ -43,29 +42,29 @@ def iterate(
     q: Floats,
     slot_values: Floats,
 ) -> None:
-    """One mean-field update, and the splat of its result.
+    """Update the probabilities of mean field once, and splat the result.
 
-    The classes' messages sum to the message of ones, which ``energies`` holds; so only the first
-    C = K - 1 classes are filtered.
+    The messages of all classes sum to the message of ones, so only the first C = K - 1 classes are
+    filtered.
 
     Parameters
     ----------
     filtered
-        A tuple of C numbers: the compiler unrolls the loops over them.
+        A tuple of C numbers, so that the compiler unrolls the loops over classes.
     energies
-        (K, H, W) float32: log probabilities, in the last class with the message of ones.
+        (K, H, W) float32: log probabilities; those of the last class plus the message of ones.
     weights, slots, starts, vertex_of
-        The lattice, the weights normalised.
+        The lattice, with normalised weights; see `Lattice`.
     values
         (V + 1, C) float32: the blurred vertices.
     smooth
         (C, H, W) float32: message of the smoothness kernel.
     w1, w2
-        float32, the kernels' weights.
+        Weights of the kernels.
     q
         Written: (K, H, W) float32, probabilities.
     slot_values
-        Written: (S, C) float32, their splat.
+        Written: (S, C) float32, the splatted probabilities.
     """
     channels = len(filtered)
     height, width = q.shape[1:]
@@ -73,14 +72,14 @@ def iterate(
     flat, splatted = values.reshape(values.size), slot_values.reshape(slot_values.size)
     for block in prange(len(starts) - 1):
         y0, y1, x0, x1, first = block_of(block, across, height, width)
-        mine, count = slice(starts[block], starts[block + 1]), (y1 - y0) * (x1 - x0)
+        count = (y1 - y0) * (x1 - x0)
         splat = splatted[starts[block] * channels : starts[block + 1] * channels]
         iterate_block(
             filtered,
             energies[:, y0:y1, x0:x1],
             weights[first : first + count],
             slots[first : first + count],
-            vertex_of[mine],
+            vertex_of[starts[block] : starts[block + 1]],
             flat,
             smooth[:, y0:y1, x0:x1],
             w1,
@@ -104,7 +103,7 @@ def iterate_block(
     q: Floats,
     splat: Floats,
 ) -> None:
-    """Update one block; ``values`` and ``splat`` are flat, with C floats a vertex or slot."""
+    """Update one block; ``values`` and ``splat`` are flat, with C values for each vertex or slot."""
     channels = len(filtered)
     local = np.empty(len(vertices) * channels, np.float32)
     for slot in range(len(vertices)):
@@ -116,8 +115,8 @@ def iterate_block(
     rows = np.empty((channels + 1, width), np.float32)
     top, bits = np.empty(width, np.float32), np.empty(width, np.int32)
     for y in range(height):
-        some = slice(y * width, (y + 1) * width)
-        slice_row(filtered, weights[some], slots[some], local, rows)
+        pixels = slice(y * width, (y + 1) * width)
+        slice_row(filtered, weights[pixels], slots[pixels], local, rows)
         last, energy = rows[channels], energies[channels, y]
         for x in range(width):
             last[x] = energy[x]
@@ -132,12 +131,12 @@ def iterate_block(
             row, target = rows[c], q[c, y]
             for x in range(width):
                 target[x] = row[x]
-        splat_row(filtered, weights[some], slots[some], rows, splat)
+        splat_row(filtered, weights[pixels], slots[pixels], rows, splat)
 
 
 @njit(cache=True)
 def slice_row(filtered: tuple[int, ...], weights: Floats, slots: Slots, local: Floats, rows: Floats) -> None:
-    """Slice the pixels of a row, (W, 6), into the first C of ``rows``, (K, W)."""
+    """Interpolate the pixels of a row, (W, 6), into the first C of ``rows``, (K, W)."""
     channels = len(filtered)
     for x in range(len(weights)):
         for c in range(channels):
@@ -160,17 +159,17 @@ def splat_row(filtered: tuple[int, ...], weights: Floats, slots: Slots, rows: Fl
 
 @njit(cache=True)
 def softmax(rows: Floats, top: Floats, bits: Ints) -> None:
-    """Softmax over the first axis, in place.
+    """Compute the softmax over the first axis, in place.
 
-    The exponential is 2^n e^r with ``|r| <= ln(2) / 2``: e^r by its series to the sixth power (to
-    1e-7), 2^n by writing the exponent of a float32.
+    The exponential is 2^n e^r with ``|r| <= ln(2) / 2``: e^r is its series up to the sixth power
+    (error 1e-7), 2^n is written as the exponent of a float32.
 
     Parameters
     ----------
     rows
         (K, W) float32.
     top, bits
-        Buffers (W,) of float32 and int32.
+        Buffers (W,), float32 and int32.
     """
     count = len(top)
     powers = bits.view(np.float32)
@@ -182,7 +181,7 @@ def softmax(rows: Floats, top: Floats, bits: Ints) -> None:
     for c in range(len(rows)):
         row = rows[c]
         for x in range(count):
-            value = max(row[x] - top[x], LOWEST)
+            value = max(row[x] - top[x], MIN_EXPONENT)
             n = np.floor(value * LOG2_E + HALF)
             r = (value - n * LN2_HIGH) - n * LN2_LOW
             bits[x] = (np.int32(n) + np.int32(127)) << np.int32(23)
@@ -202,16 +201,16 @@ def softmax(rows: Floats, top: Floats, bits: Ints) -> None:
 
 @njit(parallel=True, cache=True)
 def smooth(planes: Floats, taps: Floats, scale_y: Floats, scale_x: Floats, out: Floats) -> None:
-    """Separable symmetric filter of planes, with zeros outside.
+    """Filter planes with a separable symmetric filter, with zeros outside.
 
     Parameters
     ----------
     planes
-        (K, H, W) float32, the first C of which are filtered.
+        (K, H, W) float32; the first C are filtered.
     taps
         (r + 1,) float32: the filter at 0 to r pixels.
     scale_y, scale_x
-        (H,) and (W,) float32: what the image is multiplied by, before and after.
+        (H,) and (W,) float32: their product scales the image before and after the filter.
     out
         Written: (C, H, W) float32.
     """
@@ -237,28 +236,28 @@ def smooth_part(
     x0: int,
     x1: int,
 ) -> None:
-    """Filter rows y0 to y1, columns x0 to x1 of a plane: along y into a buffer, then along x."""
+    """Filter rows y0 to y1 and columns x0 to x1 of a plane: along y into a buffer, then along x."""
     height, width = source.shape
     radius = len(taps) - 1
-    # With a margin for the second pass, as far as the image reaches.
+    # With a margin for the pass along x, within the image.
     left, right = max(x0 - radius, 0), min(x1 + radius, width)
     column = np.zeros(x1 - x0 + 2 * radius, np.float32)
-    inside = column[left - x0 + radius : right - x0 + radius]
+    buffer = column[left - x0 + radius : right - x0 + radius]
     row = np.empty(x1 - x0, np.float32)
     for y in range(y0, y1):
-        weight, here = taps[0] * scale_y[y], source[y, left:right]
-        for x in range(len(inside)):
-            inside[x] = weight * here[x]
+        weight, center = taps[0] * scale_y[y], source[y, left:right]
+        for x in range(len(buffer)):
+            buffer[x] = weight * center[x]
         for k in range(1, radius + 1):
             high, low = max(y - k, 0), min(y + k, height - 1)
             a = taps[k] * scale_y[high] if y >= k else ZERO
             b = taps[k] * scale_y[low] if y + k < height else ZERO
             above, below = source[high, left:right], source[low, left:right]
-            for x in range(len(inside)):
-                inside[x] += a * above[x] + b * below[x]
+            for x in range(len(buffer)):
+                buffer[x] += a * above[x] + b * below[x]
         scales = scale_x[left:right]
-        for x in range(len(inside)):
-            inside[x] *= scales[x]
+        for x in range(len(buffer)):
+            buffer[x] *= scales[x]
         weight, middle = taps[0], column[radius:]
         for x in range(len(row)):
             row[x] = weight * middle[x]

@@ -1,4 +1,4 @@
-"""How the dense CRF is run on a slide: what ``histo-infer --crf`` asks for."""
+"""Options of the dense CRF on a slide, from ``histo-infer --crf`` and the model card."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from histostream.runtime.process_memory import MIB, MemoryLimitError, physical_b
 from histostream.wsi.outputs.memory_needs import MemoryNeeds
 
 MIN_CELL_PX = 1024
-CELL_ALIGN_PX = 512  # column bands begin at multiples of it
-# Bytes of one pixel of a cell while it is refined, for a lattice with a vertex at every pixel:
-# pixels, vertices and neighbours of it; and for each class: scores, sums and the last result.
+CELL_ALIGN_PX = 512  # column bands begin at multiples of this
+# Memory for each pixel of a cell, if every pixel has its own vertex of the lattice: for pixels,
+# vertices and neighbours; and for each class: scores, sums and the last result.
 BYTES_PER_PX, BYTES_PER_CLASS = 160, 40
 
 
 @dataclass(frozen=True, slots=True)
 class CrfOptions:
-    """How the CRF is run on a slide.
+    """Options of the CRF on a slide.
 
     Attributes
     ----------
     params
-        Kernels and iterations; thetas in pixels of the level that inference runs at.
+        Kernels and iterations; thetas in pixels at the resolution of inference.
     uncertain
-        Only pixels change whose two best scores differ by less than this share of full scale, and
-        cells without one are not run; None: all pixels.
+        Only pixels whose two best scores differ by less than this share of full scale may change,
+        and cells without such a pixel are skipped; None: all pixels may change.
     backend
-        As `dense_crf`.
+        As in `dense_crf`.
     """
 
     params: CrfParams = field(default_factory=CrfParams)
@@ -43,39 +43,39 @@ class CrfOptions:
 
     @property
     def halo_px(self) -> int:
-        """Pixels around a cell that it is refined with."""
+        """Width of the halo that a cell is computed with."""
         return self.params.halo_px
 
     @property
     def cell_px(self) -> int:
-        """Side of a cell: large enough that halos are not most of the work."""
+        """Side of a cell, large enough that the halo is the smaller part of the work."""
         least = max(MIN_CELL_PX, 4 * self.halo_px)
         return -(-least // CELL_ALIGN_PX) * CELL_ALIGN_PX
 
     def cell_bytes(self, classes: int) -> int:
-        """Memory that refining one cell takes."""
+        """Return the memory that one cell needs."""
         side = self.cell_px + 2 * self.halo_px
         return side * side * (BYTES_PER_PX + classes * BYTES_PER_CLASS)
 
     def needs(self, classes: int, channels: int, tile_px: int) -> MemoryNeeds:
-        """Say what it needs of a column band: whole cells, and rows that wait for their halo."""
+        """Return the needs for a column band: whole cells, and memory for rows that wait for their halo."""
         rows = self.cell_px + 2 * self.halo_px + tile_px
         return MemoryNeeds(
             align_px=self.cell_px,
             margin_px=self.halo_px,
-            # Twice, while rows are added.
+            # Twice, because rows are copied when more are added.
             bytes_per_column=2 * rows * (channels + classes + 1),
             bytes_at_once=self.cell_bytes(classes),
         )
 
 
 def check_memory(options: CrfOptions, classes: int, max_memory_mib: int | None) -> None:
-    """Refuse kernels so wide that a cell with its halo does not fit in memory.
+    """Refuse kernels that are so wide that a cell with its halo does not fit into memory.
 
     Raises
     ------
     MemoryLimitError
-        If so; it names the width.
+        If it does not fit; the message names the widest theta.
     """
     needed = options.cell_bytes(classes)
     room = physical_bytes() if max_memory_mib is None else max_memory_mib * MIB
@@ -83,30 +83,30 @@ def check_memory(options: CrfOptions, classes: int, max_memory_mib: int | None) 
         widest = max(options.params.theta_alpha, options.params.theta_gamma)
         raise MemoryLimitError(
             f"--crf: a theta of {widest:g} px needs a halo of {options.halo_px} px, and so "
-            f"{needed / MIB:.0f} MiB at once; there are {room / MIB:.0f}: use a smaller theta, or "
+            f"{needed / MIB:.0f} MiB of memory; {room / MIB:.0f} MiB are available: use a smaller theta, or "
             "a model of coarser resolution"
         )
 
 
-LENGTHS = ("theta_alpha", "theta_gamma")  # on the slide: in px, or um
+LENGTHS = ("theta_alpha", "theta_gamma")  # may be given in um
 
 
 def read_params(text: str, stored: Mapping[str, Any], *, mpp: float) -> CrfParams:
-    """Read ``w1=5,theta_alpha=30px,theta_gamma=1.5um``.
+    """Read parameters such as ``w1=5,theta_alpha=30px,theta_gamma=1.5um``.
 
     Parameters
     ----------
     text
-        What is given, maybe nothing.
+        Parameters of the command line; may be empty.
     stored
-        What the model's card says; it holds where nothing is given, and usual values else.
+        Parameters of the model's card, for those not in ``text``. The rest are the defaults.
     mpp
-        Resolution that inference runs at, um per pixel.
+        Resolution of inference, um per pixel.
 
     Raises
     ------
     CrfError
-        If a name is unknown, or a value is no number or cannot be.
+        If a name is unknown, or a value is not a number or out of range.
 
     Examples
     --------
@@ -117,21 +117,21 @@ def read_params(text: str, stored: Mapping[str, Any], *, mpp: float) -> CrfParam
     values = asdict(CrfParams())
     for name, value in stored.items():
         if name not in known or isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise CrfError(f"card: crf {name}={value!r} is no parameter; tune the model again")
+            raise CrfError(f"card: crf {name}={value!r} is not a parameter; tune the model again")
         values[name] = value
     for setting in filter(None, (word.strip() for word in text.split(","))):
-        name, equals, given = (part.strip() for part in setting.partition("="))
+        name, equals, value = (part.strip() for part in setting.partition("="))
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            hint = f"did you mean {near[0]}?" if near else f"use {', '.join(known)}"
             raise CrfError(f"--crf-params: no parameter {name!r}; {hint}")
         if not equals:
             raise CrfError(f"--crf-params: {setting!r}: write {name}=VALUE")
-        values[name] = _number(name, given, mpp)
+        values[name] = _parse_number(name, value, mpp)
     return CrfParams(**values)
 
 
-def _number(name: str, text: str, mpp: float) -> float:
+def _parse_number(name: str, text: str, mpp: float) -> float:
     number, unit_px = text, 1.0
     for unit, size_px in (("px", 1.0), ("um", 1 / mpp)):
         if text.endswith(unit) and name in LENGTHS:
@@ -139,6 +139,6 @@ def _number(name: str, text: str, mpp: float) -> float:
     try:
         value = float(number)
     except ValueError:
-        units = ", maybe with px or um" if name in LENGTHS else ""
+        units = ", optionally with px or um" if name in LENGTHS else ""
         raise CrfError(f"--crf-params: {name}={text!r}: give a number{units}") from None
     return int(value) if name == "n_iter" and value.is_integer() else value * unit_px

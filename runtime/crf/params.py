@@ -1,4 +1,4 @@
-"""The parameters of the dense CRF, and the error of its inputs."""
+"""Parameters of the dense CRF."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from dataclasses import dataclass, fields
 from histostream.wsi.errors import HistoError
 
 MAX_PARAMETER = 1_000_000  # of any weight or width
-MAX_ITERATIONS = 1000  # labels stop changing after some ten
-HALO_THETAS = 5  # context that a tile needs, in units of the widest kernel
+MAX_ITERATIONS = 1000  # labels stop changing after about ten
+HALO_THETAS = 5  # halo of a tile, in units of the widest kernel
 
 
 class CrfError(HistoError, ValueError):
-    """An image, scores or parameters that no CRF can be run on."""
+    """The image, scores or parameters cannot be used for a CRF."""
 
 
 @dataclass(frozen=True, slots=True)
 class CrfParams:
-    """Weights and widths of the two kernels, equation 13 of paper 001, and the iterations.
+    """Weights and widths of the two kernels, equation 13 of paper 001, and the number of iterations.
 
-    The defaults are usual ones; the paper prints none. They belong to the resolution of the image:
-    at half the um per pixel, ``theta_alpha`` and ``theta_gamma`` are twice as many pixels.
+    The defaults are common ones; the paper has none. ``theta_alpha`` and ``theta_gamma`` depend on
+    the resolution: at half the um per pixel they are twice as large.
 
     Attributes
     ----------
@@ -43,8 +43,8 @@ class CrfParams:
     def __post_init__(self) -> None:
         for name in (field.name for field in fields(self)):
             value = getattr(self, name)
-            if not abs(value) <= MAX_PARAMETER:  # nan is not, either
-                raise CrfError(f"{name}={value!r} is not a number up to {MAX_PARAMETER}: give a smaller one")
+            if not abs(value) <= MAX_PARAMETER:  # also true for nan
+                raise CrfError(f"{name}={value!r} is not a number up to {MAX_PARAMETER}: use a smaller one")
         for name in ("w1", "w2"):
             if (value := getattr(self, name)) < 0:
                 raise CrfError(f"{name}={value!r} is negative: use 0 to leave the kernel out")
@@ -59,10 +59,10 @@ class CrfParams:
 
     @property
     def halo_px(self) -> int:
-        """Context around a tile at which its result is the whole image's, in pixels.
+        """Width of the halo with which a tile's labels are those of the whole image, in pixels.
 
-        With 4 widths 99.99 % of all labels agree (crf.md section 4), but not of those at the tile's
-        border; with 5 they do, too.
+        With 4 kernel widths 99.99 % of all labels agree (crf.md section 4), but fewer at the tile's
+        border; with 5, these do too.
         """
         widths = [self.theta_alpha] * (self.w1 > 0) + [self.theta_gamma] * (self.w2 > 0)
         return math.ceil(HALO_THETAS * max(widths, default=0))

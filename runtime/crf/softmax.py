@@ -1,4 +1,4 @@
-"""The update of mean field."""
+"""Softmax, the update of mean field."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from numpy.typing import NDArray
 
 
 def softmax(logits: NDArray[Any], axis: int) -> NDArray[Any]:
-    """Exponentials that sum to 1 along an axis."""
+    """Return exponentials that are scaled to sum to 1 along an axis."""
     exponentials = np.exp(logits - logits.max(axis=axis, keepdims=True))
     return np.asarray(exponentials / exponentials.sum(axis=axis, keepdims=True))

@@ -1,13 +1,9 @@
-"""The dense CRF in the stream: rows of scores in, rows of refined labels out, cell by cell.
+"""The CRF as a stage of the stream: finished rows of scores in, rows with refined labels out.
 
-::
-
-    RowStream -> CrfStage -> sinks
-
-The CRF runs on square cells of the slide, each with a halo of pixels around it, so that at least
-99.99 % of the labels, at the cells' borders too, are those of the whole slide at once. Cells lie at
-multiples of their side from the slide's corner, and the kernels' grids are anchored there too, so
-that a cell's labels are the same bits whatever the column bands, threads or interruptions.
+The CRF runs on square cells of the slide, each with a halo, so that at least 99.99 % of the labels,
+at the borders of cells too, are those of a CRF over the whole slide. Cells and the kernels' grids
+are anchored to the slide's corner, so that labels do not depend on column bands, threads or
+interruptions.
 """
 
 from __future__ import annotations
@@ -28,29 +24,29 @@ from histostream.wsi.tiling.strips import WHITE
 class CrfStage:
     """Refines the labels of one column band.
 
-    Tell it of strips of pixels with `see`, give it finished rows with `take`; rows come back once
-    the halo below them is there.
+    Pixels come in with `add_pixels`, finished rows with `refine`, which yields refined rows once
+    the halo below them is complete.
 
     Parameters
     ----------
     grid
         The tiles of the band, widened by the halo; see `widened`.
-    own
-        Columns (x0, x1) that are wanted of it.
+    columns
+        First and last column of the band, exclusive, without the halo.
     options
-        How to run.
+        Parameters of the CRF.
     classes, channels
-        Score planes, and channels of the strips.
+        Number of score planes, and of channels of the strips.
     probabilities
-        Whether the scores (not refined) are handed on.
+        Whether the yielded rows have the network's scores.
     start
-        Row of pixels that the first row of cells begins at: those above are refined already.
+        First row to refine: a multiple of the cell's side.
     """
 
     def __init__(
         self,
         grid: TileGrid,
-        own: tuple[int, int],
+        columns: tuple[int, int],
         options: CrfOptions,
         *,
         classes: int,
@@ -58,17 +54,17 @@ class CrfStage:
         probabilities: bool,
         start: int = 0,
     ) -> None:
-        self._grid, self._own, self._options = grid, own, options
+        self._grid, self._columns, self._options = grid, columns, options
         self._probabilities = probabilities
         width, top = grid.x1 - grid.x0, max(start - options.halo_px, 0)
-        self._image = _Rows(width, (channels,), WHITE, top)
-        self._scores = _Rows(width, (classes,), 0, top)
-        self._labels = _Rows(width, (), NOT_ANALYSED, top)
-        self._done = start  # slide row up to which labels are refined
+        self._image = _RowBuffer(width, (channels,), WHITE, top)
+        self._scores = _RowBuffer(width, (classes,), 0, top)
+        self._labels = _RowBuffer(width, (), NOT_ANALYSED, top)
+        self._refined_end = start  # slide row up to which labels are refined
         self.cells = self.skipped = 0
 
-    def see(self, strip: Strip, tiles: list[Tile]) -> None:
-        """Keep the pixels of the tiles of a row; what no tile covers is white."""
+    def add_pixels(self, strip: Strip, tiles: list[Tile]) -> None:
+        """Keep the pixels of the tiles of one row; what no tile covers is white."""
         grid = self._grid
         for tile in tiles:
             box = tile.read
@@ -78,32 +74,32 @@ class CrfStage:
                 pixels = strip.pixels[top - strip.y : bottom - strip.y]
                 self._image.put(top, left - grid.x0, pixels[:, left - strip.x : right - strip.x])
 
-    def take(self, parts: Iterable[LabelRows]) -> Iterator[LabelRows]:
-        """Take finished rows; yields refined rows."""
+    def refine(self, parts: Iterable[LabelRows]) -> Iterator[LabelRows]:
+        """Take finished rows with scores; yields refined rows."""
         for part in parts:
             assert part.probabilities is not None
             self._labels.put(part.y, part.x - self._grid.x0, part.labels)
             self._scores.put(part.y, part.x - self._grid.x0, part.probabilities)
-            yield from self._refined(part.y + len(part.labels))
+            yield from self._complete_rows(part.y + len(part.labels))
 
     def record(self) -> dict[str, Any]:
-        """Return what ``run.json`` says of it."""
+        """Return the counts of cells for ``run.json``."""
         return {"cells": self.cells, "cells_skipped": self.skipped}
 
-    def _refined(self, bottom: int) -> Iterator[LabelRows]:
-        """Refine each row of cells whose halo ends above ``bottom``."""
+    def _complete_rows(self, bottom: int) -> Iterator[LabelRows]:
+        """Refine the rows of cells whose halo ends above ``bottom``."""
         options, height = self._options, self._grid.height
-        while self._done < height:
-            end = min(self._done + options.cell_px, height)
+        while self._refined_end < height:
+            end = min(self._refined_end + options.cell_px, height)
             if bottom < min(end + options.halo_px, height):
                 return
-            yield self._row_of_cells(self._done, end)
-            self._done = end
+            yield self._row_of_cells(self._refined_end, end)
+            self._refined_end = end
             for rows in (self._image, self._scores, self._labels):
-                rows.forget(end - options.halo_px)
+                rows.drop_above(end - options.halo_px)
 
     def _row_of_cells(self, top: int, end: int) -> LabelRows:
-        (x0, x1), left = self._own, self._grid.x0
+        (x0, x1), left = self._columns, self._grid.x0
         labels = self._labels.get(top, end, x0 - left, x1 - left).copy()
         cell_px = self._options.cell_px
         for x in range(x0 // cell_px * cell_px, x1, cell_px):
@@ -115,92 +111,92 @@ class CrfStage:
         return LabelRows(x0, top, labels, scores)
 
     def _refine(self, labels: NDArray[np.uint8], top: int, end: int, a: int, b: int) -> None:
-        """Refine one cell, rows ``top:end`` and columns ``a:b``, in place."""
+        """Refine the labels of one cell, rows ``top:end`` and columns ``a:b`` of the slide, in place."""
         options, grid = self._options, self._grid
-        free = labels != NOT_ANALYSED
+        may_change = labels != NOT_ANALYSED
         if options.uncertain is not None:
             scores = self._scores.get(top, end, a - grid.x0, b - grid.x0)
-            free &= _margin(scores) < round(255 * options.uncertain)
-        if not free.any():
+            may_change &= _margin(scores) < round(255 * options.uncertain)
+        if not may_change.any():
             self.skipped += 1
             return
         self.cells += 1
         halo = options.halo_px
         y0, y1 = max(top - halo, 0), min(end + halo, grid.height)
         x0, x1 = max(a - halo, 0), min(b + halo, grid.width)
-        place = (y0, y1, x0 - grid.x0, x1 - grid.x0)
-        p = to_probabilities(self._scores.get(*place), self._labels.get(*place) == NOT_ANALYSED)
-        q = dense_crf(self._image.get(*place), p, options.params, origin=(y0, x0), backend=options.backend)
+        box = (y0, y1, x0 - grid.x0, x1 - grid.x0)
+        p = to_probabilities(self._scores.get(*box), self._labels.get(*box) == NOT_ANALYSED)
+        q = dense_crf(self._image.get(*box), p, options.params, origin=(y0, x0), backend=options.backend)
         core = q[:, top - y0 : end - y0, a - x0 : b - x0].argmax(axis=0)
-        labels[free] = core[free]
+        labels[may_change] = core[may_change]
 
 
 def widened(grid: TileGrid, options: CrfOptions) -> TileGrid:
-    """Widen a column band by the halo, as far as the slide goes."""
+    """Widen a column band by the halo on both sides, within the slide."""
     halo = options.halo_px
     return grid.band(max(grid.x0 - halo, 0), min(grid.x1 + halo, grid.width))
 
 
 def to_probabilities(scores: NDArray[np.uint8], outside: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """Turn scores into what the CRF takes: shares of their sum.
+    """Turn scores into probabilities: the share of each class in the sum of scores.
 
     Parameters
     ----------
     scores
         (H, W, K) uint8, of any kind whose arg-max is the label.
     outside
-        (H, W), what was not analysed: all classes alike.
+        (H, W), pixels that were not analysed; their classes get equal probabilities.
 
     Returns
     -------
-    (K, H, W) float32, the sum over K is 1.
+    (K, H, W) float32; the sum over K is 1.
     """
     p = np.ascontiguousarray(scores.transpose(2, 0, 1), np.float32)
     total = p.sum(axis=0)
-    nothing = outside | (total == 0)
-    p /= np.where(nothing, 1, total)
-    p[:, nothing] = 1 / len(p)
+    unknown = outside | (total == 0)
+    p /= np.where(unknown, 1, total)
+    p[:, unknown] = 1 / len(p)
     return p
 
 
 def _margin(scores: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Difference of the two largest scores of each pixel (H, W, K)."""
+    """Return the difference of the two largest scores of each pixel (H, W, K)."""
     best = np.partition(scores, scores.shape[2] - 2, axis=2)
     return np.asarray(best[..., -1] - best[..., -2])
 
 
-class _Rows:
-    """Rows of a band while they are needed; what was not put is the fill value."""
+class _RowBuffer:
+    """Rows of a band from row ``top`` on, (rows, width, *depth); pixels that were not set are ``fill``."""
 
-    def __init__(self, width: int, more: tuple[int, ...], fill: int, top: int = 0) -> None:
-        self._width, self._more, self._fill = width, more, fill
+    def __init__(self, width: int, depth: tuple[int, ...], fill: int, top: int = 0) -> None:
+        self._fill = fill
         self._top = top
-        self._array = np.empty((0, width, *more), np.uint8)
+        self._array = np.empty((0, width, *depth), np.uint8)
 
     def put(self, y: int, x: int, values: NDArray[np.uint8]) -> None:
-        """Set the values at row ``y`` and column ``x``; rows that are forgotten are left out."""
+        """Set the values at row ``y`` and column ``x``; rows above the buffer are ignored."""
         first = max(self._top - y, 0)
         values, y = values[first:], y + first
         if not len(values):
             return
-        self._reach(y + len(values))
+        self._extend(y + len(values))
         at = y - self._top
         self._array[at : at + len(values), x : x + values.shape[1]] = values
 
     def get(self, y0: int, y1: int, x0: int, x1: int) -> NDArray[np.uint8]:
         """Return rows ``y0:y1`` and columns ``x0:x1``."""
-        self._reach(y1)
+        self._extend(y1)
         return self._array[y0 - self._top : y1 - self._top, x0:x1]
 
-    def forget(self, y: int) -> None:
-        """Drop the rows above ``y``."""
+    def drop_above(self, y: int) -> None:
+        """Free the rows above ``y``."""
         if y > self._top:
-            self._reach(y)
+            self._extend(y)
             self._array = self._array[y - self._top :].copy()
             self._top = y
 
-    def _reach(self, bottom: int) -> None:
+    def _extend(self, bottom: int) -> None:
         missing = bottom - self._top - len(self._array)
         if missing > 0:
-            more = np.full((missing, self._width, *self._more), self._fill, np.uint8)
-            self._array = np.concatenate([self._array, more])
+            rows = np.full((missing, *self._array.shape[1:]), self._fill, np.uint8)
+            self._array = np.concatenate([self._array, rows])

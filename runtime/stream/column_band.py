@@ -14,7 +14,7 @@ from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from itertools import chain
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -30,7 +30,6 @@ from histostream.wsi.geometry import Box
 from histostream.wsi.outputs.journal import BandJournal
 from histostream.wsi.outputs.label_rows import NOT_ANALYSED, LabelRows
 from histostream.wsi.outputs.sinks.overview import BACKGROUND
-from histostream.wsi.records import from_json
 from histostream.wsi.tiling.grid import Strip, Tile, TileGrid
 from histostream.wsi.tiling.strips import cut, read_strips
 
@@ -47,8 +46,8 @@ class RowStream(Protocol):
     def drain(self) -> list[LabelRows]:
         """Return the remaining rows."""
 
-    def record(self) -> dict[str, Any]:
-        """Return what run.json records of the device; nothing on the host."""
+    def record(self) -> DeviceRecord | None:
+        """Return what run.json records of the device; None on the host."""
 
     def close(self) -> None:
         """Free the memory."""
@@ -96,9 +95,8 @@ class HostStream:
         """Return nothing: `finish_row` has returned every row."""
         return []
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> None:
         """Return nothing: there is no device."""
-        return {}
 
     def close(self) -> None:
         """Do nothing: the memory is freed with the object."""
@@ -224,7 +222,7 @@ class ColumnBand:
                     with context.seconds.time("read"):
                         tiles, strip = next(self._strips)
                     if crf is not None:
-                        crf.see(strip, tiles)
+                        crf.add_pixels(strip, tiles)
                     for batch in stream.feed(strip, tiles):
                         self._count(batch)
                 self._write(stream.finish_row(row), crf)
@@ -232,8 +230,7 @@ class ColumnBand:
                     self._write(stream.drain(), crf)
                     raise StoppedError
             self._write(stream.drain(), crf)
-            record = stream.record()
-        device = from_json(DeviceRecord, record) if record else None
+            device = stream.record()
         return BandResult(device) if crf is None else BandResult(device, crf.cells, crf.skipped)
 
     def _crf_stage(self) -> CrfStage | None:
@@ -261,7 +258,7 @@ class ColumnBand:
         context = self._context
         if crf is not None:
             with context.seconds.time("crf"):
-                parts = list(crf.take(parts))
+                parts = list(crf.refine(parts))
         for finished in parts:
             part = _below(finished, self._journal.y)
             if part is None:

@@ -95,7 +95,7 @@ EXPECTED = {
     "graphs/no-rank.onnx": ACCEPTED,
     "graphs/custom-operator.onnx": "ONNX Runtime cannot load it",
     "graphs/cut.onnx": "it is damaged, or was cut off",
-    "graphs/noise.onnx": "it is damaged, or no ONNX file",
+    "graphs/noise.onnx": "it is damaged, or not an ONNX file",
 }
 DAMAGED = ("jpeg-", "deflate-", "tile-of-")  # in one tile, which is left out but for --strict
 OWN_RESOLUTION = ("mpp-", "resolution-", "ome-size-")  # slides that are run without --mpp

@@ -1,9 +1,9 @@
-"""The file of a built TensorRT engine: a header that says what it was built from, then the plan.
+"""The file of a TensorRT engine: a header with what it was built from and for, then the plan.
 
-A plan runs only on the library version and the GPUs that it was built for, and does not say so
-itself before it is loaded. The layout is 8 magic bytes, the header's length (uint64, little
-endian), the header (JSON, UTF-8) and the plan. There is no time and no host name in it: the same
-plan gives the same file.
+A plan runs only on the library version and the GPUs that it was built for, which cannot be seen
+before it is loaded. The layout is 8 magic bytes, the header's length (uint64, little endian), the
+header (JSON, UTF-8) and the plan. It has no time and no host name: the same plan gives the same
+file.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from histostream.runtime.choices import PRECISIONS
 from histostream.wsi.errors import HistoError
 from histostream.wsi.files import write_whole
 
-MAGIC = b"\x89HSENG\r\n"  # as in PNG: a transfer as text breaks it
+MAGIC = b"\x89HSENG\r\n"  # as in PNG, so that a transfer as text is detected
 LENGTH = struct.Struct("<Q")
 MAX_HEADER_BYTES = 1 << 20  # a header is a few kB; its precision map names nodes
 SCHEMA = 1
 LIBRARIES = ("tensorrt", "tensorrt-rtx")
 COMPATIBILITIES = ("none", "ampere_plus")
-AGAIN = "build the engine again"
+REBUILD = "build the engine again"
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _TARGET = re.compile(r"sm[0-9]{2,3}")
 
 
 class EngineFileError(HistoError, ValueError):
-    """A file is not an engine, or is damaged, or of another schema."""
+    """A file is not an engine, is damaged, or has another schema."""
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """The shapes that an engine takes: tiles (N, height, width, channels), N from min to max.
+    """The shapes that an engine accepts: tiles (N, height, width, channels), N from min to max.
 
-    The library tunes for ``opt_batch``. Where all three are equal the engine is static, and only
-    then is a build for Ampere or later repeatable byte for byte (TensorRT-RTX 1.7.1).
+    The library tunes for ``opt_batch``. If all three are equal the engine is static; only then does
+    a build for Ampere or later give the same bytes each time (TensorRT-RTX 1.7.1).
     """
 
     min_batch: int
@@ -61,18 +61,18 @@ class Profile:
 
     @property
     def batches(self) -> str:
-        """Smallest, best and largest batch, as "1/8/16"."""
+        """The smallest, best and largest batch, as "1/8/16"."""
         return f"{self.min_batch}/{self.opt_batch}/{self.max_batch}"
 
     @property
     def tile(self) -> str:
-        """Shape of one tile, as "512 x 512 x 3"."""
+        """The shape of one tile, as "512 x 512 x 3"."""
         return f"{self.height} x {self.width} x {self.channels}"
 
 
 @dataclass(frozen=True, slots=True)
 class EngineHeader:
-    """What an engine was built from, by what, and for what.
+    """What an engine was built from, by which library, and for which GPUs and shapes.
 
     Attributes
     ----------
@@ -81,24 +81,24 @@ class EngineHeader:
     onnx
         Name of the ONNX file in the bundle.
     onnx_sha256
-        Its SHA-256.
+        SHA-256 of that file.
     precision
         "fp32", "fp16" or "int8".
     library
         "tensorrt" or "tensorrt-rtx".
     library_version
-        Its version, all parts: a plan is bound to it.
+        Full version of the library; the plan runs only with this one.
     targets
-        Compute capabilities it was built for, as "sm86". For "tensorrt" this is the GPU that it
-        was built on, unless ``compatibility`` says more.
+        Compute capabilities that it was built for, as "sm86"; of "tensorrt", the GPU that it was
+        built on.
     compatibility
         "ampere_plus" if it runs on every GPU from Ampere on, else "none".
     profile
-        Tile shapes that it takes.
+        Tile shapes that it accepts.
     precision_map
-        What the card says under ``precision`` of how this graph was converted.
+        How the graph was converted: the entry under ``precision`` in the card.
     plan_sha256, plan_bytes
-        Of the plan; empty and 0 before there is one.
+        SHA-256 and size of the plan; "" and 0 before it is built.
     """
 
     card: str
@@ -136,24 +136,22 @@ class EngineHeader:
             ("plan_bytes", _is_int(self.plan_bytes) and self.plan_bytes >= 0, "a size"),
         ):
             if not valid:
-                raise EngineFileError(f"header: {name}={_shown(getattr(self, name))} is not {wanted}")
+                raise EngineFileError(f"header: {name}={_short(getattr(self, name))} is not {wanted}")
 
     @property
     def identity(self) -> str:
-        """JSON of what was asked for, without the plan: equal for two builds of the same thing.
+        """JSON of the header without the plan, equal for two builds of the same engine.
 
         The precision map is left out, because it may be long and the card's digest covers it.
         """
-        said = asdict(self)
+        content = asdict(self)
         for name in ("precision_map", "plan_sha256", "plan_bytes"):
-            del said[name]
-        return _json(said)
+            del content[name]
+        return _json(content)
 
 
 def write_engine(path: Path, header: EngineHeader, plan: bytes) -> EngineHeader:
-    """Write an engine under its final name, whole or not at all; return the header as written.
-
-    Size and SHA-256 of the plan are filled in here.
+    """Write an engine, and return its header with the size and SHA-256 of the plan filled in.
 
     Raises
     ------
@@ -172,7 +170,7 @@ def write_engine(path: Path, header: EngineHeader, plan: bytes) -> EngineHeader:
 
 
 def read_header(path: Path) -> EngineHeader:
-    """Read what an engine says of itself; the plan is not read.
+    """Read the header of an engine; the plan is not read.
 
     Raises
     ------
@@ -200,28 +198,28 @@ def read_engine(path: Path) -> tuple[EngineHeader, bytes]:
             plan = file.read(header.plan_bytes)
     except OSError as error:
         raise _unreadable(path, error) from error
-    found = hashlib.sha256(plan).hexdigest()
-    if found != header.plan_sha256:
+    sha256 = hashlib.sha256(plan).hexdigest()
+    if sha256 != header.plan_sha256:
         raise EngineFileError(
-            f"{path} is damaged (sha256 of its plan {found[:8]}... is not {header.plan_sha256[:8]}...): {AGAIN}"
+            f"{path} is damaged (sha256 of its plan {sha256[:8]}... is not {header.plan_sha256[:8]}...): {REBUILD}"
         )
     return header, plan
 
 
 def describe(path: Path) -> str:
-    """Lines that say what an engine is, for people.
+    """Return a description of an engine as lines of text; they also report a damaged plan.
 
     Raises
     ------
     EngineFileError
-        As `read_header`; a damaged plan is said in the text.
+        As `read_header`.
     """
     header = read_header(path)
     try:
         read_engine(path)
         state = "whole"
     except EngineFileError:
-        state = f"DAMAGED: {AGAIN}"
+        state = f"DAMAGED: {REBUILD}"
     targets = ", ".join(header.targets)
     if header.compatibility == "ampere_plus":
         targets += " (any GPU from Ampere on)"
@@ -237,7 +235,7 @@ def describe(path: Path) -> str:
         ("batch", f"{profile.min_batch} to {profile.max_batch}, best {profile.opt_batch}"),
         ("plan", f"{header.plan_bytes / 1e6:.2f} MB, sha256 {header.plan_sha256}, {state}"),
     ]
-    rows += [(f"  {_word(k)}", _shown(v)) for k, v in sorted(header.precision_map.items())]
+    rows += [(f"  {_printable(k)}", _short(v)) for k, v in sorted(header.precision_map.items())]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
@@ -246,76 +244,76 @@ def _read_header(file: BinaryIO, path: Path) -> EngineHeader:
     size = os.fstat(file.fileno()).st_size
     start = file.read(len(MAGIC) + LENGTH.size)
     if not start.startswith(MAGIC):
-        raise EngineFileError(f"{path}: not a HistoStream engine; {AGAIN}")
+        raise EngineFileError(f"{path}: not a HistoStream engine; {REBUILD}")
     if len(start) < len(MAGIC) + LENGTH.size:
-        raise EngineFileError(f"{path} is truncated ({size} bytes): {AGAIN}")
+        raise EngineFileError(f"{path} is truncated ({size} bytes): {REBUILD}")
     (length,) = LENGTH.unpack_from(start, len(MAGIC))
     if length > MAX_HEADER_BYTES:
-        raise EngineFileError(f"{path} is damaged (a header of {length} bytes; at most {MAX_HEADER_BYTES}): {AGAIN}")
+        raise EngineFileError(f"{path} is damaged (a header of {length} bytes; at most {MAX_HEADER_BYTES}): {REBUILD}")
     text = file.read(length)
     if len(text) < length:
-        raise EngineFileError(f"{path} is truncated ({size} bytes, in its header): {AGAIN}")
+        raise EngineFileError(f"{path} is truncated ({size} bytes, in its header): {REBUILD}")
     try:
-        said = json.loads(text.decode("utf-8"), parse_constant=_refuse)
+        content = json.loads(text.decode("utf-8"), parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
-        raise EngineFileError(f"{path} is damaged (its header is not JSON): {AGAIN}") from error
-    schema = said.pop("schema", None) if isinstance(said, dict) else None
+        raise EngineFileError(f"{path} is damaged (its header is not JSON): {REBUILD}") from error
+    schema = content.pop("schema", None) if isinstance(content, dict) else None
     if not _is_int(schema) or schema != SCHEMA:
-        raise EngineFileError(f"{path}: engine schema {_shown(schema)}, this version reads {SCHEMA}; {AGAIN}")
+        raise EngineFileError(f"{path}: engine schema {_short(schema)}, this version reads {SCHEMA}; {REBUILD}")
     try:
-        header = _from_plain(said)
+        header = _parse_header(content)
     except EngineFileError as error:
-        raise EngineFileError(f"{path}: {error}; {AGAIN}") from error
-    whole = len(start) + length + header.plan_bytes
-    if size != whole:
-        kind = "truncated" if size < whole else "damaged"
-        raise EngineFileError(f"{path} is {kind} ({size} bytes instead of {whole}): {AGAIN}")
+        raise EngineFileError(f"{path}: {error}; {REBUILD}") from error
+    expected = len(start) + length + header.plan_bytes
+    if size != expected:
+        kind = "truncated" if size < expected else "damaged"
+        raise EngineFileError(f"{path} is {kind} ({size} bytes instead of {expected}): {REBUILD}")
     return header
 
 
-def _from_plain(said: dict[str, Any]) -> EngineHeader:
+def _parse_header(content: dict[str, Any]) -> EngineHeader:
     """Make a header of untrusted JSON."""
     names = EngineHeader.__dataclass_fields__
     profile_names = Profile.__dataclass_fields__
-    missing = [name for name in names if name not in said]
+    missing = [name for name in names if name not in content]
     if missing:
         raise EngineFileError(f"header: {missing[0]} is missing")
-    profile, targets = said["profile"], said["targets"]
+    profile, targets = content["profile"], content["targets"]
     if not isinstance(profile, dict) or not profile_names.keys() <= profile.keys():
-        raise EngineFileError(f"header: profile={_shown(profile)} has not {', '.join(profile_names)}")
+        raise EngineFileError(f"header: profile={_short(profile)} lacks one of {', '.join(profile_names)}")
     if not isinstance(targets, list):
-        raise EngineFileError(f"header: targets={_shown(targets)} is not a list")
-    texts = [name for name in names if name not in ("profile", "targets")]
+        raise EngineFileError(f"header: targets={_short(targets)} is not a list")
+    others = {name: content[name] for name in names if name not in ("profile", "targets")}
     header = EngineHeader(
         targets=tuple(targets),
         profile=Profile(**{name: profile[name] for name in profile_names}),
-        **{name: said[name] for name in texts},
+        **others,
     )
     if not header.plan_sha256 or not header.plan_bytes:
-        raise EngineFileError("header: it names no plan")
+        raise EngineFileError("header: plan_sha256 or plan_bytes is empty")
     return header
 
 
 def _unreadable(path: Path, error: OSError) -> EngineFileError:
-    return EngineFileError(f"{path}: cannot be read ({error.strerror}); {AGAIN}")
+    return EngineFileError(f"{path}: cannot be read ({error.strerror}); {REBUILD}")
 
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _json(said: dict[str, Any]) -> str:
-    return json.dumps(said, sort_keys=True, separators=(",", ":"), allow_nan=False)
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def _shown(value: Any) -> str:
-    """JSON of a value, shortened; ASCII, so that a file cannot steer the terminal."""
+def _short(value: Any) -> str:
+    """Return a value as short JSON; ASCII only, so that a file cannot control the terminal."""
     text = json.dumps(value, default=repr)
     return text if len(text) <= 72 else f"{text[:60]}... ({len(text)} characters)"
 
 
-def _word(value: str) -> str:
-    return value if value.isascii() and value.isprintable() else _shown(value)
+def _printable(value: str) -> str:
+    return value if value.isascii() and value.isprintable() else _short(value)
 
 
 def _is_int(value: Any) -> bool:

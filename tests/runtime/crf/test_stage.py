@@ -180,11 +180,11 @@ def test_parameters_are_read_over_those_of_the_card() -> None:
     ("text", "said"),
     [
         ("theta_alfa=3", "no parameter 'theta_alfa'; did you mean theta_alpha"),
-        ("zzz=3", "no parameter 'zzz'; there are w1, theta_alpha"),
+        ("zzz=3", "no parameter 'zzz'; use w1, theta_alpha"),
         ("w1", "'w1': write w1=VALUE"),
         ("w1=much", "w1='much': give a number"),
         ("theta_beta=3um", "theta_beta='3um': give a number"),
-        ("theta_alpha=3mm", "theta_alpha='3mm': give a number, maybe with px or um"),
+        ("theta_alpha=3mm", "theta_alpha='3mm': give a number, optionally with px or um"),
         ("theta_alpha=-1", "theta_alpha=-1.0"),
         ("w1=nan", "w1=nan"),
         ("n_iter=0", "n_iter=0"),

@@ -273,7 +273,7 @@ def test_memory_does_not_grow_with_the_height_but_for_the_weights() -> None:
         )
         for height in (64 + 20 * 48, 64 + 200 * 48)
     ]
-    assert replace(plans[0], weights=0) == replace(plans[1], weights=0)
+    assert replace(plans[0], windows=0) == replace(plans[1], windows=0)
 
 
 def test_a_smaller_batch_is_run_where_memory_does_not_last(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
