@@ -18,8 +18,9 @@ from histostream.runtime.choices import PRECISIONS
 from histostream.runtime.cuda.base import Stream
 from histostream.runtime.engines.base import Engine, open_engine, to_channels
 from histostream.runtime.engines.device_engine import DeviceEngine
+from histostream.runtime.layout import plan_grid
 from histostream.runtime.options import Options
-from histostream.runtime.slide_run import plan_grid, segment_slide
+from histostream.runtime.slide_run import segment_slide
 from histostream.runtime.stream.blend import Blender
 from histostream.runtime.stream.device import DeviceStream
 from histostream.wsi.errors import HistoError

@@ -9,9 +9,10 @@ if TYPE_CHECKING:
     from histostream.runtime.bundle.card import CardError, ModelCard, default_bundle, read_card
     from histostream.runtime.engines.base import Engine, EngineError, open_engine
     from histostream.runtime.options import Options
+    from histostream.runtime.pixels import segment_pixels
     from histostream.runtime.result import ResultError, SlideResult
     from histostream.runtime.segmenter import Segmenter
-    from histostream.runtime.slide_run import segment_pixels, segment_slide
+    from histostream.runtime.slide_run import segment_slide
 
 __all__ = [
     "CardError",
@@ -36,7 +37,8 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 _MODULES = {
     "bundle.card": ("CardError", "ModelCard", "default_bundle", "read_card"),
     "engines.base": ("Engine", "EngineError", "open_engine"),
-    "slide_run": ("segment_pixels", "segment_slide"),
+    "slide_run": ("segment_slide",),
+    "pixels": ("segment_pixels",),
     "options": ("Options",),
     "result": ("ResultError", "SlideResult"),
     "segmenter": ("Segmenter",),

@@ -16,9 +16,10 @@ from histostream.runtime.cohort.inputs import find_inputs
 from histostream.runtime.cohort.worker import DAMAGED, DONE, UNCHANGED, Worker
 from histostream.runtime.engines.base import Engine, open_engine
 from histostream.runtime.options import Options
+from histostream.runtime.pixels import segment_pixels
 from histostream.runtime.result import ResultError, SlideResult
 from histostream.runtime.slide_job import SlideJob
-from histostream.runtime.slide_run import ManyDevices, segment_pixels
+from histostream.runtime.slide_run import ManyDevices
 
 
 class Segmenter:
