@@ -303,7 +303,7 @@ def test_the_model_is_judged_without_its_bundle(result: SlideResult) -> None:
     assert said["training data"] == card.training["data_sha256"]
     assert said["model.int8.onnx (used here)"] == card.files["model.int8.onnx"]
     assert said["w1"] == "5"
-    assert said["refined"] == "pixels whose two best scores differ by less than 0.25"
+    assert said["refined"] == "pixels with a score margin below 0.25"
     assert "test_images" not in json.dumps(model["card"])
 
 
