@@ -18,21 +18,16 @@ import click
 from histostream.runtime.bundle.card import default_bundle, read_card
 from histostream.runtime.cohort.inputs import find_inputs
 from histostream.runtime.cohort.processes import ProcessPool
-from histostream.runtime.cohort.worker import (
-    CONCURRENCY,
-    FAILED,
-    NOT_BEGUN,
-    CohortRecord,
-    Executor,
-    LocalExecutor,
-)
+from histostream.runtime.cohort.worker import CONCURRENCY, CohortRecord, Executor, LocalExecutor
 from histostream.runtime.crf.options import CrfOptions, read_params
 from histostream.runtime.crf.params import CrfError
-from histostream.runtime.dry_run import not_enough_disk, plan_slides, size
+from histostream.runtime.dry_run import not_enough_disk, plan_slides
 from histostream.runtime.engines.base import Engine, open_engine
-from histostream.runtime.messages import JsonMessages, Messages, TextMessages, duration
+from histostream.runtime.messages import JsonFormatter, JsonMessages, Messages, TextMessages
 from histostream.runtime.options import Options
+from histostream.runtime.outcome import FAILED, NOT_BEGUN
 from histostream.runtime.process_memory import return_buffers_at_once
+from histostream.runtime.report.figures import rough_duration, size
 from histostream.runtime.slide_job import SlideInput, SlideJob
 from histostream.wsi.console import show_only_our_warnings
 from histostream.wsi.errors import HistoError
@@ -84,7 +79,7 @@ def run(**options: Any) -> int:
     ``options`` are the fields of `Request` and `Options`.
     """
     request = Request(**{entry.name: options.pop(entry.name) for entry in fields(Request)})
-    show_only_our_warnings("histo-infer")
+    show_only_our_warnings("histo-infer", JsonFormatter() if request.log_json else None)
     return_buffers_at_once()
     messages: Messages = JsonMessages() if request.log_json else TextMessages()
     try:
@@ -207,7 +202,7 @@ def _plan(request: Request, bundle: Path, jobs: list[SlideJob]) -> int:
     if not request.log_json:
         count = f"{len(plans)} slides" if len(plans) > 1 else "1 slide"
         trouble = f", {problems} with a problem" if problems else ""
-        time = duration(sum(plan.seconds for plan in plans))
+        time = rough_duration(sum(plan.seconds for plan in plans))
         click.echo(
             f"{count}{trouble}: about {time} on {engine.name}, "
             f"{size(sum(plan.disk_bytes for plan in plans))}; nothing was written"

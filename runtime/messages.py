@@ -1,4 +1,4 @@
-"""What ``histo-infer`` says while it runs: lines for people, or JSON for programs.
+"""Messages of ``histo-infer``: lines for people, or JSON for programs.
 
 Results of slides go to stdout; progress, warnings and errors to stderr. With ``--log-json`` each
 line is a JSON object, and all of them go to stderr.
@@ -11,60 +11,30 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from histostream.runtime.bundle.card import ModelCard
-from histostream.runtime.cohort.worker import (
-    DAMAGED,
-    DONE,
-    FAILED,
-    LOCKED,
-    NOT_BEGUN,
-    STOPPED,
-    UNCHANGED,
-    Outcome,
-    Report,
-)
+from histostream.runtime.cohort.worker import Report
+from histostream.runtime.outcome import DAMAGED, DONE, FAILED, LOCKED, NOT_BEGUN, STOPPED, UNCHANGED, Outcome
+from histostream.runtime.report.figures import rough_duration
 from histostream.runtime.slide_job import SlideJob
 from histostream.wsi.console import fail
 from histostream.wsi.errors import printable
 from histostream.wsi.records import to_json
 
 COMMAND = "histo-infer"
-PROGRESS_S = 30.0  # between two lines of progress, where there is no terminal
-
-
-class Messages(Protocol):
-    """What is said of a run."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, *error: object) -> None: ...
-
-    def model(self, card: ModelCard, engine: str) -> None:
-        """Say which model runs, and on what."""
-
-    def progress(self, slide: str) -> Report:
-        """Return the function that takes a slide's progress: (pixels done, pixels in all)."""
-
-    def slide(self, job: SlideJob, outcome: Outcome) -> None:
-        """Say what became of a slide."""
-
-    def cohort(self, counts: Counter[str], record: Path) -> None:
-        """Say what became of all slides; ``record`` is the file that lists them."""
-
-    def error(self, message: str) -> None:
-        """Say what went wrong, or what happens now."""
+PROGRESS_S = 30.0  # between two lines of progress, if stderr is not a terminal
 
 
 class TextMessages:
-    """Lines for people, and progress bars in a terminal or lines of progress in a log file."""
+    """Lines for people, with progress bars in a terminal, or lines of progress in a log file."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
@@ -77,7 +47,7 @@ class TextMessages:
             transient=True,
             disable=not self._console.is_terminal,
         )
-        self._tasks: dict[str, Any] = {}
+        self._bar_tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -87,38 +57,40 @@ class TextMessages:
         self._bar.stop()
 
     def model(self, card: ModelCard, engine: str) -> None:
-        """See `Messages.model`."""
+        """Print the model and the name of the engine that runs it."""
         self._console.print(
             f"model: {card.method} ({', '.join(c.name for c in card.classes)}) at {card.mpp:g} um/px; {engine}",
             highlight=False,
             markup=False,  # names of classes may have brackets
             emoji=False,
-            soft_wrap=True,  # one line, however narrow the terminal
+            soft_wrap=True,  # one line, also in a narrow terminal
         )
 
     def progress(self, slide: str) -> Report:
-        """See `Messages.progress`; the bar appears with the first report."""
+        """Return the function that takes the progress of a slide: (pixels done, pixels in all)."""
         if not self._console.is_terminal:
-            return _every(PROGRESS_S, lambda progress: self.error(f"{printable(slide)}: {progress}"))
+            return _report_every(PROGRESS_S, lambda progress: self.error(f"{printable(slide)}: {progress}"))
 
         def show(progress: _SlideProgress) -> None:
-            if slide not in self._tasks:
-                self._tasks[slide] = self._bar.add_task(slide, total=None, rate="")
+            if slide not in self._bar_tasks:
+                self._bar_tasks[slide] = self._bar.add_task(slide, total=None, rate="")
             rate = f"{progress.mpx_per_s:.2f} Mpx/s" if progress.mpx_per_s else ""
-            self._bar.update(self._tasks[slide], completed=progress.done, total=progress.total, rate=rate)
+            self._bar.update(self._bar_tasks[slide], completed=progress.done, total=progress.total, rate=rate)
 
-        return _every(0, show)
+        return _report_every(0, show)
 
     def slide(self, job: SlideJob, outcome: Outcome) -> None:
-        """See `Messages.slide`."""
-        if job.slide.name in self._tasks:
-            self._bar.remove_task(self._tasks.pop(job.slide.name))
+        """Print the outcome of a slide."""
+        if job.slide.name in self._bar_tasks:
+            self._bar.remove_task(self._bar_tasks.pop(job.slide.name))
         name, run, summary = _file_name(job), outcome.run, outcome.summary
         if outcome.status in (DONE, DAMAGED) and run is not None and summary is not None:
-            areas = ", ".join(f"{c.name} {c.area_mm2:.3g} mm2 ({100 * (c.share or 0):.1f} %)" for c in summary.classes)
+            areas = ", ".join(
+                f"{c.name} {c.area_mm2 or 0:.3g} mm2 ({100 * (c.share or 0):.1f} %)" for c in summary.classes
+            )
             click.echo(
-                f"{name}: {areas}; {run.mpx:.1f} Mpx in {run.seconds.total:.1f} s "
-                f"({run.mpx_per_s:.2f} Mpx/s) -> {job.folder}"
+                f"{name}: {areas}; {run.mpx or 0:.1f} Mpx in {run.seconds.total or 0:.1f} s "
+                f"({run.mpx_per_s or 0:.2f} Mpx/s) -> {job.folder}"
             )
         if outcome.status == UNCHANGED:
             click.echo(f"{name}: {outcome.reason} -> {job.folder}")
@@ -128,25 +100,19 @@ class TextMessages:
             self.error(f"{name}: {outcome.reason}")
 
     def cohort(self, counts: Counter[str], record: Path) -> None:
-        """See `Messages.cohort`."""
-        total = counts.total()
+        """Print how many slides have each status; ``record`` is the file that lists the slides."""
         if counts[FAILED]:
-            self.error(f"{counts[FAILED]} of {total} slides failed")
-        listed = ", ".join(f"{n} {word}" for word, n in _by_word(counts).items() if n)
-        click.echo(f"{total} slides: {listed} -> {record}")
+            self.error(f"{counts[FAILED]} of {counts.total()} slides failed")
+        parts = ", ".join(f"{n} {word}" for word, n in _counts_in_words(counts).items() if n)
+        click.echo(f"{counts.total()} slides: {parts} -> {record}")
 
     def error(self, message: str) -> None:
-        """See `Messages.error`."""
+        """Print an error or a warning."""
         fail(COMMAND, message)
 
 
 class JsonMessages:
-    """One JSON object a line, on stderr: ``time``, ``level``, ``event``, and what belongs to it."""
-
-    def __init__(self) -> None:
-        handler = _JsonHandler(self._say)
-        handler.addFilter(logging.Filter("histostream"))
-        logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    """The messages of `TextMessages` as JSON objects on stderr, one a line, with a time and a level."""
 
     def __enter__(self) -> Self:
         return self
@@ -155,15 +121,15 @@ class JsonMessages:
         pass
 
     def model(self, card: ModelCard, engine: str) -> None:
-        """See `Messages.model`."""
+        """See `TextMessages.model`."""
         classes = [c.name for c in card.classes]
-        self._say("info", "model", method=card.method, classes=classes, mpp=card.mpp, engine=engine)
+        self._write("info", "model", method=card.method, classes=classes, mpp=card.mpp, engine=engine)
 
     def progress(self, slide: str) -> Report:
-        """See `Messages.progress`."""
+        """See `TextMessages.progress`."""
 
         def show(progress: _SlideProgress) -> None:
-            self._say(
+            self._write(
                 "info",
                 "progress",
                 slide=slide,
@@ -172,12 +138,12 @@ class JsonMessages:
                 seconds_left=progress.seconds_left,
             )
 
-        return _every(PROGRESS_S, show)
+        return _report_every(PROGRESS_S, show)
 
     def slide(self, job: SlideJob, outcome: Outcome) -> None:
-        """See `Messages.slide`."""
+        """See `TextMessages.slide`."""
         run, summary = outcome.run, outcome.summary
-        self._say(
+        self._write(
             "error" if outcome.status == FAILED else "info",
             "slide",
             slide=_file_name(job),
@@ -191,83 +157,80 @@ class JsonMessages:
         )
 
     def cohort(self, counts: Counter[str], record: Path) -> None:
-        """See `Messages.cohort`."""
+        """See `TextMessages.cohort`."""
         level = "error" if counts[FAILED] else "info"
-        self._say(level, "cohort", slides=counts.total(), **_by_word(counts), record=str(record))
+        self._write(level, "cohort", slides=counts.total(), **_counts_in_words(counts), record=str(record))
 
     def error(self, message: str) -> None:
-        """See `Messages.error`."""
-        self._say("error", "message", message=message)
+        """See `TextMessages.error`."""
+        self._write("error", "message", message=message)
 
-    def _say(self, level: str, event: str, **more: Any) -> None:
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        line = {"time": now, "level": level, "event": event, **more}
-        click.echo(json.dumps(line, ensure_ascii=True), err=True)
+    def _write(self, level: str, event: str, **values: Any) -> None:
+        click.echo(_json_line(level, event, **values), err=True)
 
 
-class _JsonHandler(logging.Handler):
-    """Writes warnings of the library as JSON too."""
-
-    def __init__(self, say: Callable[..., None]) -> None:
-        super().__init__()
-        self._say = say
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._say(record.levelname.lower(), "message", message=record.getMessage())
+Messages = TextMessages | JsonMessages
 
 
+class JsonFormatter(logging.Formatter):
+    """Formats warnings of the library like `JsonMessages`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return a log record as a line of JSON."""
+        return _json_line(record.levelname.lower(), "message", message=record.getMessage())
+
+
+def _json_line(level: str, event: str, **values: Any) -> str:
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    return json.dumps({"time": now, "level": level, "event": event, **values}, ensure_ascii=True)
+
+
+@dataclass(frozen=True, slots=True)
 class _SlideProgress:
-    """Progress of one slide; what a former run has done does not count for the rate."""
+    """Progress of one slide: pixels done, pixels in all, and the rate of this run."""
 
-    def __init__(self, done: int, total: int, before: int, seconds: float) -> None:
-        self.done, self.total = done, total
-        self.share = done / total if total else 1.0
-        self.mpx_per_s = (done - before) / 1e6 / seconds if seconds > 0 else 0.0
-        left = (total - done) / 1e6 / self.mpx_per_s if self.mpx_per_s > 0 else None
-        self.seconds_left = None if left is None else round(left)
+    done: int
+    total: int
+    mpx_per_s: float
+
+    @property
+    def share(self) -> float:
+        return self.done / self.total if self.total else 1.0
+
+    @property
+    def seconds_left(self) -> int | None:
+        return round((self.total - self.done) / 1e6 / self.mpx_per_s) if self.mpx_per_s > 0 else None
 
     def __str__(self) -> str:
-        left = "" if self.seconds_left is None else f", {duration(self.seconds_left)} left"
+        left = "" if self.seconds_left is None else f", {rough_duration(self.seconds_left)} left"
         return f"{100 * self.share:.0f} %, {self.mpx_per_s:.2f} Mpx/s{left}"
 
 
-def _every(seconds: float, show: Callable[[_SlideProgress], None]) -> Report:
-    """Return a report that shows the progress at most once in so many seconds."""
+def _report_every(interval_s: float, show: Callable[[_SlideProgress], None]) -> Report:
+    """Return a report that shows the progress at most once in an interval; the first interval is silent."""
     start = last = None
-    before = 0
+    done_before = 0  # pixels of an earlier run, which do not count for the rate
 
     def report(done: int, total: int) -> None:
-        nonlocal start, last, before
+        nonlocal start, last, done_before
         now = time.perf_counter()
         if start is None or last is None:
-            start, last, before = now, now, done
-            if seconds:
+            start, last, done_before = now, now, done
+            if interval_s:
                 return
-        if now - last >= seconds:
+        if now - last >= interval_s:
             last = now
-            show(_SlideProgress(done, total, before, now - start))
+            rate = (done - done_before) / 1e6 / (now - start) if now > start else 0.0
+            show(_SlideProgress(done, total, rate))
 
     return report
-
-
-def duration(seconds: float) -> str:
-    """Write a time as people read it.
-
-    Examples
-    --------
-    >>> duration(42), duration(180), duration(7300)
-    ('42 s', '3 min', '2.0 h')
-    """
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _file_name(job: SlideJob) -> str:
     return printable(job.source.rstrip("/").rpartition("/")[2])
 
 
-def _by_word(counts: Mapping[str, int]) -> dict[str, int]:
+def _counts_in_words(counts: Mapping[str, int]) -> dict[str, int]:
     return {
         "done": counts[DONE] + counts[DAMAGED],
         "unchanged": counts[UNCHANGED],

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from histostream.runtime.bundle.card import ModelCard, default_bundle
 from histostream.runtime.cohort.inputs import find_inputs
-from histostream.runtime.cohort.worker import DAMAGED, DONE, UNCHANGED, Worker
+from histostream.runtime.cohort.worker import Worker
 from histostream.runtime.engines.base import Engine, open_engine
 from histostream.runtime.options import Options
+from histostream.runtime.outcome import DAMAGED, DONE, UNCHANGED
 from histostream.runtime.pixels import segment_pixels
 from histostream.runtime.result import ResultError, SlideResult
 from histostream.runtime.slide_job import SlideJob

@@ -317,9 +317,8 @@ class SlideRun:
             sha256 = self.sha256.result()
         files = folder.unpublished
         record, summary = self._record(sha256, [*files, REPORT]), self.outputs.summary.record()
-        run = to_json(record)
-        folder.run.update(run)
-        folder.add_text(REPORT, slide_report(run, to_json(summary), files["overview.png"]))
+        folder.run.update(to_json(record))
+        folder.add_text(REPORT, slide_report(record, summary, files["overview.png"]))
         folder.after_publishing(self.context.journal.remove)
         self.stack.close()
         return SlideResult(folder.path, summary, record)

@@ -176,10 +176,18 @@ def _setting(place: str, parameter: click.Parameter, value: Any) -> Any:
     return ",".join(map(str, words)) if listed else value
 
 
-def show_only_our_warnings(command: str) -> None:
-    """Show HistoStream's own warnings; what libraries say is in the error that they raise."""
+def show_only_our_warnings(command: str, formatter: logging.Formatter | None = None) -> None:
+    """Show HistoStream's own warnings on stderr, and no warnings of libraries.
+
+    Parameters
+    ----------
+    command
+        Name of the command, with which each line begins.
+    formatter
+        Writes the lines in another form.
+    """
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter(f"{command}: %(message)s"))
+    handler.setFormatter(formatter or logging.Formatter(f"{command}: %(message)s"))
     handler.addFilter(logging.Filter("histostream"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     if not sys.warnoptions:  # whoever asks Python for them sees them

@@ -27,16 +27,9 @@ from typing import Any
 import numpy as np
 
 from histostream.runtime.bundle.card import ModelCard, read_card
-from histostream.runtime.cohort.worker import (
-    CONCURRENCY,
-    FAILED,
-    STOPPED,
-    Outcome,
-    Report,
-    Worker,
-    pick_worker,
-)
+from histostream.runtime.cohort.worker import CONCURRENCY, Report, Worker, pick_worker
 from histostream.runtime.engines.base import EngineError, open_engine
+from histostream.runtime.outcome import FAILED, STOPPED, Outcome
 from histostream.runtime.process_memory import return_buffers_at_once
 from histostream.runtime.slide_job import SlideJob
 from histostream.runtime.stream.column_band import open_band

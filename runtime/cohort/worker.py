@@ -22,7 +22,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
@@ -30,9 +30,10 @@ from typing import Any, Protocol, Self, TypeVar
 from histostream.runtime.bundle.card import ModelCard
 from histostream.runtime.cuda.base import DeviceMemoryError
 from histostream.runtime.engines.base import Engine
+from histostream.runtime.outcome import DAMAGED, DONE, FAILED, LOCKED, NOT_BEGUN, STOPPED, UNCHANGED, Outcome
 from histostream.runtime.record import RunRecord, read_run, read_summary
 from histostream.runtime.report import REPORT
-from histostream.runtime.report.cohort import CohortReport, cohort_slide
+from histostream.runtime.report.cohort import CohortReport
 from histostream.runtime.result import SlideResult
 from histostream.runtime.slide_job import SlideJob
 from histostream.runtime.slide_run import DoneError, ManyDevices, SlideRun
@@ -40,17 +41,9 @@ from histostream.wsi.errors import HistoError, StoppedError
 from histostream.wsi.files import write_json, write_whole
 from histostream.wsi.outputs.lock import LockedError
 from histostream.wsi.outputs.sinks.summary import SummaryRecord
-from histostream.wsi.records import to_json
 from histostream.wsi.slides.sources.base import is_remote
 from histostream.wsi.slides.staging import staged
 
-DONE = "done"
-DAMAGED = "damaged"  # done, with damaged blocks left as background
-UNCHANGED = "unchanged"  # done before, and slide, model and options are the same
-LOCKED = "elsewhere"  # another process is running it
-FAILED = "failed"
-STOPPED = "stopped"
-NOT_BEGUN = "not begun"
 CONCURRENCY = 2  # slides in one worker: one on the device, one before or after it
 SAVE_S = 5.0  # between two versions of cohort.csv, at least,
 SAVE_TIMES = 20  # and as many times what writing the last one took
@@ -58,29 +51,6 @@ log = logging.getLogger(__name__)
 
 Report = Callable[[int, int], None]  # pixels done, pixels in all
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """The status of a slide in a cohort.
-
-    Attributes
-    ----------
-    status
-        `DONE`, `DAMAGED`, `UNCHANGED`, `LOCKED`, `FAILED`, `STOPPED` or `NOT_BEGUN`.
-    reason
-        Explanation of the status; empty for `DONE`.
-    run, summary
-        The records of the result; None where there is none.
-    seconds
-        Duration, staging and waiting included.
-    """
-
-    status: str
-    reason: str = ""
-    run: RunRecord | None = None
-    summary: SummaryRecord | None = None
-    seconds: float = 0.0
 
 
 class Executor(Protocol):
@@ -316,17 +286,8 @@ class CohortRecord:
         table.writeheader()
         table.writerows(lines)
         write_whole(folder / "cohort.csv", text.getvalue())
-        rows = [
-            cohort_slide(
-                job.slide.name,
-                outcome.status,
-                outcome.reason,
-                to_json(outcome.run),
-                to_json(outcome.summary),
-            )
-            for job, outcome in slides
-        ]
-        write_whole(folder / REPORT, self._page.text(rows, **times))
+        outcomes = [(job.slide.name, outcome) for job, outcome in slides]
+        write_whole(folder / REPORT, self._page.text(outcomes, **times))
 
 
 def outcome_of(result: SlideResult) -> Outcome:

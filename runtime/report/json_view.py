@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from histostream.runtime.report.figures import MAX_FIGURE, figure
 
 
@@ -41,20 +39,10 @@ class JsonView:
         value = self.at(*path)._value
         return value if isinstance(value, str) else ""
 
-    def true(self, *path: str) -> bool:
-        """Whether the value under a path of keys is exactly ``true``."""
-        return self.at(*path)._value is True
-
     def items(self, *path: str) -> list[tuple[str, JsonView]]:
         """Return the keys and values of the object under a path of keys."""
         value = self.at(*path)._value
         return [(k, JsonView(v)) for k, v in value.items()] if isinstance(value, dict) else []
-
-    def __iter__(self) -> Iterator[JsonView]:
-        return map(JsonView, self._value if isinstance(self._value, list) else ())
-
-    def __len__(self) -> int:
-        return len(self._value) if isinstance(self._value, list) else 0
 
     def shown(self) -> str:
         """Return the value as a page shows it, a list as "a, b"."""

@@ -7,6 +7,7 @@ direction of writing, and bytes that are not text are written as Python's escape
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -40,6 +41,12 @@ def read_file(name: str) -> str:
     return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
+def css_color(color: Sequence[int]) -> str:
+    """Return red, green, blue of 0 to 255 as a colour in CSS; anything else as gray."""
+    values = [min(255, max(0, value)) for value in color]
+    return f"rgb({values[0]} {values[1]} {values[2]})" if len(values) == 3 else "gray"
+
+
 def link(*names: str) -> str:
     """Return a relative link to a file; its name may hold any bytes."""
     return "./" + "/".join(quote(name, safe="", errors="surrogateescape") for name in names)
@@ -58,6 +65,7 @@ def _templates() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"figure": figure, "percent": percent, "duration": duration, "size": size}
+    environment.filters["css"] = css_color
     environment.filters["shown"] = lambda value: JsonView(value).shown()
     environment.globals["link"] = link
     return environment

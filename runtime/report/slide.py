@@ -4,32 +4,23 @@ from __future__ import annotations
 
 import functools
 import tomllib
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from histostream.runtime.choices import PRECISIONS
 from histostream.runtime.options import Options
+from histostream.runtime.record import RunRecord
 from histostream.runtime.report.json_view import JsonView
 from histostream.runtime.report.page import read_file, render
 from histostream.runtime.report.picture import PICTURE_PX, Picture, read_picture
 from histostream.wsi.outputs.sinks.overview import BACKGROUND, scale_bar
+from histostream.wsi.outputs.sinks.summary import SummaryRecord
 from histostream.wsi.records import to_json
 
 MAX_BOXES = 40  # damaged regions that are listed
 MAX_OUTLINED = 4000  # damaged regions that are outlined in the picture
 UPSAMPLED = 0.98  # slide pixels per result pixel along a side; below this the slide was enlarged
-
-
-@dataclass(frozen=True, slots=True)
-class Share:
-    """Area of a class: its colour in CSS, its area, and its share of the analysed area."""
-
-    name: str
-    color: str
-    area_mm2: float | None
-    share: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +52,7 @@ class DamagedRegions:
         Size of the slide in pixels of level 0.
     """
 
-    boxes: list[tuple[int, ...]]
+    boxes: list[tuple[int, int, int, int, int]]
     outline: str
     count: int
     area_mm2: float
@@ -70,53 +61,41 @@ class DamagedRegions:
     height: float
 
 
-def slide_report(run: Mapping[str, Any], summary: Mapping[str, Any], overview: Path) -> str:
+def slide_report(run: RunRecord, summary: SummaryRecord, overview: Path) -> str:
     """Return the report of a slide as HTML.
 
     Parameters
     ----------
     run, summary
-        Contents of ``run.json`` and ``summary.json``.
+        The records of a run that is finished now.
     overview
         Path of ``overview.png``; without that file the page has no picture.
     """
-    run, summary = (to_json(part) for part in (run, summary))
     texts = _texts()
-    picture = read_picture(overview, summary["width_px"], summary["height_px"], PICTURE_PX)
-    classes = shares_of(JsonView(summary))
-    painted = [entry for entry in classes if entry.name != BACKGROUND]
-    precision = run["model"]["engine"].rpartition(" ")[2]  # the name of an engine ends with its precision
+    picture = read_picture(overview, summary.width_px or 0, summary.height_px or 0, PICTURE_PX)
+    painted = [entry for entry in summary.classes if entry.name != BACKGROUND]
+    precision = run.model.engine.rpartition(" ")[2]  # the name of an engine ends with its precision
     return render(
         "slide.html",
         run=run,
+        options=to_json(run.options),
+        device=to_json(run.device) or {},
         summary=summary,
-        card=JsonView(run["model"]["card"]),  # a card may hold anything in its records of training and parity
+        # A card may hold anything in its records of parity and training.
+        parity=JsonView(run.model.card.parity),
+        training=JsonView(run.model.card.training),
         picture=picture,
         scale_bar=_scale_bar(picture, summary),
-        classes=classes,
         painted=painted,
         largest=max((c for c in painted if c.share is not None), key=lambda c: c.share or 0, default=None),
         upsampled=UPSAMPLED,
         damaged=_damaged_regions(run, summary),
         stages=_stages(run),
-        limit=texts["stages"][run["bound_by"]]["limit"],
-        options=_changed_options(run),
+        limit=texts["stages"][run.bound_by]["limit"],
+        changed_options=_changed_options(run),
         used_file=PRECISIONS.get("fp32" if precision == "bf16" else precision, ""),
-        files=[(name, texts["files"][name]) for name in sorted({*run["outputs"], "run.json"} & texts["files"].keys())],
+        files=[(name, texts["files"][name]) for name in sorted({*run.outputs, "run.json"} & texts["files"].keys())],
     )
-
-
-def shares_of(summary: JsonView) -> list[Share]:
-    """Return the area of each class in a ``summary.json``, in label order."""
-    return [
-        Share(entry.text("name"), _css(entry.at("color")), entry.number("area_mm2"), entry.number("share"))
-        for entry in summary.at("classes")
-    ]
-
-
-def _css(color: JsonView) -> str:
-    values = [min(255, max(0, round(v.number() or 0))) for v in color]
-    return f"rgb({values[0]} {values[1]} {values[2]})" if len(values) == 3 else "gray"
 
 
 @functools.cache
@@ -124,40 +103,39 @@ def _texts() -> dict[str, dict[str, Any]]:
     return tomllib.loads(read_file("texts.toml"))
 
 
-def _scale_bar(picture: Picture | None, summary: Mapping[str, Any]) -> tuple[float, str] | None:
+def _scale_bar(picture: Picture | None, summary: SummaryRecord) -> tuple[float, str] | None:
     """Return the length of the scale bar as a share of the picture's width, and its label."""
-    if picture is None:
+    if picture is None or not summary.mpp or not summary.width_px:
         return None
-    mpp = summary["mpp"] * summary["width_px"] / picture.width
-    length_px, label = scale_bar(mpp, max(1, picture.width // 4))
+    length_px, label = scale_bar(summary.mpp * summary.width_px / picture.width, max(1, picture.width // 4))
     return length_px / picture.width, label.replace("um", "μm")
 
 
-def _damaged_regions(run: Mapping[str, Any], summary: Mapping[str, Any]) -> DamagedRegions | None:
-    boxes = [tuple(box[side] for side in ("level", "x", "y", "width", "height")) for box in run["damaged"]]
-    if not boxes:
+def _damaged_regions(run: RunRecord, summary: SummaryRecord) -> DamagedRegions | None:
+    boxes = [(b.level or 0, b.x or 0, b.y or 0, b.width or 0, b.height or 0) for b in run.damaged or ()]
+    mpp = run.options.get("mpp") or run.slide.mpp
+    if not boxes or not mpp or not summary.mpp or not summary.slide_mm2:
         return None
-    mpp = run["options"]["mpp"] or run["slide"]["mpp"]
     area_mm2 = sum(width * height for *_, width, height in boxes) * (mpp / 1000) ** 2
-    scale = summary["mpp"] / mpp
+    scale = summary.mpp / mpp
     return DamagedRegions(
         boxes[:MAX_BOXES],
-        "".join(f"M{x:.0f} {y:.0f}h{w:.0f}v{h:.0f}h{-w:.0f}z" for _, x, y, w, h in boxes[:MAX_OUTLINED]),
+        "".join(f"M{x} {y}h{w}v{h}h{-w}z" for _, x, y, w, h in boxes[:MAX_OUTLINED]),
         len(boxes),
         area_mm2,
-        min(1.0, area_mm2 / summary["slide_mm2"]),
-        summary["width_px"] * scale,
-        summary["height_px"] * scale,
+        min(1.0, area_mm2 / summary.slide_mm2),
+        (summary.width_px or 0) * scale,
+        (summary.height_px or 0) * scale,
     )
 
 
-def _stages(run: Mapping[str, Any]) -> list[Stage]:
+def _stages(run: RunRecord) -> list[Stage]:
     texts = _texts()["stages"]
-    seconds = {name: run["seconds"][name] for name in texts}
-    total, sum_of_stages = run["seconds"]["total"], sum(seconds.values())
+    seconds: dict[str, float] = {name: getattr(run.seconds, name) or 0.0 for name in texts}
+    total, sum_of_stages = run.seconds.total or 0.0, sum(seconds.values())
     whole = max(total, sum_of_stages) or 1.0  # stages of several devices may add up to more than the total
     stages = [
-        Stage(texts[name]["name"], texts[name]["does"], value, value / whole, name == run["bound_by"])
+        Stage(texts[name]["name"], texts[name]["does"], value, value / whole, name == run.bound_by)
         for name, value in seconds.items()
         if value or name not in ("copy", "crf")
     ]
@@ -167,11 +145,11 @@ def _stages(run: Mapping[str, Any]) -> list[Stage]:
     return stages
 
 
-def _changed_options(run: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _changed_options(run: RunRecord) -> list[tuple[str, str]]:
     """Return (name, value) of each option that differs from its default, as the page shows it."""
-    defaults = to_json(asdict(Options()))
-    changed = {name: value for name, value in run["options"].items() if name != "crf" and value != defaults.get(name)}
-    engine = run["inputs"]["options"]
-    changed |= {name: engine[name] for name in ("backend", "precision") if engine.get(name, "auto") != "auto"}
+    options, defaults = to_json(run.options), to_json(asdict(Options()))
+    changed = {name: value for name, value in options.items() if name != "crf" and value != defaults.get(name)}
+    requested = (run.inputs or {}).get("options", {})
+    changed |= {name: requested[name] for name in ("backend", "precision") if requested.get(name, "auto") != "auto"}
     names = _texts()["options"]
     return [(names.get(name, name.replace("_", " ")), JsonView(value).shown()) for name, value in changed.items()]

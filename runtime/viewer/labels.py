@@ -52,10 +52,8 @@ class FinishedLabels:
     ----------
     labels, scores
         Paths of ``labels.tif`` and, if there is one, ``probabilities.tif``.
-    width, height
-        Size of the label map in pixels.
-    classes
-        Number of classes.
+    info
+        Size and classes of the label map.
 
     Raises
     ------
@@ -68,10 +66,10 @@ class FinishedLabels:
         (width, height) of each level, finest first.
     """
 
-    def __init__(self, labels: Path, scores: Path | None, width: int, height: int, classes: int) -> None:
-        self.sizes = level_sizes(width, height)
+    def __init__(self, labels: Path, scores: Path | None, info: SlideInfo) -> None:
+        self.sizes = level_sizes(info.width, info.height)
         self._labels = self._open(labels, ())
-        self._scores = None if scores is None else self._open(scores, (classes,))
+        self._scores = None if scores is None else self._open(scores, (len(info.classes),))
 
     def tile(self, level: int, column: int, row: int) -> Labels:
         """Return a tile, (H, W) uint8, with `TILE_PX` pixels a side, less at the right and bottom border.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,13 +10,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from histostream.runtime.record import SUMMARY_FILE
 from histostream.runtime.result import ResultError
 from histostream.wsi.errors import HistoError
 from histostream.wsi.outputs.folder import LOCK_FILE, RUN_FILE
-from histostream.wsi.outputs.journal import BEGUN, JOURNAL, Journal, RunManifest
-from histostream.wsi.outputs.label_rows import NOT_ANALYSED, ClassInfo
+from histostream.wsi.outputs.journal import BEGUN, JOURNAL, ClassView, Journal, RunManifest, ViewInfo
+from histostream.wsi.outputs.label_rows import ClassInfo, SlideInfo
 from histostream.wsi.outputs.lock import holder_of
-from histostream.wsi.records import to_json
+from histostream.wsi.records import from_json
 from histostream.wsi.slides.resolution import MAX_MPP, MIN_MPP
 from histostream.wsi.slides.slide_locator import SlideLocator
 from histostream.wsi.slides.sources.base import is_plain_name
@@ -27,6 +27,7 @@ DONE = "done"
 RUNNING = "running"
 INTERRUPTED = "interrupted"
 MAX_PX = 1 << 24  # side of a label map; four times that of the largest scanners
+MAX_DOWNSAMPLE = 1e4
 INVALID = (TypeError, KeyError, ValueError, AttributeError, ArithmeticError)  # from wrong values in JSON
 
 
@@ -158,27 +159,20 @@ class Results:
 
 @dataclass(frozen=True, slots=True)
 class LabelView:
-    """The size of a label map, its classes, and its position on the slide.
+    """A label map on its slide.
 
     Attributes
     ----------
-    width, height
-        Size of the label map in its own pixels.
-    mpp
-        Micrometres per pixel of the label map.
+    info
+        Size, resolution and classes of the label map.
     downsample
         Pixels of the slide's level 0 per pixel of the label map, along one side.
-    classes
-        The class of label 0, 1, ...
     place
         Where the slide is.
     """
 
-    width: int
-    height: int
-    mpp: float
+    info: SlideInfo
     downsample: float
-    classes: tuple[ClassInfo, ...]
     place: SlideLocator
 
 
@@ -190,13 +184,13 @@ def view_of_result(run: Run) -> LabelView:
     ResultError
         If run.json or summary.json cannot be read, or holds invalid values.
     """
-    record, summary = run.json(RUN_FILE), run.json("summary.json")
+    record, summary = run.json(RUN_FILE), run.json(SUMMARY_FILE)
     try:
-        slide = record["slide"]
+        slide = {"source": "", **record["slide"]}
         if "downsample" not in slide:  # older versions did not record it
-            mpp = record["options"].get("mpp") or slide["mpp"]
-            slide = {**slide, "downsample": slide["result_mpp"] / mpp}
-        return _label_view({**slide, "classes": summary["classes"]}, slide)
+            slide["downsample"] = slide["result_mpp"] / (record["options"].get("mpp") or slide["mpp"])
+        view = from_json(ViewInfo, {**slide, "classes": summary["classes"]})
+        return _label_view(run, view, slide)
     except INVALID as error:
         raise _invalid(run, RUN_FILE) from error
 
@@ -230,10 +224,11 @@ def view_of_journal(run: Run, manifest: RunManifest) -> LabelView:
         If its manifest holds invalid values.
     """
     try:
-        view_info = to_json(manifest.view_info)
-        view = _label_view(view_info, {**manifest.fingerprint["slide"], "source": view_info["source"]})
+        if manifest.view_info is None:  # as in journals of older versions
+            raise ValueError("no view")
+        view = _label_view(run, manifest.view_info, manifest.fingerprint["slide"])
         ends = [0, *(x1 for _, x1 in manifest.bands)]
-        if tuple(pairwise(ends)) != manifest.bands or sorted(set(ends)) != ends or ends[-1] != view.width:
+        if tuple(pairwise(ends)) != manifest.bands or sorted(set(ends)) != ends or ends[-1] != view.info.width:
             raise ValueError(f"bands {manifest.bands}")
         return view
     except INVALID as error:
@@ -250,24 +245,20 @@ def slide_version(run: Run) -> list[Any] | None:
         return None
 
 
-def _label_view(view: Mapping[str, Any], slide: Mapping[str, Any]) -> LabelView:
-    width, height = int(view["width"]), int(view["height"])
-    mpp, downsample = float(view["result_mpp"]), float(view["downsample"])
-    classes = tuple(ClassInfo(str(c["name"]), _color(c["color"])) for c in view["classes"])
-    if not (0 < width <= MAX_PX and 0 < height <= MAX_PX):
-        raise ValueError(f"{width} x {height} px")
-    if not (MIN_MPP <= mpp <= 4 * MAX_MPP and math.isfinite(downsample) and 0 < downsample < 1e4):
-        raise ValueError(f"{mpp} um, downsample {downsample}")
-    if not 1 <= len(classes) <= NOT_ANALYSED:
-        raise ValueError(f"{len(classes)} classes")
+def _label_view(run: Run, view: ViewInfo, slide: Mapping[str, Any]) -> LabelView:
+    if not (view.width <= MAX_PX and view.height <= MAX_PX):
+        raise ValueError(f"{view.width} x {view.height} px")
+    if not (MIN_MPP <= view.result_mpp <= 4 * MAX_MPP and 0 < view.downsample < MAX_DOWNSAMPLE):
+        raise ValueError(f"{view.result_mpp} um, downsample {view.downsample}")
+    classes = tuple(_class_info(entry) for entry in view.classes)
+    info = SlideInfo(run.name, view.width, view.height, view.result_mpp, classes)
     version = SlideVersion(int(slide["bytes"]), str(slide["modified"]))
-    place = SlideLocator(str(slide.get("source", "")), version, str(slide.get("sha256", "")))
-    return LabelView(width, height, mpp, downsample, classes, place)
+    return LabelView(info, view.downsample, SlideLocator(view.source, version, str(slide.get("sha256", ""))))
 
 
-def _color(values: Any) -> tuple[int, int, int]:
-    red, green, blue = (int(value) for value in values)
-    return red, green, blue
+def _class_info(entry: ClassView) -> ClassInfo:
+    red, green, blue = entry.color
+    return ClassInfo(entry.name, (red, green, blue))
 
 
 def _invalid(run: Run, file: str) -> ResultError:

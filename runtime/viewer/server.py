@@ -34,6 +34,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import imagecodecs
 
+from histostream.runtime.record import SUMMARY_FILE
 from histostream.runtime.result import ResultError
 from histostream.runtime.viewer import slide as slide_tiles
 from histostream.runtime.viewer.labels import (
@@ -56,8 +57,9 @@ from histostream.runtime.viewer.results import (
 )
 from histostream.runtime.viewer.slide import SlideTiles
 from histostream.wsi.errors import HistoError, SlideError
-from histostream.wsi.outputs.label_rows import NOT_ANALYSED, SlideInfo
-from histostream.wsi.records import to_json
+from histostream.wsi.outputs.label_rows import NOT_ANALYSED
+from histostream.wsi.outputs.sinks.summary import SummaryRecord
+from histostream.wsi.records import from_json
 
 LOCAL = "127.0.0.1"
 DEFAULT_PORT = 8737
@@ -212,7 +214,7 @@ class Viewer:
         entry["slide"] = slide_version(run)
         if entry["status"] == DONE:
             try:
-                entry["classes"] = _areas(run.json("summary.json"), view_of_result(run))
+                entry["classes"] = _areas(from_json(SummaryRecord, run.json(SUMMARY_FILE)), view_of_result(run))
             except ResultError as error:
                 entry["error"] = str(error)
         return entry
@@ -221,9 +223,9 @@ class Viewer:
         """Return all that the page needs to show a run."""
         labels, view = self._labels(run)
         entry = self._summarise(run) | {
-            "width": view.width,
-            "height": view.height,
-            "mpp": view.mpp,
+            "width": view.info.width,
+            "height": view.info.height,
+            "mpp": view.info.mpp,
             "downsample": view.downsample,
             "levels": len(labels.sizes),
             "tile_px": TILE_PX,
@@ -238,13 +240,13 @@ class Viewer:
             entry |= {
                 "version": f"begun-{manifest.runs}",
                 "bands": bands,
-                "classes": _areas(to_json(labels.summary.record()), view),
-                "progress": finished_px / (view.width * view.height),
+                "classes": _areas(labels.summary.record(), view),
+                "progress": finished_px / (view.info.width * view.info.height),
             }
         else:
             entry |= {
                 "version": str(run.file("labels.tif").stat().st_mtime_ns),
-                "classes": _areas(run.json("summary.json"), view),
+                "classes": _areas(from_json(SummaryRecord, run.json(SUMMARY_FILE)), view),
                 "progress": 1.0,
             }
         try:
@@ -263,17 +265,16 @@ class Viewer:
     def _pixel(self, run: Run, x: int, y: int) -> dict[str, Any]:
         """Return label and scores of a pixel of the label map."""
         labels, view = self._labels(run)
-        if not (0 <= x < view.width and 0 <= y < view.height):
-            raise ResultError(
-                f"{run.name}: the label map has no pixel {x}, {y}; it has {view.width} x {view.height} pixels"
-            )
+        width, height, classes = view.info.width, view.info.height, view.info.classes
+        if not (0 <= x < width and 0 <= y < height):
+            raise ResultError(f"{run.name}: the label map has no pixel {x}, {y}; it has {width} x {height} pixels")
         label = int(labels.tile(0, x // TILE_PX, y // TILE_PX)[y % TILE_PX, x % TILE_PX])
         scores = labels.scores(x, y)
         return {
             "x": x,
             "y": y,
             "label": label,
-            "name": view.classes[label].name if label < len(view.classes) else None,
+            "name": classes[label].name if label < len(classes) else None,
             "scores": None if scores is None or label == NOT_ANALYSED else [s / 255 for s in scores],
         }
 
@@ -285,7 +286,7 @@ class Viewer:
             raise ResultError("only finished runs can be compared; wait until both are finished")
         if labels.sizes != other.sizes or view.downsample != other_view.downsample:
             raise ResultError("the label maps differ in size; compare runs at one resolution")
-        if [c.name for c in view.classes] != [c.name for c in other_view.classes]:
+        if [c.name for c in view.info.classes] != [c.name for c in other_view.info.classes]:
             raise ResultError("the runs have different classes; compare runs of models with the same classes")
         difference = self._differences.get((labels, other), lambda: count_differences(labels, other))
         return {
@@ -302,8 +303,7 @@ class Viewer:
             view = view_of_journal(run, manifest)
             # A run that starts over counts its runs from 1 again; a run that is resumed keeps its strips.
             key = (run.key, json.dumps(dict(manifest.fingerprint), sort_keys=True), manifest.runs)
-            info = SlideInfo(run.name, view.width, view.height, view.mpp, view.classes)
-            labels = self._open_labels.get(key, lambda: UnfinishedLabels(run.folder, manifest.bands, info))
+            labels = self._open_labels.get(key, lambda: UnfinishedLabels(run.folder, manifest.bands, view.info))
             if isinstance(labels, UnfinishedLabels):
                 labels.refresh()
             return labels, view
@@ -315,12 +315,7 @@ class Viewer:
             scores = None
         stat = file.stat()
         version = (run.key, stat.st_mtime_ns, stat.st_ino, stat.st_size, view, scores is None)
-        return (
-            self._open_labels.get(
-                version, lambda: FinishedLabels(file, scores, view.width, view.height, len(view.classes))
-            ),
-            view,
-        )
+        return self._open_labels.get(version, lambda: FinishedLabels(file, scores, view.info)), view
 
     def _slide(self, view: LabelView) -> SlideTiles:
         """Open the slide of a run.
@@ -333,7 +328,7 @@ class Viewer:
 
         def open_tiles() -> SlideTiles:
             slide = SlideTiles(view.place.find(self._slides))
-            for slide_px, label_px in ((slide.width, view.width), (slide.height, view.height)):
+            for slide_px, label_px in ((slide.width, view.info.width), (slide.height, view.info.height)):
                 # Only a part of the last pixel of the label map may be on the slide.
                 if abs(slide_px / view.downsample - label_px) > 1:
                     raise SlideError(f"{slide.path}: the label map is of another slide; run the slide again")
@@ -481,13 +476,12 @@ def _number(query: dict[str, list[str]], name: str) -> int:
     return int(values[0])
 
 
-def _areas(summary: dict[str, Any], view: LabelView) -> list[dict[str, Any]]:
+def _areas(summary: SummaryRecord, view: LabelView) -> list[dict[str, Any]]:
     """Return name, colour, area in mm2 and share of each class, from the pixels in the summary."""
-    try:
-        pixels = [int(entry["pixels"]) for entry in summary["classes"]]
-    except (TypeError, KeyError, ValueError, OverflowError) as error:
-        raise ResultError("summary.json holds invalid values; run the slide again") from error
-    total, pixel_mm2 = sum(pixels), (view.mpp / 1000) ** 2
+    pixels = [entry.pixels for entry in summary.classes if entry.pixels is not None]
+    if len(pixels) != len(view.info.classes):
+        raise ResultError("summary.json holds invalid values; run the slide again")
+    total, pixel_mm2 = sum(pixels), (view.info.mpp / 1000) ** 2
     return [
         {
             "name": entry.name,
@@ -495,5 +489,5 @@ def _areas(summary: dict[str, Any], view: LabelView) -> list[dict[str, Any]]:
             "area_mm2": count * pixel_mm2,
             "share": count / total if total else None,
         }
-        for entry, count in zip(view.classes, pixels, strict=True)
+        for entry, count in zip(view.info.classes, pixels, strict=True)
     ]

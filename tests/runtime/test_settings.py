@@ -152,7 +152,7 @@ def test_a_log_file_shows_how_far_a_slide_is(slide: Path, tiny_bundle: Path, mon
 
 def test_nothing_is_said_of_progress_before_its_time() -> None:
     said: list[object] = []
-    report = messages._every(3600, said.append)
+    report = messages._report_every(3600, said.append)
     for done in range(10):
         report(done, 10)
     assert not said

@@ -21,18 +21,19 @@ from pathlib import Path
 import pytest
 
 from histostream.runtime.bundle.card import CardError
-from histostream.runtime.cohort import ray as ray_crew
+from histostream.runtime.cohort import ray as ray_module
 from histostream.runtime.cohort.ray import RayExecutor, RayWorker
-from histostream.runtime.cohort.worker import LocalExecutor, Outcome, Worker
+from histostream.runtime.cohort.worker import LocalExecutor, Worker
 from histostream.runtime.engines.base import EngineError, open_engine
 from histostream.runtime.options import Options
+from histostream.runtime.outcome import Outcome
 from histostream.runtime.slide_job import SlideInput, SlideJob
 from histostream.wsi.outputs.folder import LOCK_FILE
 from histostream.wsi.outputs.lock import Holder, Lock, LockedError
 from histostream.wsi.synthetic import SyntheticSlide
 from tests.runtime.conftest import PlaceDependentEngine, random_pixels, write_slide
 
-ray_crew._keep_to_this_machine()  # Ray reads how when it is imported
+ray_module._keep_to_this_machine()  # Ray reads how when it is imported
 ray = pytest.importorskip("ray")
 pytestmark = [pytest.mark.full, pytest.mark.xdist_group("ray")]
 
@@ -43,14 +44,14 @@ SAME = ("labels.tif", "summary.csv", "overview.png")
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     """Start a Ray with three CPU slots, however many CPUs there are."""
-    folder = ray_crew._short_folder()
+    folder = ray_module._short_folder()
     ray.init(
         address="local",
         num_cpus=3,
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.CRITICAL,
-        object_store_memory=ray_crew.STORE_BYTES,
+        object_store_memory=ray_module.STORE_BYTES,
         _temp_dir=str(folder / "r"),
     )
     yield
@@ -103,6 +104,11 @@ def assert_same(out: Path, expected: Path, slides: list[Path]) -> None:
         assert not list((out / path.stem).glob(".*"))
 
 
+def processes_of(crew: RayExecutor) -> set[int]:
+    """Return the process numbers of the workers that are there."""
+    return {member.pid for member in crew._members}
+
+
 def strips_in(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.glob(".journal/*.strips"))
 
@@ -136,8 +142,8 @@ def test_two_workers_write_the_same_bytes_as_one_in_this_process(
     assert_same(tmp_path, expected, slides)
     assert any(0 < done < total for done, total in seen)
     assert " x 2 on Ray (" in crew.name
-    assert crew.name.startswith(crew.each)
-    assert len({worker.process for worker in crew.workers}) == 2
+    assert crew.name.startswith(crew.engine_name)
+    assert len(processes_of(crew)) == 2
 
 
 def test_what_is_done_is_not_done_again(crew: RayExecutor, slides: list[Path], tmp_path: Path) -> None:
@@ -182,17 +188,17 @@ def test_the_slides_of_a_killed_worker_are_gone_on_with_and_it_is_started_again(
             killed.append(pid)
         return False
 
-    before = {worker.process[1] for worker in crew.workers}
+    before = processes_of(crew)
     found = all_of(crew, tasks(slides, tmp_path), kill_in_the_middle)
     assert [found[i].status for i in range(3)] == ["done"] * 3, found
     assert set(killed) < before
     assert json.loads((tmp_path / "large" / "run.json").read_text())["resumed"]["runs"] == 2
     assert_same(tmp_path, expected, slides)
     for i in range(20):  # until the one in its place is there
-        if len(crew.workers) == 2:
+        if len(processes_of(crew)) == 2:
             break
         assert all_of(crew, tasks(slides[1:], tmp_path / str(i)))[0].status == "done"
-    after = {worker.process[1] for worker in crew.workers}
+    after = processes_of(crew)
     assert len(after) == 2
     assert after.isdisjoint(killed)
 
@@ -221,8 +227,8 @@ def test_slides_that_nobody_is_left_for_have_failed(
     crew: RayExecutor, slides: list[Path], tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = RayExecutor(tiny_bundle, "local", workers=1)
-    monkeypatch.setattr(ray_crew, "STARTED_S", -1.0)  # nobody comes in its place in time
-    os.kill(one.workers[0].process[1], signal.SIGKILL)
+    monkeypatch.setattr(ray_module, "START_S", -1.0)  # nobody comes in its place in time
+    os.kill(*processes_of(one), signal.SIGKILL)
     found = all_of(one, tasks(slides[1:], tmp_path))
     one.close()
     assert [found[i].status for i in (0, 1)] == ["failed"] * 2
@@ -236,7 +242,7 @@ def test_a_cluster_that_is_lost_is_one_clear_line(
         raise ray.exceptions.RaySystemError("long story\nconnection closed.")
 
     monkeypatch.setattr(crew, "_wait", wait)
-    with pytest.raises(EngineError, match=r"was lost \(.*connection closed\); .* goes on from there"):
+    with pytest.raises(EngineError, match=r"was lost \(.*connection closed\); .* repeat the command"):
         all_of(crew, tasks(slides[1:2], tmp_path))
 
 
@@ -246,8 +252,8 @@ def test_what_a_worker_warns_of_reaches_the_user() -> None:
     try:
         worker = RayWorker()
         logging.getLogger("histostream.runtime.engines.base").warning("a %s is here", "GPU")
-        assert worker.pulse(False).said == ["a GPU is here"]
-        assert worker.pulse(False).said == []
+        assert worker.status(False).warnings == ["a GPU is here"]
+        assert worker.status(False).warnings == []
     finally:
         ours.handlers = before
 
@@ -308,13 +314,13 @@ def test_more_than_the_cluster_has_is_refused_at_once(cluster: None, tiny_bundle
 def test_a_cluster_that_others_have_taken_gives_what_it_has_or_says_so(
     crew: RayExecutor, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(ray_crew, "JOINED_S", 0.5)
+    monkeypatch.setattr(ray_module, "JOIN_S", 0.5)
     one = RayExecutor(tiny_bundle, "local", workers=2)  # the other crew has two of three
     try:
         assert " x 1 on Ray" in one.name
-        assert "1 of 2 workers are there" in caplog.text
-        monkeypatch.setattr(ray_crew, "STARTED_S", 1.0)
-        with pytest.raises(EngineError, match=r"within 1 s: .* taken by other jobs \(0 CPUs"):
+        assert "1 of 2 workers were started" in caplog.text
+        monkeypatch.setattr(ray_module, "START_S", 1.0)
+        with pytest.raises(EngineError, match=r"within 1 s: other jobs use the Ray cluster \(0 CPUs"):
             RayExecutor(tiny_bundle, "local", workers=1)
     finally:
         one.close()
@@ -328,7 +334,7 @@ def test_a_bundle_that_does_not_exist_is_refused_before_ray_is_asked(tmp_path: P
 def test_a_bundle_that_is_missing_on_a_host_names_the_host(
     crew: RayExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_crew, "read_card", lambda bundle: crew.card)
+    monkeypatch.setattr(ray_module, "read_card", lambda bundle: crew.card)
     with pytest.raises(EngineError, match=f"host {socket.gethostname()}: .*nowhere") as caught:
         RayExecutor(tmp_path / "nowhere", "local", workers=1)
     assert "\n" not in str(caught.value)
@@ -337,8 +343,8 @@ def test_a_bundle_that_is_missing_on_a_host_names_the_host(
 @pytest.mark.parametrize(
     ("address", "words"),
     [
-        ("127.0.0.1:1", "--ray 127.0.0.1:1: nobody answers there .*ray start --head"),
-        ("ray://127.0.0.1:1", "nobody answers there"),
+        ("127.0.0.1:1", "--ray 127.0.0.1:1: no server answers .*ray start --head"),
+        ("ray://127.0.0.1:1", "no server answers"),
         ("nonsense", "'nonsense': not an address; as HOST:6379"),
         ("host:port", "not an address"),
     ],

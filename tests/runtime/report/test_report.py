@@ -23,12 +23,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from histostream.runtime import outcome as outcome_module
 from histostream.runtime.bundle.card import default_bundle, read_card
-from histostream.runtime.cohort import worker as cohort
-from histostream.runtime.cohort.worker import LocalExecutor
+from histostream.runtime.cohort.worker import CohortRecord, LocalExecutor
 from histostream.runtime.options import Options
-from histostream.runtime.record import card_record
-from histostream.runtime.report.cohort import MAX_PICTURES, WORST_FIRST, CohortReport, CohortSlide, cohort_slide
+from histostream.runtime.outcome import Outcome
+from histostream.runtime.record import RunRecord, card_record, read_run, read_summary
+from histostream.runtime.report.cohort import MAX_PICTURES, WORST_FIRST, CohortReport, share_bar
 from histostream.runtime.report.distribution import distribution
 from histostream.runtime.report.figures import duration, figure, percent, size
 from histostream.runtime.report.json_view import JsonView
@@ -40,8 +41,9 @@ from histostream.runtime.slide_run import segment_slide
 from histostream.wsi.errors import printable
 from histostream.wsi.outputs.label_rows import ClassInfo, SlideInfo
 from histostream.wsi.outputs.sinks.overview import Overview
-from histostream.wsi.records import to_json
-from tests.runtime.conftest import CARD, IdentityEngine, random_pixels, run_cohort, write_slide
+from histostream.wsi.outputs.sinks.summary import SummaryRecord
+from histostream.wsi.records import from_json, to_json
+from tests.runtime.conftest import CARD, IdentityEngine, random_pixels, write_slide
 from tests.runtime.test_damage import damage, write_compressed
 
 ALL = Options(tissue=False, overlap_px=16)
@@ -125,9 +127,9 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> SlideResult:
 
 
 def report(result: SlideResult, **changed: Any) -> Element:
-    """Return the report of a result, of which run.json says something else."""
-    run = {**to_json(result.run), **changed}
-    return parsed(slide_report(run, to_json(result.summary), result.folder / "overview.png"))
+    """Return the report of a result with other values in its run.json."""
+    run = from_json(RunRecord, {**to_json(result.run), **changed})
+    return parsed(slide_report(run, result.summary, result.folder / "overview.png"))
 
 
 def test_a_run_leaves_a_valid_report_with_every_class_and_file(result: SlideResult) -> None:
@@ -137,43 +139,44 @@ def test_a_run_leaves_a_valid_report_with_every_class_and_file(result: SlideResu
     assert loads_nothing(page)
     assert text_of(next(page.iter("h1"))) == "slide.tif"
     table = rows(page)
-    for entry in to_json(result.summary)["classes"]:
-        assert [entry["name"], figure(entry["area_mm2"]), percent(entry["share"])] in table
-    for entry in to_json(result.run)["objects"]:
-        assert [entry["name"], figure(entry["count"]), figure(entry["mean_um2"])] in table
+    for entry in result.summary.classes:
+        assert [entry.name, figure(entry.area_mm2), percent(entry.share)] in table
+    for objects in result.run.objects or ():
+        assert [objects.name, figure(objects.count), figure(objects.mean_um2)] in table
     published = json.loads((result.folder / "run.json").read_text())["outputs"]
     assert "report.html" in published
     links = {unquote_to_bytes(a.get("href", ""))[2:].decode() for a in page.iter("a")}
     assert links == {*published, "run.json"} - {"report.html"}
     assert not warnings(page)
     said = facts(page)
-    assert said["slide"] == to_json(result.run)["slide"]["sha256"]
+    assert said["slide"] == result.run.slide.sha256
     assert said["annotations"] == "qupath"
     assert "blend" not in said  # it has its default value
 
 
 def test_the_count_of_objects_is_that_of_the_table(result: SlideResult) -> None:
     lines = (result.folder / "objects.csv").read_text().splitlines()[1:]
-    assert sum(entry["count"] for entry in to_json(result.run)["objects"]) == len(lines)
+    counts = [(entry.count or 0, entry.mean_um2 or 0.0) for entry in result.run.objects or ()]
+    assert sum(count for count, _ in counts) == len(lines)
     areas = [float(line.split(",")[9]) for line in lines]
-    whole = sum(entry["count"] * entry["mean_um2"] for entry in to_json(result.run)["objects"])
-    assert whole == pytest.approx(sum(areas), rel=1e-3)
+    assert sum(count * mean_um2 for count, mean_um2 in counts) == pytest.approx(sum(areas), rel=1e-3)
 
 
 def test_the_report_can_be_made_from_the_files_of_the_result(result: SlideResult) -> None:
-    run, summary = (json.loads((result.folder / name).read_text()) for name in ("run.json", "summary.json"))
+    run, summary = read_run(result.folder), read_summary(result.folder)
+    assert run is not None
+    assert summary is not None
     text = slide_report(run, summary, result.folder / "overview.png")
     assert text == (result.folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_two_runs_of_the_same_slide_differ_in_times_alone(result: SlideResult, tmp_path: Path) -> None:
-    slide = Path(to_json(result.run)["slide"]["path"])
+    slide = Path(result.run.slide.path)
     options = replace(ALL, annotations=("qupath",), objects=("csv",))
     again = segment_slide(slide, IdentityEngine(), tmp_path, options)
     times = ("seconds", "mpx_per_s", "bound_by", "peak_memory_mib", "started")
-    outputs = json.loads((again.folder / "run.json").read_text())["outputs"]
-    run = {**to_json(again.run), "outputs": outputs, **{name: to_json(result.run)[name] for name in times}}
-    text = slide_report(run, to_json(again.summary), again.folder / "overview.png")
+    run = replace(again.run, **{name: getattr(result.run, name) for name in times})
+    text = slide_report(run, again.summary, again.folder / "overview.png")
     assert text == (result.folder / "report.html").read_text(encoding="utf-8")
 
 
@@ -254,23 +257,23 @@ def test_damaged_places_are_counted_listed_and_outlined(tmp_path: Path) -> None:
 
 
 def test_what_a_reader_must_know_is_said_above_all(result: SlideResult) -> None:
-    slide, options = to_json(result.run)["slide"], to_json(result.run)["options"]
+    slide, options = to_json(result.run.slide), result.run.options
     assert "enlarged 2 times" in warnings(report(result, slide={**slide, "scale": 0.5}))
     by_hand = report(result, options={**options, "mpp": 0.25}, slide={**slide, "mpp": None})
     assert "0.25 μm per pixel was set by --mpp (the file has none)" in warnings(by_hand)
     resumed = report(result, resumed={"runs": 3, "mpx_before": 0.05})
     assert "resumed 2 times" in warnings(resumed)
     assert "in the last run" in facts(resumed)["Tiles"]
-    nothing = [{**c, "share": None, "area_mm2": 0} for c in to_json(result.summary)["classes"]]
-    empty = {**to_json(result.summary), "analysed_mm2": 0, "classes": nothing}
-    page = parsed(slide_report(to_json(result.run), empty, result.folder / "none.png"))
+    nothing = tuple(replace(c, share=None, area_mm2=0) for c in result.summary.classes)
+    empty = replace(result.summary, analysed_mm2=0, classes=nothing)
+    page = parsed(slide_report(result.run, empty, result.folder / "none.png"))
     assert "nothing was analysed" in warnings(page)
     assert not list(page.iter("img"))
 
 
 def test_the_stage_that_bounds_is_that_of_run_json(result: SlideResult) -> None:
     for stage, words in (("read", "reading the slide"), ("crf", "the CRF")):
-        seconds = {**dict.fromkeys(to_json(result.run)["seconds"], 0.0), stage: 99.0, "total": 100.0}
+        seconds = {**dict.fromkeys(to_json(result.run.seconds), 0.0), stage: 99.0, "total": 100.0}
         (bounds,) = [
             row for row in report(result, seconds=seconds, bound_by=stage).iter("tr") if row.get("class") == "bounds"
         ]
@@ -285,11 +288,11 @@ def test_the_model_is_judged_without_its_bundle(result: SlideResult) -> None:
         "engine": "onnxruntime 1.31.1 cpu int8",
         "mpp": card.mpp,
         "sha256": card.files,
-        "card": card_record(card),
+        "card": to_json(card_record(card)),
     }
     crf = {"params": {"w1": 5.0, "n_iter": 5}, "uncertain": 0.25, "backend": "auto"}
     cells = {"halo_px": 8, "cell_px": 1024, "cells": 3, "cells_skipped": 1}
-    page = report(result, model=model, options={**to_json(result.run)["options"], "crf": crf}, crf=cells)
+    page = report(result, model=model, options={**result.run.options, "crf": crf}, crf=cells)
     text = text_of(page)
     assert " ".join(card.note.split()) in text
     (used,) = [row for row in page.iter("tr") if row.get("class") == "used"]
@@ -308,7 +311,7 @@ def test_the_model_is_judged_without_its_bundle(result: SlideResult) -> None:
 
 
 def test_memory_is_held_against_its_bound(result: SlideResult) -> None:
-    options = {**to_json(result.run)["options"], "max_memory_mib": 1000}
+    options = {**result.run.options, "max_memory_mib": 1000}
     page = report(result, options=options, peak_memory_mib=250.0)
     assert ["250 MiB", "25.0 %"] in [row[-2:] for row in rows(page)]
 
@@ -331,7 +334,7 @@ def test_a_card_may_hold_anything_in_its_records_of_training_and_parity(result: 
                 for name in path[:-1]:
                     inner = inner[name]
                 inner[path[-1]] = other
-                page = report(result, model={**to_json(result.run)["model"], "card": changed})
+                page = report(result, model={**to_json(result.run.model), "card": changed})
                 assert "Parity" in text_of(page)
 
 
@@ -400,11 +403,9 @@ def test_only_what_is_of_its_kind_is_said() -> None:
     assert said.number("a", "b") == 1
     assert [said.number(n) for n in ("a", "nan", "true", "huge", "list", "none")] == [None] * 6
     assert said.text("a") == ""
-    assert [entry.number() for entry in said.at("list")] == [1]
-    assert list(said.at("a")) == []
 
 
-def made_up(count: int) -> list[CohortSlide]:
+def made_up(count: int) -> list[tuple[str, Outcome]]:
     """Return slides of which every tenth failed and every seventh is damaged."""
     rng = np.random.default_rng(1)
     slides = []
@@ -422,8 +423,9 @@ def made_up(count: int) -> list[CohortSlide]:
             "seconds": {"total": 9.0},
             "damaged": [{}] * (status == "damaged"),
         }
-        said = (None, None) if status == "failed" else (run, summary)
-        slides.append(cohort_slide(f"slide-{i}", status, f"why {i}", *said))
+        records = (from_json(RunRecord, run), from_json(SummaryRecord, summary))
+        outcome = Outcome(status, f"why {i}", *(records if status != "failed" else (None, None)))
+        slides.append((f"slide-{i}", outcome))
     return slides
 
 
@@ -437,10 +439,12 @@ def test_a_cohort_leaves_a_report_of_all_its_slides(tmp_path: Path) -> None:
     slides[2] = write_compressed(tmp_path / f"{odd}.tif", random_pixels(130, 90))
     damage(slides[2], [0])
     out = tmp_path / "out"
-    wanted = [SlideJob(SlideInput(str(p), p.stem), out, ALL) for p in slides]
-    crew = LocalExecutor(IdentityEngine)
-    run_cohort(wanted, crew, record=out)
-    crew.close()
+    jobs = [SlideJob(SlideInput(str(p), p.stem), out, ALL) for p in slides]
+    executor = LocalExecutor(IdentityEngine)
+    with CohortRecord(out, jobs) as record:
+        for i, outcome in executor.segment_all(jobs, report=lambda i: lambda done, total: None, stopping=lambda: False):
+            record.add(i, outcome)
+    executor.close()
     text = (out / "report.html").read_text(encoding="utf-8")
     page = parsed(text)
     assert loads_nothing(page)
@@ -462,9 +466,9 @@ def test_a_cohort_leaves_a_report_of_all_its_slides(tmp_path: Path) -> None:
 
 def test_a_slide_without_a_report_of_its_own_is_not_linked(tmp_path: Path) -> None:
     slides = made_up(2)
-    for slide in slides:
-        (tmp_path / slide.name).mkdir()
-    (tmp_path / slides[1].name / "report.html").touch()
+    for name, _ in slides:
+        (tmp_path / name).mkdir()
+    (tmp_path / slides[1][0] / "report.html").touch()
     page = parsed(CohortReport(tmp_path).text(slides, **WHEN))
     links = {a.get("href") for a in page.iter("a")}
     assert links == {"./cohort.csv", "./cohort.json", "./slide-1/report.html"}
@@ -474,9 +478,9 @@ def test_thousands_of_slides_are_one_small_page_made_at_once(tmp_path: Path) -> 
     slides = made_up(2000)
     info = SlideInfo("s", 40, 30, 0.5, CARD.classes)
     ((made, _),) = Overview(tmp_path / "overview.png", info, random_pixels(40, 30)).finish()
-    for slide in slides:
-        (tmp_path / slide.name).mkdir()
-        os.link(made, tmp_path / slide.name / "overview.png")
+    for name, _ in slides:
+        (tmp_path / name).mkdir()
+        os.link(made, tmp_path / name / "overview.png")
     page = CohortReport(tmp_path)
     page.text(slides, **WHEN)
     for path in tmp_path.rglob("*.png"):  # each was read once
@@ -491,13 +495,14 @@ def test_thousands_of_slides_are_one_small_page_made_at_once(tmp_path: Path) -> 
     *_, table = tree.iter("table")
     assert len(rows(table)) == 2 + 2000
     reasons = Counter(re.findall(r">(why \d+)<", text))
-    wrong = [slide.reason for slide in slides if slide.status != "done"]
+    wrong = [outcome.reason for _, outcome in slides if outcome.status != "done"]
     assert reasons == Counter(wrong)  # each is said once
 
 
 def test_every_status_of_a_cohort_has_its_rank() -> None:
     words = {
-        getattr(cohort, name) for name in ("DONE", "DAMAGED", "UNCHANGED", "LOCKED", "FAILED", "STOPPED", "NOT_BEGUN")
+        getattr(outcome_module, name)
+        for name in ("DONE", "DAMAGED", "UNCHANGED", "LOCKED", "FAILED", "STOPPED", "NOT_BEGUN")
     }
     assert set(WORST_FIRST) == words
 
@@ -517,8 +522,9 @@ def test_a_plot_has_each_value_at_its_place(values: list[float]) -> None:
 
 
 def test_the_bar_of_a_slide_is_as_wide_as_its_shares() -> None:
-    (slide,) = made_up(1)
-    stops = re.findall(r"rgb\((\d+) 9 9\) 0 ([\d.]+)%", slide.bar)
+    ((_, outcome),) = made_up(1)
+    assert outcome.summary is not None
+    stops = re.findall(r"rgb\((\d+) 9 9\) 0 ([\d.]+)%", share_bar(outcome.summary))
     assert [k for k, _ in stops] == ["0", "1"]
-    assert float(stops[0][1]) == pytest.approx(100 * (slide.classes[0].share or 0), abs=0.06)
+    assert float(stops[0][1]) == pytest.approx(100 * (outcome.summary.classes[0].share or 0), abs=0.06)
     assert float(stops[1][1]) == 100
