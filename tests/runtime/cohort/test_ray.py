@@ -228,7 +228,7 @@ def test_slides_that_nobody_is_left_for_have_failed(
 ) -> None:
     one = RayExecutor(tiny_bundle, "local", workers=1)
     monkeypatch.setattr(ray_module, "START_S", -1.0)  # nobody comes in its place in time
-    os.kill(*processes_of(one), signal.SIGKILL)
+    os.kill(processes_of(one).pop(), signal.SIGKILL)
     found = all_of(one, tasks(slides[1:], tmp_path))
     one.close()
     assert [found[i].status for i in (0, 1)] == ["failed"] * 2
