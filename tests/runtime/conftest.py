@@ -14,7 +14,8 @@ import tifffile
 from numpy.typing import NDArray
 
 from histostream.runtime.bundle.card import ModelCard
-from histostream.runtime.cohort.worker import CohortRecord, Executor, Outcome
+from histostream.runtime.cohort.worker import CohortRecord, Executor
+from histostream.runtime.outcome import Outcome
 from histostream.runtime.slide_job import SlideJob
 from histostream.wsi.outputs.label_rows import ClassInfo
 

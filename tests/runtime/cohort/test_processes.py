@@ -13,9 +13,10 @@ import pytest
 import tifffile
 
 from histostream.runtime.cohort.processes import ProcessPool, check_devices
-from histostream.runtime.cohort.worker import Outcome, Report
+from histostream.runtime.cohort.worker import Report
 from histostream.runtime.engines.base import EngineError, open_engine
 from histostream.runtime.options import Options
+from histostream.runtime.outcome import Outcome
 from histostream.runtime.slide_job import SlideInput, SlideJob
 from histostream.runtime.slide_run import segment_slide
 from histostream.wsi.errors import HistoError

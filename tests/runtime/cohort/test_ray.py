@@ -345,7 +345,7 @@ def test_a_bundle_that_is_missing_on_a_host_names_the_host(
     [
         ("127.0.0.1:1", "--ray 127.0.0.1:1: no server answers .*ray start --head"),
         ("ray://127.0.0.1:1", "no server answers"),
-        ("nonsense", "'nonsense': not an address; as HOST:6379"),
+        ("nonsense", "'nonsense': not an address; write HOST:6379"),
         ("host:port", "not an address"),
     ],
 )
@@ -449,6 +449,6 @@ def test_ctrl_c_ends_the_command_and_its_ray(
     os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to all
     out, said = process.communicate(timeout=60)
     assert process.returncode == 130, (out, said)
-    assert "the same command goes on from there" in said
+    assert "the same command continues from there" in said
     assert "Traceback" not in said + out
     assert {p.name for p in (tmp_path / "large").iterdir()} == {".journal"}
