@@ -19,8 +19,9 @@ from histostream.runtime.engines.base import Engine, to_channels
 from histostream.runtime.engines.device_engine import DeviceEngine
 from histostream.runtime.engines.onnxruntime import quiet
 from histostream.runtime.engines.opener import open_engine
+from histostream.runtime.layout import plan_grid
 from histostream.runtime.options import Options
-from histostream.runtime.slide_run import plan_grid, segment_slide
+from histostream.runtime.slide_run import segment_slide
 from histostream.runtime.stream.blend import Blender
 from histostream.runtime.stream.device import DeviceStream
 from histostream.wsi.errors import HistoError

@@ -24,7 +24,7 @@ import numpy as np
 
 from histostream.runtime import Engine, Options, default_bundle, open_engine, segment_slide
 from histostream.runtime.hardware import hardware
-from histostream.runtime.slide_run import plan_grid
+from histostream.runtime.layout import plan_grid
 from histostream.wsi import at_mpp, cut, open_slide, read_strips
 from histostream.wsi.records import to_json
 from histostream.wsi.synthetic import SyntheticSlide

@@ -24,7 +24,7 @@ from histostream.runtime.bundle.card import read_card, write_card
 from histostream.runtime.crf import CrfParams, dense_crf
 from histostream.runtime.crf.options import read_params
 from histostream.runtime.crf.stage import to_probabilities
-from histostream.runtime.slide_run import score_pixels
+from histostream.runtime.pixels import score_pixels
 from histostream.training import batches, checkpoint, datasets
 from histostream.training.augment import zoom
 from histostream.training.data import Sample

@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from histostream.runtime.engines.opener import open_engine
     from histostream.runtime.errors import EngineError
     from histostream.runtime.options import Options
+    from histostream.runtime.pixels import segment_pixels
     from histostream.runtime.result import ResultError, SlideResult
     from histostream.runtime.segmenter import Segmenter
-    from histostream.runtime.slide_run import segment_pixels, segment_slide
+    from histostream.runtime.slide_run import segment_slide
 
 __all__ = [
     "CardError",
@@ -40,7 +41,8 @@ _MODULES = {
     "engines.base": ("Engine",),
     "engines.opener": ("open_engine",),
     "errors": ("EngineError",),
-    "slide_run": ("segment_pixels", "segment_slide"),
+    "slide_run": ("segment_slide",),
+    "pixels": ("segment_pixels",),
     "options": ("Options",),
     "result": ("ResultError", "SlideResult"),
     "segmenter": ("Segmenter",),

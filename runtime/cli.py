@@ -24,14 +24,14 @@ _work = option_group("Cohorts, memory and restarts")
 _one_line_errors = one_line_errors(
     "histo-infer",
     out_of_memory="set --max-memory, or --batch 1",
-    stopped="the same command goes on where it was",
+    stopped="repeat the command to continue",
     extra="cpu",
     extras={},
 )
 
 
 class _OrView(GroupedCommand):
-    """``histo-infer``; ``histo-infer view`` is another command, a slide of that name ``./view``."""
+    """``histo-infer``; ``histo-infer view`` is another command (a slide of that name is ``./view``)."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args[:1] == ["view"]:
@@ -42,7 +42,7 @@ class _OrView(GroupedCommand):
 
 
 def _words(_: click.Context, __: click.Parameter, text: str) -> tuple[str, ...]:
-    """Split words with commas between them."""
+    """Split a text at commas."""
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
@@ -50,12 +50,14 @@ def _words(_: click.Context, __: click.Parameter, text: str) -> tuple[str, ...]:
 @click.version_option(package_name="histostream")
 @click.argument("slides", nargs=-1, required=True)
 @_model("--model", "bundle", type=PATH, help="Model bundle; default: nuclei.")
-@_model("--backend", default="auto", type=click.Choice(BACKENDS), help="What to run on.")
+@_model(
+    "--backend", default="auto", type=click.Choice(BACKENDS), help="Library that runs the network, and on which device."
+)
 @_model(
     "--precision",
     default="auto",
     type=click.Choice(("auto", *PRECISIONS, BF16)),
-    help="Which graph of the model is run; int8 is the fastest on a CPU. bf16: OpenVINO only.",
+    help="Graph of the model to run; int8 is the fastest on a CPU, bf16 needs OpenVINO.",
 )
 @_model(
     "--devices",
@@ -63,17 +65,17 @@ def _words(_: click.Context, __: click.Parameter, text: str) -> tuple[str, ...]:
     default="",
     show_default=False,
     callback=_words,
-    help="GPUs that share the work, a process each: slides, or the columns of one slide.",
+    help="GPUs that share slides, or the columns of one slide; each has its own process.",
 )
 @_model("--threads", type=int, help="CPU threads; default: all cores.")
-@_model("--batch", type=int, help="Tiles per inference; default: what suits the device.")
-@_slide("--mpp", type=float, help="Resolution of the slide, um per pixel at full size.")
+@_model("--batch", type=int, help="Tiles per inference; default: depends on the device.")
+@_slide("--mpp", type=float, help="Resolution of the slide at full size, um per pixel.")
 @_slide("--roi", type=PATH, help="GeoJSON polygons (full-size pixels) to analyse.")
-@_slide("--tissue/--no-tissue", default=True, help="Leave glass out, or analyse it too.")
+@_slide("--tissue/--no-tissue", default=True, help="Skip glass, or analyse it too.")
 @_slide("--force-upsampling", is_flag=True, help="Enlarge slides coarser than the model.")
-@_slide("--strict", is_flag=True, help="Stop a slide at a damaged block; default: leave it out.")
+@_slide("--strict", is_flag=True, help="Stop a slide at a damaged block; default: skip the block.")
 @_tiles("--overlap", "overlap_px", type=int, metavar="PX", help="Pixels that tiles share; default 64.")
-@_tiles("--blend", default="hann", type=click.Choice(WINDOWS), help="How tiles are joined.")
+@_tiles("--blend", default="hann", type=click.Choice(WINDOWS), help="How overlapping tiles are joined.")
 @_tiles("--crf", is_flag=True, help="Refine the labels by a dense CRF with the model's parameters.")
 @_tiles(
     "--crf-params",
@@ -84,7 +86,7 @@ def _words(_: click.Context, __: click.Parameter, text: str) -> tuple[str, ...]:
     "--crf-uncertain",
     type=float,
     metavar="P",
-    help="Refine only where the two best scores are nearer than P, 0 to 1; with --crf.",
+    help="Refine only where the two best scores differ by less than P, 0 to 1; with --crf.",
 )
 @_outputs("--out", default="out", type=PATH, help="Folder for results.")
 @_outputs("--probabilities", is_flag=True, help="Write probabilities.tif too.")
@@ -126,48 +128,51 @@ def _words(_: click.Context, __: click.Parameter, text: str) -> tuple[str, ...]:
     expose_value=False,
     callback=read_settings,
     metavar="FILE.toml",
-    help="Read options from a TOML file, as max-memory = '2GiB'; the command line counts more.",
+    help="Read options from a TOML file, as max-memory = '2GiB'; the command line takes precedence.",
 )
 @_work(
     "--dry-run",
     is_flag=True,
-    help="Look at the slides and say what a run would do and take; write nothing.",
+    help="Print what a run would do, and its time and disk space; write nothing.",
 )
 @_work(
     "--max-memory",
     "max_memory_mib",
     type=memory_mib,
     metavar="1GiB",
-    help="Bound on memory, plain numbers are MiB; wide slides are run in column bands.",
+    help="Bound on memory (MiB without a unit); wide slides are run in column bands.",
 )
-@_work("--restart", is_flag=True, help="Do slides again that are done or were begun; default: go on.")
+@_work(
+    "--restart",
+    is_flag=True,
+    help="Run finished and interrupted slides from the start; default: skip and continue them.",
+)
 @_work(
     "--stage",
     type=PATH,
     metavar="DIR",
-    help="Copy each slide to this fast local folder first, while the one before it is run.",
+    help="Copy each slide to this fast local folder while the one before it is run.",
 )
 @_work(
     "--ray",
     "cluster",
     metavar="ADDRESS|local",
-    help="Run on a Ray cluster, an engine for each GPU; paths must be the same on all hosts.",
+    help="Run on a Ray cluster, one engine for each GPU; paths must be the same on all hosts.",
 )
 @_work("--workers", type=int, help="Engines on the cluster; default: as many as fit.")
-@_work("--log-json", is_flag=True, help="Write what is said as JSON, one object a line, to stderr.")
+@_work("--log-json", is_flag=True, help="Write all messages to stderr as JSON, one object a line.")
 @_one_line_errors
 def main(geojson: bool, annotations: tuple[str, ...], **options: Any) -> None:
     """Segment whole slides; results go to OUT/<slide name>/.
 
     SLIDES are files, folders, patterns in quotes, URLs (s3://, gs://, https://), and .csv files
-    with the columns path, and maybe mpp, roi and name.
+    with the column path and optionally mpp, roi and name.
 
-    The same command again goes on where it was stopped, and leaves out what is done. A slide that
-    fails does not stop the others; OUT/cohort.csv says how each went. Exit status: 0 all done, 1
-    some failed, 2 a wrong option, 3 some have damaged places, 130 stopped.
+    Repeat the command to continue after an interruption; finished slides are skipped. A slide that
+    fails does not stop the others; OUT/cohort.csv lists the status of each. Exit status: 0 all done,
+    1 some failed, 2 a wrong option, 3 some slides have damaged blocks, 130 stopped.
 
-    histo-infer view OUT shows results in a browser, also while they are being written; see
-    histo-infer view --help.
+    histo-infer view OUT shows results in a browser, also during a run; see histo-infer view --help.
     """
     from histostream.runtime.command import run
 

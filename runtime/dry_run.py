@@ -13,10 +13,10 @@ import numpy as np
 
 from histostream.runtime.bundle.card import ModelCard
 from histostream.runtime.engines.base import Engine
+from histostream.runtime.layout import lay_out
 from histostream.runtime.options import Options
 from histostream.runtime.report.figures import rough_duration, size
 from histostream.runtime.slide_job import SlideJob
-from histostream.runtime.slide_run import lay_out
 from histostream.wsi.errors import HistoError, printable
 from histostream.wsi.outputs.journal import Journal
 from histostream.wsi.outputs.sinks import find_sink

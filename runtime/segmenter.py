@@ -18,9 +18,10 @@ from histostream.runtime.engines.base import Engine
 from histostream.runtime.engines.opener import open_engine
 from histostream.runtime.options import Options
 from histostream.runtime.outcome import DAMAGED, DONE, UNCHANGED
+from histostream.runtime.pixels import segment_pixels
 from histostream.runtime.result import ResultError, SlideResult
 from histostream.runtime.slide_job import SlideJob
-from histostream.runtime.slide_run import ManyDevices, segment_pixels
+from histostream.runtime.slide_run import ManyDevices
 
 
 class Segmenter:

@@ -12,7 +12,6 @@ while this one is on the device.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,12 +22,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
 
-import numpy as np
-from numpy.typing import NDArray
-
 from histostream.runtime.bundle.card import ModelCard
 from histostream.runtime.crf.options import check_memory
 from histostream.runtime.engines.base import Engine, to_channels
+from histostream.runtime.layout import SlideLayout, lay_out
 from histostream.runtime.options import OptionError, Options
 from histostream.runtime.process_memory import peak_memory_mib
 from histostream.runtime.record import (
@@ -53,8 +50,7 @@ from histostream.runtime.report import REPORT
 from histostream.runtime.report.slide import slide_report
 from histostream.runtime.result import SlideResult
 from histostream.runtime.slide_job import SlideInput, SlideJob, stem_of
-from histostream.runtime.stream.blend import check_blend, exact_overlap_px
-from histostream.runtime.stream.column_band import ColumnBand, HostStream, band_pixels, open_band
+from histostream.runtime.stream.column_band import ColumnBand, band_pixels, open_band
 from histostream.runtime.stream.context import (
     BandResult,
     Counts,
@@ -65,26 +61,22 @@ from histostream.runtime.stream.context import (
     join_devices,
 )
 from histostream.runtime.stream.memory import plan_bands
-from histostream.wsi.errors import SlideError, StoppedError
+from histostream.wsi.errors import StoppedError
 from histostream.wsi.outputs.folder import OutputFolder
 from histostream.wsi.outputs.journal import Journal, JournalError, RunManifest, ViewInfo
-from histostream.wsi.outputs.label_rows import LabelRows, SlideInfo
+from histostream.wsi.outputs.label_rows import SlideInfo
 from histostream.wsi.outputs.memory_needs import MemoryNeeds
 from histostream.wsi.outputs.sinks import find_sink
 from histostream.wsi.outputs.sinks.object_files import Objects, object_needs
-from histostream.wsi.outputs.sinks.overview import Overview, overview_size
+from histostream.wsi.outputs.sinks.overview import Overview
 from histostream.wsi.outputs.sinks.summary import Summary
 from histostream.wsi.outputs.sinks.tiff import LabelTiff, ProbabilityTiff
 from histostream.wsi.records import to_json
-from histostream.wsi.slides.damage import Damage, Undamaged
-from histostream.wsi.slides.reader import SlideReader, open_slide
-from histostream.wsi.slides.resolution import SlideView, at_mpp, thumbnail
+from histostream.wsi.slides.damage import Damage
+from histostream.wsi.slides.reader import open_slide
+from histostream.wsi.slides.resolution import SlideView
 from histostream.wsi.slides.staging import SlideVersion, sha256_of, version_of
-from histostream.wsi.tiling.grid import Strip, TileGrid
-from histostream.wsi.tiling.tissue import RegionOfInterest, find_tissue, read_roi
-
-DEFAULT_OVERLAP_PX = 64
-log = logging.getLogger(__name__)
+from histostream.wsi.tiling.grid import TileGrid
 
 
 class DoneError(Exception):
@@ -538,165 +530,3 @@ def _add_sinks(folder: OutputFolder, layout: SlideLayout, card: ModelCard, optio
         )
         folder.add(objects)
     return _Outputs(folder, folder.add(Summary(folder.path, info)), objects)
-
-
-@dataclass(frozen=True, slots=True)
-class SlideLayout:
-    """A slide at the model's resolution, and the tiles that are run.
-
-    Attributes
-    ----------
-    view
-        The slide.
-    grid
-        Its tiles; those on glass or outside the region are left out.
-    roi
-        The region of interest, if the options have one.
-    overview
-        (h, w, C) uint8, the slide at the size of ``overview.png``.
-    """
-
-    view: SlideView
-    grid: TileGrid
-    roi: RegionOfInterest | None
-    overview: NDArray[np.uint8]
-
-
-def lay_out(slide: SlideReader, card: ModelCard, options: Options, damage: Damage | None = None) -> SlideLayout:
-    """Choose the level of a slide that is read, and the tiles that are run.
-
-    Parameters
-    ----------
-    slide
-        The open slide.
-    card, options
-        The model, and how to run it.
-    damage
-        Undecodable blocks of the overview are added to it, and are grey; None: they are errors.
-
-    Raises
-    ------
-    BlendError
-        If the overlap or the blending does not fit the model.
-    SlideError
-        If the slide cannot be read or has no resolution, or the region of interest holds no tissue.
-    """
-    view = at_mpp(slide, card.mpp, slide_mpp=options.mpp, force=options.force_upsampling)
-    readable = view if damage is None else replace(view, slide=Undamaged(slide, damage))
-    overview = thumbnail(readable, max(overview_size(view.width, view.height)))
-    grid, roi = plan_grid(view, card, options, overview)
-    return SlideLayout(view, grid, roi, overview)
-
-
-def plan_grid(
-    view: SlideView,
-    card: ModelCard,
-    options: Options,
-    picture: NDArray[np.uint8] | None = None,
-) -> tuple[TileGrid, RegionOfInterest | None]:
-    """Lay tiles over a slide and choose those to run.
-
-    Parameters
-    ----------
-    view
-        The slide at the model's resolution.
-    card, options
-        The model, and how to run it.
-    picture
-        An overview (H, W, C) of the slide, to find tissue in; None: it is read from the slide.
-
-    Returns
-    -------
-    The grid, and the region of interest where one was given.
-
-    Raises
-    ------
-    BlendError
-        If the overlap or the blending does not fit the model.
-    SlideError
-        If there is no tissue in the region of interest.
-    """
-    grid = _lay_tiles(view.width, view.height, card, options)
-    roi = None if options.roi is None else read_roi(options.roi, view)
-    keep = None if roi is None else roi.tiles(grid)
-    if options.tissue:
-        tissue = find_tissue(view, preview=picture).tiles(grid)
-        keep = tissue if keep is None else keep & tissue
-    if keep is None:
-        return grid, roi
-    if roi is not None and not keep.any():
-        raise SlideError(
-            f"{options.roi}: no tissue inside the region of interest; "
-            "check the polygons, or pass --no-tissue to analyse glass too"
-        )
-    if not keep.any():
-        log.warning(
-            "%s: no tissue found, nothing is analysed; pass --no-tissue to analyse glass too",
-            view.slide.path,
-        )
-    return grid.where(keep), roi
-
-
-def _lay_tiles(width: int, height: int, card: ModelCard, options: Options) -> TileGrid:
-    overlap_px = options.overlap_px
-    if overlap_px is None:
-        exact = options.blend == "exact" and not card.tile_statistics
-        overlap_px = exact_overlap_px(card) if exact else min(DEFAULT_OVERLAP_PX, card.tile_px // 4)
-    overlap_px = -(-overlap_px // card.align_px) * card.align_px
-    check_blend(options.blend, card, overlap_px)
-    return TileGrid.cover(width, height, tile_px=card.tile_px, overlap_px=overlap_px, align_px=card.align_px)
-
-
-def segment_pixels(pixels: NDArray[np.uint8], engine: Engine, *, blend: str = "hann") -> NDArray[np.uint8]:
-    """Segment an image that is in memory, at the model's resolution.
-
-    Parameters
-    ----------
-    pixels
-        (H, W, C) uint8.
-    engine
-        The network.
-    blend
-        Window of the weighted sum, as in `Options`.
-
-    Returns
-    -------
-    (H, W) uint8, the class of each pixel.
-
-    Raises
-    ------
-    BlendError
-        If the blending does not fit the model.
-
-    Examples
-    --------
-    >>> from histostream.runtime import default_bundle, open_engine
-    >>> engine = open_engine(default_bundle(), backend="cpu")
-    >>> segment_pixels(np.full((200, 300, 3), 240, np.uint8), engine).max()  # glass
-    np.uint8(0)
-    """
-    rows = _pixel_rows(pixels, engine, blend, probabilities=False)
-    return np.concatenate([row.labels for row in rows])
-
-
-def score_pixels(pixels: NDArray[np.uint8], engine: Engine, *, blend: str = "hann") -> NDArray[np.uint8]:
-    """Return the blended scores of an image that is in memory, (H, W, K) uint8.
-
-    Parameters and errors are those of `segment_pixels`.
-    """
-    rows = _pixel_rows(pixels, engine, blend, probabilities=True)
-    return np.concatenate([row.probabilities for row in rows if row.probabilities is not None])
-
-
-def _pixel_rows(pixels: NDArray[np.uint8], engine: Engine, blend: str, *, probabilities: bool) -> list[LabelRows]:
-    height, width = pixels.shape[:2]
-    options = Options(blend=blend, probabilities=probabilities)
-    grid = _lay_tiles(width, height, engine.card, options)
-    stream = HostStream(engine, grid, options, StageSeconds())
-    strip = Strip(0, 0, pixels)
-    rows = []
-    for row in range(len(grid.ys)):
-        for _ in stream.feed(strip, grid.row(row)):
-            pass
-        rows += stream.finish_row(row)
-    return rows

@@ -22,7 +22,7 @@ from histostream.export.trained import export_checkpoint, find_checkpoint
 from histostream.runtime import Engine, open_engine, segment_pixels
 from histostream.runtime.crf import CrfParams, dense_crf
 from histostream.runtime.crf.stage import to_probabilities
-from histostream.runtime.slide_run import score_pixels
+from histostream.runtime.pixels import score_pixels
 from histostream.training import batches, checkpoint, data, datasets, image_files
 from histostream.training.augment import zoom
 from histostream.training.data import DataError, DataSet, Sample

@@ -16,7 +16,7 @@ from histostream.export.cli import main as export_main
 from histostream.runtime.bundle.card import read_card
 from histostream.runtime.cli import main as infer_main
 from histostream.runtime.engines.opener import open_engine
-from histostream.runtime.slide_run import segment_pixels
+from histostream.runtime.pixels import segment_pixels
 from histostream.wsi.optional import install_command
 from histostream.wsi.slides.reader import open_slide
 from tests.commands import call
