@@ -15,7 +15,7 @@ AE                 its encoding and ``reconstructor``
 D_feat, D_pred     ``discriminator_feat``, ``discriminator_pred``: logits of "source"
 =================  ==============================================================
 
-Slips of the paper: "the MMD loss is unsupervised" means supervised; "the combination of DE and
+Errors in the paper: "the MMD loss is unsupervised" means supervised; "the combination of DE and
 DE_feat" means EN + DE_feat. Equations 3 to 7 are right as printed: source is 1, and the generator
 side minimises -log D(target), not equation 4's term with 1 - D, whose minimum would make the
 domains easier to tell apart. Equation 1 is on the missing page: it is the mean cross-entropy, as in
@@ -60,8 +60,8 @@ FEAT_PX = {"fcn": 16, "damt": 8, "ganin": 32}  # of D_feat: 4 convolutions, 3 or
 class Config:
     """What defines an APMA-Net; the defaults are the paper's, DAMT-Net's or ours, as each says.
 
-    The paper's comparators (tables 1 and 2) are switches; all begin with the same steps on the
-    source alone:
+    The paper's comparators (tables 1 and 2) differ in these fields; all begin with the same steps on
+    the source alone:
 
     =============  ===========  ==============  =================
     name           reconstruct  adapt_features  adapt_predictions

@@ -81,11 +81,11 @@ class Config:
     em_domains: str = "source"  # eq. 2 prints the source; or "both": its text is on the target
     entropy_weight: float = 1.0  # paper, below eq. 4
     # Paper: not ramped. At weight 1 and p about .5, where a run begins, eq. 2 has a gradient as
-    # large as Dice's and confirms what is wrong yet; True: times lambda(E), as the consistency.
+    # large as Dice's and confirms early errors (docs/methods.md); True: times lambda(E), as eq. 5.
     entropy_ramp: bool = False
     consistency_domains: str = "both"  # abstract; eq. 3 and 9 print "source", which adapts nothing
     consistency_weight: float = 1.0  # paper: k of eq. 5
-    stop_gradient: bool = True  # ours: Y^ is a teacher's word in eq. 3, as in the cited work
+    stop_gradient: bool = True  # ours: Y^ is a fixed target in eq. 3, as in the cited work
     flips: bool = False  # paper: pi rotates; True mirrors too
     ema: float = 0.0  # paper: teacher and student share weights; 0.99 or 0.999: a mean teacher
     ramp: str = "gaussian_up"  # ours, of eq. 5: Laine and Aila; or "gaussian_peak", or "none"
@@ -130,7 +130,7 @@ class Config:
 
 
 class Domains(nn.Module):
-    """What is known of the two training sets and of the run; buffers, so that checkpoints have it.
+    """Measurements of both training sets and state of the run, in buffers, so that checkpoints hold them.
 
     Attributes
     ----------
@@ -143,7 +143,7 @@ class Domains(nn.Module):
     round
         Of self-training; 0 while S learns from the source alone.
     thresholds
-        (2,) absolute logit from which on a pixel of the ground, of the nuclei is kept.
+        (2,) least absolute logit of the pixels of ground and nuclei that are kept.
     finished
         1 where training is over, so that images are normalised as in deployment.
     """
