@@ -46,8 +46,9 @@ from histostream.training.methods.apma_net.networks import (
 )
 from histostream.training.networks.discriminator import DomainDiscriminator
 from histostream.training.networks.tile_model import TileModel
+from histostream.training.networks.unet import widths_of
 from histostream.training.state import Batch, State
-from histostream.training.steps import descend, evaluating, evenly_chosen, frozen
+from histostream.training.steps import adam, descend, evaluating, evenly_chosen, frozen
 
 DOMAINS = ("source", "target")
 TARGET = "target"  # name of the pool
@@ -216,20 +217,17 @@ def build(config: Config, classes: int, channels: int = 3) -> State:
     if config.reconstruct:
         modules["reconstructor"] = ReconstructionDecoder(config.base_width, channels, config.norm)
         learning += modules["reconstructor"].parameters()
-    betas = (config.beta1, config.beta2)
-    optimizers: dict[str, torch.optim.Optimizer] = {
-        "generator": torch.optim.Adam(learning, config.learning_rate, betas)
-    }
+    optimizers = {"generator": adam(learning, config.learning_rate, config)}
     discriminators: dict[str, nn.Module] = {}
     if config.adapt_features != "none":
         discriminators["discriminator_feat"] = _feature_discriminator(config)
     if config.adapt_predictions:
         discriminators["discriminator_pred"] = DomainDiscriminator(
-            classes, _doubled(config, 4), norm=config.pred_disc_norm
+            classes, widths_of(config.discriminator_width, 3), norm=config.pred_disc_norm
         )
+    modules |= discriminators
     for name, discriminator in discriminators.items():
-        modules[name] = discriminator
-        optimizers[name] = torch.optim.Adam(discriminator.parameters(), config.discriminator_learning_rate, betas)
+        optimizers[name] = adam(discriminator.parameters(), config.discriminator_learning_rate, config)
     return State(config, modules, optimizers, needed=("generator", "scale"))
 
 
@@ -241,11 +239,7 @@ def _feature_discriminator(config: Config) -> nn.Module:
         return damt_classifier(channels, side_px)
     if config.feat_disc == "ganin":
         return ganin_classifier(channels, side_px)
-    return DomainDiscriminator(channels, _doubled(config, 3))
-
-
-def _doubled(config: Config, count: int) -> tuple[int, ...]:
-    return tuple(config.discriminator_width << i for i in range(count))
+    return DomainDiscriminator(channels, widths_of(config.discriminator_width, 2))
 
 
 def before_step(state: State, parts: Parts, step: int, steps: int) -> None:

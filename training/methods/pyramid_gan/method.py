@@ -43,7 +43,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from histostream.training import device
-from histostream.training.batches import UNLABELLED, Parts, padded
+from histostream.training.batches import UNLABELLED, Parts, padded, stacked
 from histostream.training.checks import check_at_least, check_choices, check_shares
 from histostream.training.data import DataError, Sample
 from histostream.training.losses import EPSILON, cross_entropy, one_hot
@@ -77,6 +77,7 @@ from histostream.training.schedule import DECAYS, Schedule
 from histostream.training.state import Batch, State
 from histostream.training.steps import (
     HALF_RANGE,
+    adam,
     descend,
     evenly_chosen,
     follow,
@@ -417,8 +418,8 @@ def build(config: Config, classes: int, channels: int = 3) -> State:
         rates["discriminator"] = config.discriminator_learning_rate
         for n in levels:
             modules[f"discriminator_{n}"] = _discriminator(config, classes + channels)
-    optimizers: dict[str, torch.optim.Optimizer] = {
-        f"{name}_{n}": torch.optim.Adam(modules[f"{name}_{n}"].parameters(), rate, (config.beta1, config.beta2))
+    optimizers = {
+        f"{name}_{n}": adam(modules[f"{name}_{n}"].parameters(), rate, config)
         for name, rate in rates.items()
         for n in levels
     }
@@ -495,10 +496,9 @@ def painting_error(state: State, samples: Sequence[Sample], level: int) -> float
     config, run = state.config, _progress(state)
     squares, values = 0.0, 0
     for sample in evenly_chosen(samples, MAX_MEASURED):
-        image, labels = padded(sample.image, sample.labels, align_px(config))
-        nchw = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)[None]))
-        wanted = halved(to_unit_range(nchw.to(run.amplitudes.device)), level + 1)[level]
-        truth = torch.from_numpy(labels[None].astype(np.int64)).to(wanted.device)
+        images, labels = stacked([padded(sample.image, sample.labels, align_px(config))])
+        wanted = halved(to_unit_range(images.to(run.amplitudes.device)), level + 1)[level]
+        truth = labels.to(wanted.device)
         masks = one_hot_levels(truth, run.classes, config.levels)
         off = _painted_above(state, masks, level)[0] - wanted
         squares, values = squares + float((off**2).sum()), values + off.numel()

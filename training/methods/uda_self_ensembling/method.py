@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from histostream.training import device
-from histostream.training.batches import Parts, padded, unannotated
+from histostream.training.batches import Parts, padded, stacked, unannotated
 from histostream.training.checks import check_at_least, check_choices
 from histostream.training.data import DataError, Picture
 from histostream.training.losses import EPSILON, logit_loss, soft_dice
@@ -45,7 +45,7 @@ from histostream.training.networks.discriminator import DomainDiscriminator
 from histostream.training.networks.tile_model import TileModel
 from histostream.training.networks.unet import widths_of
 from histostream.training.state import Batch, State
-from histostream.training.steps import HALF_RANGE, descend, evaluating, follow, frozen, measure_statistics
+from histostream.training.steps import HALF_RANGE, adam, descend, evaluating, follow, frozen, measure_statistics
 
 SOURCE, TARGET = 0, 1  # rows of the measurements in `Domains`
 MIN_PX = 32  # what the discriminator halves five times
@@ -207,22 +207,16 @@ def build(config: Config, classes: int, channels: int = 3) -> State:
         raise DataError(
             f"{classes} classes: uda_self_ensembling tells one class from a ground; merge the labels into 2 classes"
         )
-    betas = (config.beta1, config.beta2)
     segmenter = BatchNormUNet(channels, 1, base_width=config.base_width)
     modules: dict[str, nn.Module] = {"segmenter": segmenter, "domains": Domains(channels)}
-    optimizers: dict[str, torch.optim.Optimizer] = {
-        "segmenter": torch.optim.Adam(segmenter.parameters(), config.learning_rate, betas)
-    }
+    rates = {"segmenter": config.learning_rate}
     if config.lambda_adv:
         modules["discriminator"] = DomainDiscriminator(1, widths_of(config.discriminator_width, 3))
-        optimizers["discriminator"] = torch.optim.Adam(
-            modules["discriminator"].parameters(), config.discriminator_learning_rate, betas
-        )
+        rates["discriminator"] = config.discriminator_learning_rate
     if config.lambda_rec:
         modules["reconstructor"] = BatchNormUNet(1, channels, base_width=config.base_width)
-        optimizers["reconstructor"] = torch.optim.Adam(
-            modules["reconstructor"].parameters(), config.reconstructor_learning_rate, betas
-        )
+        rates["reconstructor"] = config.reconstructor_learning_rate
+    optimizers = {name: adam(modules[name].parameters(), rate, config) for name, rate in rates.items()}
     if config.ema and config.consistency_weight:
         modules["teacher"] = copy.deepcopy(segmenter).requires_grad_(False)
     if config.self_training:
@@ -547,9 +541,8 @@ def _whole_images(pictures: Sequence[Picture], device: torch.device) -> Iterator
     """Yield whole images (1, C, H, W), mirrored up to what S takes, and their own (h, w)."""
     for picture in pictures:
         sample = unannotated(picture)
-        image, _ = padded(sample.image, sample.labels, STRIDE_PX)
-        nchw = np.ascontiguousarray(image.transpose(2, 0, 1)[None])
-        yield torch.from_numpy(nchw).to(device), picture.shape
+        images, _ = stacked([padded(sample.image, sample.labels, STRIDE_PX)])
+        yield images.to(device), picture.shape
 
 
 @torch.no_grad()
