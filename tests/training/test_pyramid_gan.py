@@ -1363,7 +1363,7 @@ def test_classes_can_be_exchanged_by_name_or_number(trained: Path, tmp_path: Pat
 
 def saved_run(folder: Path, state: State, method: str = "pyramid_gan") -> Path:
     classes = [("stroma", (225, 170, 200)), ("gland", (110, 80, 150))]
-    config = loop.plain(state.config)
+    config = loop.to_jsonable(state.config)
     said = Checkpoint(method, config, classes, 3, 0.5, 1, {})
     checkpoint.save(folder / "best", said, state, optimizers=False)
     return folder
