@@ -1190,7 +1190,7 @@ def test_labels_are_kept_of_whole_patients_or_of_images() -> None:
     assert by_image < kept(0.6, "image")
     assert len({frozenset(kept(0.3, "image", seed)) for seed in range(5)}) > 1
     assert Schedule().labelled_by == "patient"
-    with pytest.raises(ValueError, match="labelled_by='slide': use one of patient, image"):
+    with pytest.raises(ValueError, match="labelled_by='slide': use 'patient' or 'image'"):
         Schedule(labelled_by="slide")
 
 
