@@ -68,12 +68,7 @@ def divide(data: DataSet, schedule: Schedule) -> Parts:
 def parts_of(data: DataSet, schedule: Schedule | None = None) -> dict[str, tuple[Sample, ...]]:
     """Return the "train", "validation" and "test" images of a data set.
 
-    Parameters
-    ----------
-    data
-        The data set.
-    schedule
-        Of a run on it, which held images back; None: the official parts.
+    They are the official parts, or those of a run with ``schedule``.
 
     Raises
     ------

@@ -598,20 +598,9 @@ def _painted_above(state: State, masks: list[Tensor], level: int) -> tuple[Tenso
 
 
 def _segmented_above(state: State, images: Sequence[Tensor], level: int) -> Tensor:
-    """up2(yh_{n+1}) by the levels above one, frozen; zeros at the coarsest.
+    """Return up2(yh_{n+1}), (N, K, h, w), of images that are given coarsest first, down to level n + 1 at least.
 
-    Parameters
-    ----------
-    state
-        Of the model.
-    images
-        Coarsest first, down to level n + 1 at least.
-    level
-        n.
-
-    Returns
-    -------
-    (N, K, h, w), of twice the size of the level above; at the coarsest (1, K, 1, 1).
+    The segmenters above level n are frozen. At the coarsest level it is (1, K, 1, 1) zeros.
     """
     coarsest = state.config.levels - 1
     coarser = images[0].new_zeros(1, _progress(state).classes, 1, 1)
@@ -870,16 +859,7 @@ def _step_segmenter(
 ) -> dict[str, Tensor]:
     """Step S_n: equation 7 and the cross-entropy on painted images, D frozen; or equation 9.
 
-    Parameters
-    ----------
-    state
-        Of the model.
-    phase
-        Where the run is.
-    level_batch, scores
-        The input of S_n, and its scores.
-    painted
-        xt_N to xt_n, coarsest first.
+    ``scores`` are those of S_n; ``painted`` is xt_N to xt_n, coarsest first.
     """
     config: Config = state.config
     n = phase.level

@@ -350,14 +350,8 @@ def reconstruction_loss(state: State, probability: Tensor, images: Tensor) -> Te
 def consistency_loss(state: State, images: Tensor, probability: Tensor) -> Tensor:
     """``mean (S(pi X) - pi S(X))^2``, equation 3, with another pi for each image.
 
-    Parameters
-    ----------
-    state
-        Of the model.
-    images
-        X, (N, C, H, W), normalised.
-    probability
-        S(X); where there is a mean teacher T, T(X) takes its place.
+    ``images`` are X, (N, C, H, W), normalised, and ``probability`` is S(X); where there is a mean
+    teacher T, T(X) takes its place.
     """
     turns, mirrored = draw_turns(images, flips=state.config.flips)
     if "teacher" in state.modules:
