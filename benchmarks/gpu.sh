@@ -60,7 +60,7 @@ from histostream.export.bundle import Options
 from histostream.export.trained import export_checkpoint
 from histostream.training import checkpoint
 from histostream.training.checkpoint import Checkpoint
-from histostream.training.methods import imems
+from histostream.training.methods.imems import method as imems
 
 work, size = Path(sys.argv[1]), int(sys.argv[2])
 write_repeated(work / "slide.tif", size, size)

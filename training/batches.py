@@ -68,12 +68,7 @@ def divide(data: DataSet, schedule: Schedule) -> Parts:
 def parts_of(data: DataSet, schedule: Schedule | None = None) -> dict[str, tuple[Sample, ...]]:
     """Return the "train", "validation" and "test" images of a data set.
 
-    Parameters
-    ----------
-    data
-        The data set.
-    schedule
-        Of a run on it, which held images back; None: the official parts.
+    They are the official parts, or those of a run with ``schedule``.
 
     Raises
     ------
@@ -226,8 +221,8 @@ class Batches:
         pools = {}
         for number, name in enumerate(self._pools, start=1):
             pending = [crops.submit(draw_unlabelled, name, number, i) for i in self._own]
-            pools[name] = _stacked([future.result() for future in pending])[0]
-        images, labels = _stacked(labelled)
+            pools[name] = stacked([future.result() for future in pending])[0]
+        images, labels = stacked(labelled)
         return Batch(images, labels, pools, step, steps)
 
     def _draw_indices(self, seed: tuple[int, int], first: int) -> list[int]:
@@ -270,7 +265,7 @@ def whole_images(
         sample = parts.samples[i]
         factor = augment.object_zoom(sample, augmentation, typical_px)
         image, labels = augment.zoom(sample.image, sample.labels, factor)
-        yield *_stacked([padded(image, labels, align_px)]), labels
+        yield *stacked([padded(image, labels, align_px)]), labels
 
 
 def padded(image: NDArray[np.uint8], labels: NDArray[np.uint8], align_px: int) -> Crop:
@@ -279,7 +274,8 @@ def padded(image: NDArray[np.uint8], labels: NDArray[np.uint8], align_px: int) -
     return np.pad(image, [*pad, (0, 0)], mode="reflect"), np.pad(labels, pad, mode="reflect")
 
 
-def _stacked(crops: list[Crop]) -> tuple[Tensor, Tensor]:
+def stacked(crops: list[Crop]) -> tuple[Tensor, Tensor]:
+    """Stack images and labels of one size: (N, C, H, W) uint8 and (N, H, W) int64; else DataError."""
     shapes = {labels.shape for _, labels in crops}
     if len(shapes) > 1:
         raise DataError(

@@ -74,16 +74,9 @@ def run_training(options: RunOptions) -> None:
 
 
 def with_pools(data: DataSet, pools: tuple[str, ...], mpp: float) -> DataSet:
-    """Add pools of images without labels, given as ``NAME=SET``, to a data set.
+    """Add pools of images without labels, each given as ``NAME=SET``, to a data set.
 
-    Parameters
-    ----------
-    data
-        The data set.
-    pools
-        Each SET is what `datasets.open_pool` reads.
-    mpp
-        Resolution of a data set that does not know its own.
+    SET is what `datasets.open_pool` reads; ``mpp`` is the resolution of data that has none of its own.
 
     Raises
     ------
@@ -105,14 +98,8 @@ def with_pools(data: DataSet, pools: tuple[str, ...], mpp: float) -> DataSet:
 def with_parts(data: DataSet, validation: str | None, test: str | None, mpp: float) -> DataSet:
     """Take the validation or the test images from other data sets, as from the target of an adaptation.
 
-    Parameters
-    ----------
-    data
-        The data set.
-    validation, test
-        Other data sets, as for `datasets.open_dataset`.
-    mpp
-        Resolution of a data set that does not know its own.
+    They are named as for `datasets.open_dataset`; ``mpp`` is the resolution of data that has none of
+    its own.
 
     Raises
     ------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 import math
 import platform
 import signal
@@ -125,13 +126,9 @@ def train(
     return _Trainer(recipe, method, data, parts, run, compute, device, record or {}).run(report, start)
 
 
-def plain(value: Any) -> Any:
-    """Turn a dataclass into values that JSON keeps as they are."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, tuple | list):
-        return [plain(v) for v in value]
-    return value
+def to_jsonable(value: Any) -> Any:
+    """Return a dataclass as it is after a round trip through JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(value)))
 
 
 class _Trainer:
@@ -160,7 +157,7 @@ class _Trainer:
         devices.prepare(self._state, device, compute)
         self._align_px: int = method.align_px(recipe.config)
         self._record = {
-            "recipe": plain(recipe),
+            "recipe": to_jsonable(recipe),
             "data": dataset.name,
             "data_sha256": checksum(parts.samples),
             "images": {k: len(v) for k, v in dataclasses.asdict(parts.split).items()},
@@ -335,7 +332,7 @@ class _Trainer:
         A new run takes the weights of ``start_run``.
         """
         if start_run is not None:
-            self._record["start"] = plain(checkpoint.start_from(start_run, self._state))
+            self._record["start"] = to_jsonable(checkpoint.start_from(start_run, self._state))
         last = self._folder / "last"
         if not (last / "checkpoint.safetensors").exists():
             return 0, math.inf, 0.0

@@ -25,8 +25,6 @@ def split(samples: Sequence[Picture], *, validation: float, test: float, seed: i
 
     Parameters
     ----------
-    samples
-        The images.
     validation, test
         Shares of the images for these parts; the nearest number that whole groups allow is taken,
         and one group at least for validation.
@@ -59,8 +57,6 @@ def fold(samples: Sequence[Picture], *, folds: int, fold: int, validation: float
 
     Parameters
     ----------
-    samples
-        The images.
     folds, fold
         How many folds, and which of them (from 0) is the test part.
     validation
@@ -101,10 +97,8 @@ def keep_labels(samples: Sequence[Picture], *, share: float, seed: int, by: str 
 
     Parameters
     ----------
-    samples
-        The images.
     share
-        Of them, in (0, 1); the nearest number that whole groups allow is taken, one at least.
+        Of the images, in (0, 1); the nearest number that whole groups allow is taken, one at least.
     seed
         Another seed is another choice. With one seed, a larger share holds a smaller one.
     by

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +14,11 @@ from torch.optim import Optimizer
 HALF_RANGE = 127.5  # uint8 0..255 <-> [-1, 1]: v / 127.5 - 1
 
 Item = TypeVar("Item")
+
+
+def adam(weights: Iterable[nn.Parameter], learning_rate: float, config: Any) -> Optimizer:
+    """Make an Adam optimiser with the ``beta1`` and ``beta2`` of a method's config."""
+    return torch.optim.Adam(weights, learning_rate, (config.beta1, config.beta2))
 
 
 def descend(loss: Tensor, *optimizers: Optimizer) -> None:

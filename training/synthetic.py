@@ -192,8 +192,8 @@ def _micrograph(name: str, side: int, rng: np.random.Generator, *, target: bool)
 def _mitochondria(side: int, rng: np.random.Generator) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
     """Brightness, about 0 to 1, and labels, (side, side) each."""
     y, x = np.mgrid[:side, :side].astype(np.float64)
-    brightness = 0.62 + 0.05 * _grain(side, 5, rng) + 0.04 * _grain(side, 1.2, rng)
-    brightness[np.abs(_grain(side, 6, rng)) < 0.08] -= 0.25  # membranes
+    brightness = 0.62 + 0.05 * grain(side, 5, rng) + 0.04 * grain(side, 1.2, rng)
+    brightness[np.abs(grain(side, 6, rng)) < 0.08] -= 0.25  # membranes
     labels = np.zeros((side, side), np.uint8)
     for _ in range(3 * side**2 // 96**2 + int(rng.integers(1, 3))):
         centre_y, centre_x = rng.uniform(0, side, 2)
@@ -203,18 +203,18 @@ def _mitochondria(side: int, rng: np.random.Generator) -> tuple[NDArray[np.float
         across = (y - centre_y) * np.cos(angle) - (x - centre_x) * np.sin(angle)
         radius = np.hypot(along / long, across / short)
         cristae = np.sin(2 * np.pi * along / 5 + rng.uniform(0, 2 * np.pi)).clip(0)
-        body = 0.38 + 0.04 * _grain(side, 1.2, rng) - 0.14 * cristae
+        body = 0.38 + 0.04 * grain(side, 1.2, rng) - 0.14 * cristae
         body[radius > 0.85] = 0.2  # the rim
         brightness[radius < 1] = body[radius < 1]
         labels[radius < 1] = 1
     return brightness.clip(0, 1), labels
 
 
-def _grain(side: int, sigma_px: float, rng: np.random.Generator) -> NDArray[np.float64]:
+def grain(side: int, sigma_px: float, rng: np.random.Generator) -> NDArray[np.float64]:
     """Smooth noise of mean 0 and variance 1."""
     noise = gaussian_filter(rng.normal(size=(side, side)), sigma_px, mode="wrap")
-    grain: NDArray[np.float64] = (noise - noise.mean()) / noise.std()
-    return grain
+    smooth: NDArray[np.float64] = (noise - noise.mean()) / noise.std()
+    return smooth
 
 
 CUE_COLORS = ((255, 255, 255), (230, 75, 53), (77, 187, 213))
@@ -250,48 +250,13 @@ def _cued(name: str, side: int, kind: int, rng: np.random.Generator) -> StoredSa
     disc = np.hypot(y - center_y, x - center_x) < side * rng.uniform(0.12, 0.16)
     angle, phase = rng.uniform(0, np.pi), rng.uniform(0, 2 * np.pi)
     stripes = np.sin(2 * np.pi / 5 * (x * np.cos(angle) + y * np.sin(angle)) + phase)
-    pixels = np.array(GROUND_COLOR) + 8 * _grain(side, 1.5, rng)[..., None]
+    pixels = np.array(GROUND_COLOR) + 8 * grain(side, 1.5, rng)[..., None]
     pixels[disc] = (150 + 30 * stripes[disc])[:, None]
     top, left = int(rng.integers(side - CUE_PX + 1)), int(rng.integers(CUE_PX))
     pixels[top : top + CUE_PX, left : left + CUE_PX] = CUES[kind]
     pixels += rng.normal(0, 4, pixels.shape)
     image: NDArray[np.uint8] = np.clip(pixels, 0, 255).astype(np.uint8)
     return StoredSample(name, name, image, np.where(disc, 1 + kind, 0).astype(np.uint8))
-
-
-REGION_COLORS = ((225.0, 170.0, 200.0), (110.0, 80.0, 150.0))  # RGB of "stroma" and "gland"
-REGION_SHARE = (0.35, 0.65)  # of the image that is gland
-
-
-def colored_regions(count: int, test: int, *, side_px: int = 64, seed: int = 0) -> DataSet:
-    """Make two tissues in smooth regions: pale stroma with fine grain, dark gland with coarse grain.
-
-    They are what a generator has to paint from the labels.
-
-    Parameters
-    ----------
-    count, test
-        Images to train on, and to test on.
-    side_px
-        Height and width of each.
-    seed
-        Source of all randomness.
-    """
-    rng = np.random.default_rng(seed)
-    samples = [_regions(f"regions {i}", side_px, rng) for i in range(count + test)]
-    colors = [(round(r), round(g), round(b)) for r, g, b in REGION_COLORS]
-    classes = tuple(zip(("stroma", "gland"), colors, strict=True))
-    return _set("colored regions", classes, samples, count)
-
-
-def _regions(name: str, side: int, rng: np.random.Generator) -> StoredSample:
-    field = _grain(side, side / 8, rng)
-    labels = (field > np.quantile(field, 1 - rng.uniform(*REGION_SHARE))).astype(np.uint8)
-    grain = np.stack([12 * _grain(side, 0.7, rng), 18 * _grain(side, 2.0, rng)])
-    shade = np.take_along_axis(grain, labels[None].astype(np.int64), axis=0)[0]
-    pixels = np.array(REGION_COLORS)[labels] + shade[..., None]
-    image: NDArray[np.uint8] = np.clip(pixels, 0, 255).astype(np.uint8)
-    return StoredSample(name, name, image, labels)
 
 
 def _set(name: str, classes: Classes, samples: list[StoredSample], count: int) -> DataSet:

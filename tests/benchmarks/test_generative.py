@@ -17,11 +17,12 @@ from histostream.benchmarks.accuracy import cells, generative
 from histostream.benchmarks.accuracy.cells import Cell, fill, refer
 from histostream.benchmarks.accuracy.generative import TABLES, cell
 from histostream.export.trained import find_checkpoint
-from histostream.training import batches, checkpoint, synthetic
+from histostream.training import batches, checkpoint
 from histostream.training.data import DataSet, StoredPicture, StoredSample
 from histostream.training.device import Compute
 from histostream.training.methods.translation import method as translation
 from tests.commands import call
+from tests.training.regions import colored_regions
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -217,7 +218,7 @@ def test_a_drawn_set_is_another_with_another_seed() -> None:
 
 @pytest.mark.full
 def test_what_is_painted_is_compared_with_the_true_images(tmp_path: Path) -> None:
-    found = synthetic.colored_regions(6, 4, side_px=192, seed=1)
+    found = colored_regions(6, 4, side_px=192, seed=1)
     one = short(
         cell("glas-painted", "quarter", "pyramid GAN", 0),
         found,

@@ -35,6 +35,13 @@ from histostream.training.methods import hook
 from histostream.training.methods.pyramid_gan import method as pyramid_gan
 from histostream.training.methods.pyramid_gan import sample
 from histostream.training.methods.pyramid_gan.fc_densenet import FCDenseNet
+from histostream.training.methods.pyramid_gan.losses import (
+    adversarial_loss,
+    discriminator_mask,
+    feature_loss,
+    gradient_penalty,
+    perceptual_loss,
+)
 from histostream.training.methods.pyramid_gan.method import Config
 from histostream.training.methods.pyramid_gan.networks import (
     Generator,
@@ -53,6 +60,7 @@ from histostream.training.recipe import Recipe, read_recipe
 from histostream.training.schedule import Schedule, set_rates
 from histostream.training.state import Batch, State
 from histostream.wsi.errors import OutputError
+from tests.training.regions import colored_regions
 from tests.training.resuming import killed_and_resumed, logged, weights_of
 
 SMALL: dict[str, Any] = {
@@ -328,8 +336,8 @@ def test_statistics_of_a_level_are_measured_anew_on_clean_images_before_it_is_fr
     The images have two sizes, those of one are measured together, and noise and dropout are off.
     """
     torch.manual_seed(0)
-    large = synthetic.colored_regions(6, 1, side_px=32)
-    small = synthetic.colored_regions(2, 1, side_px=24, seed=1)
+    large = colored_regions(6, 1, side_px=32)
+    small = colored_regions(2, 1, side_px=24, seed=1)
     renamed = tuple(replace(s, name=f"small {s.name}") for s in small.train)  # type: ignore[type-var]
     parts = divide(replace(large, train=(*large.train, *renamed)), Schedule(validation=0.1))
     state = tiny(reestimate=True, dropout=0.5, segmenter_noise=3.0)
@@ -365,7 +373,7 @@ def test_statistics_of_a_level_are_measured_anew_on_clean_images_before_it_is_fr
 
 @pytest.mark.parametrize("on", [True, False])
 def test_what_ships_has_the_statistics_that_were_measured(on: bool) -> None:
-    parts = parts_of(synthetic.colored_regions(4, 1, side_px=32))
+    parts = parts_of(colored_regions(4, 1, side_px=32))
     state = tiny(reestimate=on)
     for step in (0, 4):
         pyramid_gan.before_step(state, parts, step, STEPS)
@@ -383,7 +391,7 @@ def test_what_ships_has_the_statistics_that_were_measured(on: bool) -> None:
 
 @pytest.mark.parametrize("kind", ["none", "cosine", "poly"])
 def test_rates_fall_within_each_level_alone(kind: str) -> None:
-    parts = parts_of(synthetic.colored_regions(4, 1, side_px=32))
+    parts = parts_of(colored_regions(4, 1, side_px=32))
     state = tiny(level_decay=kind)
     for optimizer in state.optimizers.values():
         optimizer.param_groups[0]["initial_lr"] = optimizer.param_groups[0]["lr"]
@@ -446,7 +454,7 @@ def test_the_error_of_paintings_is_a_running_mean_that_begins_anew_with_each_lev
     assert run.painting_error().item() < 0.2
     state = tiny(synthetic_rule="quality")
     measured = state.modules["progress"]
-    parts = parts_of(synthetic.colored_regions(4, 1, side_px=32))
+    parts = parts_of(colored_regions(4, 1, side_px=32))
     pyramid_gan.before_step(state, parts, 0, STEPS)
     pyramid_gan.step(state, batch_of(2, 32, step=0))
     for step, wanted in ((1, 1), (4, 0)):
@@ -470,7 +478,7 @@ def parts_of(found: DataSet, **more: Any) -> Parts:
 
 def test_the_noise_is_measured_when_a_level_begins() -> None:
     """A tenth of the RMSE of what the coarser level painted; kept until the end."""
-    parts = parts_of(synthetic.colored_regions(4, 1, side_px=32))
+    parts = parts_of(colored_regions(4, 1, side_px=32))
     state = tiny()
     run = state.modules["progress"]
     assert isinstance(run, pyramid_gan.Progress)
@@ -503,10 +511,10 @@ Judged = list[list[torch.Tensor]]
 def test_undecided_discriminators_lose_ln_2() -> None:
     nothing: Judged = [[torch.zeros(2, 1, 3, 3)], [torch.zeros(2, 1, 2, 2)]]
     for real in (True, False):
-        loss = pyramid_gan.adversarial_loss("bce", nothing, real=real)
+        loss = adversarial_loss("bce", nothing, real=real)
         assert float(loss) == pytest.approx(math.log(2))
-    assert float(pyramid_gan.adversarial_loss("lsgan", nothing, real=True)) == 1
-    assert float(pyramid_gan.adversarial_loss("lsgan", nothing, real=False)) == 0
+    assert float(adversarial_loss("lsgan", nothing, real=True)) == 1
+    assert float(adversarial_loss("lsgan", nothing, real=False)) == 0
 
 
 def test_adversarial_losses_are_means_of_the_scales() -> None:
@@ -524,7 +532,7 @@ def test_adversarial_losses_are_means_of_the_scales() -> None:
         ("wgan-gp", True, lambda x: -x),
         ("wgan-gp", False, lambda x: x),
     ):
-        found = pyramid_gan.adversarial_loss(kind, judged, real=real)
+        found = adversarial_loss(kind, judged, real=real)
         torch.testing.assert_close(found, of(formula))
 
 
@@ -537,7 +545,7 @@ def test_the_feature_loss_is_equation_4() -> None:
         for of_real, of_fake in zip(real, fake, strict=True)
         for a, b in zip(of_real[:4], of_fake[:4], strict=True)
     )
-    loss = pyramid_gan.feature_loss(real, fake)
+    loss = feature_loss(real, fake)
     torch.testing.assert_close(loss, torch.as_tensor(wanted))
     loss.backward()
     assert all(m.grad is None for maps in real for m in maps)
@@ -553,7 +561,7 @@ def test_the_gradient_penalty_wants_a_slope_of_1() -> None:
 
     real, fake = torch.rand(3, 2, 5, 5), torch.rand(3, 2, 5, 5)
     for times, wanted in ((1.0, 0.0), (3.0, 4.0)):
-        penalty = pyramid_gan.gradient_penalty(linear(times), real, fake)
+        penalty = gradient_penalty(linear(times), real, fake)
         assert float(penalty) == pytest.approx(wanted, abs=1e-6)
 
 
@@ -602,13 +610,13 @@ def test_the_perceptual_loss_reads_its_weights_and_no_checkpoint_holds_them(
     grey = images[:, :1]
     assert torch.equal(one(grey)[0], one(grey.repeat(1, 3, 1, 1))[0])
     painted = torch.rand(2, 3, 32, 32, requires_grad=True)
-    loss = pyramid_gan.perceptual_loss(one, painted, images)
+    loss = perceptual_loss(one, painted, images)
     scale = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1)
     wanted = sum(w * (a - b).abs().mean() for w, a, b in zip(scale, one(painted), maps, strict=True))
     torch.testing.assert_close(loss, torch.as_tensor(wanted))
-    assert float(pyramid_gan.perceptual_loss(one, images, images)) == 0
+    assert float(perceptual_loss(one, images, images)) == 0
     state = tiny(levels=1, perceptual="vgg19", vgg_weights=str(tmp_path / "vgg19.safetensors"))
-    parts = parts_of(synthetic.colored_regions(4, 1, side_px=32))
+    parts = parts_of(colored_regions(4, 1, side_px=32))
     pyramid_gan.before_step(state, parts, 3, STEPS)  # a run that goes on reads them too
     losses = pyramid_gan.step(state, batch_of(2, 32))
     assert float(losses["perceptual"]) > 0
@@ -803,7 +811,7 @@ def test_a_discriminator_can_judge_how_sure_a_mask_is_but_not_of_straight_throug
     wrong = torch.tensor([-50.0, 50.0]).reshape(1, 2, 1, 1)
 
     def said(kind: str, scores: torch.Tensor) -> torch.Tensor:
-        shown = pyramid_gan.shown_mask(kind, scores)
+        shown = discriminator_mask(kind, scores)
         logits: torch.Tensor = judge(torch.cat([image, shown], dim=1))[0][0]
         return logits
 
@@ -813,7 +821,7 @@ def test_a_discriminator_can_judge_how_sure_a_mask_is_but_not_of_straight_throug
     assert float(said("softmax", wrong)) == pytest.approx(2)
     assert said("softmax", right).item() == pytest.approx(-2, abs=1e-5)  # 10 (0.6 - 0.8)
     # The right mask is the true one: no D, however good, tells them apart.
-    assert torch.equal(pyramid_gan.shown_mask("straight_through", right), true)
+    assert torch.equal(discriminator_mask("straight_through", right), true)
     assert said("straight_through", right).item() == real
     # Yet S is moved, as by p: d logit / d s_0 = 10 (1 - -1) p_0 p_1 = 20 * .8 * .2.
     (slope,) = torch.autograd.grad(said("straight_through", right).sum(), right)
@@ -821,7 +829,7 @@ def test_a_discriminator_can_judge_how_sure_a_mask_is_but_not_of_straight_throug
 
 
 @pytest.mark.parametrize("kind", ["softmax", "straight_through"])
-def test_the_discriminator_is_shown_masks_of_the_kind_asked_for(
+def test_the_discriminator_is_discriminator_masks_of_the_kind_asked_for(
     batch: Batch, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     state = tiny(mask_for_discriminator=kind, lambda_ce=0.0, synthetic_weight=0.0)
@@ -877,7 +885,7 @@ def test_images_without_labels_change_what_is_learned(batch: Batch) -> None:
 
 def test_the_teacher_is_a_mean_of_the_student(batch: Batch) -> None:
     state = tiny(**SEGMENTERS, lambda_consistency=1.0, ema=0.75)
-    parts = parts_of(synthetic.colored_regions(4, 1, side_px=32))
+    parts = parts_of(colored_regions(4, 1, side_px=32))
     teacher, student = state.modules["teacher"], state.modules["segmenter_1"]
     assert changed(weights(student), teacher)
     pyramid_gan.before_step(state, parts, 0, STEPS)
@@ -1054,7 +1062,7 @@ def test_the_pyramid_is_one_graph_of_all_levels(batch: Batch) -> None:
 
 def test_a_checkpoint_of_an_early_level_deploys_what_is_trained(batch: Batch) -> None:
     state = tiny()
-    parts = parts_of(synthetic.colored_regions(4, 1, side_px=32))
+    parts = parts_of(colored_regions(4, 1, side_px=32))
     pyramid_gan.before_step(state, parts, 0, STEPS)
     with torch.no_grad():
         half = F.avg_pool2d(batch.images / 127.5 - 1, 2)
@@ -1147,7 +1155,7 @@ TINY = (
 )
 def test_a_killed_run_goes_on_as_if_it_never_stopped(tmp_path: Path, more: tuple[str, ...], stop: int) -> None:
     recipe = read(settings=(*TINY, *more, f"schedule.validate_every={stop}"))
-    found = synthetic.colored_regions(6, 2, side_px=48)
+    found = colored_regions(6, 2, side_px=48)
     killed_and_resumed(recipe, pyramid_gan, found, tmp_path, step=stop + 1)
     for name in ("last", "best"):
         one = weights_of(tmp_path / "broken", name)
@@ -1160,7 +1168,7 @@ def test_a_killed_run_goes_on_as_if_it_never_stopped(tmp_path: Path, more: tuple
 
 def test_labels_are_kept_of_whole_patients_or_of_images() -> None:
     """Ten images of two patients, 30 % of them: one patient's five, or any three."""
-    drawn = synthetic.colored_regions(10, 1, side_px=8)
+    drawn = colored_regions(10, 1, side_px=8)
     found = replace(
         drawn,
         train=tuple(replace(s, group=f"patient {i % 2}") for i, s in enumerate(drawn.train)),  # type: ignore[type-var]
@@ -1182,7 +1190,7 @@ def test_labels_are_kept_of_whole_patients_or_of_images() -> None:
     assert by_image < kept(0.6, "image")
     assert len({frozenset(kept(0.3, "image", seed)) for seed in range(5)}) > 1
     assert Schedule().labelled_by == "patient"
-    with pytest.raises(ValueError, match="labelled_by='slide': use one of patient, image"):
+    with pytest.raises(ValueError, match="labelled_by='slide': use 'patient' or 'image'"):
         Schedule(labelled_by="slide")
 
 
@@ -1192,7 +1200,7 @@ def test_the_best_checkpoint_is_one_of_the_finest_level(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, select: str
 ) -> None:
     """Steps 1 to 4 are of the coarser level, whose scores here are the best of all."""
-    found = synthetic.colored_regions(6, 2, side_px=32)
+    found = colored_regions(6, 2, side_px=32)
     values = iter([0.1, 0.2, 0.3, 0.4, 0.9, 0.6, 0.7, 0.8])
 
     def judged(state: State, images: torch.Tensor, labels: torch.Tensor) -> Any:
@@ -1209,7 +1217,7 @@ def test_the_best_checkpoint_is_one_of_the_finest_level(
 
 @pytest.mark.full
 def test_no_image_is_held_back_where_the_last_checkpoint_counts(tmp_path: Path) -> None:
-    found = synthetic.colored_regions(6, 2, side_px=32)
+    found = colored_regions(6, 2, side_px=32)
     recipe = read(settings=(*TINY, "schedule.validation=0"))
     assert recipe.schedule.select == read().schedule.select == "last"
     assert read().schedule.validation == 0
@@ -1227,7 +1235,7 @@ def test_no_image_is_held_back_where_the_last_checkpoint_counts(tmp_path: Path) 
 
 
 def test_a_run_needs_images_without_labels_only_where_it_says_so() -> None:
-    found = synthetic.colored_regions(4, 1, side_px=32)
+    found = colored_regions(4, 1, side_px=32)
     for config, needs in (
         (Config(), False),
         (Config(semi_supervised=True), True),
@@ -1240,7 +1248,7 @@ def test_a_run_needs_images_without_labels_only_where_it_says_so() -> None:
 
 
 def test_transductive_learning_adds_the_test_images_to_the_pool() -> None:
-    found = synthetic.colored_regions(8, 3, side_px=32)
+    found = colored_regions(8, 3, side_px=32)
     pools: dict[str, tuple[Picture, ...]] = {"unlabelled": found.test}
     parts = parts_of(replace(found, pools=pools), labelled=0.5)
     hidden = [p.name for p in parts.pools["unlabelled"]]
@@ -1256,7 +1264,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a run of a tiny pyramid that has learned something."""
     run = tmp_path_factory.mktemp("pyramid") / "run"
     recipe = read(settings=(*TINY, "schedule.steps=80", "schedule.validate_every=80"))
-    loop.train(recipe, pyramid_gan, synthetic.colored_regions(12, 2, side_px=48), run)
+    loop.train(recipe, pyramid_gan, colored_regions(12, 2, side_px=48), run)
     return run
 
 
@@ -1264,7 +1272,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_bundle_gives_torchs_labels_in_every_precision(trained: Path, tmp_path: Path) -> None:
     over = tmp_path / "images"
     over.mkdir()
-    found = synthetic.colored_regions(12, 1, side_px=64, seed=5)
+    found = colored_regions(12, 1, side_px=64, seed=5)
     for one in found.train:
         Image.fromarray(one.image).save(over / f"{one.name}.png")
     options = Options(tensorrt="off", tile_px=64, calibrate=over)
@@ -1308,7 +1316,7 @@ def test_an_engine_is_built(trained: Path, tmp_path: Path) -> None:
 @pytest.mark.full
 def test_painted_images_are_a_data_set_of_their_own(trained: Path, tmp_path: Path) -> None:
     painter = sample.open_painter(trained)
-    found = synthetic.colored_regions(3, 1, side_px=50, seed=2)  # no multiple of 8
+    found = colored_regions(3, 1, side_px=50, seed=2)  # no multiple of 8
     out = tmp_path / "painted"
     assert sample.sample(painter, found, out, per_mask=2) == 6
     assert sorted(p.name for p in out.iterdir()) == [
@@ -1332,7 +1340,7 @@ def test_painted_images_are_a_data_set_of_their_own(trained: Path, tmp_path: Pat
 @pytest.mark.full
 def test_the_seed_alone_says_how_an_image_looks(trained: Path, tmp_path: Path) -> None:
     painter = sample.open_painter(trained)
-    found = synthetic.colored_regions(2, 1, side_px=48, seed=2)
+    found = colored_regions(2, 1, side_px=48, seed=2)
     for name, count, seed in (("a", 1, 0), ("b", 3, 0), ("c", 1, 1)):
         sample.sample(painter, found, tmp_path / name, per_mask=count, seed=seed)
     a, b, c = ({p.name: p.read_bytes() for p in (tmp_path / name / "images").iterdir()} for name in "abc")
@@ -1344,7 +1352,7 @@ def test_the_seed_alone_says_how_an_image_looks(trained: Path, tmp_path: Path) -
 @pytest.mark.full
 def test_classes_can_be_exchanged_by_name_or_number(trained: Path, tmp_path: Path) -> None:
     painter = sample.open_painter(trained)
-    found = synthetic.colored_regions(1, 1, side_px=48, seed=2)
+    found = colored_regions(1, 1, side_px=48, seed=2)
     for name, swap in (("by name", "stroma=gland"), ("by number", "1=0")):
         sample.sample(painter, found, tmp_path / name, swap=swap)
         (one,) = datasets.open_dataset(str(tmp_path / name)).train
@@ -1355,7 +1363,7 @@ def test_classes_can_be_exchanged_by_name_or_number(trained: Path, tmp_path: Pat
 
 def saved_run(folder: Path, state: State, method: str = "pyramid_gan") -> Path:
     classes = [("stroma", (225, 170, 200)), ("gland", (110, 80, 150))]
-    config = loop.plain(state.config)
+    config = loop.to_jsonable(state.config)
     said = Checkpoint(method, config, classes, 3, 0.5, 1, {})
     checkpoint.save(folder / "best", said, state, optimizers=False)
     return folder
@@ -1418,7 +1426,7 @@ def test_nothing_is_left_of_a_set_that_could_not_be_written(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(preview, "sheet", full)
-    found = synthetic.colored_regions(1, 1, side_px=32)
+    found = colored_regions(1, 1, side_px=32)
     with pytest.raises(OutputError, match=r"cannot be written .No space left"):
         sample.sample(sample.open_painter(trained), found, tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -1531,7 +1539,7 @@ def test_a_cue_beyond_the_reach_of_one_level_is_seen_by_the_pyramid() -> None:
 @pytest.mark.full
 def test_generators_paint_the_colours_of_the_labels() -> None:
     """methods.md 3.13.3 at 32 px, two levels: colours, exchanged classes, noise."""
-    found = synthetic.colored_regions(64, 8, side_px=32, seed=3)
+    found = colored_regions(64, 8, side_px=32, seed=3)
     config = tiny_config(g_width=16, d_width=8, generator_learning_rate=2e-3, discriminator_learning_rate=5e-4)
     schedule = Schedule(steps=360, batch=4, crop_px=32, validation=0.05, decay="cosine")
     state = learned(found, config, schedule, Augmentation(flips=True))

@@ -1,7 +1,8 @@
 """The data sets that can be trained on: one file reads one data set, and the folder is the registry.
 
 A module offers ``read(path, *, option=default, ...) -> DataSet`` for the files as their authors (or
-``docs/data.md``) lay them out; nothing is downloaded. `folder` reads the layout for one's own data.
+``docs/data.md``) lay them out, which raises DataError if a file is missing or cannot be used. Nothing
+is downloaded. `folder` reads the layout for one's own data.
 Files that begin with an underscore are shared. Another package adds a data set with an entry point
 of the group ``histostream.datasets`` that names such a module.
 """

@@ -15,13 +15,7 @@ NEAR = 12  # slices, 60 nm; nearer ones are near-copies of each other and stay i
 
 
 def read(path: Path) -> DataSet:
-    """Read the official training and test stacks.
-
-    Raises
-    ------
-    DataError
-        If a file is missing or cannot be used.
-    """
+    """Read the official training and test stacks."""
     train, test = (
         read_masks(path / part / "images", path / part / "masks", group=_group, name=lambda p: f"{_part(p)}_{p.name}")
         for part in ("train", "test")

@@ -14,12 +14,6 @@ MPP = 0.25  # 40x; the paper
 
 
 def read(path: Path) -> DataSet:
-    """Read all images; there is no official test part.
-
-    Raises
-    ------
-    DataError
-        If a file is missing or cannot be used.
-    """
+    """Read all images; there is no official test part."""
     train = read_object_folder(path, lambda stem: f"slide {stem.partition('_')[0]}")
     return DataSet("tnbc", NUCLEI, MPP, tuple(train))

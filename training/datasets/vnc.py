@@ -18,13 +18,7 @@ TRAIN = 0.67  # of the columns: 0 to 685 of 1024
 
 
 def read(path: Path) -> DataSet:
-    """Read the sections, cut into training and test columns; ``path`` may be ``stack1`` itself.
-
-    Raises
-    ------
-    DataError
-        If a file is missing or cannot be used.
-    """
+    """Read the sections, cut into training and test columns; ``path`` may be ``stack1`` itself."""
     folder = path / "stack1" if (path / "stack1").is_dir() else path
     sections = read_masks(
         folder / "raw", folder / "mitochondria", group=lambda p: f"section {p.stem}", name=lambda p: p.name

@@ -15,7 +15,7 @@ AE                 its encoding and ``reconstructor``
 D_feat, D_pred     ``discriminator_feat``, ``discriminator_pred``: logits of "source"
 =================  ==============================================================
 
-Slips of the paper: "the MMD loss is unsupervised" means supervised; "the combination of DE and
+Errors in the paper: "the MMD loss is unsupervised" means supervised; "the combination of DE and
 DE_feat" means EN + DE_feat. Equations 3 to 7 are right as printed: source is 1, and the generator
 side minimises -log D(target), not equation 4's term with 1 - D, whose minimum would make the
 domains easier to tell apart. Equation 1 is on the missing page: it is the mean cross-entropy, as in
@@ -46,8 +46,9 @@ from histostream.training.methods.apma_net.networks import (
 )
 from histostream.training.networks.discriminator import DomainDiscriminator
 from histostream.training.networks.tile_model import TileModel
+from histostream.training.networks.unet import widths_of
 from histostream.training.state import Batch, State
-from histostream.training.steps import descend, evaluating, evenly_chosen, frozen
+from histostream.training.steps import adam, descend, evaluating, evenly_chosen, frozen
 
 DOMAINS = ("source", "target")
 TARGET = "target"  # name of the pool
@@ -60,8 +61,8 @@ FEAT_PX = {"fcn": 16, "damt": 8, "ganin": 32}  # of D_feat: 4 convolutions, 3 or
 class Config:
     """What defines an APMA-Net; the defaults are the paper's, DAMT-Net's or ours, as each says.
 
-    The paper's comparators (tables 1 and 2) are switches; all begin with the same steps on the
-    source alone:
+    The paper's comparators (tables 1 and 2) differ in these fields; all begin with the same steps on
+    the source alone:
 
     =============  ===========  ==============  =================
     name           reconstruct  adapt_features  adapt_predictions
@@ -216,20 +217,17 @@ def build(config: Config, classes: int, channels: int = 3) -> State:
     if config.reconstruct:
         modules["reconstructor"] = ReconstructionDecoder(config.base_width, channels, config.norm)
         learning += modules["reconstructor"].parameters()
-    betas = (config.beta1, config.beta2)
-    optimizers: dict[str, torch.optim.Optimizer] = {
-        "generator": torch.optim.Adam(learning, config.learning_rate, betas)
-    }
+    optimizers = {"generator": adam(learning, config.learning_rate, config)}
     discriminators: dict[str, nn.Module] = {}
     if config.adapt_features != "none":
         discriminators["discriminator_feat"] = _feature_discriminator(config)
     if config.adapt_predictions:
         discriminators["discriminator_pred"] = DomainDiscriminator(
-            classes, _doubled(config, 4), norm=config.pred_disc_norm
+            classes, widths_of(config.discriminator_width, 3), norm=config.pred_disc_norm
         )
+    modules |= discriminators
     for name, discriminator in discriminators.items():
-        modules[name] = discriminator
-        optimizers[name] = torch.optim.Adam(discriminator.parameters(), config.discriminator_learning_rate, betas)
+        optimizers[name] = adam(discriminator.parameters(), config.discriminator_learning_rate, config)
     return State(config, modules, optimizers, needed=("generator", "scale"))
 
 
@@ -241,11 +239,7 @@ def _feature_discriminator(config: Config) -> nn.Module:
         return damt_classifier(channels, side_px)
     if config.feat_disc == "ganin":
         return ganin_classifier(channels, side_px)
-    return DomainDiscriminator(channels, _doubled(config, 3))
-
-
-def _doubled(config: Config, count: int) -> tuple[int, ...]:
-    return tuple(config.discriminator_width << i for i in range(count))
+    return DomainDiscriminator(channels, widths_of(config.discriminator_width, 2))
 
 
 def before_step(state: State, parts: Parts, step: int, steps: int) -> None:

@@ -30,7 +30,7 @@ from histostream.training.networks.discriminator import Pix2PixDiscriminator
 from histostream.training.networks.tile_model import TileModel
 from histostream.training.networks.unet import UNet
 from histostream.training.state import Batch, State
-from histostream.training.steps import HALF_RANGE, descend, evaluating, frozen, to_grey_levels, to_unit_range
+from histostream.training.steps import HALF_RANGE, adam, descend, evaluating, frozen, to_grey_levels, to_unit_range
 
 TwoTasks = tuple[Tensor, Tensor, list[Tensor], list[Tensor]]  # of `TwoDecoderUNet`
 
@@ -175,20 +175,16 @@ def build(config: Config, classes: int, channels: int = 3) -> State:
         channels, classes, base_width=config.base_width, depth=config.depth, dropout=config.dropout, norm=config.norm
     )
     modules: dict[str, nn.Module] = {"generator": generator}
-    betas = (config.beta1, config.beta2)
-    optimizers: dict[str, torch.optim.Optimizer] = {
-        "generator": torch.optim.Adam(generator.parameters(), config.learning_rate, betas)
-    }
+    optimizers = {"generator": adam(generator.parameters(), config.learning_rate, config)}
     if config.adversarial:
-        pair_channels = channels + classes
-        modules["discriminator"] = (
-            EncoderDiscriminator(pair_channels, base_width=config.discriminator_width, dropout=config.dropout)
+        in_channels, width = channels + classes, config.discriminator_width
+        discriminator = (
+            EncoderDiscriminator(in_channels, base_width=width, dropout=config.dropout)
             if config.discriminator == "encoder"
-            else Pix2PixDiscriminator(pair_channels, base_width=config.discriminator_width)
+            else Pix2PixDiscriminator(in_channels, base_width=width)
         )
-        optimizers["discriminator"] = torch.optim.Adam(
-            modules["discriminator"].parameters(), config.discriminator_learning_rate, betas
-        )
+        modules["discriminator"] = discriminator
+        optimizers["discriminator"] = adam(discriminator.parameters(), config.discriminator_learning_rate, config)
     return State(config, modules, optimizers)
 
 

@@ -3,7 +3,7 @@
 "High resolution histopathology image generation and segmentation through adversarial training"
 (Li et al. 2021). Each level has a generator that paints masks, a segmenter, and a
 discriminator that tells the pairs of both from true ones. Levels are trained one after another,
-the coarsest first; a finished level only hands its result on.
+the coarsest first; a finished level passes its result on.
 
 ====================  ==========================================================
 paper                 here
@@ -17,11 +17,12 @@ alpha, beta, gamma    ``lambda_rec``, ``lambda_feat``, ``lambda_perc``
 alpha'                ``lambda_ce``
 ====================  ==========================================================
 
-Slips of the paper, and what is done. Equation 7 has a cross-entropy without minus: it has one.
-Equation 6 has the segmenter's pair as D(x_n | y_n, yh_{n+1}): it is D(x_n, yh_n). Algorithm 2 names
-equation 6 for all updates: it is equation 8, as in Algorithm 3. The perceptual loss is of pairs of
-image and mask, but a VGG takes three channels, and the mask is the same on both sides: it is of
-images. Phi_n and the amplitude of the noise are in an appendix that we do not have: SinGAN's.
+Errors in the paper, and what is done here. Equation 7 lacks the minus of the cross-entropy. Equation
+6 prints the segmenter's pair as D(x_n | y_n, yh_{n+1}); it is D(x_n, yh_n). Algorithm 2 names
+equation 6 for all updates; it is equation 8, as in Algorithm 3. The perceptual loss is printed for
+pairs of image and mask, but a VGG takes three channels, and the mask is the same on both sides; it
+is of images. Phi_n and the amplitude of the noise are in an appendix that we do not have; they are
+SinGAN's.
 """
 
 from __future__ import annotations
@@ -42,11 +43,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from histostream.training import device
-from histostream.training.batches import UNLABELLED, Parts, padded
+from histostream.training.batches import UNLABELLED, Parts, padded, stacked
 from histostream.training.checks import check_at_least, check_choices, check_shares
 from histostream.training.data import DataError, Sample
-from histostream.training.losses import EPSILON, cross_entropy, logit_loss, one_hot
+from histostream.training.losses import EPSILON, cross_entropy, one_hot
 from histostream.training.methods.pyramid_gan.fc_densenet import FCDenseNet
+from histostream.training.methods.pyramid_gan.losses import (
+    PENALTY,
+    adversarial_loss,
+    discriminator_mask,
+    feature_loss,
+    gradient_penalty,
+    perceptual_loss,
+)
 from histostream.training.methods.pyramid_gan.networks import (
     Generator,
     GeneratorPyramid,
@@ -68,6 +77,7 @@ from histostream.training.schedule import DECAYS, Schedule
 from histostream.training.state import Batch, State
 from histostream.training.steps import (
     HALF_RANGE,
+    adam,
     descend,
     evenly_chosen,
     follow,
@@ -79,8 +89,6 @@ from histostream.training.steps import (
 AVERAGED_STEPS = 100  # of the running estimate of the paintings' error
 MAX_MEASURED = 64  # training images over which noise and batch statistics are measured
 MEASURED_BATCH = 4  # whole images in a batch whose statistics are measured; the paper's finest level
-PENALTY = 0.1  # weight of WGAN-GP's gradient penalty; SinGAN
-VGG_WEIGHTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0)  # of relu1_1 to relu5_1; pix2pixHD
 PATCH_PX = 32  # smallest images of pix2pix's discriminator
 
 
@@ -88,7 +96,7 @@ PATCH_PX = 32  # smallest images of pix2pix's discriminator
 class Config:
     """What defines a model; the defaults are the paper's, else those of the work it cites.
 
-    What it is compared with are switches:
+    The methods that it is compared with differ in these fields:
 
     ====================  ======  =======  =============  ================================
     name                  levels  g_arch   judge_segm...  else
@@ -104,10 +112,11 @@ class Config:
 
     pix2pix and pix2pixHD are for the images that they paint; a segmenter is trained beside them on
     the true pairs, without a part in their losses, so that every run is scored and exported alike.
-    They get noise as the paper's generators do, that the samples of a mask may differ.
+    They get noise as the paper's generators do, so that samples of one mask differ.
 
-    Levels take shares of the run's steps: as ``level_shares`` says, or such that each passes as
-    often over the images, the paper's 200 epochs each. Times within a level are shares of it.
+    The run's steps are divided among the levels by ``level_shares``, or else so that each level
+    passes over the images equally often, as in the paper (200 epochs each). Times within a level
+    are shares of its steps.
     """
 
     levels: int = 4  # paper: N + 1; 64 to 512 px for GlaS; 5 for 1024 px
@@ -134,7 +143,7 @@ class Config:
     d_scales: int = 3  # paper
     judge_segmenter: bool = True  # paper: D judges the segmenter's pairs, equation 6
     gan: str = "bce"  # paper: log form; or "lsgan" (pix2pixHD), "wgan-gp" (SinGAN)
-    mask_for_discriminator: str = "softmax"  # paper; recommended: "straight_through", `shown_mask`
+    mask_for_discriminator: str = "softmax"  # paper; recommended: "straight_through", `discriminator_mask`
     # Losses
     rec_loss: str = "l2"  # paper, equation 3; or "l1" (pix2pix)
     lambda_rec: float = 1e-3  # paper: alpha
@@ -274,15 +283,7 @@ def pools(config: Config) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """Where a run is.
-
-    Attributes
-    ----------
-    level
-        That is being trained.
-    done, steps
-        Of the level.
-    """
+    """The level that a step trains, with ``done`` of the level's ``steps``."""
 
     level: int
     done: int
@@ -300,7 +301,7 @@ class Phase:
 
 
 def phase_at(config: Config, step: int, steps: int) -> Phase:
-    """Where a step is in a run: levels one after another, each with its share of the steps.
+    """Return the phase of a step: levels one after another, each with its share of the steps.
 
     Raises
     ------
@@ -319,12 +320,12 @@ def phase_at(config: Config, step: int, steps: int) -> Phase:
 
 
 def eligible(config: Config, done: int, steps: int) -> bool:
-    """Whether the best checkpoint may be of this moment: only one of all levels is a pyramid."""
+    """Whether the checkpoint may be best: only while the finest level trains is the pyramid complete."""
     return phase_at(config, done - 1, steps).level == 0
 
 
 class Progress(nn.Module):
-    """What is known of the run; buffers, so that checkpoints have it.
+    """State of the run, in buffers, so that checkpoints hold it.
 
     Attributes
     ----------
@@ -387,7 +388,7 @@ class Progress(nn.Module):
         return error
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *more: Any) -> None:
-        # Checkpoints of before there was an estimate have none.
+        # Older checkpoints have no estimate.
         for name in ("paintings", "painted_square", "grey"):
             state_dict.setdefault(prefix + name, getattr(self, name))
         super()._load_from_state_dict(state_dict, prefix, *more)
@@ -417,8 +418,8 @@ def build(config: Config, classes: int, channels: int = 3) -> State:
         rates["discriminator"] = config.discriminator_learning_rate
         for n in levels:
             modules[f"discriminator_{n}"] = _discriminator(config, classes + channels)
-    optimizers: dict[str, torch.optim.Optimizer] = {
-        f"{name}_{n}": torch.optim.Adam(modules[f"{name}_{n}"].parameters(), rate, (config.beta1, config.beta2))
+    optimizers = {
+        f"{name}_{n}": adam(modules[f"{name}_{n}"].parameters(), rate, config)
         for name, rate in rates.items()
         for n in levels
     }
@@ -452,7 +453,7 @@ def before_step(state: State, parts: Parts, step: int, steps: int) -> None:
     DataError
         If there are too few steps for the levels.
     WeightsError
-        If the weights of the VGG are not where they should be.
+        If the weights of the VGG cannot be read.
     """
     config: Config = state.config
     vgg = state.modules.get("perceptual")
@@ -476,7 +477,7 @@ def before_step(state: State, parts: Parts, step: int, steps: int) -> None:
 
 
 def _decay(state: State, phase: Phase) -> None:
-    """Let the rates of a level fall from what the schedule has set to 0 at the level's end."""
+    """Lower the learning rates of a level from the schedule's to 0 at the level's end."""
     if state.config.level_decay == "none":
         return
     factor = Schedule(decay=state.config.level_decay).rate(phase.done, phase.steps)
@@ -495,10 +496,9 @@ def painting_error(state: State, samples: Sequence[Sample], level: int) -> float
     config, run = state.config, _progress(state)
     squares, values = 0.0, 0
     for sample in evenly_chosen(samples, MAX_MEASURED):
-        image, labels = padded(sample.image, sample.labels, align_px(config))
-        nchw = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)[None]))
-        wanted = halved(to_unit_range(nchw.to(run.amplitudes.device)), level + 1)[level]
-        truth = torch.from_numpy(labels[None].astype(np.int64)).to(wanted.device)
+        images, labels = stacked([padded(sample.image, sample.labels, align_px(config))])
+        wanted = halved(to_unit_range(images.to(run.amplitudes.device)), level + 1)[level]
+        truth = labels.to(wanted.device)
         masks = one_hot_levels(truth, run.classes, config.levels)
         off = _painted_above(state, masks, level)[0] - wanted
         squares, values = squares + float((off**2).sum()), values + off.numel()
@@ -598,20 +598,9 @@ def _painted_above(state: State, masks: list[Tensor], level: int) -> tuple[Tenso
 
 
 def _segmented_above(state: State, images: Sequence[Tensor], level: int) -> Tensor:
-    """up2(yh_{n+1}) by the levels above one, frozen; zeros at the coarsest.
+    """Return up2(yh_{n+1}), (N, K, h, w), of images that are given coarsest first, down to level n + 1 at least.
 
-    Parameters
-    ----------
-    state
-        Of the model.
-    images
-        Coarsest first, down to level n + 1 at least.
-    level
-        n.
-
-    Returns
-    -------
-    (N, K, h, w), of twice the size of the level above; at the coarsest (1, K, 1, 1).
+    The segmenters above level n are frozen. At the coarsest level it is (1, K, 1, 1) zeros.
     """
     coarsest = state.config.levels - 1
     coarser = images[0].new_zeros(1, _progress(state).classes, 1, 1)
@@ -629,83 +618,6 @@ def _with_mask(image: Tensor, mask: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------- losses
-
-
-def adversarial_loss(kind: str, judged: Judged, *, real: bool) -> Tensor:
-    """How far D's logits are from "real", or from "not real": the mean of its scales.
-
-    With ``real`` for pairs that are not, it is what G and S minimise: -log D, the non-saturating
-    form of equations 2 and 6.
-
-    Parameters
-    ----------
-    kind
-        "bce", "lsgan" (squares) or "wgan-gp" (the mean itself).
-    judged
-        What D returned.
-    real
-        Whether the logits should be those of true pairs.
-    """
-    losses = []
-    for *_, logits in judged:
-        if kind == "bce":
-            losses.append(logit_loss(logits, real=real))
-        elif kind == "wgan-gp":
-            losses.append(-logits.mean() if real else logits.mean())
-        else:
-            losses.append(F.mse_loss(logits, torch.full_like(logits, float(real))))
-    return torch.stack(losses).mean()
-
-
-def shown_mask(kind: str, scores: Tensor) -> Tensor:
-    """Mask (N, K, h, w) of the segmenter's pairs, as D sees it and as S is judged by it.
-
-    With "softmax", p itself: a true mask is 0 or 1 everywhere and p never is, so that D can tell
-    the pairs apart by how sure the mask is, whatever it shows. With "straight_through" the arg-max
-    as one-hot, which only differs from a true mask where it is wrong, with the gradient of p:
-    ``hard + p - p.detach()``.
-    """
-    p = scores.softmax(dim=1)
-    if kind == "softmax":
-        return p
-    hard = one_hot(p.argmax(dim=1), p.shape[1]).to(p.dtype)
-    return hard + (p - p.detach())  # in this order it is 0 or 1 exactly
-
-
-def feature_loss(real: Judged, fake: Judged) -> Tensor:
-    """Distance of D's inner maps of true and painted pairs: equation 4, pix2pixHD's factors.
-
-    The mean over the scales of 4 / layers times the sum over a scale's layers of mean ``|a - b|``.
-    """
-    scales = []
-    for of_real, of_fake in zip(real, fake, strict=True):
-        inner = list(zip(of_real[:-1], of_fake[:-1], strict=True))
-        off = torch.stack([F.l1_loss(b, a.detach()) for a, b in inner])
-        scales.append(4 / len(inner) * off.sum())
-    return torch.stack(scales).mean()
-
-
-def perceptual_loss(vgg: nn.Module, painted: Tensor, images: Tensor) -> Tensor:
-    """Weighted distance of VGG19's maps of painted and true images, as pix2pixHD."""
-    with torch.no_grad():
-        wanted = vgg(images)
-    maps = zip(VGG_WEIGHTS, vgg(painted), wanted, strict=True)
-    weighted = [weight * F.l1_loss(a, b) for weight, a, b in maps]
-    return torch.stack(weighted).sum()
-
-
-def gradient_penalty(judge: nn.Module, real: Tensor, fake: Tensor) -> Tensor:
-    """WGAN-GP's penalty on pairs between true and not true ones, per pixel as SinGAN has it.
-
-    ``mean (|grad| - 1)^2`` over pixels and scales; the norm is over channels.
-    """
-    share = torch.rand(len(real), 1, 1, 1, device=real.device)
-    between = torch.lerp(fake, real, share).requires_grad_(True)
-    penalties = []
-    for *_, logits in judge(between):
-        (slope,) = torch.autograd.grad(logits.sum(), between, create_graph=True)
-        penalties.append(((slope.norm(dim=1) - 1) ** 2).mean())
-    return torch.stack(penalties).mean()
 
 
 def pseudo_share(config: Config, progress: float) -> float:
@@ -795,7 +707,7 @@ def step(state: State, batch: Batch) -> dict[str, Tensor]:
             _progress(state).update(painted.detach(), level_batch.images[: level_batch.labelled])
             losses["painting_error"] = _progress(state).painting_error()
     if config.judge_segmenter:
-        fakes.append((level_batch.images, shown_mask(config.mask_for_discriminator, scores)))
+        fakes.append((level_batch.images, discriminator_mask(config.mask_for_discriminator, scores)))
     if config.judges:
         reals = _true_pairs(config, level_batch, scores, phase.progress)
         losses["discriminator"] = _step_discriminator(state, n, reals, fakes)
@@ -947,23 +859,14 @@ def _step_segmenter(
 ) -> dict[str, Tensor]:
     """Step S_n: equation 7 and the cross-entropy on painted images, D frozen; or equation 9.
 
-    Parameters
-    ----------
-    state
-        Of the model.
-    phase
-        Where the run is.
-    level_batch, scores
-        The input of S_n, and its scores.
-    painted
-        xt_N to xt_n, coarsest first.
+    ``scores`` are those of S_n; ``painted`` is xt_N to xt_n, coarsest first.
     """
     config: Config = state.config
     n = phase.level
     losses = {"segmentation": cross_entropy(scores[: level_batch.labelled], level_batch.truth)}
     total = config.lambda_ce * losses["segmentation"]
     if config.judge_segmenter:
-        mask = shown_mask(config.mask_for_discriminator, scores)
+        mask = discriminator_mask(config.mask_for_discriminator, scores)
         with frozen(state.modules[f"discriminator_{n}"]) as judge:
             judged: Judged = judge(torch.cat([level_batch.images, mask], dim=1))
         losses["segmenter_adversarial"] = adversarial_loss(config.gan, judged, real=True)

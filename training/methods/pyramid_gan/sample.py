@@ -108,20 +108,9 @@ def open_painter(run: Path, device: torch.device | None = None) -> Painter:
 
 @torch.no_grad()
 def paint(painter: Painter, labels: NDArray[np.uint8], seed: Sequence[int]) -> NDArray[np.uint8]:
-    """Paint one label map; the noise is drawn from the seed alone.
+    """Paint one label map, (H, W) classes, as (H, W, C) uint8; the noise is drawn from the seed alone.
 
-    Parameters
-    ----------
-    painter
-        The generators.
-    labels
-        (H, W) classes; mirrored up to what the network takes, and the image cut back.
-    seed
-        Another is another image.
-
-    Returns
-    -------
-    (H, W, C) uint8.
+    The label map is mirrored up to what the network takes, and the image is cut back.
     """
     height, width = labels.shape
     _, whole = padded(labels[..., None], labels, painter.align_px)

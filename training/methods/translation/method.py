@@ -17,12 +17,12 @@ D_A, D_P               ``discriminator_absence``, ``discriminator_presence``
 y                      probability of each class but the background, a sigmoid each
 =====================  ==========================================================
 
-How the labelled images enter: they are images of P (crop them so that the target is in view). As
-many of them are in a step's P images, in the place of images of the pool, as they are among all P
-images of the data: with 1 % of 20 that is one in every fifth step. The rest of the labelled batch
-is not used. L_seg is the Dice loss of those images together, and 0 in a step without any.
+Labelled images are images of P (crop them so that the target is in view). Their share of a step's P
+images, where they replace images of the pool, is their share of all P images of the data: with 1 %
+and batches of 20, one image in every fifth step. The rest of the labelled batch is not used. L_seg is
+the Dice loss of these images together, and 0 in a step without any.
 
-Slips of the paper: equation 4 composes the classification s into the decoder, where s is applied
+Errors in the paper: equation 4 composes the classification s into the decoder, where s is applied
 to its result. Equation 8 writes the Dice coefficient itself, which is to be maximised. Equation 12
 has the terms of D with a minus sign under a maximum, which would reward a bad discriminator; it is
 the hinge loss of the work that it cites. Its last term is what G minimises. Section 4.3 says that
@@ -65,7 +65,7 @@ EXPLAINED_BY = ("encoder", "common")  # the modules of `explained`
 class Config:
     """What defines a model; the defaults are the paper's for 48 x 48 px, and ours where it says so.
 
-    The paper's comparators (table 1) are switches:
+    The paper's comparators (table 1) differ in these fields:
 
     =====================  ============  ==============  ========  =============
     name                   objective     shared_decoder  skips     spectral_norm

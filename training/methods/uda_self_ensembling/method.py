@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from histostream.training import device
-from histostream.training.batches import Parts, padded, unannotated
+from histostream.training.batches import Parts, padded, stacked, unannotated
 from histostream.training.checks import check_at_least, check_choices
 from histostream.training.data import DataError, Picture
 from histostream.training.losses import EPSILON, logit_loss, soft_dice
@@ -45,7 +45,7 @@ from histostream.training.networks.discriminator import DomainDiscriminator
 from histostream.training.networks.tile_model import TileModel
 from histostream.training.networks.unet import widths_of
 from histostream.training.state import Batch, State
-from histostream.training.steps import HALF_RANGE, descend, evaluating, follow, frozen, measure_statistics
+from histostream.training.steps import HALF_RANGE, adam, descend, evaluating, follow, frozen, measure_statistics
 
 SOURCE, TARGET = 0, 1  # rows of the measurements in `Domains`
 MIN_PX = 32  # what the discriminator halves five times
@@ -81,11 +81,11 @@ class Config:
     em_domains: str = "source"  # eq. 2 prints the source; or "both": its text is on the target
     entropy_weight: float = 1.0  # paper, below eq. 4
     # Paper: not ramped. At weight 1 and p about .5, where a run begins, eq. 2 has a gradient as
-    # large as Dice's and confirms what is wrong yet; True: times lambda(E), as the consistency.
+    # large as Dice's and confirms early errors (docs/methods.md); True: times lambda(E), as eq. 5.
     entropy_ramp: bool = False
     consistency_domains: str = "both"  # abstract; eq. 3 and 9 print "source", which adapts nothing
     consistency_weight: float = 1.0  # paper: k of eq. 5
-    stop_gradient: bool = True  # ours: Y^ is a teacher's word in eq. 3, as in the cited work
+    stop_gradient: bool = True  # ours: Y^ is a fixed target in eq. 3, as in the cited work
     flips: bool = False  # paper: pi rotates; True mirrors too
     ema: float = 0.0  # paper: teacher and student share weights; 0.99 or 0.999: a mean teacher
     ramp: str = "gaussian_up"  # ours, of eq. 5: Laine and Aila; or "gaussian_peak", or "none"
@@ -130,7 +130,7 @@ class Config:
 
 
 class Domains(nn.Module):
-    """What is known of the two training sets and of the run; buffers, so that checkpoints have it.
+    """Measurements of both training sets and state of the run, in buffers, so that checkpoints hold them.
 
     Attributes
     ----------
@@ -143,7 +143,7 @@ class Domains(nn.Module):
     round
         Of self-training; 0 while S learns from the source alone.
     thresholds
-        (2,) absolute logit from which on a pixel of the ground, of the nuclei is kept.
+        (2,) least absolute logit of the pixels of ground and nuclei that are kept.
     finished
         1 where training is over, so that images are normalised as in deployment.
     """
@@ -207,22 +207,16 @@ def build(config: Config, classes: int, channels: int = 3) -> State:
         raise DataError(
             f"{classes} classes: uda_self_ensembling tells one class from a ground; merge the labels into 2 classes"
         )
-    betas = (config.beta1, config.beta2)
     segmenter = BatchNormUNet(channels, 1, base_width=config.base_width)
     modules: dict[str, nn.Module] = {"segmenter": segmenter, "domains": Domains(channels)}
-    optimizers: dict[str, torch.optim.Optimizer] = {
-        "segmenter": torch.optim.Adam(segmenter.parameters(), config.learning_rate, betas)
-    }
+    rates = {"segmenter": config.learning_rate}
     if config.lambda_adv:
         modules["discriminator"] = DomainDiscriminator(1, widths_of(config.discriminator_width, 3))
-        optimizers["discriminator"] = torch.optim.Adam(
-            modules["discriminator"].parameters(), config.discriminator_learning_rate, betas
-        )
+        rates["discriminator"] = config.discriminator_learning_rate
     if config.lambda_rec:
         modules["reconstructor"] = BatchNormUNet(1, channels, base_width=config.base_width)
-        optimizers["reconstructor"] = torch.optim.Adam(
-            modules["reconstructor"].parameters(), config.reconstructor_learning_rate, betas
-        )
+        rates["reconstructor"] = config.reconstructor_learning_rate
+    optimizers = {name: adam(modules[name].parameters(), rate, config) for name, rate in rates.items()}
     if config.ema and config.consistency_weight:
         modules["teacher"] = copy.deepcopy(segmenter).requires_grad_(False)
     if config.self_training:
@@ -356,14 +350,8 @@ def reconstruction_loss(state: State, probability: Tensor, images: Tensor) -> Te
 def consistency_loss(state: State, images: Tensor, probability: Tensor) -> Tensor:
     """``mean (S(pi X) - pi S(X))^2``, equation 3, with another pi for each image.
 
-    Parameters
-    ----------
-    state
-        Of the model.
-    images
-        X, (N, C, H, W), normalised.
-    probability
-        S(X); where there is a mean teacher T, T(X) takes its place.
+    ``images`` are X, (N, C, H, W), normalised, and ``probability`` is S(X); where there is a mean
+    teacher T, T(X) takes its place.
     """
     turns, mirrored = draw_turns(images, flips=state.config.flips)
     if "teacher" in state.modules:
@@ -547,9 +535,8 @@ def _whole_images(pictures: Sequence[Picture], device: torch.device) -> Iterator
     """Yield whole images (1, C, H, W), mirrored up to what S takes, and their own (h, w)."""
     for picture in pictures:
         sample = unannotated(picture)
-        image, _ = padded(sample.image, sample.labels, STRIDE_PX)
-        nchw = np.ascontiguousarray(image.transpose(2, 0, 1)[None])
-        yield torch.from_numpy(nchw).to(device), picture.shape
+        images, _ = stacked([padded(sample.image, sample.labels, STRIDE_PX)])
+        yield images.to(device), picture.shape
 
 
 @torch.no_grad()
