@@ -44,3 +44,16 @@ def test_paths_of_a_page_exist(page: Path) -> None:
     for code in INLINE.findall(prose(page)):
         if FILE.fullmatch(code) and "NAME" not in code:
             assert (REPOSITORY / code).exists(), code
+
+
+def test_the_messages_that_the_troubleshooting_page_quotes_are_in_the_code() -> None:
+    """The page writes "..." for the values in a message."""
+    text = prose(REPOSITORY / "docs" / "troubleshooting.md")
+    files = [path for name in ("wsi", "runtime") for path in (REPOSITORY / name).rglob("*.py")]
+    sources = [path.read_text(encoding="utf-8") for path in files]
+    code = re.sub(r"\"\s+f?\"", "", "\n".join(sources))  # a message can continue on the next line
+    quoted = [message for message in re.findall(r"\"([^\"]+)\"", text) if " " in message]
+    assert len(quoted) > 3
+    for message in quoted:
+        pattern = r"[^\n]*".join(re.escape(part) for part in message.split("..."))
+        assert re.search(pattern, code), message
