@@ -6,7 +6,9 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import histostream.export
 import histostream.runtime
+import histostream.training
 import histostream.wsi
 
 HERE = Path(__file__).parent
@@ -54,7 +56,7 @@ autosummary_context = {
             for name in package.__all__
             if hasattr(getattr(package, name), "__module__")
         ]
-        for package in (histostream.wsi, histostream.runtime)
+        for package in (histostream.wsi, histostream.runtime, histostream.training, histostream.export)
     }
 }
 napoleon_google_docstring = False
