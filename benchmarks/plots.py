@@ -83,7 +83,7 @@ def roofline_png(said: Plain, path: Path) -> None:
     notes: list[_Note] = []
     for name, peak, memory in roofs:
         axes.plot([peak / memory, high], [peak, peak], color=GREY, linewidth=1.6)
-        notes.append(_Note(f"{name} ceiling {_figure(peak)} GFLOP/s", GREY, high, peak, 1))
+        notes.append(_Note(f"{name} peak {_figure(peak)} GFLOP/s", GREY, high, peak, 1))
     for i, (label, point) in enumerate(points):
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
         x, y = point["flop_per_byte"], point["gflop_per_s"]
@@ -91,7 +91,7 @@ def roofline_png(said: Plain, path: Path) -> None:
         share = f", {point['share_of_roof']:.0%} of its roof" if "share_of_roof" in point else ""
         notes.append(_Note(f"{label}\n{_figure(y)} GFLOP/s{share}", colour, x, y, 2))
     _write(axes, notes)
-    axes.set_xlabel("arithmetic intensity, FLOP per byte (every node by itself)")
+    axes.set_xlabel("arithmetic intensity, FLOP per byte (each operator separately)")
     axes.set_ylabel("bare engine, GFLOP/s")
     axes.set_title(f"Roofline of {_machine(said)}", loc="left", fontsize=11)
     axes.grid(visible=True, which="major", color="#E4E4E4", linewidth=0.6)

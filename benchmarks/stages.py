@@ -61,7 +61,7 @@ class Setup:
     batch
         Tiles per inference; None: what suits the device.
     tile_px
-        SpatialAxis of a tile; None: as the model was exported.
+        Side of a tile; None: as the model was exported.
     """
 
     bundle: Path

@@ -69,7 +69,7 @@ def ratio(of: list[float], to: list[float]) -> float:
 @click.command(context_settings={"show_default": True})
 @click.option("--model", "bundle", type=click.Path(path_type=Path), help="Default: the shipped.")
 @click.option("--backend", default="cpu")
-@click.option("--size", default=4096, help="SpatialAxis of the synthetic slide, px.")
+@click.option("--size", default=4096, help="Side of the synthetic slide, px.")
 @click.option("--batch", default=1)
 @click.option("--repeats", default=5)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="JSON to write.")

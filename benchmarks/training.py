@@ -86,7 +86,7 @@ def measure(
 @click.command()
 @click.option("--device", default="auto", show_default=True)
 @click.option("--width", default=64, show_default=True, help="Of the networks' finest stage.")
-@click.option("--crop", default=512, show_default=True, help="SpatialAxis of a crop.")
+@click.option("--crop", default=512, show_default=True, help="Side of a crop.")
 @click.option("--batch", default=4, show_default=True)
 @click.option("--compile", "compiled", is_flag=True, help="Time torch.compile too.")
 @click.option("--repeats", default=5, show_default=True)

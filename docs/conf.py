@@ -6,7 +6,9 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import histostream.export
 import histostream.runtime
+import histostream.training
 import histostream.wsi
 
 HERE = Path(__file__).parent
@@ -54,7 +56,7 @@ autosummary_context = {
             for name in package.__all__
             if hasattr(getattr(package, name), "__module__")
         ]
-        for package in (histostream.wsi, histostream.runtime)
+        for package in (histostream.wsi, histostream.runtime, histostream.training, histostream.export)
     }
 }
 napoleon_google_docstring = False
@@ -72,7 +74,7 @@ toc_object_entries_show_parents = "hide"
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!histostream\b).*\..*"),
     (r"py:obj", r"[A-Z][A-Z0-9_]+"),  # constants have comments instead of docstrings
-    (r"py:class", r"Tensor|Axes|.*\[.*|.*\.(AnySink|Label|Result|Score)"),  # aliases
+    (r"py:class", r"Tensor|Axes|.*\[.*|.*\.(AnySink|Item|Label|Result|Score|T)"),  # aliases
 ]
 
 # `-t pages` leaves out the API reference, which takes minutes. A test builds the other pages.

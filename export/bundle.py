@@ -56,7 +56,7 @@ class Options:
     targets
         Compute capabilities to build for ("sm86", ...); empty: all that the library supports.
     tile_px
-        SpatialAxis of the network's input; None: the one that the network is built for, else 512.
+        Side of the network's input; None: the one that the network is built for, else 512.
     calibrate
         Slide or folder whose tiles calibrate INT8 and check parity; None: the synthetic slide.
     freeze

@@ -63,7 +63,7 @@ def _export_options(command: Callable[..., None]) -> Callable[..., None]:
                 "tile_px",
                 type=int,
                 metavar="PX",
-                help="SpatialAxis of a tile.  [default: the network's own, else 512]",
+                help="Side of a tile.  [default: the network's own, else 512]",
             ),
             click.option(
                 "--calibrate",
@@ -190,7 +190,7 @@ def wrap(
 
 def _graph_arguments(command: Callable[..., None]) -> Callable[..., None]:
     """Add the arguments of the commands that write a single graph."""
-    tile = click.option("--tile", "tile_px", type=int, metavar="PX", help="SpatialAxis of the images.")
+    tile = click.option("--tile", "tile_px", type=int, metavar="PX", help="Side of the images.")
     file = click.argument("out", type=PATH)
     return click.argument("run", type=PATH)(file(tile(_one_line_errors(command))))
 

@@ -38,7 +38,7 @@ def export_explanation(run: Path, out: Path, *, tile_px: int | None = None) -> o
     out
         File to write; an existing one is replaced once the new one is complete.
     tile_px
-        SpatialAxis of the tiles; None: the one that the network is built for, else 512.
+        Side of the tiles; None: the one that the network is built for, else 512.
 
     Raises
     ------

@@ -35,7 +35,7 @@ def export_generator(run: Path, out: Path, *, tile_px: int | None = None) -> onn
     out
         File to write; an existing one is replaced once the new one is complete.
     tile_px
-        SpatialAxis of the images; None: 512.
+        Side of the images; None: 512.
 
     Raises
     ------

@@ -183,7 +183,7 @@ def trained_network(
 
 
 def own_tile_px(module: nn.Module) -> int:
-    """SpatialAxis of the tiles that a deployed module is built for, its ``tile_px``; 0 for any."""
+    """Side of the tiles that a deployed module is built for, its ``tile_px``; 0 for any."""
     return int(getattr(module, "tile_px", 0))
 
 

@@ -38,7 +38,7 @@ class ExternalModel:
     classes
         Names in label order. A network with one output channel has two classes: without and with.
     tile_px
-        SpatialAxis of the tiles.
+        Side of the tiles.
     mean, std
         Per channel, in the network's own order of channels: its input is
         (scale * pixel - mean) / std. Their length is the number of channels, 3 or 1.

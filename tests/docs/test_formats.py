@@ -1,4 +1,4 @@
-"""The page of file formats names every file and every field that is written."""
+"""The page about file formats names every file and every field that is written."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from histostream.runtime.engines.tensorrt.file import EngineHeader
 from histostream.training.checkpoint import Checkpoint
 from histostream.wsi.outputs.journal import RunManifest
 from histostream.wsi.outputs.lock import Holder
-from histostream.wsi.outputs.sinks.objects import _table as table
+from histostream.wsi.outputs.sinks.objects import _table
 from histostream.wsi.synthetic import SyntheticSlide
 from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.full
 
 PAGE = (REPOSITORY / "docs" / "file-formats.md").read_text(encoding="utf-8")
-# What is in these depends on the model or on the options, which have pages of their own.
+# The content of these fields depends on the model or on the options; other pages describe it.
 OPEN = {"options", "versions", "model.sha256", "model.card", "inputs.options"}
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return what a cohort of two slides leaves, with every file that there is."""
+    """Return the results of a cohort of two slides, with every kind of file."""
     folder = tmp_path_factory.mktemp("formats")
     for name in ("one", "two"):
         SyntheticSlide(300, 200, 0.5, 1).write(folder / f"{name}.tif")
-    said = CliRunner().invoke(
+    result = CliRunner().invoke(
         main,
         [
             str(folder),
@@ -55,24 +55,24 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "--no-tissue",
         ],
     )
-    assert said.exit_code == 0, said.output
+    assert result.exit_code == 0, result.output
     return folder / "out"
 
 
-def fields(said: Any, above: str = "") -> Iterator[str]:
+def fields(record: Any, prefix: str = "") -> Iterator[str]:
     """Yield the names of all fields of a JSON object."""
-    if isinstance(said, dict):
-        for name, value in said.items():
+    if isinstance(record, dict):
+        for name, value in record.items():
             yield name
-            if above + name not in OPEN:
-                yield from fields(value, f"{above}{name}.")
-    elif isinstance(said, list):
-        for value in said:
-            yield from fields(value, above)
+            if prefix + name not in OPEN:
+                yield from fields(value, f"{prefix}{name}.")
+    elif isinstance(record, list):
+        for value in record:
+            yield from fields(value, prefix)
 
 
 def named(section: str) -> set[str]:
-    """Return what a section of the page, with those below it, has in backticks."""
+    """Return the names in backticks in a section of the page and its sub-sections."""
     found = re.search(rf"^(#+) {re.escape(section)}\n(.*?)(?=^#{{1,2}} |\Z)", PAGE, re.M | re.S)
     assert found is not None, section
     text = found.group(2)
@@ -115,4 +115,4 @@ def test_every_attribute_is_named(kind: Any, section: str) -> None:
 
 def test_every_column_is_named() -> None:
     assert set(COLUMNS) <= named("A list of slides")
-    assert set(table.COLUMNS) <= named("objects")
+    assert set(_table.COLUMNS) <= named("objects")
