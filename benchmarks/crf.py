@@ -7,10 +7,10 @@
         --out benchmarks/results/crf-cpu.json
 
 pydensecrf2 wraps the code of Kraehenbuehl and Koltun, which the lattice backend follows; it has one
-thread, and its smoothness kernel runs on a lattice too. All get the same synthetic tissue and noisy
-probabilities, and take turns, so that other load on the machine meets each: the ratios are what
-counts. CPU seconds are those of all threads. (GNU's threads spin while they wait unless told
-otherwise, which costs much on a machine that is busy with other work: hence the variable.)
+thread, and its smoothness kernel runs on a lattice too. All process the same synthetic tissue and
+noisy probabilities, alternately, so that other load on the machine affects each: read the ratios,
+not the speeds. CPU seconds are those of all threads. (Without the variable, GNU's threads spin while
+they wait, which slows a busy machine down.)
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from histostream.runtime.hardware import hardware, usable_cores
 from histostream.wsi.synthetic import SyntheticSlide
 
 SLIDE = SyntheticSlide(4096, 4096, seed=1)
-TISSUE, EDGE = (3072, 0), (1024, 0)  # x, y of tissue, and of a place that is half glass
+TISSUE, EDGE = (3072, 0), (1024, 0)  # x, y of a region of tissue, and of one that is half glass
 SIDES, CLASSES, THETA_ALPHAS = (512, 1024), (2, 5), (10.0, 60.0)
 REFERENCE = "pydensecrf2"
-TILE_PX = 128  # that are left out where the network is certain
-CERTAIN, FEW = 0.9, 0.001  # probability, and share of pixels below it, of such a tile
+TILE_PX = 128  # tiles in which the network is certain are left out
+CERTAIN, MAX_UNCERTAIN = 0.9, 0.001  # probability, and share of pixels below it, of such a tile
 
 Pixels = NDArray[np.uint8]
 Scores = NDArray[np.float32]
 Crf = Callable[[Pixels, Scores, CrfParams], Scores]
 
 
-def make_input(place: tuple[int, int], side: int, classes: int, noise: float) -> tuple[Pixels, Scores]:
-    """Synthetic tissue, and probabilities of nuclei and grey levels under noise of a deviation."""
-    image, nuclei = SLIDE.region(*place, side, side)
+def make_input(corner: tuple[int, int], side: int, classes: int, noise: float) -> tuple[Pixels, Scores]:
+    """Make synthetic tissue, and probabilities of nuclei and grey levels with noise of a standard deviation."""
+    image, nuclei = SLIDE.region(*corner, side, side)
     labels = np.minimum(nuclei + (image[..., 0] // 64 if classes > 2 else 0), classes - 1)
     logits = np.random.default_rng(0).normal(0, noise, (classes, side, side)).astype(np.float32)
     logits += (1.5 if noise else 6) * np.moveaxis(np.eye(classes, dtype=np.float32)[labels], -1, 0)
@@ -63,12 +63,12 @@ def run_reference(image: Pixels, scores: Scores, params: CrfParams) -> Scores:
     crf.setUnaryEnergy(np.ascontiguousarray(energies))
     crf.addPairwiseGaussian(sxy=params.theta_gamma, compat=params.w2)
     crf.addPairwiseBilateral(sxy=params.theta_alpha, srgb=params.theta_beta, rgbim=image, compat=params.w1)
-    found: Scores = np.array(crf.inference(params.n_iter)).reshape(scores.shape)
-    return found
+    result: Scores = np.array(crf.inference(params.n_iter)).reshape(scores.shape)
+    return result
 
 
 def run_lattice(threads: int) -> Crf:
-    """Return the lattice on a number of threads."""
+    """Return a function that runs the lattice on a number of threads."""
 
     def run(image: Pixels, scores: Scores, params: CrfParams) -> Scores:
         import numba
@@ -82,7 +82,7 @@ def run_lattice(threads: int) -> Crf:
 def measure(
     contenders: dict[str, Crf], image: Pixels, scores: Scores, params: CrfParams, repeats: int
 ) -> dict[str, object]:
-    """Time the contenders in turns; compare their labels with the reference's."""
+    """Time the contenders alternately, and compare their labels with those of the reference."""
     wall: dict[str, list[float]] = {name: [] for name in contenders}
     cpu: dict[str, list[float]] = {name: [] for name in contenders}
     labels = {}
@@ -102,45 +102,45 @@ def measure(
         "cpu_seconds": {n: round(float(np.median(s)), 3) for n, s in cpu.items()},
         "cpu_seconds_of_reference_over": {n: _ratio(cpu[REFERENCE], s) for n, s in cpu.items()},
         "labels_that_agree_with_reference": {
-            n: round(float((found == labels[REFERENCE]).mean()), 5) for n, found in labels.items()
+            n: round(float((result == labels[REFERENCE]).mean()), 5) for n, result in labels.items()
         },
         "labels_changed_by_reference": round(float((labels[REFERENCE] != scores.argmax(axis=0)).mean()), 4),
     }
 
 
 def _ratio(reference: list[float], ours: list[float]) -> float:
-    """Median over the turns, each a ratio of neighbours in time."""
+    """Return the median of the ratios of runs that followed each other."""
     return round(float(np.median(np.divide(reference, ours))), 2)
 
 
 def uncertain_tiles(scores: Scores) -> Iterator[tuple[int, int]]:
-    """Rows and columns of the tiles in which the network is not sure of its labels."""
-    unsure = scores.max(axis=0) < CERTAIN
-    for y, x in product(*(range(0, size, TILE_PX) for size in unsure.shape)):
-        if unsure[y : y + TILE_PX, x : x + TILE_PX].mean() > FEW:
+    """Yield row and column of the tiles in which the network is uncertain."""
+    uncertain = scores.max(axis=0) < CERTAIN
+    for y, x in product(*(range(0, size, TILE_PX) for size in uncertain.shape)):
+        if uncertain[y : y + TILE_PX, x : x + TILE_PX].mean() > MAX_UNCERTAIN:
             yield y, x
 
 
 def run_uncertain(image: Pixels, scores: Scores, params: CrfParams) -> Scores:
-    """Run the lattice on the uncertain tiles, with a halo; the rest keeps its probabilities."""
+    """Run the lattice on the uncertain tiles, with a halo; the other tiles keep their probabilities."""
     out, halo = scores.copy(), params.halo_px
     for y, x in uncertain_tiles(scores):
         y0, x0 = max(y - halo, 0), max(x - halo, 0)
         box = np.s_[y0 : y + TILE_PX + halo, x0 : x + TILE_PX + halo]
-        found = dense_crf(image[box], scores[:, *box], params, origin=(y0, x0), backend="lattice")
-        part = found[:, y - y0 :, x - x0 :][:, :TILE_PX, :TILE_PX]
+        result = dense_crf(image[box], scores[:, *box], params, origin=(y0, x0), backend="lattice")
+        part = result[:, y - y0 :, x - x0 :][:, :TILE_PX, :TILE_PX]
         out[:, y : y + TILE_PX, x : x + TILE_PX] = part
     return out
 
 
 def measure_uncertain(repeats: int) -> dict[str, object]:
-    """Time the lattice on a place that is half glass, whole, and where the network is unsure."""
+    """Time the lattice on a region that is half glass: on all of it, and on its uncertain tiles."""
     side, params = 1024, CrfParams(theta_alpha=10)
     image, noisy = make_input(EDGE, side, 2, 1.5)
-    _, sure = make_input(EDGE, side, 2, 0)
-    # Networks are unsure in tissue, and sure of glass.
-    scores = np.where(image.min(axis=2) < 225, noisy, sure)
-    whole = run_lattice(1)  # small tiles keep cores busy side by side, not each from inside
+    _, certain = make_input(EDGE, side, 2, 0)
+    # Networks are uncertain in tissue, and certain on glass.
+    scores = np.where(image.min(axis=2) < 225, noisy, certain)
+    whole = run_lattice(1)  # one thread: small tiles use several cores by running in parallel
     seconds: dict[str, list[float]] = {"whole": [], "uncertain tiles": []}
     labels = {}
     for _ in range(repeats):
@@ -160,16 +160,16 @@ def measure_uncertain(repeats: int) -> dict[str, object]:
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--repeats", default=3, help="Turns of each; the figures are medians.")
+@click.option("--repeats", default=3, help="Runs of each; the figures are medians.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="JSON to write.")
 def main(repeats: int, out: Path) -> None:
-    """Time the backends and pydensecrf2 in turns."""
+    """Time the backends and pydensecrf2 alternately."""
     threads = usable_cores()
     contenders: dict[str, Crf] = {REFERENCE: run_reference, "lattice, 1 thread": run_lattice(1)}
     if threads > 1:
         contenders[f"lattice, {threads} threads"] = run_lattice(threads)
     machine = hardware()
-    said: dict[str, object] = {
+    results: dict[str, object] = {
         "hardware": machine,
         "note": f"load {machine['load_before']} on {threads} cores before the run: "
         "where other work runs beside, ratios hold and speeds do not",
@@ -185,14 +185,14 @@ def main(repeats: int, out: Path) -> None:
     for side, classes, theta_alpha in product(SIDES, CLASSES, THETA_ALPHAS):
         image, scores = make_input(TISSUE, side, classes, 1.5)
         params = CrfParams(w1=10, theta_alpha=theta_alpha)
-        for run in contenders.values():  # compiles the loops
+        for run in contenders.values():  # the first run compiles
             run(np.ascontiguousarray(image[:64, :64]), scores[:, :64, :64], params)
         runs.append(measure(contenders, image, scores, params, repeats))
         click.echo(json.dumps(runs[-1]))
-    said["only_uncertain_tiles"] = measure_uncertain(repeats)
+    results["only_uncertain_tiles"] = measure_uncertain(repeats)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(said, indent=1) + "\n")
-    click.echo(json.dumps(said["only_uncertain_tiles"]))
+    out.write_text(json.dumps(results, indent=1) + "\n")
+    click.echo(json.dumps(results["only_uncertain_tiles"]))
 
 
 if __name__ == "__main__":

@@ -328,7 +328,7 @@ def test_the_lattice_gives_the_same_bits_on_one_thread_and_two() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"theta_alpha": 0}, "theta_alpha=0 is no width"),
         ({"theta_beta": -3.0}, "theta_beta=-3.0 is no width"),
@@ -341,8 +341,8 @@ def test_the_lattice_gives_the_same_bits_on_one_thread_and_two() -> None:
         ({"n_iter": 2.5}, "n_iter=2.5: use a whole number"),
     ],
 )
-def test_parameters_that_mean_nothing_are_refused(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(CrfError, match=said):
+def test_parameters_that_mean_nothing_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(CrfError, match=message):
         CrfParams(**options)
 
 
@@ -350,7 +350,7 @@ IMAGE, SCORES = np.zeros((4, 6, 3), np.uint8), np.full((2, 4, 6), 0.5, np.float3
 
 
 @pytest.mark.parametrize(
-    ("image", "scores", "options", "said"),
+    ("image", "scores", "options", "message"),
     [
         (IMAGE, SCORES * np.nan, {}, "from nan to nan"),
         (IMAGE, SCORES + np.inf, {}, "from inf to inf"),
@@ -368,8 +368,8 @@ IMAGE, SCORES = np.zeros((4, 6, 3), np.uint8), np.full((2, 4, 6), 0.5, np.float3
         (IMAGE, SCORES, {"origin": (1, 2, 3)}, "whole pixels"),
     ],
 )
-def test_bad_input_is_refused(image: Any, scores: Any, options: dict[str, Any], said: str) -> None:
-    with pytest.raises(CrfError, match=said) as caught:
+def test_bad_input_is_refused(image: Any, scores: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(CrfError, match=message) as caught:
         dense_crf(image, scores, **options)
     assert isinstance(caught.value, HistoError)
     assert isinstance(caught.value, ValueError)

@@ -98,7 +98,7 @@ def test_a_binding_that_is_not_installed_is_an_error_that_says_what_to_install(
 
 @needs_cuda_python
 def test_cuda_python_moves_bytes_and_captures_graphs() -> None:
-    said = on_fake_driver("""
+    printed = on_fake_driver("""
         import ctypes
         import numpy as np
         from histostream.runtime.cuda.base import DeviceError, DeviceMemoryError, open_device
@@ -145,7 +145,7 @@ def test_cuda_python_moves_bytes_and_captures_graphs() -> None:
         device.close()
         print(ctypes.CDLL("libcuda.so.1").fake_taken())
     """)
-    lines = said.splitlines()
+    lines = printed.splitlines()
     assert lines[0] == f"fake GPU sm90 {1 << 30} 7 True"
     assert lines[1].startswith(f"GPU 0 (fake GPU): no {1 << 40} bytes of device memory left; ")
     assert lines[2].startswith("GPU 0: cuMemFree failed (CUDA_ERROR_INVALID_VALUE: in words); ")
@@ -193,7 +193,7 @@ def test_a_slide_streams_through_cuda_python(tmp_path: Path) -> None:
 
 @needs_cuda_python
 def test_a_driver_without_a_gpu_is_an_error() -> None:
-    said = on_fake_driver(
+    printed = on_fake_driver(
         """
         from histostream.runtime.cuda.base import DeviceError, open_device
         try:
@@ -203,7 +203,7 @@ def test_a_driver_without_a_gpu_is_an_error() -> None:
         """,
         FAKE_NO_DEVICE="1",
     )
-    assert said.startswith("the NVIDIA driver does not start (CUDA_ERROR_NO_DEVICE)")
+    assert printed.startswith("the NVIDIA driver does not start (CUDA_ERROR_NO_DEVICE)")
 
 
 def test_kernels_are_compiled_once(cache: Path) -> None:
@@ -256,7 +256,7 @@ def test_a_gpu_that_is_demanded_is_not_replaced(tiny_bundle: Path, backend: str)
 
 @needs_cuda_python
 def test_auto_says_why_a_gpu_is_not_used(tiny_bundle: Path) -> None:
-    said = on_fake_driver(f"""
+    printed = on_fake_driver(f"""
         import logging
         from pathlib import Path
         from histostream.runtime.engines.opener import open_engine
@@ -268,7 +268,7 @@ def test_auto_says_why_a_gpu_is_not_used(tiny_bundle: Path) -> None:
         print(open_engine(Path({str(tiny_bundle)!r})).name)
         print("\\n".join(records))
     """)
-    name, *why = said.splitlines()
+    name, *why = printed.splitlines()
     assert name.split()[0] == "onnxruntime"
     assert name.split()[2:] == ["cpu", "fp32"]
     assert "tensorrt: " in why[0]

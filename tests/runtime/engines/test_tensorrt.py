@@ -273,7 +273,7 @@ def test_no_target_at_all_is_refused(library: Library) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"card": "ab" * 32}, r"built for card abababab\.\.\., this bundle's is "),
         ({"precision": "fp16"}, "built in fp16, fp32 is requested"),
@@ -289,13 +289,13 @@ def test_a_mismatch_names_both_sides(
     tiny_bundle: Path,
     library: Library,
     changes: dict[str, Any],
-    said: str,
+    message: str,
 ) -> None:
     card = read_card(tiny_bundle)
     wanted: dict[str, Any] = {"library": library, "device_sm": "sm86"}
     assert check_engine(built[1], card, "fp32", **wanted) == []
     (problem,) = check_engine(replace(built[1], **changes), card, "fp32", **wanted)
-    assert re.match(said, problem), problem
+    assert re.match(message, problem), problem
 
 
 def test_every_mismatch_is_named(built: tuple[Path, EngineHeader], tiny_bundle: Path, library: Library) -> None:
@@ -451,10 +451,10 @@ def test_two_processes_that_build_at_once_end_with_one_engine(bundle: Path, libr
         processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
         time.sleep(2)
         assert not path.exists()
-    said = [process.communicate(timeout=60)[0].split() for process in processes]
+    outputs = [process.communicate(timeout=60)[0].split() for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
-    assert sorted(builds for builds, _ in said) == ["0", "1"]
-    assert {where for _, where in said} == {str(path)}
+    assert sorted(builds for builds, _ in outputs) == ["0", "1"]
+    assert {where for _, where in outputs} == {str(path)}
     header, _ = read_engine(path)
     assert check_engine(header, read_card(bundle), "fp32", library=library) == []
     assert [p.name for p in path.parent.iterdir()] == [path.name]
@@ -715,15 +715,15 @@ def test_tensorrt_makes_one_engine_for_several_from_ampere_on(
 
 
 @pytest.mark.parametrize(
-    ("targets", "said"),
+    ("targets", "message"),
     [
         (["sm90"], "builds for the GPU of this machine, which is sm86, not for sm90"),
         (["sm75", "sm86"], "only for GPUs from Ampere"),
         ([], "at least one"),
     ],
 )
-def test_tensorrt_refuses_other_gpus(native: Library, targets: list[str], said: str) -> None:
-    with pytest.raises(EngineError, match=said):
+def test_tensorrt_refuses_other_gpus(native: Library, targets: list[str], message: str) -> None:
+    with pytest.raises(EngineError, match=message):
         choose_targets(native, targets)
 
 

@@ -47,8 +47,8 @@ def header_of(path: Path) -> dict[str, Any]:
     content = path.read_bytes()
     start = len(MAGIC) + LENGTH.size
     (length,) = LENGTH.unpack_from(content, len(MAGIC))
-    said: dict[str, Any] = json.loads(content[start : start + length])
-    return said
+    header: dict[str, Any] = json.loads(content[start : start + length])
+    return header
 
 
 def with_header(text: bytes) -> bytes:
@@ -137,9 +137,9 @@ def test_another_schema_is_refused(tmp_path: Path, text: bytes) -> None:
 
 @pytest.mark.parametrize("name", list(asdict(HEADER)))
 def test_every_entry_is_needed(engine: Path, name: str) -> None:
-    said = header_of(engine)
-    del said[name]
-    engine.write_bytes(with_header(json.dumps(said).encode()))
+    header = header_of(engine)
+    del header[name]
+    engine.write_bytes(with_header(json.dumps(header).encode()))
     with pytest.raises(EngineFileError, match=f"{name} is missing"):
         read_header(engine)
 
@@ -187,9 +187,9 @@ def test_an_entry_of_a_wrong_kind_is_refused(engine: Path, name: str, value: Any
 
 
 def test_entries_that_are_not_known_do_no_harm(engine: Path) -> None:
-    said = {**header_of(engine), "news": 1}
-    said["profile"]["depth"] = 3
-    engine.write_bytes(with_header(json.dumps(said).encode()))
+    header = {**header_of(engine), "news": 1}
+    header["profile"]["depth"] = 3
+    engine.write_bytes(with_header(json.dumps(header).encode()))
     assert read_engine(engine)[0].profile == HEADER.profile
 
 
