@@ -58,15 +58,33 @@ class Source(Protocol):
     SCHEMES: tuple[str, ...]
 
     def find_parts(self, source: str) -> list[SlidePart]:
-        """List the files of a slide: the slide's own first, then those that belong to it."""
+        """List the files of a slide: the slide's own first, then those that belong to it.
+
+        Raises
+        ------
+        SlideError
+            If there is no such slide, it may not be read, or its size is not known.
+        """
         ...
 
     def read_part(self, part: SlidePart, chunk_bytes: int) -> Generator[bytes]:
-        """Yield the content of one file that `find_parts` listed."""
+        """Yield the content of one file that `find_parts` listed.
+
+        Raises
+        ------
+        SlideError
+            If it cannot be read or was replaced; `TransientError` if another attempt may help.
+        """
         ...
 
     def list_files(self, url: str) -> list[str]:
-        """List the URLs of the files below a folder (``.../``), or that match a pattern, sorted."""
+        """List the URLs of the files below a folder (``.../``), or that match a pattern, sorted.
+
+        Raises
+        ------
+        SlideError
+            If this kind of source has no listings, or the folder cannot be listed.
+        """
         ...
 
 

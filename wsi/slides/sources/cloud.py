@@ -26,13 +26,7 @@ VERSIONS = ("ETag", "etag", "generation", "LastModified", "updated", "mtime")  #
 
 
 def find_parts(source: str) -> list[SlidePart]:
-    """List the files of a slide: the slide's own first, then those that belong to it.
-
-    Raises
-    ------
-    SlideError
-        If there is no such object, or no access to it.
-    """
+    """List the files of a slide: the slide's own first, then those that belong to it."""
     file_name(source)  # raises if it is not a plain name
     with _translated_errors(source):
         fs, path = _filesystem(source)
@@ -43,13 +37,7 @@ def find_parts(source: str) -> list[SlidePart]:
 
 
 def read_part(part: SlidePart, chunk_bytes: int) -> Generator[bytes]:
-    """Yield the content of one object, a request for each chunk.
-
-    Raises
-    ------
-    SlideError
-        If the storage refuses or fails, or has another version by now.
-    """
+    """Yield the content of one object, a request for each chunk."""
     with _translated_errors(part.address):
         fs, path = _filesystem(part.address)
         with fs.open(path, "rb", cache_type="none") as file:
@@ -60,13 +48,7 @@ def read_part(part: SlidePart, chunk_bytes: int) -> Generator[bytes]:
 
 
 def list_files(url: str) -> list[str]:
-    """List the URLs of the objects below a folder (``.../``), or that match a pattern, sorted.
-
-    Raises
-    ------
-    SlideError
-        If the bucket cannot be listed.
-    """
+    """List the URLs of the objects below a folder (``.../``), or that match a pattern, sorted."""
     with _translated_errors(url):
         fs, path = _filesystem(url)
         if url.endswith("/"):
