@@ -47,7 +47,7 @@ class SlidePart:
 
 
 class Source(Protocol):
-    """A kind of place that slides come from: the members of a module in ``wsi/slides/sources``.
+    """Where slides are read from: the members of a module in ``wsi/slides/sources``.
 
     Attributes
     ----------
@@ -122,7 +122,7 @@ def file_name(source: str) -> str:
     Raises
     ------
     SlideError
-        If that of a URL is not a plain name (`is_plain_name`), or no source has its scheme.
+        If the last component of a URL is not a plain name (`is_plain_name`), or its scheme is unknown.
     """
     if not is_remote(source):
         return Path(source).name or Path(source).resolve().name  # of "." and ".."
@@ -133,7 +133,7 @@ def file_name(source: str) -> str:
     else:
         name = source.rstrip("/").rpartition("/")[2]
     if not is_plain_name(name):
-        raise SlideError(f"{redact_url(source)}: its last part {name!r} is no plain file name; rename it there")
+        raise SlideError(f"{redact_url(source)}: its last part {name!r} is not a plain file name; rename it there")
     return name
 
 

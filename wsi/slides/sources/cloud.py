@@ -90,7 +90,7 @@ def _companions(fs: Any, path: str) -> list[dict[str, Any]]:
 def _part(source: str, info: dict[str, Any], folder: str) -> SlidePart:
     name = str(info["name"])[len(folder) :].lstrip("/")
     if not all(is_plain_name(part) for part in name.split("/")):
-        raise SlideError(f"{source}: {name!r} in it is no plain file name; rename it there")
+        raise SlideError(f"{source}: {name!r} in it is not a plain file name; rename it there")
     scheme = source.partition("://")[0]
     return SlidePart(f"{scheme}://{info['name']}", name, int(info["size"]), _version(info))
 
@@ -108,7 +108,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
     try:
         import fsspec
 
-        for library in LOGGERS:  # they log tracebacks of what they raise as well
+        for library in LOGGERS:  # they also log the traceback of what they raise
             if not logging.getLogger(library).handlers:
                 logging.getLogger(library).addHandler(logging.NullHandler())
         # Without listings kept: an object may be replaced while a cohort runs.
@@ -141,7 +141,7 @@ def _library_errors(scheme: str) -> tuple[type[Exception], ...]:
         from gcsfs.retry import HttpError as GoogleError
         from google.auth.exceptions import GoogleAuthError
         from requests.exceptions import RequestException
-    except ImportError:  # `_filesystem` says what is missing
+    except ImportError:  # `_filesystem` names the missing package
         return OSError, ValueError
     return (
         OSError,
