@@ -9,6 +9,8 @@ from functools import cached_property
 from importlib import metadata
 from typing import Any
 
+from histostream.wsi.errors import HistoError
+
 
 @dataclass(frozen=True)
 class Registry:
@@ -17,12 +19,12 @@ class Registry:
     Attributes
     ----------
     package
-        The package whose modules they are, as ``histostream.wsi.slides.readers``. A module is known
-        by its name; those that begin with ``_`` are none of them.
+        The package of the modules, as ``histostream.wsi.slides.readers``. A module is known by its
+        name; modules whose names begin with ``_`` do not count.
     group
         Entry points of other packages, as ``histostream.readers``; each names a module.
     shared
-        Further modules of the package that are none of them: what they share.
+        Modules of the package that the others share and that do not count either.
     """
 
     package: str
@@ -50,10 +52,18 @@ class Registry:
         ------
         KeyError
             If there is no such module.
+        HistoError
+            If the module of another package cannot be loaded.
         """
         if name in self._own:
             return importlib.import_module(f"{self.package}.{name}")
-        return self._entry_points[name].load()
+        entry_point = self._entry_points[name]
+        try:
+            return entry_point.load()
+        except (ImportError, AttributeError) as error:
+            raise HistoError(
+                f"{self.group} {name}: {entry_point.value} cannot be loaded ({error}); update or remove its package"
+            ) from error
 
     def load_all(self) -> dict[str, Any]:
         """Import all modules, by their names."""

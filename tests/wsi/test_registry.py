@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from histostream.wsi.errors import SlideError
+from histostream.wsi.errors import HistoError, SlideError
 from histostream.wsi.registry import Registry
 from histostream.wsi.slides import reader
 
@@ -54,3 +54,10 @@ def test_another_package_adds_a_reader(tmp_path: Path, monkeypatch: pytest.Monke
         assert opened.path == tmp_path / "a.tif"
     with pytest.raises(SlideError, match="one of large_image, tiff, wrapped"):
         reader.open_slide(tmp_path / "a.tif", reader="none")
+
+
+def test_a_broken_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = metadata.EntryPoint("broken", "no_such_package", "histostream.readers")
+    monkeypatch.setattr(metadata, "entry_points", lambda group: [broken])
+    with pytest.raises(HistoError, match=r"histostream\.readers broken: no_such_package cannot be loaded"):
+        Registry("histostream.wsi.slides.readers", "histostream.readers").load_all()
