@@ -15,7 +15,9 @@ from histostream.wsi.registry import Registry
 
 MAX_INDEX_BYTES = 1 << 20  # a .vms or .vmu is a few kB of text
 
-_SOURCES = Registry("histostream.wsi.slides.sources", "histostream.sources")
+_SOURCES = Registry(
+    "histostream.wsi.slides.sources", "histostream.sources", "source of slides", SlideError, hidden=("base",)
+)
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")  # two characters or more: C:// is a drive
 _VALUE = re.compile(r"^\w+ *= *([^\r\n]+?)\s*$", re.MULTILINE)  # of a line "Key=value" in a .vms
 
