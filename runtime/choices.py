@@ -3,9 +3,12 @@
 from histostream.wsi.registry import Registry
 
 ENGINES = Registry(
-    "histostream.runtime.engines", "histostream.engines", shared=("base", "device_engine", "onnxruntime", "opener")
+    "histostream.runtime.engines",
+    "histostream.engines",
+    "engine",
+    hidden=("base", "device_engine", "onnxruntime", "opener"),
 )
-BACKENDS = ("auto", *ENGINES.names)
+BACKENDS = ("auto", *ENGINES.names())
 PRECISIONS = {"fp32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
 BF16 = "bf16"  # the FP32 graph, computed in bfloat16 by a CPU that can
 WINDOWS = ("hann", "gaussian", "linear", "mean", "crop", "exact")

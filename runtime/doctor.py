@@ -45,7 +45,7 @@ def examine() -> list[Finding]:
     The findings in their order; the last one is the verdict.
     """
     checks: list[tuple[str, Check]] = [("machine", _machine), ("gpus", _gpus)]
-    checks += [(name, _engine_check(name)) for name in ENGINES.names]
+    checks += [(name, _engine_check(name)) for name in ENGINES.names()]
     checks += [("extras", _extras), ("slides", _slides), ("disk", _disk), ("decoding", _decoding), ("cache", _cache)]
     findings: list[Finding] = []
     for name, check in checks:

@@ -30,7 +30,7 @@ class StoppedError(Exception):
     """The user stopped the program; finished results are kept."""
 
 
-MAX_REASON = 300  # characters; libraries quote whole files
+MAX_REASON = 300  # characters; some libraries quote a complete file
 
 
 def reason(error: BaseException) -> str:

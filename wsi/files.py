@@ -109,7 +109,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
     try:
         yield True
     finally:
-        # Removed while it is held: whoever waits sees that its file is gone, and makes a new one.
+        # Removed while it is held: a waiting process notices that its file is removed and makes a new one.
         with suppress(OSError):  # Windows does not remove an open file; there filelock does it
             file.unlink()
         lock.release()

@@ -55,7 +55,7 @@ def open_engine(
     EngineError
         If the backend is unknown or not usable on this machine.
     """
-    names = ENGINES.names
+    names = ENGINES.names()
     if backend not in ("auto", *names):
         raise EngineError(f"no backend is called {backend!r}: use auto, {', '.join(names)}")
     if precision not in ("auto", BF16, *PRECISIONS):

@@ -150,8 +150,8 @@ def test_what_broke_once_is_refused_clearly_or_accepted(sandbox: Sandbox, name: 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("...svs", "'..' cannot name a folder of results"),
-        ("..svs", "'.' cannot name a folder of results"),
+        ("...svs", "'..' cannot be the name of a folder of results"),
+        ("..svs", "'.' cannot be the name of a folder of results"),
         ("\udcff\udcfe.tif", ACCEPTED),
         ("a\nb\x1b[2J.tif", ACCEPTED),
         ("[/x].tif", ACCEPTED),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,13 @@ import pytest
 from histostream.training import open_dataset
 from histostream.training.datasets import DATASETS
 from histostream.training.methods import DEFAULTS, METHODS, MethodError, hook, load_method, recipes
+from histostream.wsi.registry import entry_points
 
 METHOD_FOLDERS = Path(__file__).parents[2] / "training" / "methods"
 
 
 @pytest.fixture
-def other_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def other_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A package with a method and a data set, as pip would install it."""
     (tmp_path / "colours.py").write_text("Config = int\n")
     (tmp_path / "pebbles.py").write_text(
@@ -29,6 +31,9 @@ def other_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "[histostream.methods]\ncolours = colours\n[histostream.datasets]\npebbles = pebbles\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
+    entry_points.cache_clear()
+    yield
+    entry_points.cache_clear()
 
 
 @pytest.mark.usefixtures("other_package")

@@ -114,7 +114,7 @@ def test_here_the_command_resolves_to_this_project() -> None:
 
 
 def test_every_extra_that_a_message_advises_exists() -> None:
-    """Read the literal arguments of `install_command` and `require` from the source."""
+    """Read the literal arguments of `install_command`, `require` and `SinkKind` from the source."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     advised = set()
     for folder in ("wsi", "runtime", "training", "export", "benchmarks"):
@@ -124,8 +124,9 @@ def test_every_extra_that_a_message_advises_exists() -> None:
                     continue
                 if node.func.id == "install_command":
                     advised |= {a.value for a in node.args if isinstance(a, ast.Constant)}
-                elif node.func.id == "require":
-                    assert isinstance(node.args[2], ast.Constant)
+                elif node.func.id == "require" and isinstance(node.args[2], ast.Constant):
                     advised.add(node.args[2].value)
+                elif node.func.id == "SinkKind":
+                    advised |= {k.value.value for k in node.keywords if k.arg == "extra"}  # type: ignore[attr-defined]
     assert len(advised) > 8
     assert advised <= set(project["optional-dependencies"])

@@ -18,7 +18,7 @@ from typing import Any
 
 from histostream.training.data import DataError, DataSet, Picture
 from histostream.training.datasets import folder
-from histostream.training.registry import Registry
+from histostream.wsi.registry import Registry
 
 NAMED = re.compile(r"([A-Za-z][\w-]+):(.+)", re.DOTALL)  # two letters or more: C: is a drive
 DATASETS = Registry(__name__, "histostream.datasets", "data set", DataError, hidden=("folder",))

@@ -52,8 +52,8 @@ from importlib.resources.abc import Traversable
 from types import ModuleType
 from typing import Any
 
-from histostream.training.registry import Registry
 from histostream.wsi.errors import HistoError
+from histostream.wsi.registry import Registry
 
 
 class MethodError(HistoError, ValueError):
@@ -80,7 +80,8 @@ def load_method(name: str) -> ModuleType:
     MethodError
         If there is none; the message names the nearest.
     """
-    return METHODS.load(name)
+    method: ModuleType = METHODS.load(name)
+    return method
 
 
 def hook(method: ModuleType, name: str) -> Callable[..., Any]:

@@ -63,7 +63,7 @@ class OutputFolder:
 
     def __init__(self, out: Path, stem: str, dead_processes: Collection[Process] = ()) -> None:
         if not stem or stem == ".." or Path(stem).name != stem:
-            raise OutputError(f"{stem!r} is not a plain name for a folder of results: give the slide another")
+            raise OutputError(f"{stem!r} is not a plain name for a folder of results: give the slide another name")
         self.path = Path(out) / stem
         self.run: dict[str, object] = {}
         self._sinks: list[Sink] = []

@@ -19,7 +19,7 @@ class ClassInfo:
     Attributes
     ----------
     name
-        As shown to people. The class called "background" is never painted.
+        Name of the class. The class called "background" is never painted.
     color
         Red, green, blue, 0 to 255.
     """

@@ -61,7 +61,7 @@ class Holder:
     machine
         Where the number is valid: this boot of the machine, and the container.
     started
-        When the system started it, which tells a reused number apart; 0 if not known.
+        When the system started it, since numbers are used again; 0 if not known.
     since
         When it took the lock, UTC.
     token

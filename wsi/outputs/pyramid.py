@@ -224,7 +224,7 @@ class PyramidWriter:
         return self._levels[level][..., 1]
 
     def abort(self) -> None:
-        """Remove what was written."""
+        """Remove the scratch file and the temporary file."""
         with suppress(OSError):  # closing flushes, and the disk may be full
             self._scratch.close()
         remove([self._scratch_path, self._temporary])

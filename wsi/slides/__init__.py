@@ -1,1 +1,1 @@
-"""Slides in: readers, what is checked before one is opened, and the slide at a resolution."""
+"""Open slides: readers, sources, checks of untrusted files, and views at a resolution."""

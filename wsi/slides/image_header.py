@@ -66,7 +66,7 @@ def check_plain_image(path: Path) -> None:
         try:
             with Image.open(path) as image:
                 kind, (width, height) = image.format, image.size
-        except Exception:  # Pillow raises anything; what it does not know is for others to judge
+        except Exception:  # Pillow raises errors of any kind; files that it does not know are checked by readers
             return
     if kind not in PLAIN_FORMATS:
         raise SlideError(f"{path}: {kind} is no format for slides; save it as PNG or TIFF")

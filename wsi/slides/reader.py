@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Protocol, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ SQUARE_TOLERANCE = 0.10  # relative difference of x and y that still counts as a
 # A reader is a module of this folder, or of an entry point. It declares ORDER (of the readers that
 # reader="auto" tries, the lowest first), SUFFIXES (of its files, by which folders are searched) and
 # open_reader(path), which returns a SlideReader or raises DeclinedError or SlideError.
-READERS = Registry("histostream.wsi.slides.readers", "histostream.readers")
+READERS = Registry("histostream.wsi.slides.readers", "histostream.readers", "slide reader", SlideError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,7 @@ def open_slide(path: str | Path, *, reader: str = "auto") -> SlideReader:
         raise SlideError(f"{path}: the file is empty; copy it again")
     if reader != "auto":
         try:
-            return _open_with(reader, path)
+            return cast(SlideReader, READERS.load(reader).open_reader(path))
         except DeclinedError as declined:
             raise SlideError(
                 f"{path}: the {reader} reader does not take this file ({declined}); leave the choice to reader='auto'"
@@ -149,8 +149,7 @@ def open_slide(path: str | Path, *, reader: str = "auto") -> SlideReader:
     reasons = []
     for name, module in sorted(READERS.load_all().items(), key=lambda item: int(item[1].ORDER)):
         try:
-            slide: SlideReader = module.open_reader(path)
-            return slide
+            return cast(SlideReader, module.open_reader(path))
         except DeclinedError as declined:
             reasons.append(f"{name}: {declined}")
     more = ""
@@ -303,14 +302,3 @@ class BlockReader:
         if pixels.dtype != np.uint8:
             raise ValueError(f"its pixels are {pixels.dtype}")
         return pixels
-
-
-def _open_with(name: str, path: Path) -> SlideReader:
-    try:
-        module = READERS.load(name)
-    except KeyError:
-        raise SlideError(
-            f"there is no slide reader {name!r}; use 'auto' or one of {', '.join(READERS.names)}"
-        ) from None
-    slide: SlideReader = module.open_reader(path)
-    return slide

@@ -232,10 +232,10 @@ def thumbnail(slide_or_view: SlideReader | SlideView, max_px: int) -> NDArray[np
 def _overview(view: SlideView, max_px: int) -> SlideView:
     """Return the view whose longest side is ``max_px``, or that of the view if it is smaller."""
     slide = view.slide
-    wanted = min(max_px, max(view.width, view.height))
+    longest_px = min(max_px, max(view.width, view.height))
     longest = [max(level.width, level.height) for level in slide.levels]
-    level = max(i for i, px in enumerate(longest) if px >= wanted or i == 0)
-    return SlideView(slide, level, longest[level] / wanted, None)
+    level = max(i for i, px in enumerate(longest) if px >= longest_px or i == 0)
+    return SlideView(slide, level, longest[level] / longest_px, None)
 
 
 def _checked_mpp(slide: SlideReader, mpp: float | None) -> float:
@@ -319,9 +319,9 @@ def _weighted_columns(
     total, product = np.empty((2, len(index) * channels), np.float32)
     for row, result in zip(source, out, strict=True):
         total.fill(0.5)
-        for places, share in zip(values, shares, strict=True):
+        for columns, share in zip(values, shares, strict=True):
             # With mode="clip" numpy writes into `out` without a copy; there is nothing to clip.
-            np.take(row, places, out=product, mode="clip")
+            np.take(row, columns, out=product, mode="clip")
             product *= share
             total += product
         result[...] = total

@@ -31,7 +31,7 @@ from histostream.wsi.slides.sources.base import (
 )
 
 PAUSES_S = (0.5, 2.0)  # before the second and the third attempt
-CHUNK_BYTES = 8 << 20  # one request of object storage; also what a stop waits for
+CHUNK_BYTES = 8 << 20  # one request of object storage; a stop waits for its end
 HASHED_BYTES = 1 << 20
 Result = TypeVar("Result")
 
@@ -42,7 +42,7 @@ def _never() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class SlideVersion:
-    """Size and time of a slide, which tell one content of it from another without reading it.
+    """Size and time of a slide, by which a change of its content is noticed without reading it.
 
     Attributes
     ----------
@@ -94,7 +94,7 @@ def sha256_of(path: Path, stopping: Callable[[], bool] = _never) -> str:
     SlideError
         If it cannot be read.
     StoppedError
-        If ``stopping()`` says so, asked every MiB.
+        If ``stopping()`` is true; it is called after every MiB.
     """
     try:
         if not path.is_dir():
@@ -110,10 +110,10 @@ def sha256_of(path: Path, stopping: Callable[[], bool] = _never) -> str:
 def staged(source: str, folder: Path | None, *, stopping: Callable[[], bool] = _never) -> Iterator[Path]:
     """Give a local path to open a slide by, for the time of a ``with`` block.
 
-    A staged slide lies whole in a folder of its own below ``folder``, under its own name, and is
-    removed when the block ends, however it ends. What a killed process left is taken over by the
-    next one that stages the same version of the same slide: used if it is whole, else begun again.
-    Processes that stage the same slide at the same time get a copy each.
+    The slide is copied to a folder of its own below ``folder``, under its own name, and removed when
+    the block ends. If a killed process left a complete copy of the same version of the slide, it is
+    used; an incomplete one is copied again. Several processes that stage one slide at the same time
+    make a copy each.
 
     Parameters
     ----------
@@ -122,11 +122,11 @@ def staged(source: str, folder: Path | None, *, stopping: Callable[[], bool] = _
     folder
         Where to stage, on a fast local disk; None opens a local slide where it is.
     stopping
-        Asked between chunks of 8 MiB and while waiting for the next attempt.
+        Called between chunks of 8 MiB and while waiting for the next attempt; true stops.
 
     Yields
     ------
-    The path: of the slide's file, or of the folder of a DICOM series.
+    Path of the slide's file, or of the folder of a DICOM series.
 
     Raises
     ------
@@ -135,7 +135,7 @@ def staged(source: str, folder: Path | None, *, stopping: Callable[[], bool] = _
     OutputError
         If there is no room for it, or ``folder`` cannot be written.
     StoppedError
-        If ``stopping()`` said so.
+        If ``stopping()`` is true.
     """
     if folder is None:
         if is_remote(source):
@@ -155,7 +155,7 @@ def staged(source: str, folder: Path | None, *, stopping: Callable[[], bool] = _
 
 
 def _stage(source: str, parts: Sequence[SlidePart], target_folder: Path, stopping: Callable[[], bool]) -> None:
-    """Bring all files of a slide into ``target_folder``, which appears when they are whole."""
+    """Copy all files of a slide; ``target_folder`` appears when they are complete."""
     needed, free = sum(part.bytes for part in parts), shutil.disk_usage(target_folder.parent).free
     if needed > free:
         raise OutputError(
@@ -177,7 +177,7 @@ def _stage(source: str, parts: Sequence[SlidePart], target_folder: Path, stoppin
 
 
 def _fetch(part: SlidePart, target: Path, stopping: Callable[[], bool]) -> None:
-    """Copy or download one file, and check that it arrived whole."""
+    """Copy or download one file, and check that it is complete."""
     copied = 0
     chunks = source_of(part.address).read_part(part, CHUNK_BYTES)
     with writing(target), closing(chunks), target.open("wb") as file:
@@ -195,7 +195,7 @@ def _fetch(part: SlidePart, target: Path, stopping: Callable[[], bool]) -> None:
         )
     if copied != part.bytes:
         raise SlideError(
-            f"{part.address}: it had {part.bytes} bytes and now {copied}; try again when nothing writes it any more"
+            f"{part.address}: it had {part.bytes} bytes and now {copied}; try again when it is no longer being written"
         )
     if not is_remote(part.address):
         with writing(target):
@@ -203,7 +203,7 @@ def _fetch(part: SlidePart, target: Path, stopping: Callable[[], bool]) -> None:
 
 
 def _below(folder: Path, name: str) -> Path:
-    """Where a file of a slide goes; names come from servers, and must not lead out."""
+    """Return the path of a slide's file; names come from servers and must not leave the folder."""
     parts = name.split("/")
     if any(p in {"", ".", ".."} or "\0" in p or os.sep in p for p in parts):
         raise SlideError(f"{name!r}: not a plain name of a file of a slide; rename it at its source")
@@ -211,7 +211,7 @@ def _below(folder: Path, name: str) -> Path:
 
 
 def _is_whole(target_folder: Path, parts: Sequence[SlidePart]) -> bool:
-    try:  # the rename said so; after a power failure, sizes may still say otherwise
+    try:  # after a power failure, a folder may have its name without all bytes of its files
         return all(_below(target_folder, part.name).stat().st_size == part.bytes for part in parts)
     except OSError:
         return False

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from histostream.wsi.errors import SlideError
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and Big TIFF, both byte orders
-MAX_DIRECTORIES = 4096  # a slide has about ten; a z-stack some hundred
+MAX_DIRECTORIES = 4096  # a slide has about ten, a z-stack some hundred
 MAX_DEPTH = 4  # directories within directories; pyramids have one level of them
 MAX_ENTRIES = 1000  # of a directory; the standard knows about 300 tags
 MIB = 1024 * 1024
@@ -54,12 +54,12 @@ OME_SIZES = re.compile(rb"\bSize[ZCT]\s*=\s*[\"']\s*\+?([0-9]{1,18})")
 
 
 class _Entry(NamedTuple):
-    """An entry of a directory: its values start at byte ``place``."""
+    """An entry of a directory: its values start at byte ``offset``."""
 
     tag: int
     type: int
     number: int  # of values
-    place: int
+    offset: int
 
     @property
     def nbytes(self) -> int:
@@ -136,9 +136,9 @@ class _Directories:
         entries: dict[int, _Entry] = {}
         for i, entry in enumerate(map(_Entry._make, self._format.iter_unpack(content))):
             if entry.nbytes <= self._word:  # the values lie in the entry itself
-                entry = entry._replace(place=at + head + i * size + 4 + self._word)
+                entry = entry._replace(offset=at + head + i * size + 4 + self._word)
             else:
-                self._need(entry.place + entry.nbytes)
+                self._need(entry.offset + entry.nbytes)
                 self._listed += entry.nbytes
                 if self._listed > MAX_OVERLAP * self._size + MIB:
                     self._refuse("the values of its tags overlap")
@@ -155,7 +155,7 @@ class _Directories:
     def _far(self, entry: _Entry, at: int) -> _Entry:
         if entry.nbytes <= self._word or self._size < 2**32:
             return entry
-        return entry._replace(place=entry.place + (self._number(at, 4) << 32))
+        return entry._replace(offset=entry.offset + (self._number(at, 4) << 32))
 
     def _check_image(self, entries: dict[int, _Entry]) -> None:
         """Check the sizes of one image, and that all its tiles or strips are in the file."""
@@ -179,13 +179,13 @@ class _Directories:
             piece_w, piece_h = width, min(self._one(entries, ROWS, height), height)
             if piece_h < 1:
                 self._refuse("it says that a strip has no rows")
-        wanted = -(-width // piece_w) * -(-height // piece_h) * self._one(entries, DEPTH, 1)
+        needed_pieces = -(-width // piece_w) * -(-height // piece_h) * self._one(entries, DEPTH, 1)
         if self._one(entries, PLANAR, 1) == 2:
-            wanted *= samples
+            needed_pieces *= samples
             samples = 1
-        self._check_pieces(entries, tiled, wanted, piece_w * piece_h * samples)
+        self._check_pieces(entries, tiled, needed_pieces, piece_w * piece_h * samples)
 
-    def _check_pieces(self, entries: dict[int, _Entry], tiled: bool, wanted: int, values: int) -> None:
+    def _check_pieces(self, entries: dict[int, _Entry], tiled: bool, needed_pieces: int, values: int) -> None:
         """Check the lists of offsets and sizes of tiles or strips, of ``values`` values each."""
         tags = (TILES, TILE_BYTES) if tiled else (STRIPS, STRIP_BYTES)
         name = "tiles" if tiled else "strips"
@@ -194,10 +194,10 @@ class _Directories:
         if not all(tag in entries for tag in tags):
             self._refuse(f"it does not say where its {name} are")
         offsets, counts = (entries[tag] for tag in tags)
-        if offsets.number != counts.number or offsets.number < wanted:
-            self._refuse(f"an image of {wanted} {name} lists {offsets.number} places and {counts.number} sizes")
-        if tiled and offsets.number != wanted:
-            self._refuse(f"an image of {wanted} tiles lists {offsets.number}")
+        if offsets.number != counts.number or offsets.number < needed_pieces:
+            self._refuse(f"an image of {needed_pieces} {name} lists {offsets.number} places and {counts.number} sizes")
+        if tiled and offsets.number != needed_pieces:
+            self._refuse(f"an image of {needed_pieces} tiles lists {offsets.number}")
         sizes = self._values(counts).astype(np.float64)
         # In floating point, since sums of hostile numbers do not fit 64 bits.
         ends = self._values(offsets).astype(np.float64) + sizes
@@ -209,7 +209,7 @@ class _Directories:
             self._refuse(f"{name} of {needed} bytes cannot come out of {largest}")
 
     def _check_text(self, entry: _Entry) -> None:
-        text = self._read(entry.place, min(entry.nbytes, self._size))
+        text = self._read(entry.offset, min(entry.nbytes, self._size))
         if ENTITIES.search(text):
             self._refuse("its XML defines entities, which no slide needs")
         if OTHER_FOLDER.search(text):
@@ -233,7 +233,7 @@ class _Directories:
         if entry.type not in WHOLE_NUMBERS:
             self._refuse(f"its tag {entry.tag} is of type {entry.type}, not a whole number")
         kind = ("<" if self._endian == "little" else ">") + WHOLE_NUMBERS[entry.type]
-        content = self._read(entry.place, entry.nbytes)
+        content = self._read(entry.offset, entry.nbytes)
         return np.frombuffer(content, kind).astype(np.uint64)
 
     def _number(self, at: int, size: int) -> int:

@@ -127,7 +127,7 @@ class _Needs:
 
     tiles: list[Tile]
     rows: Span  # of the view
-    runs: list[Span]  # of the view's columns, apart from each other
+    runs: list[Span]  # of the view's columns, separated by gaps
     blocks: list[BlockKey]
 
 
@@ -194,7 +194,7 @@ class _BlockWindow:
         return strip
 
     def _fill(self, strip: Strip, columns: Span, rows: Span) -> None:
-        """Put some columns and rows of the view, which must lie on decoded blocks, into a strip."""
+        """Fill columns and rows of a strip; they must lie on decoded blocks."""
         view = self._view
         (x0, x1), (y0, y1) = columns, rows
         out = strip.pixels[y0 - strip.y : y1 - strip.y, x0 - strip.x : x1 - strip.x]

@@ -226,7 +226,7 @@ def test_a_url_is_named_by_its_last_part(url: str, name: str) -> None:
     ],
 )
 def test_a_url_that_ends_with_no_plain_name_is_refused(url: str) -> None:
-    with pytest.raises(InputError, match=r"no plain file name|no such kind of source"):
+    with pytest.raises(InputError, match=r"not a plain file name|no such kind of source"):
         find_inputs([url])
 
 

@@ -69,7 +69,7 @@ def test_the_files_of_the_folder_are_the_backends() -> None:
     assert BACKENDS == ("auto", "cpu", "cuda", "openvino", "tensorrt")
 
 
-@pytest.mark.parametrize("name", ENGINES.names)
+@pytest.mark.parametrize("name", ENGINES.names())
 def test_every_engine_offers_the_same(name: str) -> None:
     module = ENGINES.load(name)
     assert "fp32" in module.PRECISIONS

@@ -233,7 +233,7 @@ def test_a_cut_off_svs_is_refused(wsi_slides: Path, tmp_path: Path, reader: str,
 
 
 def test_an_unknown_reader_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SlideError, match="no slide reader 'mine'"):
+    with pytest.raises(SlideError, match="no slide reader is called 'mine'"):
         open_slide(write_tiff(tmp_path / "a.tif"), reader="mine")
 
 

@@ -1,1 +1,1 @@
-"""Connected objects of a label map, found as its rows come in."""
+"""Connected objects of a label map, found while its rows are written."""

@@ -73,7 +73,7 @@ class Complete:
     value
         (n,) class.
     first
-        (n,) place of the first pixel, ``y * width + x``: no two objects have the same.
+        (n,) index of the first pixel, ``y * width + x``.
     area
         (n,) pixels.
     box
@@ -94,7 +94,7 @@ class Complete:
 
 
 class Components:
-    """Find the connected components of the wanted classes in rows that come as `Sink` describes.
+    """Find the connected components of some classes in rows that come as `Sink` describes.
 
     Memory: a few bytes for each row and column, and 12 to 24 bytes for each corner of a component
     that is not complete.
@@ -103,17 +103,17 @@ class Components:
     ----------
     width, height
         Size of the label map in pixels.
-    wanted
+    classes
         Classes whose components are returned.
     min_area
         Smallest number of pixels of a component that is returned.
     """
 
-    def __init__(self, width: int, height: int, wanted: list[int], min_area: float = 0) -> None:
+    def __init__(self, width: int, height: int, classes: list[int], min_area: float = 0) -> None:
         self._width, self._height, self._min_area = width, height, min_area
-        self._code = np.zeros(256, np.uint8)  # 0: not wanted
-        self._code[wanted] = np.arange(1, len(wanted) + 1)
-        self._wanted = np.array([0, *wanted], np.uint8)
+        self._code = np.zeros(256, np.uint8)  # 0 for other classes
+        self._code[classes] = np.arange(1, len(classes) + 1)
+        self._classes = np.array([0, *classes], np.uint8)
         # The last column of the band to the left, that of this band, and the row above.
         self._left, self._right, self._above = _Line.empty(height), _Line.empty(height), _Line.empty(0)
         self._x0 = self._x1 = self._y = 0
@@ -233,7 +233,7 @@ class Components:
         measures = totals.select(leaving)
         first, left, right, bottom = measures.least.T
         return Complete(
-            self._wanted[measures.code],
+            self._classes[measures.code],
             first,
             measures.sums[:, 0],
             np.stack([left, first // self._width, -right, -bottom], axis=1).astype(np.int32),
@@ -257,7 +257,7 @@ class _Line:
 
 @dataclass(frozen=True, slots=True)
 class _Measures:
-    """What is known of n components.
+    """Class, sums and extent of n components.
 
     Attributes
     ----------
@@ -266,8 +266,8 @@ class _Measures:
     sums
         (n, 9) sums over the pixels, in the order of `_SUMS`.
     least
-        (n, 4) place of the first pixel, left edge, and the right and bottom edges times -1: of
-        several parts of a component the minimum counts.
+        (n, 4) index of the first pixel, left edge, and the right and bottom edges times -1: of
+        several parts of a component the minimum is taken.
     """
 
     code: Bytes

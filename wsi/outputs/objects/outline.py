@@ -73,13 +73,13 @@ def trace(corners: Corners, count: int) -> Outlines:
     # Edges above the object lead right, so that the object lies on the right of every edge.
     along = right == (down == convex)
     following = np.where(along, here ^ 1, partner)
-    place, ring_ends = _rings(following)
+    position, ring_ends = _rings(following)
     points = np.empty((len(order), 2), np.int32)
-    points[place, 0], points[place, 1] = x, y
+    points[position, 0], points[position, 1] = x, y
 
     ring_starts = np.concatenate([np.zeros(1, np.int64), ring_ends])[:-1]
     ring_owner = np.empty(len(order), np.int64)
-    ring_owner[place] = owner
+    ring_owner[position] = owner
     object_ends = np.cumsum(np.bincount(ring_owner[ring_starts], minlength=count))
 
     lengths = (x[1::2] - x[0::2]) + np.abs(y - y[partner]).reshape(-1, 2).sum(axis=1) / 2

@@ -45,7 +45,7 @@ class SlideObject:
 class ObjectFile(Protocol):
     """A file of objects."""
 
-    def write(self, found: SlideObject) -> None:
+    def write(self, slide_object: SlideObject) -> None:
         """Take the next object."""
 
     def finish(self) -> tuple[Path, Path]:

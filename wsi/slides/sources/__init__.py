@@ -1,4 +1,4 @@
-"""Where slides come from, one kind of place per file; `histostream.wsi.slides.staging` uses them.
+"""Sources of slides (disk, web, object storage), one per file; `histostream.wsi.slides.staging` uses them.
 
 Each module has the members of `base.Source` and is found by the schemes that it declares. Nothing
 is configured here; each kind of source has its own environment:

@@ -15,7 +15,9 @@ from histostream.wsi.registry import Registry
 
 MAX_INDEX_BYTES = 1 << 20  # a .vms or .vmu is a few kB of text
 
-_SOURCES = Registry("histostream.wsi.slides.sources", "histostream.sources")
+_SOURCES = Registry(
+    "histostream.wsi.slides.sources", "histostream.sources", "source of slides", SlideError, hidden=("base",)
+)
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")  # two characters or more: C:// is a drive
 _VALUE = re.compile(r"^\w+ *= *([^\r\n]+?)\s*$", re.MULTILINE)  # of a line "Key=value" in a .vms
 
@@ -47,7 +49,7 @@ class SlidePart:
 
 
 class Source(Protocol):
-    """A kind of place that slides come from: the members of a module in ``wsi/slides/sources``.
+    """Where slides are read from: the members of a module in ``wsi/slides/sources``.
 
     Attributes
     ----------
@@ -58,15 +60,33 @@ class Source(Protocol):
     SCHEMES: tuple[str, ...]
 
     def find_parts(self, source: str) -> list[SlidePart]:
-        """List the files of a slide: the slide's own first, then those that belong to it."""
+        """List the files of a slide: the slide's own first, then those that belong to it.
+
+        Raises
+        ------
+        SlideError
+            If there is no such slide, it may not be read, or its size is not known.
+        """
         ...
 
     def read_part(self, part: SlidePart, chunk_bytes: int) -> Generator[bytes]:
-        """Yield the content of one file that `find_parts` listed."""
+        """Yield the content of one file that `find_parts` listed.
+
+        Raises
+        ------
+        SlideError
+            If it cannot be read or was replaced; `TransientError` if another attempt may help.
+        """
         ...
 
     def list_files(self, url: str) -> list[str]:
-        """List the URLs of the files below a folder (``.../``), or that match a pattern, sorted."""
+        """List the URLs of the files below a folder (``.../``), or that match a pattern, sorted.
+
+        Raises
+        ------
+        SlideError
+            If this kind of source has no listings, or the folder cannot be listed.
+        """
         ...
 
 
@@ -104,7 +124,7 @@ def file_name(source: str) -> str:
     Raises
     ------
     SlideError
-        If that of a URL is not a plain name (`is_plain_name`), or no source has its scheme.
+        If the last component of a URL is not a plain name (`is_plain_name`), or its scheme is unknown.
     """
     if not is_remote(source):
         return Path(source).name or Path(source).resolve().name  # of "." and ".."
@@ -115,7 +135,7 @@ def file_name(source: str) -> str:
     else:
         name = source.rstrip("/").rpartition("/")[2]
     if not is_plain_name(name):
-        raise SlideError(f"{redact_url(source)}: its last part {name!r} is no plain file name; rename it there")
+        raise SlideError(f"{redact_url(source)}: its last part {name!r} is not a plain file name; rename it there")
     return name
 
 

@@ -26,13 +26,7 @@ VERSIONS = ("ETag", "etag", "generation", "LastModified", "updated", "mtime")  #
 
 
 def find_parts(source: str) -> list[SlidePart]:
-    """List the files of a slide: the slide's own first, then those that belong to it.
-
-    Raises
-    ------
-    SlideError
-        If there is no such object, or no access to it.
-    """
+    """List the files of a slide: the slide's own first, then those that belong to it."""
     file_name(source)  # raises if it is not a plain name
     with _translated_errors(source):
         fs, path = _filesystem(source)
@@ -43,13 +37,7 @@ def find_parts(source: str) -> list[SlidePart]:
 
 
 def read_part(part: SlidePart, chunk_bytes: int) -> Generator[bytes]:
-    """Yield the content of one object, a request for each chunk.
-
-    Raises
-    ------
-    SlideError
-        If the storage refuses or fails, or has another version by now.
-    """
+    """Yield the content of one object, a request for each chunk."""
     with _translated_errors(part.address):
         fs, path = _filesystem(part.address)
         with fs.open(path, "rb", cache_type="none") as file:
@@ -60,13 +48,7 @@ def read_part(part: SlidePart, chunk_bytes: int) -> Generator[bytes]:
 
 
 def list_files(url: str) -> list[str]:
-    """List the URLs of the objects below a folder (``.../``), or that match a pattern, sorted.
-
-    Raises
-    ------
-    SlideError
-        If the bucket cannot be listed.
-    """
+    """List the URLs of the objects below a folder (``.../``), or that match a pattern, sorted."""
     with _translated_errors(url):
         fs, path = _filesystem(url)
         if url.endswith("/"):
@@ -108,7 +90,7 @@ def _companions(fs: Any, path: str) -> list[dict[str, Any]]:
 def _part(source: str, info: dict[str, Any], folder: str) -> SlidePart:
     name = str(info["name"])[len(folder) :].lstrip("/")
     if not all(is_plain_name(part) for part in name.split("/")):
-        raise SlideError(f"{source}: {name!r} in it is no plain file name; rename it there")
+        raise SlideError(f"{source}: {name!r} in it is not a plain file name; rename it there")
     scheme = source.partition("://")[0]
     return SlidePart(f"{scheme}://{info['name']}", name, int(info["size"]), _version(info))
 
@@ -126,7 +108,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
     try:
         import fsspec
 
-        for library in LOGGERS:  # they log tracebacks of what they raise as well
+        for library in LOGGERS:  # they also log the traceback of what they raise
             if not logging.getLogger(library).handlers:
                 logging.getLogger(library).addHandler(logging.NullHandler())
         # Without listings kept: an object may be replaced while a cohort runs.
@@ -159,7 +141,7 @@ def _library_errors(scheme: str) -> tuple[type[Exception], ...]:
         from gcsfs.retry import HttpError as GoogleError
         from google.auth.exceptions import GoogleAuthError
         from requests.exceptions import RequestException
-    except ImportError:  # `_filesystem` says what is missing
+    except ImportError:  # `_filesystem` names the missing package
         return OSError, ValueError
     return (
         OSError,

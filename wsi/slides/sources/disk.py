@@ -12,13 +12,7 @@ SCHEMES: tuple[str, ...] = ()  # local paths have none
 
 
 def find_parts(source: str) -> list[SlidePart]:
-    """List the files of a slide: the slide's own first, then those that belong to it.
-
-    Raises
-    ------
-    SlideError
-        If there is no such file or folder, or it may not be read.
-    """
+    """List the files of a slide: the slide's own first, then those that belong to it."""
     path = Path(source)
     try:
         parts = [_part(file, path) for file in _files(path)]
@@ -32,13 +26,7 @@ def find_parts(source: str) -> list[SlidePart]:
 
 
 def read_part(part: SlidePart, chunk_bytes: int) -> Generator[bytes]:
-    """Yield the content of one of the files that `find_parts` listed.
-
-    Raises
-    ------
-    SlideError
-        If it cannot be read.
-    """
+    """Yield the content of one of the files that `find_parts` listed."""
     try:
         with Path(part.address).open("rb", buffering=0) as file:
             while chunk := file.read(chunk_bytes):

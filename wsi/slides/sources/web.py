@@ -30,11 +30,6 @@ def find_parts(source: str) -> list[SlidePart]:
     """List the one file of a slide, with its size and version from the server.
 
     The request is GET, not HEAD, since a signed URL is signed for one method. The body is not read.
-
-    Raises
-    ------
-    SlideError
-        If the server has no such file, refuses access, or does not announce its size.
     """
     name = file_name(source)
     if PurePosixPath(name).suffix.lower() in MANY_FILES:
@@ -55,26 +50,14 @@ def find_parts(source: str) -> list[SlidePart]:
 
 
 def read_part(part: SlidePart, chunk_bytes: int) -> Generator[bytes]:
-    """Yield the content of the file; if the connection is cut, it ends early.
-
-    Raises
-    ------
-    SlideError
-        If the server refuses or fails; `TransientError` if another attempt may help.
-    """
+    """Yield the content of the file; if the connection is cut, it ends early."""
     with _opened(part.address) as response:
         while chunk := response.read(chunk_bytes):
             yield chunk
 
 
 def list_files(url: str) -> list[str]:
-    """Refuse: a web server has no listings.
-
-    Raises
-    ------
-    SlideError
-        Always.
-    """
+    """Refuse: a web server has no listings."""
     raise SlideError(f"{redact_url(url)}: http has no listings; name every slide, in a .csv if many")
 
 
