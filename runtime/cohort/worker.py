@@ -144,7 +144,8 @@ class Worker:
         May be called in several threads at once: they share the device.
         """
         clock = time.perf_counter()
-        outcome = None
+        outcome: Outcome | None = None
+        run: SlideRun | None = None
         while outcome is None:
             try:
                 if job.is_done(self.engine.card):
@@ -161,6 +162,7 @@ class Worker:
                 if batch < 1 or not isinstance(error, MemoryError | DeviceMemoryError):
                     outcome = _outcome_of_error(job, error)
             if outcome is None:
+                run = None  # free its buffers before the next attempt
                 gc.collect()
                 tiles = f"{batch} tile{'s' if batch > 1 else ''}"
                 log.warning("%s: out of memory; continues with %s at once", job.slide.name, tiles)

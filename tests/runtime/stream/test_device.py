@@ -15,7 +15,7 @@ import pytest
 import tifffile
 from numpy.typing import NDArray
 
-from histostream.runtime import slide_run as infer
+from histostream.runtime import layout, slide_run
 from histostream.runtime.choices import WINDOWS
 from histostream.runtime.cuda.base import DeviceMemoryError
 from histostream.runtime.engines.base import Engine
@@ -152,7 +152,7 @@ def test_rows_that_the_last_strip_left_white_are_uploaded_again(
     grid = TileGrid.cover(400, 112, tile_px=64, overlap_px=16)
     keep = np.ones((len(grid.ys), len(grid.xs)), np.bool_)
     keep[0, 2:6] = False
-    monkeypatch.setattr(infer, "plan_grid", lambda *_, **__: (grid.where(keep), None))
+    monkeypatch.setattr(layout, "plan_grid", lambda *_, **__: (grid.where(keep), None))
     path = write_slide(tmp_path / "slide.tif", random_pixels(400, 112))
     run = on_both(path, PlaceDependentEngine(), tmp_path, ALL)
     assert run["device"]["bytes_uploaded"] == 2 * 64 * 400 * 3
@@ -176,7 +176,7 @@ def test_they_agree_in_column_bands(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     path = write_slide(tmp_path / "wide.tif", random_pixels(1700, 90))
     bands = [(0, 512), (512, 1536), (1536, 1700)]
     whole = segment_slide(path, PlaceDependentEngine(), tmp_path / "whole", ALL)
-    monkeypatch.setattr(infer, "plan_bands", lambda *_, **__: bands)
+    monkeypatch.setattr(slide_run, "plan_bands", lambda *_, **__: bands)
     run = on_both(path, PlaceDependentEngine(), tmp_path, ALL)
     assert_same(results(whole.folder), results(tmp_path / "device" / "wide"))
     assert run["device"]["bytes_uploaded"] > 1700 * 90 * 3  # the tiles that reach into two bands
