@@ -14,8 +14,8 @@ from histostream.runtime.record import SUMMARY_FILE
 from histostream.runtime.result import ResultError
 from histostream.wsi.errors import HistoError
 from histostream.wsi.outputs.folder import LOCK_FILE, RUN_FILE
-from histostream.wsi.outputs.journal import BEGUN, JOURNAL, ClassView, Journal, RunManifest, ViewInfo
-from histostream.wsi.outputs.label_rows import ClassInfo, SlideInfo
+from histostream.wsi.outputs.journal import BEGUN, JOURNAL, Journal, RunManifest, ViewInfo
+from histostream.wsi.outputs.label_rows import SlideInfo
 from histostream.wsi.outputs.lock import holder_of
 from histostream.wsi.records import from_json
 from histostream.wsi.slides.resolution import MAX_MPP, MIN_MPP
@@ -250,15 +250,9 @@ def _label_view(run: Run, view: ViewInfo, slide: Mapping[str, Any]) -> LabelView
         raise ValueError(f"{view.width} x {view.height} px")
     if not (MIN_MPP <= view.result_mpp <= 4 * MAX_MPP and 0 < view.downsample < MAX_DOWNSAMPLE):
         raise ValueError(f"{view.result_mpp} um, downsample {view.downsample}")
-    classes = tuple(_class_info(entry) for entry in view.classes)
-    info = SlideInfo(run.name, view.width, view.height, view.result_mpp, classes)
+    info = SlideInfo(run.name, view.width, view.height, view.result_mpp, view.classes)
     version = SlideVersion(int(slide["bytes"]), str(slide["modified"]))
     return LabelView(info, view.downsample, SlideLocator(view.source, version, str(slide.get("sha256", ""))))
-
-
-def _class_info(entry: ClassView) -> ClassInfo:
-    red, green, blue = entry.color
-    return ClassInfo(entry.name, (red, green, blue))
 
 
 def _invalid(run: Run, file: str) -> ResultError:
