@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 
 from histostream.benchmarks.accuracy import cells, generative
-from histostream.benchmarks.accuracy.cells import Cell, fill, refer
+from histostream.benchmarks.accuracy.cells import Cell, add_references, fill
 from histostream.benchmarks.accuracy.generative import TABLES, cell
 from histostream.export.trained import find_checkpoint
 from histostream.training import batches, checkpoint, synthetic
@@ -120,8 +120,8 @@ def test_a_floor_and_a_ceiling_are_scored_without_a_network() -> None:
 
 def test_what_stands_beside_the_cells_is_scored_once(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
-    refer(path, lambda: {"floor": 1})
-    refer(path, lambda: {"floor": 2})
+    add_references(path, lambda: {"floor": 1})
+    add_references(path, lambda: {"floor": 2})
     assert json.loads(path.read_text()) == {"references": {"floor": 1}}
 
 
