@@ -167,6 +167,11 @@ def _nchw(image: np.ndarray) -> Tensor:
     return torch.from_numpy(image.transpose(2, 0, 1)[None].copy())
 
 
+def references_of(source: str) -> Plain:
+    """Open a data set and score its references."""
+    return references(sets.open_set(source))
+
+
 @click.command()
 @click.option("--table", "name", type=click.Choice(list(TABLES)), required=True)
 @options
@@ -176,7 +181,7 @@ def main(name: str, **values: Any) -> None:
     scores = None
     if name.startswith("glas") and name != "glas-painted":
         source = table.source.format(data=values["data_dir"])
-        scores = lambda: references(sets.open_set(source))  # noqa: E731
+        scores = functools.partial(references_of, source)
     fill_table(cell, name, table, f"accuracy-{name}", references=scores, **values)
 
 

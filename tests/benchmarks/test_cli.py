@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from itertools import pairwise
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,18 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from histostream.benchmarks import peak_rates as ceilings
-from histostream.benchmarks import speed
+from histostream.benchmarks import peak_rates, speed
 from histostream.benchmarks.cli import main
 from histostream.benchmarks.flops import count_flops
-from histostream.benchmarks.plots import roofline_png, spread, stages_png
+from histostream.benchmarks.hardware import Gpus, hardware
+from histostream.benchmarks.plots import roofline_png, stages_png
 from histostream.benchmarks.report import write_together
 from histostream.benchmarks.stages import ALONE, Contender, Setup
 from histostream.export.convert.fp16 import multiply_accumulates
+from histostream.runtime import doctor
 from histostream.runtime.bundle.card import default_bundle
-from histostream.runtime.engines.opener import open_engine
-from histostream.runtime.hardware import hardware
+from histostream.runtime.doctor import ABSENT, BROKEN, MISSING, OK, Finding, examine
+from histostream.runtime.engines.base import open_engine
 from histostream.runtime.options import Options
 from histostream.wsi.errors import OutputError
 from histostream.wsi.optional import install_command
@@ -36,6 +37,8 @@ from tests.runtime.host_device import HostDevice, HostDeviceEngine
 
 FILES = {"bench.json", "bench.md", "stages.png", "roofline.png"}
 SLIDE_PX = (320, 224)  # of a network with tiles of 128 px that share 32
+
+NO_DRIVER = Gpus((), None, None, "no NVIDIA driver (libcuda.so.1 is not here)")
 
 
 def bench(*arguments: object) -> Result:
@@ -54,10 +57,10 @@ def one_clear_line(done: Result) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def _small_probes() -> Any:
-    """Measure ceilings with small matrices: here it matters that they are there."""
+    """Measure peak rates with small matrices: here it matters that they are there."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ceilings, "SIDES", {"cpu": (128,), "gpu": (128,)})
-        patch.setattr(ceilings, "COPY_BYTES", {"cpu": 1 << 20, "gpu": 1 << 20})
+        patch.setattr(peak_rates, "SIDES", {"cpu": (128,), "gpu": (128,)})
+        patch.setattr(peak_rates, "COPY_BYTES", {"cpu": 1 << 20, "gpu": 1 << 20})
         yield
 
 
@@ -389,26 +392,15 @@ def test_the_shipped_model_counts_as_its_export_does() -> None:
 
 @pytest.mark.full
 def test_probes_measure_something_and_say_what_is_missing() -> None:
-    probes, missing = ceilings.open_probes("cpu", ("fp32", "int8"))
-    assert {p.ceiling for p in probes} == {"fp32", "int8", "copy"}
+    probes, missing = peak_rates.open_probes("cpu", ("fp32", "int8"))
+    assert {p.kind for p in probes} == {"fp32", "int8", "copy"}
     assert not missing
     assert all(p.rate() > 0 for p in probes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "openvino", None)
-        probes, missing = ceilings.open_probes("cpu", ("fp32",))
+        probes, missing = peak_rates.open_probes("cpu", ("fp32",))
     assert missing == ["openvino is not installed"]
-    assert {p.ceiling for p in probes} == {"fp32", "copy"}
-
-
-@pytest.mark.parametrize(
-    ("wanted", "sizes"),
-    [([5.0, 4.9, 4.8], [1, 1, 1]), ([5.0, 1.0], [1, 2]), ([9.9, 9.8, 2.0, 1.9], [2, 1, 1, 1])],
-)
-def test_texts_beside_a_plot_never_cover_each_other(wanted: list[float], sizes: list[float]) -> None:
-    placed = spread(wanted, sizes, 10)
-    ends = [(at + size / 2, at - size / 2) for at, size in zip(placed, sizes, strict=True)]
-    assert ends[0][0] <= 10
-    assert all(above[1] >= below[0] - 1e-9 for above, below in pairwise(ends))
+    assert {p.kind for p in probes} == {"fp32", "copy"}
 
 
 # ----------------------------------------------------------------------------- compare
@@ -484,3 +476,140 @@ def test_compare_refuses_a_checkpoint_of_another_network(tiny_bundle: Path) -> N
     line = one_clear_line(bench("compare", "--model", tiny_bundle))
     assert "ground, gland, nucleus" in line
     assert "--checkpoint" in line
+
+
+# ----------------------------------------------------------------------------- doctor
+
+
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Make modules look as if they were not installed."""
+
+    def hide(*names: str) -> None:
+        for name in names:
+            for loaded in list(sys.modules):
+                if loaded.startswith(f"{name}."):
+                    monkeypatch.delitem(sys.modules, loaded)
+            monkeypatch.setitem(sys.modules, name, None)
+
+    return hide
+
+
+def by_name(findings: list[Finding]) -> dict[str, Finding]:
+    return {finding.name: finding for finding in findings}
+
+
+def test_doctor_finds_this_machine_whole() -> None:
+    done = bench("doctor")
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    assert {line.split()[0] for line in lines} <= {OK, ABSENT, MISSING}
+    names = [line[8:].split(":")[0] for line in lines]
+    assert len(names) == len(set(names)), "one thing, one line"
+    assert {
+        "Python",
+        "processor",
+        "NVIDIA driver",
+        "ONNX Runtime",
+        "OpenVINO",
+        "large-image",
+        "decoding",
+        "cache folder",
+    } <= set(names)
+    for line in lines:
+        if line.startswith(MISSING):
+            assert "; " in line, f"no advice: {line}"
+    assert names[-1] == "verdict"
+    assert "ready: CPU" in lines[-1]
+
+
+@pytest.mark.parametrize("driver", [False, True])
+def test_doctor_looks_for_what_a_gpu_needs_only_where_a_gpu_could_be(
+    driver: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus = Gpus((), "600.1", "13.0", "the driver sees no GPU") if driver else NO_DRIVER
+    monkeypatch.setattr(doctor, "find_gpus", lambda: gpus)
+    monkeypatch.setattr(doctor, "find_cuda_library", lambda name: name == "cudart" and "cudart.so")
+    found = by_name(examine())
+    for name in ("CUDA libraries", "CUDAExecutionProvider", "TensorRT", "cuda-python"):
+        assert (name in found) is driver, name
+    if driver:
+        libraries = found["CUDA libraries"]
+        assert (libraries.status, libraries.said) == (
+            MISSING,
+            "no cublas, cublasLt, cufft, curand, nvrtc, cudnn; found cudart.so",
+        )
+    assert found["verdict"].said == "ready: CPU"
+    assert "pip" in found["verdict"].advice
+    assert "[cuda]" in found["verdict"].advice
+
+
+def test_the_verdict_knows_a_gpu_that_works() -> None:
+    findings = [Finding("NVIDIA driver", OK, ""), Finding("CUDAExecutionProvider", OK, "ran")]
+    assert str(doctor.verdict(findings)) == "ok      verdict: ready: CPU and GPU"
+    broken = [*findings, Finding("large-image", BROKEN, "cannot be loaded")]
+    assert doctor.verdict(broken).status == BROKEN
+
+
+def test_doctor_says_in_json_what_it_says_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    findings = [Finding("a", OK, "here"), Finding("b", MISSING, "not here", "install it")]
+    monkeypatch.setattr(doctor, "examine", lambda: findings)
+    done = bench("doctor", "--json")
+    assert done.exit_code == 0
+    assert [Finding(**row) for row in json.loads(done.stdout)] == findings
+
+
+def test_doctor_goes_without_everything_that_is_optional(without: Any) -> None:
+    without("tensorrt", "tensorrt_rtx", "openvino", "torch", "onnx", "matplotlib", "cuda")
+    found = by_name(examine())
+    assert {f.status for f in found.values()} <= {OK, ABSENT, MISSING}
+    extras = {"OpenVINO": "openvino", "torch": "export", "onnx": "export", "matplotlib": "bench"}
+    for name, extra in extras.items():
+        assert found[name].status == MISSING
+        assert install_command(extra) in found[name].advice
+    assert found["CPUExecutionProvider"].status == OK
+
+
+def test_doctor_says_that_it_is_broken_without_what_is_needed(without: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    without("onnxruntime", "large_image")
+    found = by_name(examine())
+    assert found["ONNX Runtime"].status == found["large-image"].status == BROKEN
+    monkeypatch.setattr(doctor, "examine", lambda: list(found.values()))
+    assert bench("doctor").exit_code == 1
+
+
+def test_doctor_finds_two_packages_that_overwrite_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda n: "1.22.0" if n.startswith("onnxruntime") else real(n))
+    found = {f.name: f for f in doctor._onnxruntime()}
+    assert found["ONNX Runtime"].status == BROKEN
+    assert "onnxruntime 1.22.0 and onnxruntime-gpu 1.22.0" in found["ONNX Runtime"].said
+    assert "pip uninstall" in found["ONNX Runtime"].advice
+
+
+def test_an_error_that_nobody_foresaw_costs_one_line_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(folder: Path) -> None:
+        raise ZeroDivisionError("no disk")
+
+    monkeypatch.setattr("shutil.disk_usage", fails)
+    found = by_name(examine())
+    assert found["disk"].status == BROKEN
+    assert "no disk" in found["disk"].said
+    assert found["decoding"].status == OK
+
+
+def test_the_tiny_model_of_the_doctor_is_a_valid_graph() -> None:
+    onnx.checker.check_model(onnx.load_from_string(doctor.TINY_MODEL))
+
+
+def test_hardware_names_what_there_is() -> None:
+    said = hardware()
+    assert said["cpu"]
+    assert isinstance(said["cores"], int)
+    assert said["cores"] >= 1
+    assert isinstance(said["gpus"], list)
+    json.dumps(said)

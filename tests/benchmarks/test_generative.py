@@ -247,7 +247,7 @@ def test_a_table_refuses_what_it_does_not_have(tmp_path: Path) -> None:
 
 def test_floors_are_in_the_file_of_the_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the training, which other tests do; the command itself makes the file's name."""
-    monkeypatch.setattr(generative, "_references_of", lambda source: {"floor": {"source": source}})
+    monkeypatch.setattr(generative, "references_of", lambda source: {"floor": {"source": source}})
     monkeypatch.setattr(cells, "_run", lambda *_: {"scores": {"pooled": {"mean_f": 0, "accuracy": 0}}})
     arguments = ["--table", "glas", "--size", "quarter", "--only", "full", "--number", "0"]
     folders = ["--data", tmp_path, "--runs", tmp_path / "runs", "--out", tmp_path / "out"]
