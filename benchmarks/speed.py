@@ -349,8 +349,8 @@ def _roofline_table(result: Plain) -> list[str]:
         "",
         "FLOPs are those of convolutions and matrix products, two for each multiply-accumulate; bytes are the inputs, "
         "weights and outputs of every node by itself. A library that fuses nodes moves fewer bytes, so it may lie "
-        "above the slope of the memory; and one above 100% does better than the matrix products that were measured. If fewer "
-        "cores are busy than there are, other programs used the rest.",
+        "above the slope of the memory; and one above 100% does better than the matrix products that were measured. "
+        "If fewer cores are busy than there are, other programs used the rest.",
         "",
     ]
 
