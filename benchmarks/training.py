@@ -27,9 +27,9 @@ from histostream.training import synthetic
 from histostream.training.augment import Augmentation
 from histostream.training.batches import Batches, divide
 from histostream.training.device import Compute
-from histostream.training.methods import Batch
 from histostream.training.methods.imems import method as imems
 from histostream.training.schedule import Schedule
+from histostream.training.state import Batch
 
 WARM_UP_STEPS = 3
 

@@ -46,8 +46,7 @@ import click
 from histostream.benchmarks.accuracy.cells import Cell, fill_table, options
 from histostream.benchmarks.accuracy.experiments import cell_name, read_tables
 from histostream.runtime.crf import CrfParams
-from histostream.training import data, synthetic
-from histostream.training import datasets as sets
+from histostream.training import datasets, splits, synthetic
 from histostream.training.data import DataSet, Sample, StoredSample
 
 PAIRS = read_tables("adaptation")
@@ -99,30 +98,30 @@ class Domains:
 
 def tnbc_kirc(root: Path, number: int) -> Domains:
     """Test on kidney image number ``number``, adapt to the other two, or to one (one validates)."""
-    kidney = sets.open_set(f"monuseg:{root}/nuclei-monuseg?organ=kirc").train
+    kidney = datasets.open_dataset(f"monuseg:{root}/nuclei-monuseg?organ=kirc").train
     test = number % len(kidney)
     rest = [s for i, s in enumerate(kidney) if i != test]
-    source = sets.open_set(f"tnbc:{root}/nuclei-tnbc")
+    source = datasets.open_dataset(f"tnbc:{root}/nuclei-tnbc")
     return Domains(source, rest[:1], rest[1:], kidney[test : test + 1])
 
 
 def _organs(root: Path) -> DataSet:
-    data_set = sets.open_set(f"monuseg:{root}/nuclei-monuseg?organ=other")
+    data_set = datasets.open_dataset(f"monuseg:{root}/nuclei-monuseg?organ=other")
     return replace(data_set, train=(*data_set.train, *data_set.test), test=())
 
 
 def tnbc_other(root: Path, number: int) -> Domains:
     """Adapt to two thirds, by patient, of the organs but kidney; test on the other third."""
-    return Domains(sets.open_set(f"tnbc:{root}/nuclei-tnbc"), *_divided(_organs(root), number))
+    return Domains(datasets.open_dataset(f"tnbc:{root}/nuclei-tnbc"), *_divided(_organs(root), number))
 
 
 def other_tnbc(root: Path, number: int) -> Domains:
     """Adapt to two thirds of the patients of TNBC, test on the other third."""
-    return Domains(_organs(root), *_divided(sets.open_set(f"tnbc:{root}/nuclei-tnbc"), number))
+    return Domains(_organs(root), *_divided(datasets.open_dataset(f"tnbc:{root}/nuclei-tnbc"), number))
 
 
 def _divided(data_set: DataSet, number: int) -> tuple[list[Sample], list[Sample], list[Sample]]:
-    split = data.fold(data_set.train, folds=3, fold=number % 3, validation=0.1, seed=0)
+    split = splits.fold(data_set.train, folds=3, fold=number % 3, validation=0.1, seed=0)
     target, validation, test = (
         [data_set.train[i] for i in part] for part in (split.train, split.validation, split.test)
     )
@@ -139,10 +138,10 @@ def _held_out(target: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
 def epfl_vnc(root: Path, number: int) -> Domains:
     """Train on all labelled slices of the source; ``number`` is a seed only."""
     del number
-    source = sets.open_set(f"epfl:{root}/em-epfl-hippocampus")
+    source = datasets.open_dataset(f"epfl:{root}/em-epfl-hippocampus")
     source = replace(source, train=(*source.train, *source.test), test=())
     assert source.mpp is not None
-    target = sets.open_set(f"vnc:{root}/em-vnc-sstem").at_mpp(source.mpp)
+    target = datasets.open_dataset(f"vnc:{root}/em-vnc-sstem").at_mpp(source.mpp)
     return Domains(source, *_held_out(target.train), target.test)
 
 

@@ -7,7 +7,6 @@ after the other, can fill a table.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,9 +27,10 @@ from histostream.training.checkpoint import Checkpoint
 from histostream.training.choices import PRECISIONS
 from histostream.training.data import DataSet, Sample
 from histostream.training.device import Compute
-from histostream.training.loop import Progress, Recipe
+from histostream.training.loop import Progress
+from histostream.training.recipe import Recipe
 from histostream.wsi.errors import HistoError
-from histostream.wsi.files import json_text
+from histostream.wsi.files import locked, write_json
 
 Plain = dict[str, Any]
 
@@ -169,8 +169,7 @@ def train(cell: Cell, data_set: DataSet, runs: Path, how: Compute) -> Checkpoint
     if cell.start is not None:
         begin = runs / cell.start.name
         runs.mkdir(parents=True, exist_ok=True)
-        with (runs / f".{cell.start.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # cells of other processes start from it, too
+        with locked(runs / cell.start.name):  # cells of other processes start from it, too
             train(cell.start, cell.start.data(), runs, how)
 
     def report(progress: Progress) -> None:
@@ -182,10 +181,10 @@ def train(cell: Cell, data_set: DataSet, runs: Path, how: Compute) -> Checkpoint
 
     return loop.train(
         cell.recipe,
-        methods.load(cell.recipe.method),
+        methods.load_method(cell.recipe.method),
         data_set,
         runs / cell.name,
-        how=how,
+        compute=how,
         start=begin,
         report=report,
         record={"commit": command.commit()},
@@ -245,10 +244,7 @@ def _run(cell: Cell, runs: Path, how: Compute) -> Plain:
 def _locked(path: Path) -> Iterator[Plain]:
     """Lock a result file that several processes fill; write it when the block ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with (path.parent / f".{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(path):
         results = json.loads(path.read_text()) if path.exists() else {}
         yield results
-        part = path.with_name(f".{path.name}.part")
-        part.write_text(json_text(results))
-        part.replace(path)
+        write_json(path, results)

@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from typing import Any
 
-from histostream.training import command, methods
-from histostream.training.loop import Recipe
+from histostream.training import methods
+from histostream.training.recipe import Recipe, read_recipe
 from histostream.training.schedule import Schedule
 
 Settings = dict[str, dict[str, Any]]  # keys of a recipe, by its group: "method", "schedule", ...
@@ -119,7 +119,7 @@ class Table:
             for group, values in one.items()
             for key, value in values.items()
         )
-        return command.read_recipe(self.method, methods.load(self.method), recipes, texts, mpp=mpp)
+        return read_recipe(self.method, methods.load_method(self.method), recipes, texts, mpp=mpp)
 
 
 def read_tables(name: str) -> dict[str, Table]:

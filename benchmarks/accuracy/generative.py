@@ -31,18 +31,18 @@ from torch import Tensor
 
 from histostream.benchmarks.accuracy.cells import Cell, Plain, fill_table, options
 from histostream.benchmarks.accuracy.experiments import cell_name, read_tables
-from histostream.benchmarks.accuracy.score import Predict, score
-from histostream.export.trained import config_of, find_checkpoint
-from histostream.training import checkpoint, sample, synthetic
-from histostream.training import datasets as sets
-from histostream.training.data import DataSet, Sample, StoredPicture
-from histostream.training.image_metrics import (
+from histostream.benchmarks.accuracy.image_metrics import (
     MS_SSIM_MIN_PX,
     frechet_inception_distance,
     ms_ssim,
     ms_ssim_among,
     nuclei_encoder,
 )
+from histostream.benchmarks.accuracy.score import Predict, score
+from histostream.export.trained import config_of, find_checkpoint
+from histostream.training import checkpoint, datasets, synthetic
+from histostream.training.data import DataSet, Sample, StoredPicture
+from histostream.training.methods.pyramid_gan import sample
 from histostream.training.methods.translation import method as translation
 from histostream.training.metrics import SoftDice
 
@@ -59,7 +59,7 @@ def cell(name: str, size_name: str, algorithm: str, number: int, data: Path = Pa
     def open_data() -> DataSet:
         if name == "cue":
             return dataclasses.replace(synthetic.long_range_cue(1000, 100, seed=number), mpp=CUE_MPP)
-        data_set = sets.open_set(table.source.format(data=data, seed=number) + size.query)
+        data_set = datasets.open_dataset(table.source.format(data=data, seed=number) + size.query)
         return transductive(data_set) if algorithm.endswith(TRANSDUCTIVE) else data_set
 
     further: Callable[[Path, Sequence[Sample]], Plain] | None = None
@@ -112,7 +112,7 @@ def digit_scores(run: Path, samples: Sequence[Sample]) -> Plain:
     saved = checkpoint.read(folder)
     state = translation.build(config_of(folder, saved), len(saved.classes), saved.channels)
     checkpoint.load(folder, state)
-    dice = SoftDice(2, smooth=translation.SMOOTH)
+    dice = SoftDice(2, smooth=1.0)
     sums, counts = np.zeros(2), np.zeros(2)
     for one in samples:
         image = _nchw(one.image)
@@ -169,7 +169,7 @@ def _nchw(image: np.ndarray) -> Tensor:
 
 def references_of(source: str) -> Plain:
     """Open a data set and score its references."""
-    return references(sets.open_set(source))
+    return references(datasets.open_dataset(source))
 
 
 @click.command()

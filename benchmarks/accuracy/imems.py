@@ -20,7 +20,7 @@ import click
 
 from histostream.benchmarks.accuracy.cells import Cell, fill_table, options
 from histostream.benchmarks.accuracy.experiments import cell_name, read_tables
-from histostream.training import datasets as sets
+from histostream.training import datasets
 
 TABLES = read_tables("imems")
 
@@ -33,7 +33,7 @@ def cell(name: str, size: str, algorithm: str, number: int, data: Path = Path())
         algorithm,
         number,
         table.recipe(table.sizes[size], algorithm, number),
-        functools.partial(sets.open_set, table.source.format(data=data)),
+        functools.partial(datasets.open_dataset, table.source.format(data=data)),
     )
 
 
