@@ -1,4 +1,4 @@
-"""``histo-bench``: how fast, what bounds it, against whom, and what is missing here."""
+"""The command ``histo-bench``: measure speed, compare libraries, score accuracy, examine the machine."""
 
 from __future__ import annotations
 
@@ -99,10 +99,10 @@ def run(
     from histostream.runtime.process_memory import return_buffers_at_once
     from histostream.wsi.files import json_text
 
-    return_buffers_at_once()  # as histo-infer
+    return_buffers_at_once()  # as in histo-infer
     setups = [
-        Setup(*of)
-        for of in itertools.product(
+        Setup(*values)
+        for values in itertools.product(
             bundles or (default_bundle(),),
             _words("--backend", backend, BACKENDS),
             _words("--precision", precision, ("auto", *PRECISIONS)),
@@ -110,7 +110,7 @@ def run(
             _numbers("--tile", tile),
         )
     ]
-    said = measure_speed(
+    result = measure_speed(
         setups,
         slide=slide,
         synthetic_px=_size(synthetic),
@@ -118,14 +118,14 @@ def run(
         repeats=repeats,
         say=_say,
     )
-    page = markdown(said)
+    page = markdown(result)
     write_together(
         out,
         {
             "bench.md": page,
-            "stages.png": functools.partial(stages_png, said),
-            "roofline.png": functools.partial(roofline_png, said),
-            "bench.json": json_text(said),
+            "stages.png": functools.partial(stages_png, result),
+            "roofline.png": functools.partial(roofline_png, result),
+            "bench.json": json_text(result),
         },
     )
     click.echo(page)
@@ -148,7 +148,7 @@ def run(
 @click.option("--compile", "compiled", is_flag=True, help="Try torch.compile too (minutes).")
 @click.option("--out", type=PATH, help="Folder for compare.json and compare.md.")
 @_one_line_errors
-def compare(bundle: Path | None, out: Path | None, **how: Any) -> None:
+def compare(bundle: Path | None, out: Path | None, **options: Any) -> None:
     """Run one network in torch and in every backend, side by side on the same tiles."""
     from histostream.benchmarks.compare import compare as compared
     from histostream.benchmarks.compare import markdown
@@ -156,10 +156,10 @@ def compare(bundle: Path | None, out: Path | None, **how: Any) -> None:
     from histostream.runtime.bundle.card import default_bundle
     from histostream.wsi.files import json_text
 
-    said = compared(bundle or default_bundle(), **how, say=_say)
-    page = markdown(said)
+    result = compared(bundle or default_bundle(), **options, say=_say)
+    page = markdown(result)
     if out is not None:
-        write_together(out, {"compare.md": page, "compare.json": json_text(said)})
+        write_together(out, {"compare.md": page, "compare.json": json_text(result)})
     click.echo(page)
 
 
@@ -195,7 +195,7 @@ def accuracy(
     mpp: float | None,
     min_object: int,
     out: Path,
-    **how: str,
+    **options: str,
 ) -> None:
     """Score a bundle, a checkpoint or a folder of label maps against annotated images.
 
@@ -212,16 +212,16 @@ def accuracy(
         raise _OptionError("give one of --model, --checkpoint and --labels")
     if bundle is None and run is None and labels is None:
         bundle = default_bundle()
-    said = score_set(
-        source, bundle=bundle, run=run, labels=labels, part=part, mpp=mpp, min_object_px=min_object, say=_say, **how
+    result = score_set(
+        source, bundle=bundle, run=run, labels=labels, part=part, mpp=mpp, min_object_px=min_object, say=_say, **options
     )
-    page = markdown(said)
+    page = markdown(result)
     write_together(
         out,
         {
             "accuracy.md": page,
-            "confusion.png": functools.partial(confusion_png, said),
-            "accuracy.json": json_text(said),
+            "confusion.png": functools.partial(confusion_png, result),
+            "accuracy.json": json_text(result),
         },
     )
     click.echo(page)
@@ -257,16 +257,16 @@ def _words(option: str, text: str, known: tuple[str, ...]) -> list[str]:
 
 
 def _numbers(option: str, text: str) -> list[int | None]:
-    """Numbers with commas between them; None for "auto"."""
-    found: list[int | None] = []
+    """Read a comma-separated list of numbers; None stands for "auto"."""
+    numbers: list[int | None] = []
     for word in text.split(","):
         if word.strip() == "auto":
-            found.append(None)
+            numbers.append(None)
         elif word.strip().isdecimal() and int(word) > 0:
-            found.append(int(word))
+            numbers.append(int(word))
         else:
             raise _OptionError(f"{option} {text}: {word.strip()!r} is no number from 1, nor auto: give one")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(numbers))
 
 
 def _size(text: str) -> tuple[int, int]:

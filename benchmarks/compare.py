@@ -1,17 +1,17 @@
-"""What ``histo-bench compare`` does: one network in every library at hand, side by side.
+"""Compare one network in every installed library: ``histo-bench compare``.
 
-Every contender gets the same tiles from host memory and gives scores back to host memory, so that
-none is spared a copy. They take turns, and the ratios are those of one turn.
+Every contender gets the same tiles from host memory and returns scores to host memory, so that all have the same
+copies. They take turns, and ratios are formed within a turn.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from histostream.benchmarks.report import table_lines
 from histostream.benchmarks.stages import BenchError
+from histostream.benchmarks.timing import paired_ratio, time_in_turns
 from histostream.export.tiles import collect_tiles
 from histostream.export.trained import load_deployed, read_checkpoint
 from histostream.runtime.bundle.card import ModelCard, read_card
@@ -37,7 +39,7 @@ Plain = dict[str, Any]
 Call = Callable[[Pixels], Pixels]
 Say = Callable[[str], None]
 BASELINE = "torch eager fp32"
-# A processor without any of these computes bfloat16 several times slower than single precision.
+# Instructions without which a processor computes bfloat16 several times slower than single precision.
 BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"})
 
 
@@ -52,13 +54,13 @@ class Contender:
     Attributes
     ----------
     name
-        What was asked for.
+        Library and precision.
     ran
         What ran, with its version.
     call
         Maps tiles (N, H, W, C) to scores (N, K, H, W), both in host memory.
     close
-        Gives everything back.
+        Releases the device.
     """
 
     name: str
@@ -87,23 +89,23 @@ def compare(
     bundle
         The exported model.
     method, checkpoint
-        The same network in torch; None: the weights that ship for the method.
+        The same network in torch; without a checkpoint, the weights that ship for the method.
     slide
-        Where tiles are cut from; None: a synthetic slide.
+        Slide that tiles are cut from; None: a synthetic one.
     tiles, batch
-        How many tiles, and how many at once.
+        Number of tiles, and of tiles at once.
     repeats
-        How often; the figures are medians.
+        Number of repeats; the figures are medians.
     threads
         CPU threads of every contender; None: all cores.
     compiled
-        Whether ``torch.compile`` is tried too; it takes minutes.
+        Whether to try ``torch.compile`` too, which takes minutes.
     say
-        Told what is done, one line at a time.
+        Called with each line of progress.
 
     Returns
     -------
-    Rates and label agreement of what ran, and the reason for everything that did not.
+    Rates and label agreement of the contenders, and the reason for each that could not run.
 
     Raises
     ------
@@ -123,10 +125,11 @@ def compare(
     with _torch_threads(threads):
         contenders, refused = _open(bundle, card, module, threads, compiled, batches, say)
         scores = {c.name: np.concatenate([c.call(b) for b in batches]) for c in contenders}
-        seconds, cores = _in_turns(contenders, batches, repeats, say)
+        timings = time_in_turns({c.name: partial(_call_each, c.call, batches) for c in contenders}, repeats, say=say)
     for contender in contenders:
         contender.close()
-    wanted = scores[BASELINE].argmax(axis=1)
+    seconds = timings.wall
+    reference = scores[BASELINE].argmax(axis=1)
     mpx = len(pixels) * card.tile_px**2 / 1e6
     return {
         "hardware": machine,
@@ -143,9 +146,9 @@ def compare(
                 "name": c.name,
                 "ran": c.ran,
                 "mpx_per_s": round(mpx / statistics.median(seconds[c.name]), 3),
-                "ratio_to_torch_eager": round(_ratio(seconds[BASELINE], seconds[c.name]), 3),
-                "label_agreement": round(_agreement(scores[c.name], wanted), 6),
-                "cores_busy": round(statistics.median(cores[c.name]), 2),
+                "ratio_to_torch_eager": round(paired_ratio(seconds[BASELINE], seconds[c.name]), 3),
+                "label_agreement": round(float((scores[c.name].argmax(axis=1) == reference).mean()), 6),
+                "cores_busy": round(timings.cores_busy(c.name), 2),
                 "every_seconds": [round(s, 4) for s in seconds[c.name]],
             }
             for c in contenders
@@ -154,13 +157,9 @@ def compare(
     }
 
 
-def _ratio(of: Sequence[float], to: Sequence[float]) -> float:
-    """Median of the ratios of the turns: what disturbed one disturbed the other."""
-    return statistics.median(a / b for a, b in zip(of, to, strict=True))
-
-
-def _agreement(scores: Pixels, wanted: NDArray[np.int64]) -> float:
-    return float((scores.argmax(axis=1) == wanted).mean())
+def _call_each(call: Call, batches: list[Pixels]) -> None:
+    for batch in batches:
+        call(batch)
 
 
 def torch_network(method_name: str, run: Path | None, card: ModelCard) -> nn.Module:
@@ -171,15 +170,15 @@ def torch_network(method_name: str, run: Path | None, card: ModelCard) -> nn.Mod
     CheckpointError
         If the checkpoint cannot be read, is of another method, or does not fit the card.
     """
-    folder, said = read_checkpoint(method_name, run)
-    ours = (said.channels, [name for name, _ in said.classes])
+    folder, saved = read_checkpoint(method_name, run)
+    ours = (saved.channels, [name for name, _ in saved.classes])
     theirs = (card.channels, [c.name for c in card.classes])
     if ours != theirs:
         raise CheckpointError(
             f"{folder}: has {ours[0]} channels and classes {', '.join(ours[1])}, the bundle "
             f"{theirs[0]} and {', '.join(theirs[1])}; pass the --checkpoint that it was made of"
         )
-    return load_deployed(folder, said)
+    return load_deployed(folder, saved)
 
 
 def _open(
@@ -214,42 +213,24 @@ def _open(
     return contenders, refused
 
 
-def _in_turns(
-    contenders: Sequence[Contender], batches: list[Pixels], repeats: int, say: Say
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Return the seconds of each turn, and its processor seconds for each of them."""
-    seconds: dict[str, list[float]] = {c.name: [] for c in contenders}
-    cores: dict[str, list[float]] = {c.name: [] for c in contenders}
-    for repeat in range(repeats):
-        for contender in contenders:
-            start, start_cpu = time.perf_counter(), time.process_time()
-            for batch in batches:
-                contender.call(batch)
-            spent = time.perf_counter() - start
-            seconds[contender.name].append(spent)
-            cores[contender.name].append((time.process_time() - start_cpu) / spent)
-        say(f"{repeat + 1} of {repeats}")
-    return seconds, cores
-
-
 def _torch_contenders(module: nn.Module, compiled: bool) -> Iterator[tuple[str, Callable[[], Contender]]]:
     on_gpu = torch.cuda.is_available()
     device = "cuda" if on_gpu else "cpu"
     half = torch.float16 if on_gpu else torch.bfloat16
-    sensible = on_gpu or bool(BFLOAT16 & cpu_flags())
+    half_is_fast = on_gpu or bool(BFLOAT16 & cpu_flags())
 
     def eager() -> Contender:
         return _torch_contender(BASELINE, module, device, None, compiled=False)
 
     def mixed() -> Contender:
-        if not sensible:
+        if not half_is_fast:
             raise NotUsableError("this processor has no bfloat16 instructions: it would be slower")
         return _torch_contender("torch AMP", module, device, half, compiled=False)
 
     def with_compiler() -> Contender:
         if not compiled:
-            raise NotUsableError("not asked for; pass --compile (takes minutes)")
-        return _torch_contender("torch compile", module, device, half if sensible else None, compiled=True)
+            raise NotUsableError("needs --compile (takes minutes)")
+        return _torch_contender("torch compile", module, device, half if half_is_fast else None, compiled=True)
 
     yield BASELINE, eager
     yield "torch AMP", mixed
@@ -259,8 +240,8 @@ def _torch_contenders(module: nn.Module, compiled: bool) -> Iterator[tuple[str, 
 def _torch_contender(
     name: str, module: nn.Module, device: str, half: torch.dtype | None, *, compiled: bool
 ) -> Contender:
-    here = module.to(device)
-    run = torch.compile(here) if compiled else here
+    on_device = module.to(device)
+    run = torch.compile(on_device) if compiled else on_device
     kind = "fp32" if half is None else f"autocast {str(half).removeprefix('torch.')}"
 
     def call(tiles: Pixels) -> Pixels:
@@ -273,8 +254,8 @@ def _torch_contender(
             scores: Pixels = run(torch.from_numpy(tiles).to(device)).cpu().numpy()
         return scores
 
-    how = ", compiled" if compiled else ""
-    return Contender(name, f"torch {torch.__version__} {device} {kind}{how}", call)
+    suffix = ", compiled" if compiled else ""
+    return Contender(name, f"torch {torch.__version__} {device} {kind}{suffix}", call)
 
 
 def _engine_contenders(
@@ -305,26 +286,33 @@ def _torch_threads(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def markdown(said: Plain) -> str:
+def markdown(result: Plain) -> str:
     """Return the result as a page with one table."""
-    machine = said["hardware"]
+    machine = result["hardware"]
     gpus = "".join(f", {gpu['name']}" for gpu in machine["gpus"])
     lines = [
-        f"# {said['model']}: {said['tiles']} tiles of {said['tile_px']} px, batch {said['batch']}",
+        f"# {result['model']}: {result['tiles']} tiles of {result['tile_px']} px, batch {result['batch']}",
         "",
         f"{machine['cpu']}, {machine['cores']} cores{gpus}; load before {machine['load_before']}. "
-        f"Medians of {said['repeats']} repeats in turns, host memory to host memory; Mpx are "
+        f"Medians of {result['repeats']} repeats in turns, host memory to host memory; Mpx are "
         "pixels of tiles.",
         "",
-        "| | what ran | Mpx/s | of torch eager | labels that agree with torch | cores busy |",
-        "| --- | --- | --- | --- | --- | --- |",
     ]
-    lines += [
-        f"| {c['name']} | {c['ran']} | {c['mpx_per_s']:.3g} | {c['ratio_to_torch_eager']:.2f} x "
-        f"| {c['label_agreement']:.3%} | {c['cores_busy']:.1f} |"
-        for c in said["contenders"]
+    rows = [
+        [
+            c["name"],
+            c["ran"],
+            f"{c['mpx_per_s']:.3g}",
+            f"{c['ratio_to_torch_eager']:.2f} x",
+            f"{c['label_agreement']:.3%}",
+            f"{c['cores_busy']:.1f}",
+        ]
+        for c in result["contenders"]
     ]
-    if said["not_usable"]:
+    lines += table_lines(
+        ["", "what ran", "Mpx/s", "of torch eager", "labels that agree with torch", "cores busy"], rows
+    )
+    if result["not_usable"]:
         lines += ["", "Not run here:", ""]
-        lines += [f"- {refused['name']}: {refused['reason']}" for refused in said["not_usable"]]
+        lines += [f"- {refused['name']}: {refused['reason']}" for refused in result["not_usable"]]
     return "\n".join([*lines, ""])

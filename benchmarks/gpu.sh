@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Everything about GPUs that has to be measured, in one call, on a GPU machine without a network.
+# Run all measurements that need a GPU, in one call, on a GPU machine without network access.
 #
 #   benchmarks/gpu.sh OUT [WHEELS]
 #
-# OUT gets the result files and log.txt. WHEELS (.whl) holds the packages that python3 lacks there, as
-# wheels, or in parts where one is too large to be carried at once: split -b 60M -d X.whl X.whl.part
-# They are installed into python3 itself: this is for a machine that is thrown away afterwards.
-# A step that fails is written down and the others go on; the exit status says how many failed.
+# OUT gets the result files and log.txt. WHEELS (.whl) holds wheels of the packages that python3 lacks there; a large one
+# may be in parts: split -b 60M -d X.whl X.whl.part
+# They are installed into python3 itself, so use a machine that is discarded afterwards.
+# A step that fails is logged and the others continue; the exit status is the number of failed steps.
 # SIZE is the side of the synthetic slide in pixels (40960), LIMIT the seconds a step may take (240).
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -50,30 +50,18 @@ install() {
 make_inputs() {
     python3 - "$WORK" "$SIZE" <<'PYTHON'
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
-from histostream.benchmarks.memory import write_repeated
-from histostream.export.bundle import Options
-from histostream.export.trained import export_checkpoint
-from histostream.training import checkpoint
-from histostream.training.checkpoint import Checkpoint
+from histostream.benchmarks.inputs import save_untrained, write_repeated
+from histostream.export import Options, export_checkpoint
 from histostream.training.methods.imems import method as imems
 
 work, size = Path(sys.argv[1]), int(sys.argv[2])
+options = Options(precisions=("fp32", "fp16"))
 write_repeated(work / "slide.tif", size, size)
-export_checkpoint("imems", None, work / "base16", Options(precisions=("fp32", "fp16")), say=print)
-torch.manual_seed(0)
-config = imems.Config(base_width=64, adversarial=False)
-state = imems.build(config, 2)
-with torch.no_grad():  # untrained; a trained network's classes differ
-    state.modules["generator"].head.weight.mul_(8)
-classes = [("background", (255, 255, 255)), ("nucleus", (30, 100, 220))]
-checkpoint.save(work / "run64", Checkpoint("imems", asdict(config), classes, 3, 0.5, 0, {}), state)
-export_checkpoint("imems", work / "run64", work / "base64", Options(precisions=("fp32", "fp16")),
-                  say=print)
+export_checkpoint("imems", None, work / "base16", options, say=print)
+save_untrained(work / "run64", imems.Config(base_width=64, adversarial=False), head_gain=8)
+export_checkpoint("imems", work / "run64", work / "base64", options, say=print)
 PYTHON
 }
 

@@ -1,19 +1,18 @@
-"""What objects cost beside inference, and whether they are the nuclei that were drawn.
+"""Measure the time and memory of objects, and compare them with the nuclei that were drawn.
 
 ::
 
     python -m histostream.benchmarks.objects --out benchmarks/results/objects-cpu.json
 
-Label maps are fed to the sink as a run does, 512 rows at a time, each in a process of its own:
+Label maps are written to the sink 512 rows at a time, as in a run, each in a process of its own:
 
 - of a synthetic slide, whose nuclei are known, with each kind of file;
-- crowded, a disc every 24 px (12 um): 1.7 million pixels of outline in 100 Mpx, and half of
-  it, which shows whether time is proportional;
-- the reverse of it: a single object with as many holes, which is open to the last row.
+- crowded, with a disc every 24 px (12 um), and half of it, which shows whether the time is proportional to the area;
+- its inverse: a single object with as many holes, which is complete only at the last row.
 
-Then the shipped model runs on a part of the slide. Objects and nuclei are matched one to one, each
-the other's nearest, by their centroids. Nuclei that touch are one object of a label map, so they
-are also counted as one, and those that are alone are counted by themselves.
+Then the shipped model runs on a part of the slide. Objects and nuclei are matched one to one by their centroids, each
+the other's nearest. Nuclei that touch are one object of a label map, so there are also figures for touching nuclei
+counted as one, and for isolated nuclei only.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
+from histostream.benchmarks.report import write_result
 from histostream.runtime.bundle.card import default_bundle
 from histostream.runtime.engines.opener import open_engine
 from histostream.runtime.hardware import hardware
@@ -53,9 +53,8 @@ Points = NDArray[np.float64]  # (n, 2) x, y
 
 ROWS = 512
 MATCH_UM = 3.0  # half of the smallest nucleus
-# Outlines of the synthetic nuclei wobble by about the one: nuclei that are nearer may touch. Those
-# that have nothing nearer than the other are alone.
-WOBBLE_UM, ALONE_UM = 0.45, 2.0
+WOBBLE_UM = 0.45  # irregularity of the outlines of synthetic nuclei: those that are nearer to each other may touch
+ALONE_UM = 2.0  # a nucleus without a neighbour within this distance is isolated
 PITCH_PX, RADIUS_PX = 24, 8
 SLIDE = SyntheticSlide(20480, 18432, seed=1)
 INFERRED = SyntheticSlide(3072, 3072, seed=1)
@@ -64,7 +63,7 @@ BENCH = Path(__file__).parent / "results" / "bench-cpu.json"
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A label map, and what is made of it."""
+    """A label map, and the files that are written from it."""
 
     labels: str
     files: tuple[str, ...]
@@ -105,7 +104,7 @@ MAPS: dict[str, tuple[int, int, Callable[[], Iterator[Labels]]]] = {
 
 
 def export(raw: Path, size: tuple[int, int], case: Case, out: Path) -> dict[str, Any]:
-    """Feed a stored label map to the sink; memory is that of the whole process."""
+    """Write a stored label map to the sink and measure it; memory is that of the process."""
     width, height = size
     info = SlideInfo("synthetic", width, height, SLIDE.mpp, CLASSES)
     before, seconds = peak_memory_mib(), 0.0
@@ -145,14 +144,14 @@ def export(raw: Path, size: tuple[int, int], case: Case, out: Path) -> dict[str,
 def centroids(folder: Path) -> Points:
     """Read the centroids of objects.csv, in px."""
     with (folder / "objects.csv").open(encoding="utf-8", newline="") as file:
-        found = [(float(line["x_px"]), float(line["y_px"])) for line in csv.DictReader(file)]
-    return np.array(found).reshape(-1, 2)
+        points = [(float(line["x_px"]), float(line["y_px"])) for line in csv.DictReader(file)]
+    return np.array(points).reshape(-1, 2)
 
 
 def groups(nuclei: NDArray[np.float64], apart_px: float) -> NDArray[np.int64]:
-    """Return which nuclei are nearer to each other than a distance: the first of each group.
+    """Group nuclei that are nearer to each other than a distance; return the first of the group of each.
 
-    Nuclei are ellipses here, grown by half of the distance.
+    Nuclei are treated as ellipses, enlarged by half of the distance.
     """
     import shapely
 
@@ -166,7 +165,7 @@ def groups(nuclei: NDArray[np.float64], apart_px: float) -> NDArray[np.int64]:
 
 
 def centers(nuclei: NDArray[np.float64], group: NDArray[np.int64]) -> Points:
-    """Return the centroid of each group, by the areas of its nuclei."""
+    """Return the centroid of each group, weighted by the areas of its nuclei."""
     area = nuclei[:, 2] * nuclei[:, 3]
     x, y, total = (np.bincount(group, area * w) for w in (*nuclei[:, :2].T, np.ones(len(area))))
     first = np.unique(group)
@@ -180,14 +179,14 @@ def match(found: Points, known: Points, within: float) -> dict[str, Any]:
     apart, nearest = cKDTree(known).query(found)
     _, back = cKDTree(found).query(known)
     pairs = (back[nearest] == np.arange(len(found))) & (apart <= within)
-    true = int(pairs.sum())
+    matched = int(pairs.sum())
     return {
         "objects": len(found),
         "known": len(known),
-        "matched": true,
-        "precision": round(true / len(found), 4),
-        "recall": round(true / len(known), 4),
-        "f1": round(2 * true / (len(found) + len(known)), 4),
+        "matched": matched,
+        "precision": round(matched / len(found), 4),
+        "recall": round(matched / len(known), 4),
+        "f1": round(2 * matched / (len(found) + len(known)), 4),
         "median_distance_um": round(float(np.median(apart[pairs])) * SLIDE.mpp, 3),
     }
 
@@ -211,13 +210,13 @@ def scores(slide: SyntheticSlide, folder: Path) -> dict[str, Any]:
     }
 
 
-def inferred(place: Path) -> dict[str, Any]:
+def inferred(folder: Path) -> dict[str, Any]:
     """Run the shipped model."""
-    path = place / "inferred.tif"
+    path = folder / "inferred.tif"
     INFERRED.write(path)
     engine = open_engine(default_bundle(), backend="cpu", threads=1)
     options = Options(tissue=False, annotations=("qupath",), objects=("csv",), min_area_um2=8)
-    with_objects = segment_slide(path, engine, place / "out", options)
+    with_objects = segment_slide(path, engine, folder / "out", options)
     engine.close()
     run = to_json(with_objects.run)
     return {
@@ -238,7 +237,7 @@ def main(infer: bool, out: Path) -> None:
     bench = json.loads(BENCH.read_text())["runs"][0]
     rate = bench["stages"]["end_to_end"]["mpx_per_s"]
     runs: dict[str, Any] = {}
-    said: dict[str, Any] = {
+    result: dict[str, Any] = {
         "hardware": hardware(),
         "load_before": round(os.getloadavg()[0], 2),
         "threads": 1,
@@ -248,28 +247,27 @@ def main(infer: bool, out: Path) -> None:
     }
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as name:
-        place = Path(name)
+        folder = Path(name)
         for kind, (width, height, rows) in MAPS.items():
-            raw = place / "labels"
+            raw = folder / "labels"
             with raw.open("wb") as file:
                 for part in rows():
                     file.write(part.tobytes())
             for title, case in ((t, c) for t, c in CASES.items() if c.labels == kind):
-                folder = place / title.replace(" ", "-")
+                case_folder = folder / title.replace(" ", "-")
                 with ProcessPoolExecutor(1, context) as pool:
-                    found = pool.submit(export, raw, (width, height), case, folder).result()
-                found["inference_seconds"] = round(found["mpx"] / rate, 1)
-                found["share_of_inference"] = round(found["seconds"] * rate / found["mpx"], 4)
-                runs[title] = found
-                click.echo(f"{title}: {found}")
+                    measured = pool.submit(export, raw, (width, height), case, case_folder).result()
+                measured["inference_seconds"] = round(measured["mpx"] / rate, 1)
+                measured["share_of_inference"] = round(measured["seconds"] * rate / measured["mpx"], 4)
+                runs[title] = measured
+                click.echo(f"{title}: {measured}")
                 if kind == "synthetic" and not case.simplify_um:
-                    said["true_labels"] = scores(SLIDE, folder / "slide")
-                    click.echo(said["true_labels"])
+                    result["true_labels"] = scores(SLIDE, case_folder / "slide")
+                    click.echo(result["true_labels"])
         if infer:
-            said["inferred"] = inferred(place)
-            click.echo(said["inferred"])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(said, indent=1) + "\n")
+            result["inferred"] = inferred(folder)
+            click.echo(result["inferred"])
+    write_result(out, result)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The ceilings of a device, measured: how fast it multiplies matrices, how fast it moves bytes.
+"""Measure the peak rates of a device: how fast it multiplies matrices, and how fast it moves bytes.
 
-A probe is built once and called between the measurements that it is the ceiling of. A ceiling is
-the best that was seen: what else runs on a machine, cold caches and slow clocks only lower it.
+A probe is built once and called between the measurements that are compared with it. The best rate counts, because other
+load, cold caches and slow clocks only lower it.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from histostream.wsi.errors import reason
 
 Device = Literal["cpu", "gpu"]
 Tensors = dict[str, NDArray[Any]]
-SIDES = {"cpu": (1024, 2048), "gpu": (4096, 8192)}  # of the matrices; which is best varies
+SIDES = {"cpu": (1024, 2048), "gpu": (4096, 8192)}  # of the matrices; the best size varies
 COPY_BYTES = {"cpu": 256 << 20, "gpu": 2 << 30}
 GPU_CALLS = 20  # between two synchronisations
-CALLS = 5  # of which the best counts
+CALLS = 5  # the best counts
 OPSET = 17
 KINDS: dict[str, tuple[str, type[np.generic], type[np.generic], int]] = {
     "fp32": ("MatMul", np.float32, np.float32, TensorProto.FLOAT),
@@ -38,76 +38,71 @@ KINDS: dict[str, tuple[str, type[np.generic], type[np.generic], int]] = {
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One way to reach a ceiling.
+    """One measurement of a peak rate.
 
     Attributes
     ----------
-    ceiling
+    kind
         "fp32", "fp16" or "int8": matrix product, in GFLOP/s (8-bit: 10^9 operations/s); "copy":
         in GB/s, of bytes read and written.
-    how
-        Which library, and what it does.
-    work
+    description
+        The library, and what it computes.
+    amount
         Operations or bytes of one call, in 10^9.
     call
-        Does it.
+        Runs the measured operation.
     """
 
-    ceiling: str
-    how: str
-    work: float
+    kind: str
+    description: str
+    amount: float
     call: Callable[[], object]
 
     def rate(self) -> float:
-        """Do it a few times; return the most 10^9 operations or bytes per second."""
+        """Call it a few times; return the best rate, in 10^9 operations or bytes per second."""
         best = 0.0
         for _ in range(CALLS):
             start = time.perf_counter()
             self.call()
-            best = max(best, self.work / (time.perf_counter() - start))
+            best = max(best, self.amount / (time.perf_counter() - start))
         return best
 
 
 def open_probes(
     device: Device,
     precisions: tuple[str, ...],
-    *,
-    sides: tuple[int, ...] | None = None,
-    copy_bytes: int | None = None,
 ) -> tuple[list[Probe], list[str]]:
-    """Make the probes of a device and call each once, to warm it up.
+    """Build the probes of a device and call each once to warm it up.
 
     Parameters
     ----------
     device
         "cpu" or "gpu".
     precisions
-        Which matrix products; FP16 is not measured on a CPU, which computes it in FP32.
-    sides, copy_bytes
-        Sides of the matrices, and size of the buffer that is copied.
+        Precisions of the matrix products; on a CPU, which computes FP16 in FP32, FP16 is not measured.
 
     Returns
     -------
-    The probes, and a line for each that cannot be had here.
+    The probes, and the reason for each that is not available here.
     """
-    size = copy_bytes or COPY_BYTES[device]
-    made: list[Callable[[], Probe]] = [partial(_cpu_copy if device == "cpu" else _gpu_copy, size)]
-    for side in sides or SIDES[device]:
+    size = COPY_BYTES[device]
+    builders: list[Callable[[], Probe]] = [partial(_cpu_copy if device == "cpu" else _gpu_copy, size)]
+    for side in SIDES[device]:
         if device == "gpu":
-            made += [partial(_gpu_product, precision, side) for precision in precisions]
+            builders += [partial(_gpu_product, precision, side) for precision in precisions]
             continue
         if "int8" in precisions:
-            made.append(partial(_cpu_product, "int8", side))
+            builders.append(partial(_cpu_product, "int8", side))
         if {"fp32", "fp16"} & set(precisions):
-            made += [
+            builders += [
                 partial(_numpy_product, side),
                 partial(_cpu_product, "fp32", side),
                 partial(_openvino_product, side),
             ]
     probes, missing = [], []
-    for make in made:
+    for build in builders:
         try:
-            probe = make()
+            probe = build()
             probe.call()
         except ImportError as error:
             missing.append(f"{error.name} is not installed")
@@ -121,15 +116,15 @@ def open_probes(
 def _numpy_product(side: int) -> Probe:
     matrices = _matrices("fp32", side)
     out = np.empty((side, side), np.float32)
-    how = f"numpy, product of {side} x {side} matrices"
-    return Probe("fp32", how, 2e-9 * side**3, lambda: np.matmul(matrices["a"], matrices["b"], out=out))
+    description = f"numpy, product of {side} x {side} matrices"
+    return Probe("fp32", description, 2e-9 * side**3, lambda: np.matmul(matrices["a"], matrices["b"], out=out))
 
 
 def _cpu_product(precision: str, side: int) -> Probe:
     session = open_session(_product(precision, side), "CPUExecutionProvider")
     matrices = _matrices(precision, side)
-    how = f"onnxruntime, {KINDS[precision][0]} of {side} x {side} matrices"
-    return Probe(precision, how, 2e-9 * side**3, lambda: session.run(None, matrices))
+    description = f"onnxruntime, {KINDS[precision][0]} of {side} x {side} matrices"
+    return Probe(precision, description, 2e-9 * side**3, lambda: session.run(None, matrices))
 
 
 def _openvino_product(side: int) -> Probe:
@@ -140,25 +135,25 @@ def _openvino_product(side: int) -> Probe:
     settings = {"INFERENCE_PRECISION_HINT": "f32"}
     request = core.compile_model(model, "CPU", settings).create_infer_request()
     matrices = _matrices("fp32", side)
-    how = f"openvino, product of {side} x {side} matrices"
-    return Probe("fp32", how, 2e-9 * side**3, lambda: request.infer(matrices, share_inputs=True))
+    description = f"openvino, product of {side} x {side} matrices"
+    return Probe("fp32", description, 2e-9 * side**3, lambda: request.infer(matrices, share_inputs=True))
 
 
 def _cpu_copy(size: int) -> Probe:
-    """One core may not fill the memory bus: each copies its own piece."""
+    """Copy in one thread for each core, because one core may not saturate the memory."""
     cores = usable_cores()
     pieces = np.array_split(np.ones(size, np.uint8), cores)
     into = np.array_split(np.zeros(size, np.uint8), cores)
     pool = ThreadPoolExecutor(cores, thread_name_prefix="copy")
-    how = f"numpy, copy of {size >> 20} MiB in {cores} threads"
-    return Probe("copy", how, 2e-9 * size, lambda: list(pool.map(np.copyto, into, pieces)))
+    description = f"numpy, copy of {size >> 20} MiB in {cores} threads"
+    return Probe("copy", description, 2e-9 * size, lambda: list(pool.map(np.copyto, into, pieces)))
 
 
 def _gpu_product(precision: str, side: int) -> Probe:
     call = _on_gpu(_product(precision, side), _matrices(precision, side))
     tf32 = ", in TF32 where the GPU has it" if precision == "fp32" else ""  # its default
-    how = f"onnxruntime CUDA, {KINDS[precision][0]} of {side} x {side} matrices{tf32}"
-    return Probe(precision, how, 2e-9 * side**3 * GPU_CALLS, call)
+    description = f"onnxruntime CUDA, {KINDS[precision][0]} of {side} x {side} matrices{tf32}"
+    return Probe(precision, description, 2e-9 * side**3 * GPU_CALLS, call)
 
 
 def _gpu_copy(size: int) -> Probe:
@@ -171,8 +166,8 @@ def _gpu_copy(size: int) -> Probe:
         [value("c", TensorProto.FLOAT, shape)],
     )
     call = _on_gpu(_model(graph), {"a": np.ones(shape, np.float32)})
-    how = f"onnxruntime CUDA, negation of {size >> 20} MiB, read once and written once"
-    return Probe("copy", how, 2e-9 * size * GPU_CALLS, call)
+    description = f"onnxruntime CUDA, negation of {size >> 20} MiB, read once and written once"
+    return Probe("copy", description, 2e-9 * size * GPU_CALLS, call)
 
 
 def _on_gpu(model: bytes, inputs: Tensors) -> Callable[[], None]:
@@ -204,7 +199,7 @@ def _product(precision: str, side: int) -> bytes:
     graph = helper.make_graph(
         [helper.make_node(kind, ["a", "b"], ["c"])],
         "product",
-        [value(name, of, [side, side]) for name, of in zip("ab", types, strict=True)],
+        [value(name, dtype, [side, side]) for name, dtype in zip("ab", types, strict=True)],
         [value("c", c, [side, side])],
     )
     return _model(graph)
@@ -217,7 +212,7 @@ def _model(graph: onnx.GraphProto) -> bytes:
 
 
 def _matrices(precision: str, side: int) -> Tensors:
-    """Matrices of small random numbers: a GPU multiplies zeros faster."""
+    """Return matrices of small random numbers, because a GPU multiplies zeros faster."""
     rng = np.random.default_rng(0)
     _, a, b, _ = KINDS[precision]
     low, high = (0, 127) if precision == "int8" else (-4, 5)

@@ -1,17 +1,16 @@
-"""What each raster of the label map costs, beside labels.tif.
+"""Measure the time and memory of each raster of the label map, in comparison with labels.tif.
 
 ::
 
     python -m histostream.benchmarks.rasters --out benchmarks/results/rasters-cpu.json
 
-Label maps are fed to one sink as a run does, 512 rows at a time, each in a process of its own:
+Label maps are written to one sink 512 rows at a time, as in a run, each in a process of its own:
 
-- of a synthetic slide, and of its upper half, which shows whether time and memory follow the area;
-- a gigapixel: 65536 x 65536 px, an eighth of its rows full of discs, the rest glass.
+- of a synthetic slide, and of its upper half, which shows whether time and memory grow with the area;
+- a gigapixel: 65536 x 65536 px, an eighth of its rows full of discs, the others glass.
 
-Peak memory is of the whole process. ``raster_mib`` is what is above the peak before the sink was
-opened: the libraries that it takes, its buffers and its index, and the rows that are fed.
-``seconds_to_publish`` are beside ``seconds``: they wait for the disk.
+Peak memory is that of the process. ``raster_mib`` is its growth since the sink was opened: libraries, buffers, index
+and the rows that are written. ``seconds_to_publish``, which wait for the disk, are not part of ``seconds``.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histostream.benchmarks.objects import BENCH, ROWS, SLIDE, discs, nuclei_rows
+from histostream.benchmarks.report import write_result
 from histostream.runtime.hardware import hardware
 from histostream.runtime.process_memory import peak_memory_mib
 from histostream.wsi.outputs.folder import OutputFolder
@@ -40,12 +40,12 @@ from histostream.wsi.outputs.sinks import find_sink, sink_names
 from histostream.wsi.outputs.sinks.tiff import LabelTiff
 from histostream.wsi.synthetic import CLASSES
 
-FIRST = "labels.tif"  # what the others are compared with
+FIRST = "labels.tif"  # the others are compared with it
 SIDE_PX, BLOCK_PX = 65536, 2048  # of the gigapixel; its discs repeat
 
 
 def stored_rows(raw: Path, width: int) -> Iterator[NDArray[np.uint8]]:
-    """Yield rows of a label map that lies in a file."""
+    """Yield rows of a label map from a file."""
     with raw.open("rb") as file:
         while rows := file.read(width * ROWS):
             yield np.frombuffer(rows, np.uint8).reshape(-1, width)
@@ -68,7 +68,7 @@ def open_raster(name: str, folder: Path, info: SlideInfo, slide: Path) -> Sink:
 
 
 def write(raw: Path | None, size: tuple[int, int], name: str, out: Path) -> dict[str, Any]:
-    """Feed a label map to one sink; None is the gigapixel."""
+    """Write a label map to one sink and measure it; ``raw=None`` is the gigapixel."""
     width, height = size
     info = SlideInfo("synthetic", width, height, SLIDE.mpp, CLASSES)
     rows = gigapixel_rows() if raw is None else stored_rows(raw, width)
@@ -116,7 +116,7 @@ def main(out: Path) -> None:
     """Measure how long each raster takes, and how much memory."""
     rate = json.loads(BENCH.read_text())["runs"][0]["stages"]["end_to_end"]["mpx_per_s"]
     runs: dict[str, dict[str, Any]] = {}
-    said: dict[str, Any] = {
+    result: dict[str, Any] = {
         "hardware": hardware(),
         "load_before": round(os.getloadavg()[0], 2),
         "threads": 1,
@@ -125,12 +125,12 @@ def main(out: Path) -> None:
     }
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as name:
-        place = Path(name)
-        raw = place / "labels"
+        folder = Path(name)
+        raw = folder / "labels"
         with raw.open("wb") as file:
             for part in nuclei_rows(SLIDE):
                 file.write(part.tobytes())
-        half = place / "half"
+        half = folder / "half"
         upper = SLIDE.height // 2 // ROWS * ROWS
         half.write_bytes(raw.read_bytes()[: SLIDE.width * upper])
         maps: dict[str, tuple[Path | None, tuple[int, int]]] = {
@@ -139,17 +139,15 @@ def main(out: Path) -> None:
             "gigapixel": (None, (SIDE_PX, SIDE_PX)),
         }
         for kind, (rows, size) in maps.items():
-            found = runs[kind] = {}
+            rasters = runs[kind] = {}
             for title in (FIRST, *sink_names("rasters")):
                 with ProcessPoolExecutor(1, context) as pool:
-                    folder = place / f"{kind}-{title}"
-                    one = pool.submit(write, rows, size, title, folder).result()
+                    measured = pool.submit(write, rows, size, title, folder / f"{kind}-{title}").result()
                 if title != FIRST:
-                    one["seconds_of_labels_tif"] = round(one["seconds"] / found[FIRST]["seconds"], 2)
-                found[title] = one
-                click.echo(f"{kind}, {title}: {one}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(said, indent=1) + "\n")
+                    measured["seconds_of_labels_tif"] = round(measured["seconds"] / rasters[FIRST]["seconds"], 2)
+                rasters[title] = measured
+                click.echo(f"{kind}, {title}: {measured}")
+    write_result(out, result)
 
 
 if __name__ == "__main__":

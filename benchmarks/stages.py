@@ -1,4 +1,4 @@
-"""The stages of a run, each alone and all together, on the same tiles of the same slide."""
+"""Run the stages of a run, each alone and all together, on the same tiles of the same slide."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ from histostream.wsi.tiling.strips import cut, read_strips
 Pixels = NDArray[np.uint8]
 ALONE = ("decode", "engine", "blend", "write")
 STAGES = (*ALONE, "end_to_end")
-# Bytes of tiles, and of their scores, that are held. A slide with more tiles is stood for by tiles
-# spread over it, used again and again: no stage takes longer or shorter for what is in a tile.
+# Bytes of tiles, and of their scores, that are kept in memory. For a slide with more tiles, tiles spread over it are
+# used several times; the content of a tile changes the time of no stage.
 HELD_BYTES = 256 << 20
 
 
 class BenchError(HistoError, ValueError):
-    """What was asked for cannot be measured."""
+    """The requested measurement is not possible."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Setup:
     backend, precision
         As `open_engine`.
     batch
-        Tiles per inference; None: what suits the device.
+        Tiles per inference; None: the default of the device.
     tile_px
         Side of a tile; None: as the model was exported.
     """
@@ -71,25 +71,24 @@ class Setup:
     tile_px: int | None = None
 
     def __str__(self) -> str:
-        said = [self.bundle.name, self.backend, self.precision]
-        said += [f"tile {self.tile_px}"] if self.tile_px else []
-        said += [f"batch {self.batch}"] if self.batch else []
-        return " ".join(said)
+        words = [self.bundle.name, self.backend, self.precision]
+        words += [f"tile {self.tile_px}"] if self.tile_px else []
+        words += [f"batch {self.batch}"] if self.batch else []
+        return " ".join(words)
 
 
 @dataclass(slots=True)
 class Measured:
-    """Seconds of each repeat.
+    """The figures of each repeat.
 
     Attributes
     ----------
     seconds
-        Of each of `STAGES`. Where the device blends, that includes the copies to and from it.
+        Seconds of each of `STAGES`. If the device blends, "blend" includes the copies to and from it.
     cores
-        Processor seconds for each second of the bare engine: fewer than the threads that it has
-        say that other programs had the rest.
+        Processor seconds for each second of the bare engine; fewer than its threads if other programs used the rest.
     inside
-        What ``run.json`` says of the stages inside each end-to-end run.
+        Seconds of the stages in ``run.json`` of each end-to-end run.
     run
         The last ``run.json``.
     """
@@ -108,23 +107,23 @@ class Measured:
 
 
 class Contender:
-    """A setup that is ready to be measured: engine open and warm, tiles and scores in memory.
+    """A setup that is ready to be measured: its engine is open and warm, its tiles and scores are in memory.
 
     Parameters
     ----------
     setup
         What to run.
     slide
-        The slide's file.
+        File of the slide.
     options
-        How to run it; the setup's batch is put in.
+        How to run it; the batch is that of the setup.
     scratch
         Folder for results, and for a model with other tiles.
 
     Raises
     ------
     HistoError
-        If the setup is not usable here, or nothing is to be analysed.
+        If the setup is not usable here, or no tile is to be analysed.
     """
 
     def __init__(self, setup: Setup, slide: Path, options: Options, scratch: Path) -> None:
@@ -132,7 +131,7 @@ class Contender:
         self.slide = slide
         bundle = setup.bundle
         if setup.tile_px is not None:
-            bundle = with_tiles_of(bundle, setup.tile_px, scratch / f"{bundle.name}-{setup.tile_px}")
+            bundle = with_tile_size(bundle, setup.tile_px, scratch / f"{bundle.name}-{setup.tile_px}")
         self.bundle = bundle
         with quiet():
             self.engine: Engine = open_engine(
@@ -145,26 +144,26 @@ class Contender:
         card = self.engine.card
         with open_slide(slide) as opened:
             view = at_mpp(opened, card.mpp, slide_mpp=options.mpp, force=options.force_upsampling)
-            assert view.mpp is not None  # a resolution was asked for, so the view has one
+            assert view.mpp is not None  # at_mpp sets it
             picture = thumbnail(view, max(overview_size(view.width, view.height)))
             self.grid, _ = plan_grid(view, card, self.options, picture)
             self._picture = to_channels(picture, 3)
             self._info = SlideInfo(slide.name, view.width, view.height, view.mpp, card.classes)
         if not len(self.grid):
-            raise BenchError(f"{slide}: no tile of it is analysed; pass --no-tissue")
-        each = card.tile_px**2 * max(card.channels, len(card.classes))
-        held = min(len(self.grid), max(HELD_BYTES // each, self.batch))
+            raise BenchError(f"{slide}: no tile is analysed; pass --no-tissue")
+        tile_bytes = card.tile_px**2 * max(card.channels, len(card.classes))
+        held = min(len(self.grid), max(HELD_BYTES // tile_bytes, self.batch))
         self.tiles = self._spread(held)
         self.scores = np.concatenate([self.engine.infer(b) for b in self._batches(held)])
 
     @property
     def tile_count(self) -> int:
-        """Tiles of one run."""
+        """Return the number of tiles of one run."""
         return len(self.grid)
 
     @property
     def device(self) -> str:
-        """Where the engine runs: "cpu" or "gpu"."""
+        """Return where the engine runs: "cpu" or "gpu"."""
         on_cpu = "cpu" in self.engine.name.split() and not self.resident
         return "cpu" if on_cpu else "gpu"
 
@@ -175,7 +174,7 @@ class Contender:
         return next((word for word in words if word in PRECISIONS), "fp32")
 
     def measure(self) -> None:
-        """Run every stage alone, then all of them together, once."""
+        """Run every stage alone, then all together, once."""
         with self.measured.time("decode"):
             for _ in self._decoded():
                 pass
@@ -192,15 +191,15 @@ class Contender:
 
     @property
     def resident(self) -> bool:
-        """Whether the bare engine runs on tiles that are in the memory of its device."""
+        """Whether the bare engine runs on tiles in the memory of its device."""
         return isinstance(self.engine, DeviceEngine)
 
     def close(self) -> None:
-        """Give the device back."""
+        """Release the device."""
         self.engine.close()
 
     def _decoded(self) -> Iterator[list[Pixels]]:
-        """Read the slide; give the batches that inference would get, as lists of tiles."""
+        """Read the slide; yield the batches that inference would get, as lists of tiles."""
         card, grid = self.engine.card, self.grid
         with open_slide(self.slide) as opened:
             view = at_mpp(opened, card.mpp, slide_mpp=self.options.mpp, force=self.options.force_upsampling)
@@ -214,37 +213,37 @@ class Contender:
                         ]
 
     def _infer_all(self) -> None:
-        """Run the bare engine on as many tiles as the slide has, and drop what it gives."""
+        """Run the bare engine on as many tiles as the slide has, and discard the scores."""
         engine = self.engine
         if not isinstance(engine, DeviceEngine):
             for batch in self._batches(self.tile_count):
                 engine.infer(batch)
             return
-        # On the device the same batch again and again, as it is there since the engine was warmed.
+        # The same batch every time: it has been on the device since the engine was warmed up.
         engine.device.activate()
-        most = min(self.batch, engine.max_batch)
-        tiles, scores = engine.buffers(most)
-        for first in range(0, self.tile_count, most):
-            count = min(most, self.tile_count - first)
+        size = min(self.batch, engine.max_batch)
+        tiles, scores = engine.buffers(size)
+        for first in range(0, self.tile_count, size):
+            count = min(size, self.tile_count - first)
             engine.infer_device(tiles, scores, count, engine.stream)
         engine.stream.synchronize()
 
     def _spread(self, count: int) -> Pixels:
         """Return ``count`` of the tiles, spread over the slide; (count, H, W, C)."""
         wanted = {i * self.tile_count // count for i in range(count)}
-        every = (tile for batch in self._decoded() for tile in batch)
-        found = [tile.copy() for i, tile in enumerate(every) if i in wanted]
-        return to_channels(np.stack(found), self.engine.card.channels)
+        tiles = (tile for batch in self._decoded() for tile in batch)
+        kept = [tile.copy() for i, tile in enumerate(tiles) if i in wanted]
+        return to_channels(np.stack(kept), self.engine.card.channels)
 
     def _batches(self, count: int) -> Iterator[Pixels]:
-        """Batches of ``count`` tiles in all; those held are used again where they are fewer."""
-        whole = max(len(self.tiles) // self.batch * self.batch, 1)
+        """Yield batches of ``count`` tiles in all; if fewer are in memory, they are used several times."""
+        period = max(len(self.tiles) // self.batch * self.batch, 1)
         for first in range(0, count, self.batch):
-            at = first if count <= len(self.tiles) else first % whole
+            at = first if count <= len(self.tiles) else first % period
             yield self.tiles[at : at + min(self.batch, count - first)]
 
     def _blend_and_write(self) -> None:
-        """Blend scores that are in memory, and write the labels; the two are timed apart."""
+        """Blend scores from memory and write the labels; each is timed separately."""
         blend_s = write_s = 0.0
         grid, card = self.grid, self.engine.card
         clock = time.perf_counter
@@ -267,13 +266,13 @@ class Contender:
                 start = clock()
                 write_s += start - blended
             start = clock()
-        if isinstance(self.engine, DeviceEngine):  # then this code does not blend in a run
+        if isinstance(self.engine, DeviceEngine):  # a run then blends on the device
             blend_s = self._blend_on_device(self.engine)
         self.measured.seconds["blend"].append(blend_s)
         self.measured.seconds["write"].append(write_s + clock() - start)
 
     def _blend_on_device(self, engine: DeviceEngine) -> float:
-        """Send rows to the device, cut, blend and fetch labels, with no network; seconds."""
+        """Send rows to the device, cut, blend and fetch labels, without a network; return the seconds."""
         grid, card = self.grid, engine.card
         rows = np.zeros((min(grid.tile_px, grid.height), grid.width, card.channels), np.uint8)
         with closing(
@@ -293,7 +292,7 @@ class Contender:
 
 
 class _NoNetwork:
-    """A device engine that infers nothing."""
+    """A device engine that skips inference."""
 
     def __init__(self, engine: DeviceEngine) -> None:
         self.card, self.name, self.batch = engine.card, engine.name, engine.batch
@@ -301,14 +300,13 @@ class _NoNetwork:
         self.infer, self.buffers, self.close = engine.infer, engine.buffers, engine.close
 
     def infer_device(self, tiles: int, scores: int, n: int, stream: Stream) -> None:
-        """Leave the scores as they are."""
+        """Leave the scores unchanged."""
 
 
-def with_tiles_of(bundle: Path, tile_px: int, out: Path) -> Path:
-    """Copy a bundle for tiles of another size, to be timed.
+def with_tile_size(bundle: Path, tile_px: int, out: Path) -> Path:
+    """Copy a bundle for another tile size, to measure its speed only.
 
-    The graphs are the same but for the size of their input, and no network that was made for one
-    size can be trusted to be right at another: what comes out is for its speed alone.
+    The graphs differ only in the size of their input; the labels at another size than the exported one are not checked.
 
     Raises
     ------

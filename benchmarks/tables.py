@@ -1,11 +1,10 @@
-r"""Fill the tables of ``docs/`` from the result files that are committed.
+r"""Fill the tables of ``docs/`` from the committed result files.
 
 ::
 
     python -m histostream.benchmarks.tables          # from the repository's root
 
-A table stands between ``<!-- table: FOLDER/NAME.json -->`` and
-``<!-- end of table -->``.
+A table stands between ``<!-- table: FOLDER/NAME.json -->`` and ``<!-- end of table -->``.
 """
 
 from __future__ import annotations
@@ -20,6 +19,11 @@ from typing import Any
 
 import click
 
+from histostream.benchmarks.report import table_lines
+
+Result = dict[str, Any]  # the content of a result file
+Rows = Iterator[list[str]]  # the head, then the rows
+
 MARKED = re.compile(
     r"(<!-- table: (?P<path>[\w/-]+/(?P<name>[\w-]+))\.json -->\n).*?(<!-- end of table -->)",
     re.DOTALL,
@@ -27,32 +31,28 @@ MARKED = re.compile(
 
 
 def filled(text: str, root: Path) -> str:
-    """Return a document with its tables made anew from result files below ``root``."""
+    """Return a document with its tables made from the result files below ``root``."""
 
     def table(match: re.Match[str]) -> str:
-        found = json.loads((root / f"{match['path']}.json").read_text())
-        rows = [list(row) for row in TABLES[match["name"]](found)]
-        rows.insert(1, ["---"] * len(rows[0]))
-        body = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+        result = json.loads((root / f"{match['path']}.json").read_text())
+        head, *rows = TABLES[match["name"]](result)
+        body = "".join(f"{line}\n" for line in table_lines(head, rows))
         return f"{match[1]}{body}{match[4]}"
 
     return MARKED.sub(table, text)
 
 
-def export_cpu(found: dict[str, Any]) -> Iterator[list[str]]:
-    """Parity, size and speed of each artefact of the shipped model."""
-    yield [
-        "judged and calibrated on",
-        "artefact",
-        "MB",
-        "labels that agree",
-        "darkest tenth",
-        "Dice changes by",
-        "nodes healed",
-        "ONNX Runtime",
-        "OpenVINO",
-    ]
-    for source, export in found["nuclei"].items():
+def _head(columns: str) -> list[str]:
+    return columns.split("|")
+
+
+def export_cpu(result: Result) -> Rows:
+    """Tabulate parity, size and speed of each artefact of the shipped model."""
+    yield _head(
+        "judged and calibrated on|artefact|MB|labels that agree|darkest tenth|Dice changes by|nodes healed|"
+        "ONNX Runtime|OpenVINO"
+    )
+    for source, export in result["nuclei"].items():
         for precision, row in export["artefacts"].items():
             if "label_agreement" in row:
                 speed = row["speed_against_fp32"]
@@ -69,89 +69,61 @@ def export_cpu(found: dict[str, Any]) -> Iterator[list[str]]:
                 ]
 
 
-def accuracy_nuclei(found: dict[str, Any]) -> Iterator[list[str]]:
-    """Dice of the shipped model in each precision."""
-    yield ["", "TNBC, 50 images", "MoNuSeg test set, 14 images"]
-    for precision, scores in found["scores"].items():
-        yield [precision, *(f"{scores[s]['dice_pooled']:.4f}" for s in ("tnbc", "monuseg-test"))]
+def accuracy_nuclei(result: Result) -> Rows:
+    """Tabulate the Dice of the shipped model in each precision."""
+    yield _head("|TNBC, 50 images|MoNuSeg test set, 14 images")
+    for precision, scores in result["scores"].items():
+        yield [precision, *(f"{scores[data]['dice_pooled']:.4f}" for data in ("tnbc", "monuseg-test"))]
 
 
-def accuracy_nuclei_adapted(found: dict[str, Any]) -> Iterator[list[str]]:
-    """Dice of several nucleus models in single precision."""
-    yield ["", "TNBC, pooled", "TNBC, mean of images", "MoNuSeg test set, pooled", "MoNuSeg test set, mean of images"]
-    for name, said in found["models"].items():
+def accuracy_nuclei_adapted(result: Result) -> Rows:
+    """Tabulate the Dice of several nucleus models in single precision."""
+    yield _head("|TNBC, pooled|TNBC, mean of images|MoNuSeg test set, pooled|MoNuSeg test set, mean of images")
+    for name, model in result["models"].items():
         for row, suffix in (("fp32", ""), ("fp32, CRF", " with CRF")):
-            if row not in said["scores"]:
-                continue
-            scores = said["scores"][row]
-            yield [
-                name + suffix,
-                *(
-                    f"{100 * scores[data][measure]:.1f}"
+            if row in model["scores"]:
+                figures = [
+                    f"{100 * model['scores'][row][data][measure]:.1f}"
                     for data in ("tnbc", "monuseg-test")
                     for measure in ("dice_pooled", "dice_mean_over_images")
-                ),
-            ]
+                ]
+                yield [name + suffix, *figures]
 
 
-def frozen_statistics(found: dict[str, Any]) -> Iterator[list[str]]:
-    """Dice and seams of networks with live and with frozen statistics."""
-    yield ["normalisation", "statistics", "Dice, TNBC", "Dice, MoNuSeg test set", "labels that depend on the tile"]
-    for norm, kinds in found["networks"].items():
+def frozen_statistics(result: Result) -> Rows:
+    """Tabulate Dice and seams of networks with live and with frozen statistics."""
+    yield _head("normalisation|statistics|Dice, TNBC|Dice, MoNuSeg test set|labels that depend on the tile")
+    for norm, kinds in result["networks"].items():
         for kind, row in kinds.items():
             if isinstance(row, dict):
-                yield [
-                    norm,
-                    kind,
-                    f"{row['dice_tnbc']:.3f}",
-                    f"{row['dice_monuseg-test']:.3f}",
-                    f"{row['labels_that_depend_on_the_tile']:.2%}",
-                ]
+                dice = [f"{row[f'dice_{data}']:.3f}" for data in ("tnbc", "monuseg-test")]
+                yield [norm, kind, *dice, f"{row['labels_that_depend_on_the_tile']:.2%}"]
 
 
-def bench_cpu(found: dict[str, Any]) -> Iterator[list[str]]:
-    """Rates of each stage alone, and end to end."""
-    yield ["", "decode", "bare engine", "blend", "write", "end to end", "of bare engine", "of the roof"]
-    for run in found["runs"]:
-        rates = (
-            f"{run['stages'][s]['mpx_per_s']:.3g} Mpx/s" for s in ("decode", "engine", "blend", "write", "end_to_end")
-        )
-        yield [
-            run["engine"],
-            *rates,
-            f"{run['end_to_end_of_bare_engine']:.0%}",
-            f"{run['roofline']['share_of_roof']:.0%}",
-        ]
+def bench_cpu(result: Result) -> Rows:
+    """Tabulate the rates of each stage alone, and end to end."""
+    yield _head("|decode|bare engine|blend|write|end to end|of bare engine|of the roof")
+    stages = ("decode", "engine", "blend", "write", "end_to_end")
+    for run in result["runs"]:
+        rates = [f"{run['stages'][stage]['mpx_per_s']:.3g} Mpx/s" for stage in stages]
+        shares = [f"{run['end_to_end_of_bare_engine']:.0%}", f"{run['roofline']['share_of_roof']:.0%}"]
+        yield [run["engine"], *rates, *shares]
 
 
-def crf_cpu(found: dict[str, Any]) -> Iterator[list[str]]:
-    """Speed of the CRF's backends against pydensecrf2 in the same run."""
-    backends = [b for b in found["runs"][0]["speed_against_reference"] if b != "pydensecrf2"]
+def crf_cpu(result: Result) -> Rows:
+    """Tabulate the speed of the CRF's backends against pydensecrf2 in the same run."""
+    backends = [b for b in result["runs"][0]["speed_against_reference"] if b != "pydensecrf2"]
     yield ["px", "classes", "theta_alpha", *backends, "labels that agree with pydensecrf2"]
-    for run in found["runs"]:
-        speed, agree = run["speed_against_reference"], run["labels_that_agree_with_reference"]
-        yield [
-            f"{run['side_px']} x {run['side_px']}",
-            str(run["classes"]),
-            f"{run['theta_alpha']:g}",
-            *(f"{speed[b]:.2f} x" for b in backends),
-            f"{agree[backends[0]]:.3%}",
-        ]
+    for run in result["runs"]:
+        setting = [f"{run['side_px']} x {run['side_px']}", str(run["classes"]), f"{run['theta_alpha']:g}"]
+        speeds = [f"{run['speed_against_reference'][b]:.2f} x" for b in backends]
+        yield [*setting, *speeds, f"{run['labels_that_agree_with_reference'][backends[0]]:.3%}"]
 
 
-def size_cpu(found: dict[str, Any]) -> Iterator[list[str]]:
-    """Seconds and peak memory of large slides."""
-    yield [
-        "slide, px",
-        "tissue",
-        "network",
-        "column bands",
-        "seconds",
-        "of them the network",
-        "load before",
-        "peak memory",
-    ]
-    for run in found["runs"].values():
+def size_cpu(result: Result) -> Rows:
+    """Tabulate seconds and peak memory of large slides."""
+    yield _head("slide, px|tissue|network|column bands|seconds|of them the network|load before|peak memory")
+    for run in result["runs"].values():
         yield [
             f"{run['width']} x {run['height']}",
             f"{run['tissue']:.0%}",
@@ -164,154 +136,127 @@ def size_cpu(found: dict[str, Any]) -> Iterator[list[str]]:
         ]
 
 
-def kills_cpu(found: dict[str, Any]) -> Iterator[list[str]]:
-    """Count runs that were killed, and what differed in the end."""
-    yield [
-        "",
-        "kills",
-        "while it started",
-        "amid the strips",
-        "while files were finished",
-        "runs compared",
-        "differing pixels",
-        "differing files",
-    ]
-    for name, way in (*found["ways"].items(), ("all", found["total"])):
-        keys = (
-            "kills",
-            "before_strips",
-            "amid_strips",
-            "after_strips",
-            "rounds",
-            "differing_pixels",
-            "differing_files",
-        )
-        yield [name, *(str(way[key]) for key in keys)]
+def kills_cpu(result: Result) -> Rows:
+    """Tabulate the runs that were killed, and what differed in the end."""
+    yield _head(
+        "|kills|while it started|amid the strips|while files were finished|runs compared|differing pixels|"
+        "differing files"
+    )
+    keys = ["kills", "before_strips", "amid_strips", "after_strips", "rounds", "differing_pixels", "differing_files"]
+    for name, mode in (*result["ways"].items(), ("all", result["total"])):
+        yield [name, *(str(mode[key]) for key in keys)]
 
 
-def fuzz_cpu(found: dict[str, Any]) -> Iterator[list[str]]:
-    """Hostile inputs of each kind, and what became of them."""
-    yield ["", "tried", "accepted", "refused", "failed", "longest, s", "peak memory, MiB"]
-    kinds = found["kinds"]
+def fuzz_cpu(result: Result) -> Rows:
+    """Tabulate the hostile inputs of each kind, and their results."""
+    yield _head("|tried|accepted|refused|failed|longest, s|peak memory, MiB")
+    kinds = result["kinds"]
     worst = {key: max(kind[key] for kind in kinds.values()) for key in ("worst_seconds", "peak_mib")}
-    for name, row in (*kinds.items(), ("all", found | worst)):
-        counts = (str(row[key]) for key in ("tried", "accepted", "refused", "failed"))
+    for name, row in (*kinds.items(), ("all", result | worst)):
+        counts = [str(row[key]) for key in ("tried", "accepted", "refused", "failed")]
         yield [name, *counts, f"{row['worst_seconds']:.1f}", f"{row['peak_mib']:.0f}"]
 
 
-def accuracy_imems(found: dict[str, Any]) -> Iterator[list[str]]:
-    """Mean over seeds or folds of each algorithm of the iMEMS paper, and their spread."""
-    cells = list(found["cells"].values())
+def accuracy_imems(result: Result) -> Rows:
+    """Tabulate the mean and spread, over seeds or folds, of each algorithm of the iMEMS paper."""
+    cells = list(result["cells"].values())
     classes = cells[0]["scores"]["classes"]
     with_objects = all("objects" in cell["scores"] for cell in cells)
     objects = ["object F1", "object Dice", "object Hausdorff, px"] if with_objects else []
     yield ["", *(f"F {c}" for c in classes), "mean F", "pixel accuracy", *objects, "runs"]
-    for algorithm in dict.fromkeys(cell["algorithm"] for cell in cells):
-        scores = [cell["scores"] for cell in cells if cell["algorithm"] == algorithm]
-        columns = [[100 * s["pooled"]["f"][c] for s in scores] for c in classes]
-        columns += [[100 * s["pooled"][k] for s in scores] for k in ("mean_f", "accuracy")]
+    for algorithm, scores in _by_algorithm(result):
+        figures = [_spread([100 * s["pooled"]["f"][c] for s in scores], 2) for c in classes]
+        figures += [_spread([100 * s["pooled"][key] for s in scores], 2) for key in ("mean_f", "accuracy")]
         if with_objects:
-            columns += [
-                [s["objects"][k] for s in scores]
-                for k in ("f1_pooled", "dice_per_image_mean", "hausdorff_px_per_image_mean")
-            ]
-        digits = [2] * (2 + len(classes)) + [3, 3, 1]
-        figures = [_spread(column, d) for column, d in zip(columns, digits, strict=False)]
+            figures += _object_figures(scores, "f1_pooled", "dice_per_image_mean")
         yield [algorithm, *figures, str(len(scores))]
 
 
-def accuracy_adaptation(found: dict[str, Any]) -> Iterator[list[str]]:
-    """Dice and Jaccard of the last class on the target, of each algorithm of a table."""
-    yield ["", "Dice, pooled", "Jaccard, pooled", "Dice, mean of images", "Jaccard, mean of images", "runs"]
-    rows = sorted(_by_algorithm(found), key=lambda row: row[0] == "oracle")  # the ceiling is last
-    for algorithm, scores in rows:
-        name = scores[0]["classes"][-1]
-        figures = [
-            _spread([100 * s[how][measure][name] for s in scores], 1)
-            for how in ("pooled", "per_image_mean")
-            for measure in ("f", "jaccard")
-        ]
+def accuracy_adaptation(result: Result) -> Rows:
+    """Tabulate Dice and Jaccard of the last class on the target, of each algorithm."""
+    yield _head("|Dice, pooled|Jaccard, pooled|Dice, mean of images|Jaccard, mean of images|runs")
+    for algorithm, scores in sorted(_by_algorithm(result), key=lambda row: row[0] == "oracle"):  # the ceiling is last
+        figures = [figure for reduce in ("pooled", "per_image_mean") for figure in _dice_and_jaccard(scores, reduce)]
         yield [algorithm, *figures, str(len(scores))]
 
 
-def accuracy_variants(reduce: str, found: dict[str, Any]) -> Iterator[list[str]]:
-    """Dice and Jaccard of the last class by each checkpoint, without and with a CRF.
+def accuracy_variants(reduce: str, result: Result) -> Rows:
+    """Tabulate Dice and Jaccard of the last class by each checkpoint, without and with a CRF.
 
     Parameters
     ----------
     reduce
         "pooled" or "per_image_mean", the measure of the paper.
-    found
+    result
         Result file of `benchmarks.accuracy.adaptation`.
     """
-    cells = list(found["cells"].values())
+    cells = list(result["cells"].values())
     variants = [cells[0]["judged"], *cells[0]["variants"]]
     yield ["", *(f"{v}: {measure}" for v in variants for measure in ("Dice", "Jaccard")), "runs"]
-    rows = dict.fromkeys(cell["algorithm"] for cell in cells)
-    for algorithm in sorted(rows, key=lambda row: row == "oracle"):  # the ceiling is last
+    algorithms = dict.fromkeys(cell["algorithm"] for cell in cells)
+    for algorithm in sorted(algorithms, key=lambda name: name == "oracle"):  # the ceiling is last
         runs = [cell for cell in cells if cell["algorithm"] == algorithm]
-        name = runs[0]["scores"]["classes"][-1]
         scored = [{run["judged"]: run["scores"], **run["variants"]} for run in runs]
-        figures = [
-            _spread([100 * scores[v][reduce][measure][name] for scores in scored], 1)
-            for v in variants
-            for measure in ("f", "jaccard")
-        ]
+        figures = [figure for v in variants for figure in _dice_and_jaccard([scores[v] for scores in scored], reduce)]
         yield [algorithm, *figures, str(len(runs))]
 
 
-def accuracy_objects(found: dict[str, Any]) -> Iterator[list[str]]:
-    """Object scores, mean IoU and accuracy of the pixels, of each algorithm and reference."""
-    yield ["", "object Dice", "object F1", "object Hausdorff, px", "mean IoU", "pixel accuracy", "runs"]
-    rows = [(name, scores, str(len(scores))) for name, scores in _by_algorithm(found)]
-    rows += [(name, [one], "") for name, one in found.get("references", {}).items()]
+def accuracy_objects(result: Result) -> Rows:
+    """Tabulate object scores, mean IoU and pixel accuracy of each algorithm and reference."""
+    yield _head("|object Dice|object F1|object Hausdorff, px|mean IoU|pixel accuracy|runs")
+    rows = [(name, scores, str(len(scores))) for name, scores in _by_algorithm(result)]
+    rows += [(name, [scores], "") for name, scores in result.get("references", {}).items()]
     for name, scores, runs in rows:
-        objects = [s["objects"] for s in scores]
-        yield [
-            name,
-            _spread([o["dice_per_image_mean"] for o in objects], 3),
-            _spread([o["f1_pooled"] for o in objects], 3),
-            _spread([o["hausdorff_px_per_image_mean"] for o in objects], 1),
-            *(_spread([100 * s["pooled"][k] for s in scores], 1) for k in ("mean_iou", "accuracy")),
-            runs,
-        ]
+        figures = _object_figures(scores, "dice_per_image_mean", "f1_pooled")
+        figures += [_spread([100 * s["pooled"][key] for s in scores], 1) for key in ("mean_iou", "accuracy")]
+        yield [name, *figures, runs]
 
 
-def accuracy_digits(found: dict[str, Any]) -> Iterator[list[str]]:
-    """Dice of the second class, of its probabilities (the paper's) and of its labels."""
-    yield ["", "Dice of the probabilities", "Dice of the labels", "runs"]
-    for algorithm, scores in _by_algorithm(found):
+def accuracy_digits(result: Result) -> Rows:
+    """Tabulate the Dice of the second class, of its probabilities (the paper's) and of its labels."""
+    yield _head("|Dice of the probabilities|Dice of the labels|runs")
+    for algorithm, scores in _by_algorithm(result):
         name = scores[0]["classes"][1]
-        yield [
-            algorithm,
-            _spread([s["soft_dice"] for s in scores], 3),
-            _spread([s["pooled"]["f"][name] for s in scores], 3),
-            str(len(scores)),
-        ]
+        soft, hard = [s["soft_dice"] for s in scores], [s["pooled"]["f"][name] for s in scores]
+        yield [algorithm, _spread(soft, 3), _spread(hard, 3), str(len(scores))]
 
 
-def accuracy_painted(found: dict[str, Any]) -> Iterator[list[str]]:
-    """Fréchet distance of painted images to true ones."""
-    rows = list(_by_algorithm(found))
-    yield ["", "FID", "runs"]
+def accuracy_painted(result: Result) -> Rows:
+    """Tabulate the Fréchet distance of painted images to true ones."""
+    yield _head("|FID|runs")
+    rows = list(_by_algorithm(result))
     for algorithm, scores in rows:
         yield [algorithm, _spread([s["fid"]["painted"] for s in scores], 4), str(len(scores))]
     halves = rows[0][1][0]["fid"]["real_halves"]
     yield ["halves of the true images", f"{halves:.4f}", ""]
 
 
-def _by_algorithm(found: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    cells = list(found["cells"].values())
+def _by_algorithm(result: Result) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Yield each algorithm with the scores of its cells."""
+    cells = list(result["cells"].values())
     for algorithm in dict.fromkeys(cell["algorithm"] for cell in cells):
         yield algorithm, [cell["scores"] for cell in cells if cell["algorithm"] == algorithm]
 
 
+def _dice_and_jaccard(scores: list[dict[str, Any]], reduce: str) -> list[str]:
+    """Return both scores of the last class, in per cent."""
+    name = scores[0]["classes"][-1]
+    return [_spread([100 * s[reduce][measure][name] for s in scores], 1) for measure in ("f", "jaccard")]
+
+
+def _object_figures(scores: list[dict[str, Any]], *shares: str) -> list[str]:
+    """Return the named object scores, and the Hausdorff distance."""
+    digits = {**dict.fromkeys(shares, 3), "hausdorff_px_per_image_mean": 1}
+    return [_spread([s["objects"][key] for s in scores], n) for key, n in digits.items()]
+
+
 def _spread(values: list[float], digits: int) -> str:
+    """Return the mean and, of several values, the standard deviation."""
     mean = f"{statistics.mean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], Iterator[list[str]]]] = {
+TABLES: dict[str, Callable[[Result], Rows]] = {
     "accuracy-imems-glas-small": accuracy_imems,
     "accuracy-imems-nuclei-small": accuracy_imems,
     "accuracy-imems-glas-short": accuracy_imems,

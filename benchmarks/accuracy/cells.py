@@ -1,15 +1,15 @@
-"""Result tables made of training runs, in pieces.
+"""Fill result files with the scores of training runs.
 
-Every cell is one training run, its export, and its score on the held-out images. A cell that is in
-the result file is not run again, and one that was stopped goes on from its last checkpoint, so that
-a table can be made bit by bit, by several processes, on several machines one after the other.
+Every cell is one training run, its export, and its scores on the held-out images. A cell that is in the result file is
+not run again, and a stopped one continues from its last checkpoint, so that several processes, or several machines one
+after the other, can fill a table.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 import click
 import torch
 
+from histostream.benchmarks.accuracy.experiments import Table
 from histostream.benchmarks.accuracy.score import choose, engine_for, predictor, score
 from histostream.runtime.crf import CrfParams
 from histostream.runtime.hardware import hardware
@@ -36,28 +37,27 @@ Plain = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One run of a table.
+    """One training run of a table.
 
     Attributes
     ----------
     name
         Key in the result file, and name of the run's folder.
     algorithm, number
-        Row of the table, and which seed or fold.
+        Row of the table, and seed or fold.
     recipe
-        How it is trained.
+        How the run is trained.
     data
-        Opens what it is trained and scored on; its test part is scored.
+        Opens the data set that it is trained on; the test part is scored.
     further
-        More scores, of the run's folder and the images that are scored, at the run's resolution.
+        Computes further scores from the run's folder and the scored images, at the run's resolution.
     start
-        The run whose best checkpoint this one starts from; several cells may share it, and it is
-        trained once.
+        The run whose best checkpoint this one starts from; it is trained once if several cells share it.
     judged
-        Checkpoints of the run that are scored, by what to call them; the first one's are the
-        cell's ``scores``, all others are its ``variants``.
+        Checkpoints that are scored, by their names in the result file. The scores of the first are the cell's
+        ``scores``, those of the others its ``variants``.
     crf
-        Dense CRF with which each of them is scored once more, as "NAME, CRF".
+        Dense CRF with which each checkpoint is scored once more, as "NAME, CRF".
     """
 
     name: str
@@ -71,18 +71,8 @@ class Cell:
     crf: CrfParams | None = None
 
 
-def settings_of(*tables: dict[str, dict[str, Any]]) -> tuple[str, ...]:
-    """Write the tables of a recipe as the settings of `command.read_recipe`; later ones win."""
-    return tuple(
-        f"{name}.{key}={json.dumps(value)}"
-        for table in tables
-        for name, keys in table.items()
-        for key, value in keys.items()
-    )
-
-
 def options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that every command has which fills a table."""
+    """Add the options that every command for a table has."""
     folder = click.Path(path_type=Path)
     for option in reversed(
         (
@@ -103,12 +93,10 @@ def options(command: Callable[..., None]) -> Callable[..., None]:
 
 def fill_table(
     cell: Callable[[str, str, str, int, Path], Cell],
-    table: str,
-    *,
-    algorithms: Collection[str],
-    sizes: Collection[str],
-    repeats: int,
     name: str,
+    table: Table,
+    result_name: str,
+    *,
     references: Callable[[], Plain] | None = None,
     data_dir: Path,
     size: str,
@@ -120,70 +108,68 @@ def fill_table(
     precision: str,
     threads: int,
 ) -> None:
-    """Make the cells of a table that are not there yet.
+    """Run the cells of a table that are not in its result file yet.
 
     Parameters
     ----------
     cell
-        Makes one of table, size, algorithm, number and data folder.
-    table, algorithms, sizes
-        Which table, and what there is of it.
-    repeats
-        Seeds or folds, where none are named.
-    name
-        Of the result file, before its size.
+        Makes a cell from the table's name, size, algorithm, number and data folder.
+    name, table
+        The table.
+    result_name
+        Name of the result file, without its size.
     references
-        Scores that stand beside the cells, by name; made once.
+        Computes scores to add beside the cells, once.
     data_dir, size, only, numbers, runs, out, device, precision, threads
-        As of `options`.
+        As in `options`.
     """
-    if size not in sizes:
-        raise click.BadParameter(f"{table} has no size {size!r}: use {', '.join(sizes)}")
-    if unknown := [one for one in only if one not in algorithms]:
-        raise click.BadParameter(f"{unknown[0]!r} is none of {', '.join(algorithms)}; use one of them")
+    if size not in table.sizes:
+        raise click.BadParameter(f"{name} has no size {size!r}: use {', '.join(table.sizes)}")
+    if unknown := [algorithm for algorithm in only if algorithm not in table.algorithms]:
+        raise click.BadParameter(f"{unknown[0]!r} is none of {', '.join(table.algorithms)}; use one of them")
     torch.set_num_threads(threads)
     cells = [
-        cell(table, size, algorithm, number, data_dir)
-        for number in numbers or range(repeats)
-        for algorithm in only or algorithms
+        cell(name, size, algorithm, number, data_dir)
+        for number in numbers or range(table.repeats)
+        for algorithm in only or table.algorithms
     ]
-    path = out / f"{name}-{size}.json"
+    path = out / f"{result_name}-{size}.json"
     fill(path, cells, runs, Compute(device, precision))
     if references is not None:
-        refer(path, references)
+        add_references(path, references)
 
 
 def fill(path: Path, cells: Sequence[Cell], runs: Path, how: Compute) -> None:
     """Run the cells that are not in the result file yet, one after the other."""
     for cell in cells:
-        with _held(path) as said:
-            said.setdefault("hardware", hardware())
-            if cell.name in said.setdefault("cells", {}):
+        with _locked(path) as results:
+            results.setdefault("hardware", hardware())
+            if cell.name in results.setdefault("cells", {}):
                 continue
         try:
-            found = _run(cell, runs, how)
+            record = _run(cell, runs, how)
         except HistoError as error:
             raise click.ClickException(f"{cell.name}: {error}") from error
-        with _held(path) as said:
-            said["cells"][cell.name] = {"algorithm": cell.algorithm, "number": cell.number, **found}
-        pooled = found["scores"]["pooled"]
+        with _locked(path) as results:
+            results["cells"][cell.name] = {"algorithm": cell.algorithm, "number": cell.number, **record}
+        pooled = record["scores"]["pooled"]
         click.echo(f"{cell.name}: mean F {pooled['mean_f']}, accuracy {pooled['accuracy']}")
 
 
-def refer(path: Path, scores: Callable[[], Plain]) -> None:
-    """Put what stands beside the cells into a result file, by name, where it is not there yet."""
-    with _held(path) as said:
-        if "references" not in said:
-            said["references"] = scores()
+def add_references(path: Path, scores: Callable[[], Plain]) -> None:
+    """Add reference scores to a result file that does not have them yet."""
+    with _locked(path) as results:
+        if "references" not in results:
+            results["references"] = scores()
 
 
-def train(cell: Cell, found: DataSet, runs: Path, how: Compute) -> Checkpoint:
-    """Train a cell on its data, and first what it starts from, in their folders of ``runs``."""
+def train(cell: Cell, data_set: DataSet, runs: Path, how: Compute) -> Checkpoint:
+    """Train a cell, after the run that it starts from, in folders of ``runs``."""
     begin = None
     if cell.start is not None:
         begin = runs / cell.start.name
         runs.mkdir(parents=True, exist_ok=True)
-        with locked(runs / cell.start.name):  # other processes' cells start from it, too
+        with locked(runs / cell.start.name):  # cells of other processes start from it, too
             train(cell.start, cell.start.data(), runs, how)
 
     def report(progress: Progress) -> None:
@@ -196,7 +182,7 @@ def train(cell: Cell, found: DataSet, runs: Path, how: Compute) -> Checkpoint:
     return loop.train(
         cell.recipe,
         methods.load_method(cell.recipe.method),
-        found,
+        data_set,
         runs / cell.name,
         compute=how,
         start=begin,
@@ -205,16 +191,16 @@ def train(cell: Cell, found: DataSet, runs: Path, how: Compute) -> Checkpoint:
     )
 
 
-def judge(cell: Cell, found: DataSet, folder: Path) -> dict[str, Plain]:
-    """Score the checkpoints of a cell's run, each as it is, and with the CRF where there is one."""
+def judge(cell: Cell, data_set: DataSet, folder: Path) -> dict[str, Plain]:
+    """Score the checkpoints of a cell's run without and, if it has one, with its CRF."""
     scores = {}
-    samples = choose(found, "test", cell.recipe.schedule)
-    classes = [name for name, _ in found.classes]
+    samples = choose(data_set, "test", cell.recipe.schedule)
+    classes = [name for name, _ in data_set.classes]
     for name, which in cell.judged.items():
-        with engine_for(samples, found.mpp, run=folder / which, backend="cpu") as engine:
-            scores[name] = score(samples, predictor(engine, found.mpp), classes)
+        with engine_for(samples, data_set.mpp, run=folder / which, backend="cpu") as engine:
+            scores[name] = score(samples, predictor(engine, data_set.mpp), classes)
             if cell.crf is not None:
-                refined = predictor(engine, found.mpp, cell.crf)
+                refined = predictor(engine, data_set.mpp, cell.crf)
                 scores[f"{name}, CRF"] = score(samples, refined, classes)
     for one in scores.values():
         del one["each_image"]
@@ -224,13 +210,13 @@ def judge(cell: Cell, found: DataSet, folder: Path) -> dict[str, Plain]:
 def _run(cell: Cell, runs: Path, how: Compute) -> Plain:
     """Train, export and score one cell."""
     start = time.monotonic()
-    found, recipe, folder = cell.data(), cell.recipe, runs / cell.name
-    best = train(cell, found, runs, how)
-    judged = judge(cell, found, folder)
+    data_set, recipe, folder = cell.data(), cell.recipe, runs / cell.name
+    best = train(cell, data_set, runs, how)
+    judged = judge(cell, data_set, folder)
     headline = next(iter(judged))
     scores = judged.pop(headline)
     if cell.further is not None:
-        scores |= cell.further(folder, choose(found.at_mpp(recipe.mpp), "test", recipe.schedule))
+        scores |= cell.further(folder, choose(data_set.at_mpp(recipe.mpp), "test", recipe.schedule))
     record = best.record
     return {
         "scores": scores,
@@ -255,10 +241,10 @@ def _run(cell: Cell, runs: Path, how: Compute) -> Plain:
 
 
 @contextmanager
-def _held(path: Path) -> Iterator[Plain]:
-    """Hold a result file, which several processes fill, and write it anew."""
+def _locked(path: Path) -> Iterator[Plain]:
+    """Lock a result file that several processes fill; write it when the block ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path):
-        said = json.loads(path.read_text()) if path.exists() else {}
-        yield said
-        write_json(path, said)
+        results = json.loads(path.read_text()) if path.exists() else {}
+        yield results
+        write_json(path, results)

@@ -1,15 +1,15 @@
-r"""What it costs to freeze the statistics of instance and group normalisation, and what it buys.
+r"""Measure the cost and the benefit of freezing the statistics of instance and group normalisation.
 
 ::
 
     python -m histostream.benchmarks.accuracy.frozen_statistics --data ../shared/data \
         --out benchmarks/results/frozen-statistics.json
 
-Two small U-Nets, one with instance and one with group normalisation after each convolution, learn
-nuclei from the brightfield images of the 2018 Data Science Bowl. Each is exported as it is, with
-its statistics frozen over the training images, and with its statistics frozen over what it is then
-scored on, without labels, as a user would with a slide of the own laboratory. Scored are TNBC and
-the MoNuSeg test set; and a slide, where two tiles that lie half a tile apart should agree.
+Two small U-Nets, one with instance and one with group normalisation after each convolution, learn nuclei from the
+brightfield images of the 2018 Data Science Bowl. Each is exported unchanged, with its statistics frozen over the
+training images, and with its statistics frozen over the images that are scored, without their labels, as a user would
+with a slide of their own laboratory. TNBC and the MoNuSeg test set are scored, and a slide, on which two tiles that lie
+half a tile apart should agree.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from histostream.benchmarks.accuracy.nuclei import SETS, score
+from histostream.benchmarks.report import write_result
 from histostream.export.bundle import Options, write_bundle
 from histostream.export.trained import trained_network
 from histostream.runtime import Engine, open_engine
@@ -70,7 +71,7 @@ class NormedUNet(nn.Module):
 
 
 def train(network: NormedUNet, samples: list[Sample], steps: int) -> None:
-    """Cross-entropy with Adam, the rate falling to zero along a cosine."""
+    """Train with cross-entropy and Adam; the learning rate falls to zero along a cosine."""
     rng = np.random.default_rng(0)
     typical = typical_object_px(samples)
     optimizer = torch.optim.Adam(network.parameters(), 2e-3)
@@ -90,10 +91,10 @@ def train(network: NormedUNet, samples: list[Sample], steps: int) -> None:
 
 
 def disagreement_of_tiles(engine: Engine, slide: Path) -> float:
-    """Share of a slide's pixels whose label depends on which of two tiles they lie in.
+    """Return the share of a slide's pixels whose label depends on the tile that they lie in.
 
-    Each tile is compared with one that lies half a tile away along both axes, where the two
-    overlap, an eighth of a tile or more away from either's border.
+    Each tile is compared with one that lies half a tile away along both axes, in their overlap, at least an eighth of a
+    tile away from the border of either.
     """
     side, half, quarter = TILE_PX, TILE_PX // 2, TILE_PX // 4
     with open_slide(slide) as reader:
@@ -102,8 +103,7 @@ def disagreement_of_tiles(engine: Engine, slide: Path) -> float:
 
     def labels(x: int, y: int) -> np.ndarray:
         tile = np.ascontiguousarray(pixels[y : y + side, x : x + side])
-        found: np.ndarray = engine.infer(tile[None])[0].argmax(axis=0)
-        return found
+        return np.asarray(engine.infer(tile[None])[0].argmax(axis=0))
 
     differ = total = 0
     for y in range(0, pixels.shape[0] - side - half, side):
@@ -127,7 +127,7 @@ def main(data_dir: Path, out: Path, steps: int) -> None:
     samples = read_folder(folder)
     chosen = [samples[i] for i in split(samples, validation=0.12, test=0.2, seed=1).train]
     slide = data_dir / "wsi-slides" / "CMU-1-Small-Region.svs"
-    scored = {**{name: data_dir / where for name, where in SETS.items()}, "slide": slide}
+    scored = {**{name: data_dir / folder_name for name, folder_name in SETS.items()}, "slide": slide}
     results: dict[str, object] = {}
     for norm in ("instance", "group"):
         torch.manual_seed(0)
@@ -141,25 +141,22 @@ def main(data_dir: Path, out: Path, steps: int) -> None:
         rows: dict[str, dict[str, object]] = {}
         for kind in ("live", "frozen over training images", "frozen over what is scored"):
             rows[kind] = {}
-            for name, place in scored.items():
-                freeze = {"live": None, "frozen over training images": folder}.get(kind, place)
+            for name, path in scored.items():
+                freeze = {"live": None, "frozen over training images": folder}.get(kind, path)
                 with tempfile.TemporaryDirectory() as scratch:
                     options = Options(
                         precisions=("fp32",), tensorrt="off", tile_px=TILE_PX, calibrate=slide, freeze=freeze
                     )
                     write_bundle(network, Path(scratch) / "bundle", options)
                     engine = open_engine(Path(scratch) / "bundle", backend="cpu")
-                if place == slide:
+                if path == slide:
                     share = disagreement_of_tiles(engine, slide)
                     rows[kind]["labels_that_depend_on_the_tile"] = round(share, 6)
                 else:
-                    found = score(read_folder(place), engine)
-                    rows[kind][f"dice_{name}"] = found["dice_pooled"]
+                    rows[kind][f"dice_{name}"] = score(read_folder(path), engine)["dice_pooled"]
         results[norm] = {"training_steps": steps, "training_seconds": round(seconds), **rows}
         click.echo(f"{norm}: {json.dumps(rows)}")
-    said = {"hardware": hardware(), "tile_px": TILE_PX, "width": WIDTH, "networks": results}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(said, indent=1) + "\n")
+    write_result(out, {"hardware": hardware(), "tile_px": TILE_PX, "width": WIDTH, "networks": results})
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
-r"""The comparisons of the two generative papers, on data at hand.
+r"""Run the comparisons of the two papers on generative models on available data.
 
 ::
 
     python -m histostream.benchmarks.accuracy.generative --data ../shared/data --table glas \
         --size quarter --runs runs/table --out benchmarks/results
 
-Of the pyramid GAN (paper 002): ``glas`` is its table 2, ``glas-20`` to ``glas-80`` a column each of
-its tables 4 to 7, with labels for so many per cent of the images, ``glas-painted`` its table 1;
-``cue`` is the drawn set whose classes are told by what is far away (methods.md 3.13.2). Of
-image-to-image translation (paper 003): ``mnist-simple``, ``mnist-hard`` and ``mnist-large`` are
-columns of its table 1. ``--size quarter`` (of the paper's side) and ``small`` are what two CPU
-cores do in some hours; ``--size paper`` is for a GPU, and is the shipped recipes as they are.
+Pyramid GAN (paper 002): ``glas`` is its table 2; ``glas-20`` to ``glas-80`` are the columns of its tables 4 to 7,
+with labels for that percentage of the images; ``glas-painted`` is its table 1; ``cue`` is a drawn set in which
+distant pixels decide the class (docs/methods.md, 3.13.2). Image-to-image translation (paper 003): ``mnist-simple``,
+``mnist-hard`` and ``mnist-large`` are columns of its table 1. ``--size quarter`` (of the paper's side) and ``small``
+take some hours on two CPU cores; ``--size paper`` is the shipped recipes, for a GPU. The tables are in
+``generative.toml``.
 
-Beside object scores stand those of no network at all: "everything is gland", and the true binary
-mask, whose touching glands are one.
+Object scores of two references without a network are added: "everything is gland", and the true binary mask, in which
+touching glands are one object.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from histostream.benchmarks.accuracy.cells import Cell, Plain, fill_table, options, settings_of
+from histostream.benchmarks.accuracy.cells import Cell, Plain, fill_table, options
+from histostream.benchmarks.accuracy.experiments import cell_name, read_tables
 from histostream.benchmarks.accuracy.image_metrics import (
     MS_SSIM_MIN_PX,
     frechet_inception_distance,
@@ -40,277 +40,104 @@ from histostream.benchmarks.accuracy.image_metrics import (
 )
 from histostream.benchmarks.accuracy.score import Predict, score
 from histostream.export.trained import config_of, find_checkpoint
-from histostream.training import checkpoint, datasets, methods, synthetic
+from histostream.training import checkpoint, datasets, synthetic
 from histostream.training.data import DataSet, Sample, StoredPicture
 from histostream.training.methods.pyramid_gan import sample
 from histostream.training.methods.translation import method as translation
-from histostream.training.recipe import read_recipe
 
-PYRAMID, TRANSLATION = "pyramid_gan", "translation"
-# Name in the paper, and the shipped recipes that make it (none: the method as it is).
-SUPERVISED: dict[str, tuple[str, ...]] = {
-    "m-FCDenseNet": ("pyramid-m-fcdensenet",),
-    "m-FCDenseNet + pyramid": ("pyramid-segmenters",),
-    "full": (),
-}
-FEWER_LABELS: dict[str, tuple[str, ...]] = {
-    "m-FCDenseNet": ("pyramid-m-fcdensenet",),
-    "m-FCDenseNet + pyramid": ("pyramid-segmenters",),
-    "consistency": ("pyramid-consistency",),
-    "consistency, transductive": ("pyramid-consistency",),
-    "semi-supervised": ("pyramid-semi",),
-    "semi-supervised, transductive": ("pyramid-semi",),
-}
-TRANSDUCTIVE = ", transductive"  # the test images are among those without labels
-PAINTERS: dict[str, tuple[str, ...]] = {
-    "pix2pix": ("pyramid-pix2pix",),
-    "pix2pixHD": ("pyramid-pix2pixhd",),
-    "pyramid GAN": (),
-}
-DIGITS: dict[str, tuple[str, ...]] = {
-    "segmentation only": ("translation-segmentation-only",),
-    "AE baseline": ("translation-autoencoder",),
-    "proposed": (),
-    "proposed, separate decoder": ("translation-separate",),
-    "proposed, skips concatenated": ("translation-skip-concat",),
-    "proposed, skips summed": ("translation-skip-sum",),
-    "proposed, no skips": ("translation-skip-none",),
-}
+TABLES = read_tables("generative")
+TRANSDUCTIVE = ", transductive"  # algorithms for which the test images are among those without labels
+CUE_MPP = 1.0  # drawn images have no resolution
 
 
-@dataclass(frozen=True, slots=True)
-class Size:
-    """How a table is trained, on top of its recipes.
-
-    Attributes
-    ----------
-    mpp
-        Resolution, um per pixel.
-    recipes
-        Shipped recipes that come before those of the algorithm.
-    settings
-        Tables of a recipe, by name, after all recipes; they are the same for all algorithms.
-    own
-        Settings of a single algorithm.
-    level_steps
-        Steps of each level of a pyramid; 0: as the recipes and settings say.
-    query
-        More options of the set.
-    """
-
-    mpp: float
-    recipes: tuple[str, ...]
-    settings: dict[str, dict[str, Any]]
-    own: dict[str, dict[str, dict[str, Any]]] = dataclasses.field(default_factory=dict)
-    level_steps: int = 0
-    query: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """A table: its method, algorithms, images and sizes.
-
-    Attributes
-    ----------
-    source
-        The set; "{data}" and "{seed}" are filled in. Or what draws one of a seed.
-    labelled
-        Share of the images that keep their labels.
-    """
-
-    method: str
-    algorithms: dict[str, tuple[str, ...]]
-    source: str | Callable[[int], DataSet]
-    sizes: dict[str, Size]
-    labelled: float = 1.0
-
-
-# What pix2pix and pix2pixHD take of 128 px; the first has one image a step in its paper.
-GLAS_QUARTER = Size(
-    2.4802,
-    ("pyramid-paper", "pyramid-recommended", "pyramid-quarter"),
-    {"schedule": {"batch": 4, "crop_px": 128, "validate_every": 250}},
-    {
-        "pix2pix": {"method": {"g_width": 16, "g_downs": 6}},
-        "pix2pixHD": {"method": {"g_width": 16, "g_downs": 3, "g_blocks": 4}},
-    },
-    level_steps=1500,
-)
-GLAS_SIZES = {"quarter": GLAS_QUARTER, "paper": Size(0.62005, ("pyramid-paper",), {})}
-GLAS = "glas:{data}/glands-glas"
-# Segmentation and reconstruction weigh alike in every row, as in the paper's AE baseline (its
-# proposed model has 0.01 : 50). D learns ten times as fast as G, as printed.
-DIGITS_SMALL = Size(
-    1.0,
-    ("translation-paper",),
-    {
-        "method": {
-            "width": 8,
-            "unique_channels": 32,
-            "mlp_width": 64,
-            "discriminator_width": 16,
-            "learning_rate": 1e-3,
-            "discriminator_learning_rate": 1e-2,
-            "lambda_rec": 50.0,
-            "lambda_seg": 50.0,
-            "labelled_share": 0.25,
-        },
-        "schedule": {"steps": 8000, "batch": 8, "validate_every": 500},
-    },
-)
-
-
-def _digits(variant: str, *further: str) -> Table:
-    source = f"mnist:{{data}}/mnist?variant={variant}&count=59500&labelled=0.01&seed={{seed}}"
-    paper = Size(1.0, ("translation-paper", *further), {}, query="&test=10000")
-    sizes = {"paper": paper, "reduced": _reduced(paper)}
-    if variant == "hard":  # the paper's gaps: .13 and .08; "simple": .14 and .04
-        sizes["small"] = DIGITS_SMALL
-    return Table(TRANSLATION, DIGITS, source, sizes)
-
-
-def _reduced(paper: Size) -> Size:
-    """Return the run of 40,000 steps (methods.md 4.11.3), of all algorithms alike."""
-    recipe = read_recipe(TRANSLATION, methods.load_method(TRANSLATION), (*paper.recipes, "translation-reduced"))
-    steps = {"steps": recipe.schedule.steps, "validate_every": recipe.schedule.validate_every}
-    return dataclasses.replace(paper, settings={"schedule": steps})
-
-
-def _cues(seed: int) -> DataSet:
-    return dataclasses.replace(synthetic.long_range_cue(1000, 100, seed=seed), mpp=CUE_MPP)
-
-
-CUE_MPP = 1.0  # drawn images have no size
-# Networks whose reach is 40 px, on images of 128 px; three levels, the coarsest of 32 px.
-CUE_SMALL = Size(
-    CUE_MPP,
-    (),
-    {
-        "method": {
-            "level_batches": "",
-            "first_width": 8,
-            "growth": 6,
-            "layers": 2,
-            "poolings": 2,
-            "dropout": 0.0,
-            "segmenter_noise": 0.0,
-            "segmenter_learning_rate": 5e-3,
-            "beta1": 0.9,
-        },
-        "schedule": {"batch": 8, "crop_px": 128, "validation": 0.0, "select": "last", "validate_every": 500},
-    },
-    {"m-FCDenseNet + pyramid": {"method": {"levels": 3}}},
-    level_steps=400,
-)
-TABLES = {
-    "cue": Table(PYRAMID, {k: v for k, v in SUPERVISED.items() if v}, _cues, {"small": CUE_SMALL}),
-    "glas": Table(PYRAMID, SUPERVISED, GLAS, GLAS_SIZES),
-    **{
-        f"glas-{percent}": Table(PYRAMID, FEWER_LABELS, GLAS, GLAS_SIZES, percent / 100) for percent in (20, 40, 60, 80)
-    },
-    "glas-painted": Table(PYRAMID, PAINTERS, GLAS, GLAS_SIZES),
-    "mnist-simple": _digits("simple"),
-    "mnist-hard": _digits("hard"),
-    "mnist-large": _digits("large", "translation-128"),
-}
-
-
-def cell(table: str, size: str, algorithm: str, number: int, data: Path = Path()) -> Cell:
+def cell(name: str, size_name: str, algorithm: str, number: int, data: Path = Path()) -> Cell:
     """Return a cell; cells of one table and size differ in the algorithm, and the seed."""
-    of = TABLES[table]
-    how = of.sizes[size]
-    method, configs = methods.load_method(of.method), (*how.recipes, *of.algorithms[algorithm])
-    tables = [how.settings, how.own.get(algorithm, {}), {"schedule": {"seed": number}}]
-    if of.labelled < 1:
-        tables.append({"schedule": {"labelled": of.labelled}})
-    recipe = read_recipe(of.method, method, configs, settings_of(*tables), mpp=how.mpp)
-    if how.level_steps:
-        steps = how.level_steps * recipe.config.levels
-        schedule = dataclasses.replace(recipe.schedule, steps=steps)
-        recipe = dataclasses.replace(recipe, schedule=schedule)
-    name = f"{table}-{size}-{algorithm}-{number}".lower().replace(" ", "-").replace(",", "")
+    table = TABLES[name]
+    size = table.sizes[size_name]
 
-    def opened() -> DataSet:
-        if callable(of.source):
-            return of.source(number)
-        found = datasets.open_dataset(of.source.format(data=data, seed=number) + how.query)
-        return transductive(found) if algorithm.endswith(TRANSDUCTIVE) else found
+    def open_data() -> DataSet:
+        if name == "cue":
+            return dataclasses.replace(synthetic.long_range_cue(1000, 100, seed=number), mpp=CUE_MPP)
+        data_set = datasets.open_dataset(table.source.format(data=data, seed=number) + size.query)
+        return transductive(data_set) if algorithm.endswith(TRANSDUCTIVE) else data_set
 
     further: Callable[[Path, Sequence[Sample]], Plain] | None = None
-    if of.method == TRANSLATION:
+    if table.method == "translation":
         further = digit_scores
-    elif table == "glas-painted":
+    elif name == "glas-painted":
         further = painted_scores
-    return Cell(name, algorithm, number, recipe, functools.cache(opened), further)
+    recipe = table.recipe(size, algorithm, number)
+    key = cell_name(name, size_name, algorithm, number)
+    return Cell(key, algorithm, number, recipe, functools.cache(open_data), further)
 
 
-def references(found: DataSet) -> Plain:
-    """Score what needs no network on the test images: a floor, and the ceiling of a binary mask.
+def references(data_set: DataSet) -> Plain:
+    """Score two references without a network on the test images: a floor, and the ceiling of a binary mask.
 
     Returns
     -------
-    By name, as of `score`: that all is of class 1, and the true labels, in which objects that touch
-    are one. Nothing where the set has no objects.
+    Scores as of `score`, by name: of labels that are all class 1, and of the true labels, in which touching objects are
+    one. Empty if the set has no objects.
     """
-    if len(found.classes) != 2 or any(s.instances is None for s in found.test):
+    if len(data_set.classes) != 2 or any(s.instances is None for s in data_set.test):
         return {}
-    classes = [name for name, _ in found.classes]
-    made: dict[str, Predict] = {
+    classes = [name for name, _ in data_set.classes]
+    predictors: dict[str, Predict] = {
         f"everything is {classes[1]}": lambda sample: np.ones_like(sample.labels),
         "perfect binary mask": lambda sample: sample.labels,
     }
-    scored = {name: score(found.test, predict, classes) for name, predict in made.items()}
+    scored = {name: score(data_set.test, predict, classes) for name, predict in predictors.items()}
     for one in scored.values():
         del one["each_image"]
     return scored
 
 
-def transductive(found: DataSet) -> DataSet:
-    """Put the test images among those without labels."""
-    shown = [StoredPicture(f"test/{s.name}", s.group, s.image) for s in found.test]
-    pools = {**found.pools, "unlabelled": (*found.pools.get("unlabelled", ()), *shown)}
-    return dataclasses.replace(found, pools=pools)
+def transductive(data_set: DataSet) -> DataSet:
+    """Add the test images, without labels, to the images to train on."""
+    test_images = [StoredPicture(f"test/{s.name}", s.group, s.image) for s in data_set.test]
+    pools = {**data_set.pools, "unlabelled": (*data_set.pools.get("unlabelled", ()), *test_images)}
+    return dataclasses.replace(data_set, pools=pools)
 
 
 def digit_scores(run: Path, samples: Sequence[Sample]) -> Plain:
-    """Score the probabilities of the second class, and where the residual is.
+    """Score the probabilities of the second class, and the residual.
 
     Returns
     -------
-    ``soft_dice``: Dice of the probabilities, pooled, smoothed by 1: the paper's measure. Of a model
-    that translates ``residual``: mean absolute residual on the digit, over that elsewhere.
+    ``soft_dice``: Dice of the probabilities, pooled, smoothed by 1, as the paper measures it. For a model that
+    translates, ``residual``: mean absolute residual on the digit, divided by that outside it.
     """
     folder = find_checkpoint(run)
-    said = checkpoint.read(folder)
-    state = translation.build(config_of(folder, said), len(said.classes), said.channels)
+    saved = checkpoint.read(folder)
+    state = translation.build(config_of(folder, saved), len(saved.classes), saved.channels)
     checkpoint.load(folder, state)
-    both, either = 0.0, 0.0
+    intersection, total = 0.0, 0.0
     sums, counts = np.zeros(2), np.zeros(2)
     for one in samples:
         image = _nchw(one.image)
         p = translation.probabilities(state, image)[0, 0].numpy().astype(np.float64)
-        both += p[one.labels == 1].sum()
-        either += p.sum() + (one.labels == 1).sum()
+        intersection += p[one.labels == 1].sum()
+        total += p.sum() + (one.labels == 1).sum()
         if state.config.objective == "translation":
             # Grey 127.5 is no residual.
             off = np.abs(translation.paint(state, image)["residual"][0, 0].numpy() - 127.5)
             for k in (0, 1):
                 sums[k] += off[one.labels == k].sum()
                 counts[k] += (one.labels == k).sum()
-    found: Plain = {"soft_dice": round(float((2 * both + 1) / (either + 1)), 5)}
+    scores: Plain = {"soft_dice": round(float((2 * intersection + 1) / (total + 1)), 5)}
     if counts.all():
-        found["residual"] = round(float((sums[1] / counts[1]) / (sums[0] / counts[0])), 2)
-    return found
+        scores["residual"] = round(float((sums[1] / counts[1]) / (sums[0] / counts[0])), 2)
+    return scores
 
 
-def painted_scores(run: Path, samples: Sequence[Sample], *, each: int = 10) -> Plain:
-    """Score what a run paints of label maps against the images that belong to them.
+def painted_scores(run: Path, samples: Sequence[Sample], *, count: int = 10) -> Plain:
+    """Score the images that a run paints from label maps against the true images.
 
     Returns
     -------
-    ``fid``: Fréchet distance of the painted images to the true ones, and of the halves of the true
-    ones to each other. ``ms_ssim``: of ``each`` images of the first label map, to the true image
-    and among each other; None where images are too small for it.
+    ``fid``: Fréchet distance of the painted images to the true ones, and between two halves of the true ones.
+    ``ms_ssim``: of ``count`` images painted from the first label map, to the true image and among each other; None if
+    the images are too small.
     """
     painter = sample.open_painter(run)
     real = [_nchw(s.image) for s in samples]
@@ -320,7 +147,7 @@ def painted_scores(run: Path, samples: Sequence[Sample], *, each: int = 10) -> P
     halves = frechet_inception_distance(real[::2], real[1::2], extractor)
     similar = None
     if min(samples[0].labels.shape) >= MS_SSIM_MIN_PX:
-        several = torch.cat([_nchw(sample.paint(painter, samples[0].labels, (0, k))) for k in range(each)])
+        several = torch.cat([_nchw(sample.paint(painter, samples[0].labels, (0, k))) for k in range(count)])
         similar = {
             "to_true": round(float(ms_ssim(several, real[0].expand_as(several)).mean()), 4),
             "among": round(ms_ssim_among(several), 4),
@@ -340,30 +167,22 @@ def _nchw(image: np.ndarray) -> Tensor:
     return torch.from_numpy(image.transpose(2, 0, 1)[None].copy())
 
 
-@click.command()
-@click.option("--table", type=click.Choice(list(TABLES)), required=True)
-@options
-def main(table: str, **how: Any) -> None:
-    """Make the cells of a table that are not there yet."""
-    of = TABLES[table]
-    scores = None
-    if of.source == GLAS and of.algorithms is not PAINTERS:
-        source = GLAS.format(data=how["data_dir"])
-        scores = functools.partial(_references_of, source)
-    fill_table(
-        cell,
-        table,
-        algorithms=of.algorithms,
-        sizes=of.sizes,
-        repeats=3,
-        name=f"accuracy-{table}",
-        references=scores,
-        **how,
-    )
-
-
-def _references_of(source: str) -> Plain:
+def references_of(source: str) -> Plain:
+    """Open a data set and score its references."""
     return references(datasets.open_dataset(source))
+
+
+@click.command()
+@click.option("--table", "name", type=click.Choice(list(TABLES)), required=True)
+@options
+def main(name: str, **values: Any) -> None:
+    """Run the cells of a table that are not in its result file yet."""
+    table = TABLES[name]
+    scores = None
+    if name.startswith("glas") and name != "glas-painted":
+        source = table.source.format(data=values["data_dir"])
+        scores = functools.partial(references_of, source)
+    fill_table(cell, name, table, f"accuracy-{name}", references=scores, **values)
 
 
 if __name__ == "__main__":

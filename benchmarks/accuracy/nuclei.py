@@ -6,12 +6,11 @@ r"""Score a nucleus model on annotated images that it was not trained on.
         --out benchmarks/results/accuracy-nuclei.json
 
 TNBC (Naylor et al. 2018, 50 images) and the MoNuSeg test set (14 images), both at 0.25 um per
-pixel. Images are averaged down to the model's resolution, labels are taken at the pixel centres.
+pixel. Images are averaged down to the model's resolution; labels are taken at the pixel centres.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,12 +18,12 @@ import click
 import numpy as np
 from PIL import Image
 
+from histostream.benchmarks.accuracy.score import segment_with_crf
+from histostream.benchmarks.report import write_result
 from histostream.runtime import Engine, default_bundle, open_engine, segment_pixels
-from histostream.runtime.bundle.card import ModelCard, read_card
-from histostream.runtime.crf import CrfParams, dense_crf
+from histostream.runtime.bundle.card import read_card
+from histostream.runtime.crf import CrfParams
 from histostream.runtime.crf.options import read_params
-from histostream.runtime.crf.stage import to_probabilities
-from histostream.runtime.pixels import score_pixels
 from histostream.training.augment import zoom
 from histostream.training.data import Sample
 from histostream.training.datasets.folder import read_folder
@@ -48,9 +47,9 @@ def score(
     samples, engine
         The images, and the model.
     sheet
-        Folder for the images with what was found outlined.
+        Folder for the images with the segmented nuclei outlined.
     crf
-        Refines the labels; None: nothing does.
+        Dense CRF that refines the labels; None: none.
 
     Returns
     -------
@@ -60,14 +59,14 @@ def score(
     per_image = {}
     for sample in samples:
         image, truth = zoom(sample.image, sample.labels, SOURCE_MPP / engine.card.mpp)
-        found = segment_pixels(image, engine) if crf is None else refined(image, engine, crf)
+        labels = segment_pixels(image, engine) if crf is None else segment_with_crf(image, engine, crf)
         one = Confusion(len(engine.card.classes))
-        one.add(found, truth)
+        one.add(labels, truth)
         pooled.counts += one.counts
         per_image[sample.name] = round(float(one.dice()[1]), 4)
         if sheet:
             sheet.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(outlined(image, found)).save(sheet / f"{Path(sample.name).stem}.png")
+            Image.fromarray(outlined(image, labels)).save(sheet / f"{Path(sample.name).stem}.png")
     return {
         "images": len(samples),
         "pixel_accuracy": round(pooled.accuracy(), 4),
@@ -76,12 +75,6 @@ def score(
         "dice_worst_image": min(per_image.values()),
         "dice_per_image": per_image,
     }
-
-
-def refined(image: np.ndarray, engine: Engine, crf: CrfParams) -> np.ndarray:
-    """Segment an image, and refine the labels by a dense CRF."""
-    p = to_probabilities(score_pixels(image, engine), np.zeros(image.shape[:2], bool))
-    return np.asarray(dense_crf(image, p, crf).argmax(axis=0))
 
 
 def outlined(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -111,16 +104,15 @@ def main(models: tuple[str, ...], data_dir: Path, out: Path, sheets: Path | None
     """Score nucleus models on TNBC and the MoNuSeg test set, in every precision that they have."""
     samples = {name: read_folder(data_dir / folder) for name, folder in SETS.items()}
     if len(models) < 2 and "=" not in "".join(models):
-        said = score_bundle(Path(*models) if models else default_bundle(), samples, sheets)
+        result: dict[str, object] = score_bundle(Path(*models) if models else default_bundle(), samples, sheets)
     else:
         named = dict(_named(text) for text in models)
-        said = {
+        result = {
             "models": {
                 name: score_bundle(bundle, samples, sheets / name if sheets else None) for name, bundle in named.items()
             }
         }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(said, indent=1) + "\n")
+    write_result(out, result)
 
 
 def _named(text: str) -> tuple[str, Path]:
@@ -134,40 +126,29 @@ def score_bundle(bundle: Path, sets: dict[str, list[Sample]], sheets: Path | Non
     """Score a model in every precision that it has, and with its CRF; see `score`."""
     card = read_card(bundle)
     scores: dict[str, object] = {}
+
+    def score_sets(engine: Engine, folder: str, title: str, crf: CrfParams | None = None) -> dict[str, object]:
+        figures = {}
+        for name, samples in sets.items():
+            figures[name] = score(samples, engine, sheets / folder / name if sheets else None, crf)
+            click.echo(
+                f"{bundle} {title} {name}: Dice {figures[name]['dice_pooled']} pooled, "
+                f"{figures[name]['dice_mean_over_images']} mean over {figures[name]['images']} images"
+            )
+        return {"engine": engine.name, **({"crf": asdict(crf)} if crf else {}), **figures}
+
     for precision in card.precisions:
         engine = open_engine(bundle, backend="cpu", precision=precision)
-        found = {}
-        for name, samples in sets.items():
-            sheet = sheets / precision / name if sheets else None
-            found[name] = score(samples, engine, sheet)
-            _tell(f"{bundle} {precision} {name}", found[name])
-        scores[precision] = {"engine": engine.name, **found}
+        scores[precision] = score_sets(engine, precision, precision)
         if card.crf and precision == "fp32":
             crf = read_params("", card.crf, mpp=card.mpp)
-            found = {}
-            for name, samples in sets.items():
-                sheet = sheets / "crf" / name if sheets else None
-                found[name] = score(samples, engine, sheet, crf)
-                _tell(f"{bundle} {precision} with CRF {name}", found[name])
-            scores[CRF_ROW] = {"engine": engine.name, "crf": asdict(crf), **found}
+            scores[CRF_ROW] = score_sets(engine, "crf", f"{precision} with CRF", crf)
     return {
         "model_sha256": card.files,
         "mpp": card.mpp,
-        "training": _record(card),
+        "training": {k: v for k, v in card.training.items() if k in ("recipe", "commit", "step")},
         "scores": scores,
     }
-
-
-def _tell(what: str, found: dict[str, object]) -> None:
-    click.echo(
-        f"{what}: Dice {found['dice_pooled']} pooled, {found['dice_mean_over_images']} mean over "
-        f"{found['images']} images"
-    )
-
-
-def _record(card: ModelCard) -> dict[str, object]:
-    """Return what the model was trained with, as far as its card says."""
-    return {k: v for k, v in card.training.items() if k in ("recipe", "commit", "step")}
 
 
 if __name__ == "__main__":

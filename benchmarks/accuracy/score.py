@@ -1,7 +1,7 @@
-"""Score label maps against a data set: of a bundle, of a checkpoint, or from a folder.
+"""Score label maps against a data set: those of a bundle, of a checkpoint, or from a folder.
 
-Everything is scored at the resolution of the set: an image is resized to the model's, and the
-labels that come out are resized back (nearest), so that models of different resolution compare.
+Scores are at the resolution of the data set: an image is resized to the model's resolution, and the labels are resized
+back (nearest), so that models of different resolutions can be compared.
 """
 
 from __future__ import annotations
@@ -37,33 +37,33 @@ PARTS = ("auto", "test", "validation", "train", "all")
 
 
 class ScoreError(HistoError, ValueError):
-    """Label maps and a data set do not go together."""
+    """Label maps do not fit the data set."""
 
 
-def choose(found: DataSet, part: str, schedule: Schedule | None = None) -> tuple[Sample, ...]:
+def choose(data_set: DataSet, part: str, schedule: Schedule | None = None) -> tuple[Sample, ...]:
     """Return the images to score.
 
     Parameters
     ----------
-    found
+    data_set
         The data set.
     part
-        One of `PARTS`; "auto": the test part where there is one, else all.
+        One of `PARTS`; "auto": the test part if there is one, else all.
     schedule
-        Of the run that is scored; it says which images were held back. None: the official parts.
+        Schedule of the scored run, which defines the images that were held back; None: the official parts.
 
     Raises
     ------
     ScoreError
         If that part is empty.
     """
-    every = (*found.train, *found.validation, *found.test)
-    parts = batches.parts_of(found, schedule)
+    all_samples = (*data_set.train, *data_set.validation, *data_set.test)
+    parts = batches.parts_of(data_set, schedule)
     if part == "auto":
-        return parts["test"] or every
-    chosen = every if part == "all" else parts[part]
+        return parts["test"] or all_samples
+    chosen = all_samples if part == "all" else parts[part]
     if not chosen:
-        raise ScoreError(f"{found.name}: has no {part} part; use --part all")
+        raise ScoreError(f"{data_set.name}: has no {part} part; use --part all")
     return chosen
 
 
@@ -92,22 +92,22 @@ def score_set(
     HistoError
         If the set, the model or the checkpoint cannot be used.
     """
-    found = datasets.open_dataset(source)
-    mpp = mpp or found.mpp
-    schedule = _held_back(run, found) if run is not None else None
-    samples = choose(found, part, schedule)
-    every = len(found.train) + len(found.validation) + len(found.test)
+    data_set = datasets.open_dataset(source)
+    mpp = mpp or data_set.mpp
+    schedule = _held_back(run, data_set) if run is not None else None
+    samples = choose(data_set, part, schedule)
+    count = len(data_set.train) + len(data_set.validation) + len(data_set.test)
     if part == "auto":
-        part = "all" if len(samples) == every else "test"
-    classes = [name for name, _ in found.classes]
+        part = "all" if len(samples) == count else "test"
+    classes = [name for name, _ in data_set.classes]
     with predicting(samples, mpp, bundle=bundle, run=run, labels=labels, backend=backend, precision=precision) as (
         predict,
-        said,
+        model,
     ):
-        classes = classes or list(said.get("classes", ()))
-        if "classes" in said and len(said["classes"]) != len(classes):
+        classes = classes or list(model.get("classes", ()))
+        if "classes" in model and len(model["classes"]) != len(classes):
             raise ScoreError(
-                f"the model has classes {', '.join(said['classes'])}, {found.name} "
+                f"the model has classes {', '.join(model['classes'])}, {data_set.name} "
                 f"{', '.join(classes)}: they do not go together; "
                 "use a set of the same classes"
             )
@@ -116,22 +116,22 @@ def score_set(
             classes = [f"class {k}" for k in range(count)]
         scores = score(samples, predict, classes, min_object_px=min_object_px, say=say)
     return {
-        "data": found.name,
+        "data": data_set.name,
         "data_sha256": data.checksum(samples),
         "part": f"{part}, as the run divided the set" if schedule else part,
         "mpp": mpp,
-        "model": said,
+        "model": model,
         **scores,
     }
 
 
-def _held_back(run: Path, found: DataSet) -> Schedule | None:
-    """Schedule of a run, if it was trained on this set; its parts are then those of the run."""
-    said = checkpoint.read(find_checkpoint(run))
-    record = said.record
-    every = (*found.train, *found.validation, *found.test)
-    at = found.at_mpp(said.mpp)
-    here = {data.checksum(every), data.checksum((*at.train, *at.validation, *at.test))}
+def _held_back(run: Path, data_set: DataSet) -> Schedule | None:
+    """Return the schedule of a run if it was trained on this data set, whose parts it then defines."""
+    saved = checkpoint.read(find_checkpoint(run))
+    record = saved.record
+    all_samples = (*data_set.train, *data_set.validation, *data_set.test)
+    at = data_set.at_mpp(saved.mpp)
+    here = {data.checksum(all_samples), data.checksum((*at.train, *at.validation, *at.test))}
     if record.get("data_sha256") not in here:
         return None
     return Schedule(**record["recipe"]["schedule"])
@@ -148,7 +148,7 @@ def predicting(
     backend: str = "auto",
     precision: str = "auto",
 ) -> Iterator[tuple[Predict, dict[str, Any]]]:
-    """Open what is scored; exactly one of bundle, run and labels is given.
+    """Open a bundle, a run or a folder of label maps; exactly one must be given.
 
     Parameters
     ----------
@@ -159,8 +159,8 @@ def predicting(
     bundle
         A model bundle.
     run
-        A training run or checkpoint; it is exported first, and compared with the trained network
-        on the images that are scored, so that what is scored is what would be deployed.
+        A training run or checkpoint. It is exported first, and its parity is checked on the scored images, so that the
+        deployed network is scored.
     labels
         A folder with one label map an image, ``<name>.png`` or ``.tif``, at the set's resolution.
     backend, precision
@@ -168,15 +168,15 @@ def predicting(
 
     Yields
     ------
-    A function from a sample to its labels, and what to say of the model.
+    A function from a sample to its labels, and a description of the model.
     """
     if labels is not None:
         yield _from_folder(labels), {"labels": str(labels)}
         return
-    place = run or bundle
-    assert place is not None
+    path = run or bundle
+    assert path is not None
     with engine_for(samples, mpp, bundle=bundle, run=run, backend=backend, precision=precision) as engine:
-        yield predictor(engine, mpp), _model(engine, place)
+        yield predictor(engine, mpp), _model(engine, path)
 
 
 @contextmanager
@@ -192,11 +192,11 @@ def engine_for(
     """Open the engine of a bundle, or of a run that is exported first; as of `predicting`."""
     with tempfile.TemporaryDirectory() as scratch:
         if run is not None:
-            said = checkpoint.read(find_checkpoint(run))
+            saved = checkpoint.read(find_checkpoint(run))
             bundle, images = Path(scratch) / "bundle", Path(scratch) / "scored"
-            _write_images(images, samples, _factor(mpp, said.mpp))
+            _write_images(images, samples, _factor(mpp, saved.mpp))
             options = Options(precisions=("fp32",), tensorrt="off", calibrate=images)
-            export_checkpoint(said.method, run, bundle, options)
+            export_checkpoint(saved.method, run, bundle, options)
         assert bundle is not None
         engine = open_engine(bundle, backend=backend, precision=precision)
         try:
@@ -221,53 +221,53 @@ def score(
     Parameters
     ----------
     samples, predict
-        The images, and what labels them.
+        The images, and a function that labels them.
     classes
         Names of the classes.
     min_object_px
         Smaller regions are no objects.
     say
-        Told of each image.
+        Called with a line for each image.
 
     Raises
     ------
     ScoreError
-        If a label map has another size than its image, or a label that is no class.
+        If a label map has another size than its image, or a label without a class.
     """
     per_image = PerImage(len(classes))
     objects = ObjectScores()
     rows: dict[str, dict[str, float]] = {}
     with_objects = len(classes) == 2 and all(s.instances is not None for s in samples)
     for sample in samples:
-        found = predict(sample)
-        if found.shape != sample.labels.shape:
+        labels = predict(sample)
+        if labels.shape != sample.labels.shape:
             raise ScoreError(
-                f"{sample.name}: its label map is {found.shape}, the image {sample.labels.shape}; save it at that size"
+                f"{sample.name}: its label map is {labels.shape}, the image {sample.labels.shape}; save it at that size"
             )
-        found = np.where(found == NOT_ANALYSED, 0, found)
-        if found.max() >= len(classes):
+        labels = np.where(labels == NOT_ANALYSED, 0, labels)
+        if labels.max() >= len(classes):
             raise ScoreError(
-                f"{sample.name}: label {found.max()}, but there are {len(classes)} classes; "
+                f"{sample.name}: label {labels.max()}, but there are {len(classes)} classes; "
                 "use a set of the same classes"
             )
         one = Confusion(len(classes))
-        one.add(found, sample.labels)
-        per_image.add(found, sample.labels)
+        one.add(labels, sample.labels)
+        per_image.add(labels, sample.labels)
         rows[sample.name] = {
             "accuracy": _short(one.accuracy()),
             **{f"f_{c}": _short(v) for c, v in zip(classes, one.dice(), strict=True)},
         }
         if with_objects:
             assert sample.instances is not None
-            regions = instances_from_labels(found, 1, min_px=min_object_px)
+            regions = instances_from_labels(labels, 1, min_px=min_object_px)
             objects.add(regions, sample.instances)
         say(f"{sample.name}: {rows[sample.name]}")
     pooled = per_image.pooled()
     return {
         "classes": list(classes),
         "images": len(samples),
-        "pooled": _pixel_scores(lambda of: of(pooled), classes),
-        "per_image_mean": _pixel_scores(lambda of: per_image.reduce(of, "per_image_mean"), classes),
+        "pooled": _pixel_scores(lambda measure: measure(pooled), classes),
+        "per_image_mean": _pixel_scores(lambda measure: per_image.reduce(measure, "per_image_mean"), classes),
         **({"objects": _object_scores(objects, min_object_px)} if with_objects else {}),
         "confusion": pooled.counts.tolist(),
         "each_image": rows,
@@ -303,17 +303,17 @@ def _short(value: float) -> float:
     return round(float(value), 5)
 
 
-def markdown(said: dict[str, Any]) -> str:
-    """Make the page that goes with a result."""
-    pooled, means = said["pooled"], said["per_image_mean"]
+def markdown(result: dict[str, Any]) -> str:
+    """Return a result as a page."""
+    pooled, means = result["pooled"], result["per_image_mean"]
     lines = [
-        f"# {said['data']}, {said['part']}: {said['images']} images",
+        f"# {result['data']}, {result['part']}: {result['images']} images",
         "",
-        f"Of {', '.join(f'{k} {_plain(v)}' for k, v in said['model'].items())}.",
+        f"Of {', '.join(f'{k} {_plain(v)}' for k, v in result['model'].items())}.",
         "",
         "| | pooled over pixels | mean over images |",
         "|---|---|---|",
-        *(f"| F {c} | {pooled['f'][c]:.4f} | {means['f'][c]:.4f} |" for c in said["classes"]),
+        *(f"| F {c} | {pooled['f'][c]:.4f} | {means['f'][c]:.4f} |" for c in result["classes"]),
         *(
             f"| {name} | {pooled[key]:.4f} | {means[key]:.4f} |"
             for name, key in (
@@ -324,8 +324,8 @@ def markdown(said: dict[str, Any]) -> str:
             )
         ),
     ]
-    if "objects" in said:
-        o = said["objects"]
+    if "objects" in result:
+        o = result["objects"]
         lines += [
             "",
             f"Objects (regions of {o['min_object_px']} px or more, GlaS rules): "
@@ -346,7 +346,7 @@ def _factor(mpp: float | None, model_mpp: float) -> float:
 
 
 def _write_images(folder: Path, samples: Sequence[Sample], factor: float) -> None:
-    """Write images as the model sees them."""
+    """Write images at the resolution of the model."""
     folder.mkdir()
     for i, sample in enumerate(samples):
         image, _ = zoom(sample.image, sample.labels, factor)
@@ -355,14 +355,14 @@ def _write_images(folder: Path, samples: Sequence[Sample], factor: float) -> Non
 
 
 def predictor(engine: Engine, mpp: float | None, crf: CrfParams | None = None) -> Predict:
-    """Return what labels images of a resolution, maybe with the dense CRF behind the engine.
+    """Return a function that labels images of a resolution, optionally with the dense CRF.
 
     Parameters
     ----------
     engine, mpp
         The model, and the resolution of the images; None: that of the model.
     crf
-        Refines the model's scores at the model's resolution, of which its lengths are.
+        Dense CRF that refines the scores at the model's resolution; its lengths are in pixels there.
     """
     factor = _factor(mpp, engine.card.mpp)
 
@@ -374,43 +374,47 @@ def predictor(engine: Engine, mpp: float | None, crf: CrfParams | None = None) -
             )
         if crf is None:
             return _resized(segment_pixels(image, engine), sample.labels.shape)
-        nothing = np.zeros(image.shape[:2], np.bool_)
-        p = to_probabilities(score_pixels(image, engine), nothing)
-        refined = dense_crf(image, p, crf).argmax(axis=0).astype(np.uint8)
-        return _resized(refined, sample.labels.shape)
+        return _resized(segment_with_crf(image, engine, crf), sample.labels.shape)
 
     return predict
 
 
+def segment_with_crf(image: NDArray[np.uint8], engine: Engine, crf: CrfParams) -> Labels:
+    """Segment an image at the model's resolution, and refine the labels by the dense CRF."""
+    p = to_probabilities(score_pixels(image, engine), np.zeros(image.shape[:2], np.bool_))
+    labels: Labels = dense_crf(image, p, crf).argmax(axis=0).astype(np.uint8)
+    return labels
+
+
 def _from_folder(folder: Path) -> Predict:
     if not folder.is_dir():
-        raise ScoreError(f"{folder}: there is no such folder; check the path")
+        raise ScoreError(f"{folder}: no such folder; check the path")
 
     def predict(sample: Sample) -> Labels:
         stem = Path(sample.name).stem
         for path in (folder / f"{stem}.png", folder / f"{stem}.tif", folder / stem / "labels.tif"):
             if path.is_file():
-                found = image_files.read_labels(path)
-                if found.size and found.max() > NOT_ANALYSED:
-                    raise ScoreError(f"{path}: label {found.max()}; classes are 0 to 254: save it with those")
-                return found.astype(np.uint8)
+                labels = image_files.read_labels(path)
+                if labels.size and labels.max() > NOT_ANALYSED:
+                    raise ScoreError(f"{path}: label {labels.max()}; classes are 0 to 254: save it with those")
+                return labels.astype(np.uint8)
         raise DataError(f"{folder}: no label map {stem}.png or {stem}.tif in it; add it")
 
     return predict
 
 
 def _resized(labels: Labels, shape: tuple[int, ...]) -> Labels:
-    """Label at each pixel centre of a grid of another size (nearest)."""
+    """Resize a label map (nearest)."""
     if labels.shape == shape:
         return labels
     picture = Image.fromarray(labels).resize((shape[1], shape[0]), Image.Resampling.NEAREST)
     return np.asarray(picture)
 
 
-def _model(engine: Engine, place: Path) -> dict[str, Any]:
+def _model(engine: Engine, path: Path) -> dict[str, Any]:
     card = engine.card
     return {
-        "place": str(place),
+        "place": str(path),
         "method": card.method,
         "classes": [c.name for c in card.classes],
         "mpp": card.mpp,

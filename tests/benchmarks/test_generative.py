@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 
 from histostream.benchmarks.accuracy import cells, generative
-from histostream.benchmarks.accuracy.cells import Cell, fill, refer
+from histostream.benchmarks.accuracy.cells import Cell, add_references, fill
 from histostream.benchmarks.accuracy.generative import TABLES, cell
 from histostream.export.trained import find_checkpoint
 from histostream.training import batches, checkpoint
@@ -65,7 +65,7 @@ def test_the_papers_size_is_the_shipped_recipes_as_they_are(table: str) -> None:
     if "paper" not in of.sizes:
         assert table == "cue"  # drawn, it is in no paper
         return
-    shipped = resources.files("histostream.training.recipes")
+    shipped = resources.files(f"histostream.training.methods.{of.method}")
     paper = "pyramid-paper" if of.method == "pyramid_gan" else "translation-paper"
     larger = ["translation-128"] if table == "mnist-large" else []
     for algorithm, recipes in of.algorithms.items():
@@ -121,8 +121,8 @@ def test_a_floor_and_a_ceiling_are_scored_without_a_network() -> None:
 
 def test_what_stands_beside_the_cells_is_scored_once(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
-    refer(path, lambda: {"floor": 1})
-    refer(path, lambda: {"floor": 2})
+    add_references(path, lambda: {"floor": 1})
+    add_references(path, lambda: {"floor": 2})
     assert json.loads(path.read_text()) == {"references": {"floor": 1}}
 
 
@@ -248,7 +248,7 @@ def test_a_table_refuses_what_it_does_not_have(tmp_path: Path) -> None:
 
 def test_floors_are_in_the_file_of_the_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the training, which other tests do; the command itself makes the file's name."""
-    monkeypatch.setattr(generative, "_references_of", lambda source: {"floor": {"source": source}})
+    monkeypatch.setattr(generative, "references_of", lambda source: {"floor": {"source": source}})
     monkeypatch.setattr(cells, "_run", lambda *_: {"scores": {"pooled": {"mean_f": 0, "accuracy": 0}}})
     arguments = ["--table", "glas", "--size", "quarter", "--only", "full", "--number", "0"]
     folders = ["--data", tmp_path, "--runs", tmp_path / "runs", "--out", tmp_path / "out"]

@@ -27,7 +27,9 @@ def test_the_tables_of_the_documents_are_those_of_the_result_files(path: Path) -
 
 
 def test_a_table_is_made_from_a_result_file(tmp_path: Path) -> None:
-    (tmp_path / "accuracy-nuclei.json").write_text(
+    folder = tmp_path / "benchmarks" / "results"
+    folder.mkdir(parents=True)
+    (folder / "accuracy-nuclei.json").write_text(
         '{"scores": {"fp32": {"tnbc": {"dice_pooled": 0.5}, "monuseg-test": {"dice_pooled": 1}}}}'
     )
     start = "a\n<!-- table: benchmarks/results/accuracy-nuclei.json -->\n"

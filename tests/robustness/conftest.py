@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.robustness.hostile import sane_case
+from tests.robustness.hostile import seed_case
 
 if sys.platform.startswith("linux"):
     from tests.robustness.sandbox import Sandbox
@@ -15,9 +15,9 @@ if sys.platform.startswith("linux"):
 
 @pytest.fixture(scope="session")
 def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
-    """Return a sandbox with a cap on memory; a sane input was accepted in it."""
+    """Return a sandbox with a cap on memory; a seed input was accepted in it."""
     if not sys.platform.startswith("linux"):
         pytest.skip("the sandbox needs Linux")
     with Sandbox(tmp_path_factory.mktemp("sandbox") / "work") as box:
-        box.measure_cap(sane_case())
+        box.measure_cap(seed_case())
         yield box

@@ -1,13 +1,12 @@
-r"""Feed ``histo-infer`` input that was damaged on purpose, and count what it does.
+r"""Run ``histo-infer`` on input that was damaged on purpose, and count the results.
 
 ::
 
     python -m tests.robustness.fuzz --inputs 3000 --seed 1 \
         --out tests/robustness/results/fuzz-cpu.json
 
-Each input goes through the real command, in a process of its own with bounds on memory and time.
-It has to be accepted with complete results, or refused with one clear line: see
-`tests.robustness.sandbox` for what counts as a failure.
+Each input goes through the real command, in a process of its own with limits on memory and time. It must be accepted
+with complete results, or refused with one clear line; `tests.robustness.sandbox` lists the failures.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ import click
 
 from histostream.runtime.hardware import hardware
 from histostream.wsi.files import write_json
-from tests.robustness.hostile import Case, make_case, sane_case
+from tests.robustness.hostile import Case, make_case, seed_case
 from tests.robustness.hostile.case import slide_case
 from tests.robustness.hostile.images import make_dicom
 from tests.robustness.hostile.seeds import real_files
@@ -49,39 +48,39 @@ LIBRARIES = (
 
 @dataclass
 class Tally:
-    """What the inputs of one kind led to."""
+    """The results of the inputs of one kind."""
 
     verdicts: dict[str, int] = field(default_factory=lambda: {"accepted": 0, "refused": 0, "failed": 0})
     out_of_memory: int = 0
     seconds: float = 0.0
     worst: Outcome | None = None
-    worst_what: str = ""
+    worst_input: str = ""
     peak_mib: float = 0.0
 
     def add(self, case: Case, outcome: Outcome) -> None:
-        """Count one."""
+        """Count one result."""
         self.verdicts[outcome.verdict] += 1
         self.out_of_memory += outcome.out_of_memory
         self.seconds += outcome.seconds
         self.peak_mib = max(self.peak_mib, outcome.peak_mib)
         if self.worst is None or outcome.seconds > self.worst.seconds:
-            self.worst, self.worst_what = outcome, case.what[:200]
+            self.worst, self.worst_input = outcome, case.what[:200]
 
     def as_dict(self) -> dict[str, object]:
-        """Return what the result file says of it."""
+        """Return the record for the result file."""
         return {
             "tried": sum(self.verdicts.values()),
             **self.verdicts,
             "refused_for_memory": self.out_of_memory,
             "seconds": round(self.seconds, 1),
             "worst_seconds": round(self.worst.seconds, 2) if self.worst else None,
-            "worst_input": self.worst_what,
+            "worst_input": self.worst_input,
             "peak_mib": round(self.peak_mib),
         }
 
 
 def make_inputs(seed: int, count: int, data: Path | None) -> Iterator[tuple[int, Case]]:
-    """Make the inputs of a run: seed and number alone name one, where the same real files are."""
+    """Make the inputs of a run; each depends only on the seed, its number, and the real files."""
     real = real_files(data)
     kinds = [kind for kind, share in SHARES.items() for _ in range(share) if kind != "real" or real]
     for number in range(count):
@@ -100,7 +99,7 @@ def _real(real: dict[str, bytes], rng: random.Random) -> Case:
 
 
 def fuzz(seed: int, count: int, data: Path | None, seconds: float, first: int = 0) -> dict[str, object]:
-    """Run the inputs ``first`` to ``count`` and return what the result file says."""
+    """Run the inputs ``first`` to ``count``; return the content of the result file."""
     tallies: dict[str, Tally] = {}
     failures: list[dict[str, object]] = []
     start = time.perf_counter()
@@ -108,7 +107,7 @@ def fuzz(seed: int, count: int, data: Path | None, seconds: float, first: int = 
         tempfile.TemporaryDirectory() as folder,
         Sandbox(Path(folder) / "w", seconds=seconds) as box,
     ):
-        sane = box.measure_cap(sane_case())
+        seed_outcome = box.measure_cap(seed_case())
         for number, case in make_inputs(seed, count, data):
             if number < first:
                 continue
@@ -135,9 +134,9 @@ def fuzz(seed: int, count: int, data: Path | None, seconds: float, first: int = 
             "of_which_headroom_mib": HEADROOM_MIB,
         },
         "sane_input": {
-            "seconds": round(sane.seconds, 2),
-            "peak_mib": round(sane.peak_mib),
-            "address_space_mib": round(sane.address_mib),
+            "seconds": round(seed_outcome.seconds, 2),
+            "peak_mib": round(seed_outcome.peak_mib),
+            "address_space_mib": round(seed_outcome.address_mib),
         },
         "seconds": round(time.perf_counter() - start),
         "kinds": {kind: tallies[kind].as_dict() for kind in sorted(tallies)},
@@ -145,20 +144,20 @@ def fuzz(seed: int, count: int, data: Path | None, seconds: float, first: int = 
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
+    versions = {"python": sys.version.split()[0]}
     for name in LIBRARIES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--inputs", "count", default=2000, help="How many to try.")
-@click.option("--first", default=0, help="Leave out those before this number, to repeat one.")
+@click.option("--inputs", "count", default=2000, help="Number of inputs.")
+@click.option("--first", default=0, help="Skip inputs before this number, to repeat one.")
 @click.option("--seed", default=1, help="Another seed makes other inputs.")
-@click.option("--seconds", default=SECONDS, help="Bound on each.")
+@click.option("--seconds", default=SECONDS, help="Time limit of each.")
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
@@ -169,11 +168,11 @@ def _versions() -> dict[str, str]:
 def main(count: int, first: int, seed: int, seconds: float, data: Path | None, out: Path) -> None:
     """Run hostile input through histo-infer; exit status 1 if anything fails."""
     machine = hardware()
-    found = fuzz(seed, count, data, seconds, first)
+    result = fuzz(seed, count, data, seconds, first)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, {"hardware": machine, "versions": _versions(), **found})
-    click.echo(f"{found['tried']} tried, {found['failed']} failed -> {out}")
-    sys.exit(1 if found["failed"] else 0)
+    write_json(out, {"hardware": machine, "versions": _versions(), **result})
+    click.echo(f"{result['tried']} tried, {result['failed']} failed -> {out}")
+    sys.exit(1 if result["failed"] else 0)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Kill runs at random moments, again and again, and count the pixels that come out different.
+"""Kill runs at random moments, resume them, and count the pixels that differ in the end.
 
 ::
 
     python -m tests.robustness.kill_resume --kills 100 --out tests/robustness/results/kills-cpu.json
 
-Real commands (``histo-infer`` with the shipped model) on a synthetic slide are killed with SIGKILL
-at moments spread over the time that an unbroken run takes: while they start, read, infer, write
-pyramids or publish. The same command is given again until it is through; then its files are
-compared with those of an unbroken run, and the slide is started over. The ways to run take turns.
+``histo-infer`` with the shipped model on a synthetic slide is killed with SIGKILL at moments spread over the time that
+an uninterrupted run takes: while it starts, reads, infers, writes pyramids or moves files into place. The same command
+is repeated until it completes; then its files are compared with those of an uninterrupted run, and the slide starts
+again. The modes take turns.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from histostream.wsi.outputs.journal import JOURNAL
 from histostream.wsi.synthetic import SyntheticSlide
 
 WIDTH, HEIGHT = 1700, 2400
-LEAST = "LEAST"  # stands for the least memory that a band of this slide takes
-VARIES_MIB = 12  # what is resident, from run to run
-WAYS = {
+MIN_MEMORY = "MIN_MEMORY"  # placeholder for the smallest memory that one band of this slide needs
+VARIATION_MIB = 12  # of the resident memory from run to run
+MODES = {
     "plain": (),
     "probabilities": ("--probabilities",),
     "crf": ("--crf",),
     "two processes": ("--devices", "cpu,cpu"),
-    "column bands": ("--max-memory", LEAST),
+    "column bands": ("--max-memory", MIN_MEMORY),
 }
 MAPS = ("labels.tif", "probabilities.tif")
 TABLES = ("summary.csv", "summary.json", "overview.png")
@@ -51,20 +51,20 @@ TABLES = ("summary.csv", "summary.json", "overview.png")
 
 @dataclass
 class Tally:
-    """What became of one way to run.
+    """The results of one mode.
 
     Attributes
     ----------
     kills
-        Runs that were killed.
+        Number of runs that were killed.
     before_strips, amid_strips, after_strips
-        Of them: with nothing in the journal, with a part, and when only files were left to finish.
+        Number of them with an empty journal, with part of it, and with only the final files left to write.
     rounds
-        Runs that came through, and were compared.
+        Number of runs that completed and were compared.
     differing_pixels, differing_files
-        In all of them together.
+        Sum over the completed runs.
     left_behind
-        Hidden files that a run which came through has left.
+        Hidden files that completed runs have left.
     """
 
     kills: int = 0
@@ -80,52 +80,52 @@ class Tally:
     runs_to_the_end: list[int] = field(default_factory=list)
 
 
-class Way:
-    """One way to run, and its slide."""
+class Mode:
+    """One set of options, with its slide and output folders."""
 
     def __init__(self, name: str, options: tuple[str, ...], slide: Path, folder: Path) -> None:
         self.name, self.tally = name, Tally()
-        self._out, self._unbroken = folder / "out", folder / "unbroken"
+        self._out, self._reference = folder / "out", folder / "unbroken"
         self._line = [sys.executable, "-m", "histostream.runtime.cli", str(slide), "--no-tissue", "--threads", "1"]
-        self._line += [self._least_memory() if word == LEAST else word for word in options]
+        self._line += [self._min_memory() if word == MIN_MEMORY else word for word in options]
         self._stem = slide.stem
-        line = [*self._line, "--out", str(self._unbroken)]
+        line = [*self._line, "--out", str(self._reference)]
         subprocess.run(line, check=True, capture_output=True)  # the CRF compiles in its first run
         start = time.monotonic()
         subprocess.run([*line, "--restart"], check=True, capture_output=True)
         self.tally.seconds_unbroken = round(time.monotonic() - start, 2)
-        run = json.loads((self._unbroken / slide.stem / RUN_FILE).read_text())
+        run = json.loads((self._reference / slide.stem / RUN_FILE).read_text())
         self.tally.column_bands = run["grid"]["column_bands"]
         self._runs = 0
 
-    def _least_memory(self) -> str:
-        """Ask the command what it takes."""
+    def _min_memory(self) -> str:
+        """Read the smallest memory from the command's error message."""
         line = [*self._line, "--max-memory", "1MiB", "--out", str(self._out)]
-        said = subprocess.run(line, capture_output=True, text=True, check=False).stderr
-        found = re.search(r"one band of this slide takes (\d+) MiB", said)
-        if found is None:
-            raise RuntimeError(f"no bound on memory was named: {said}")
-        return f"{int(found[1]) + VARIES_MIB}MiB"
+        stderr = subprocess.run(line, capture_output=True, text=True, check=False).stderr
+        match = re.search(r"one band of this slide takes (\d+) MiB", stderr)
+        if match is None:
+            raise RuntimeError(f"the message states no smallest memory: {stderr}")
+        return f"{int(match[1]) + VARIATION_MIB}MiB"
 
     def kill_once(self, rng: random.Random) -> None:
-        """Start, or go on; kill at a random moment, or compare if it was through before."""
+        """Start or resume a run; kill it at a random moment, or compare its files if it completed before."""
         process = subprocess.Popen(
             [*self._line, "--out", str(self._out)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
         self._runs += 1
         try:
-            _, said = process.communicate(timeout=rng.uniform(0.2, self.tally.seconds_unbroken))
+            _, stderr = process.communicate(timeout=rng.uniform(0.2, self.tally.seconds_unbroken))
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
             self._count_kill()
             return
         if process.returncode:
-            raise RuntimeError(f"{self.name}: a run that was not killed failed: {said}")
+            raise RuntimeError(f"{self.name}: a run that was not killed failed: {stderr}")
         self._compare()
 
     def finish(self) -> None:
-        """Let the last run come through, and compare it."""
+        """Let the last run complete, and compare its files."""
         if self._runs:
             line = [*self._line, "--out", str(self._out)]
             subprocess.run(line, check=True, capture_output=True)
@@ -144,7 +144,7 @@ class Way:
             tally.before_strips += 1
 
     def _compare(self) -> None:
-        tally, ours, theirs = self.tally, self._out / self._stem, self._unbroken / self._stem
+        tally, ours, theirs = self.tally, self._out / self._stem, self._reference / self._stem
         tally.rounds += 1
         tally.runs_to_the_end.append(self._runs)
         names = {p.name for p in ours.iterdir()}
@@ -161,34 +161,34 @@ class Way:
         self._runs = 0
 
 
-def count_kills(kills: int, seed: int) -> Iterator[Way]:
-    """Kill a number of runs; yields each way when it is through."""
+def count_kills(kills: int, seed: int) -> Iterator[Mode]:
+    """Kill a number of runs; yield each mode when its last run is compared."""
     rng = random.Random(seed)
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as scratch:
         slide = Path(scratch) / "slide.tif"
         SyntheticSlide(WIDTH, HEIGHT, mpp=0.5, seed=seed).write(slide)
-        ways = []
-        for i, (name, options) in enumerate(WAYS.items()):
-            ways.append(Way(name, options, slide, Path(scratch) / str(i)))
-            click.echo(f"{name}: {ways[-1].tally.seconds_unbroken} s unbroken", err=True)
-        while (done := sum(way.tally.kills for way in ways)) < kills:
-            min(ways, key=lambda way: way.tally.kills).kill_once(rng)
+        modes = []
+        for i, (name, options) in enumerate(MODES.items()):
+            modes.append(Mode(name, options, slide, Path(scratch) / str(i)))
+            click.echo(f"{name}: {modes[-1].tally.seconds_unbroken} s uninterrupted", err=True)
+        while (done := sum(mode.tally.kills for mode in modes)) < kills:
+            min(modes, key=lambda mode: mode.tally.kills).kill_once(rng)
             click.echo(f"{done} kills", err=True)
-        for way in ways:
-            way.finish()
-            yield way
+        for mode in modes:
+            mode.finish()
+            yield mode
 
 
 @click.command()
-@click.option("--kills", default=100, show_default=True, help="How many runs are killed.")
+@click.option("--kills", default=100, show_default=True, help="Number of runs to kill.")
 @click.option("--seed", default=1, show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), help="Result file; default: shown only.")
+@click.option("--out", type=click.Path(path_type=Path), help="Result file; default: print only.")
 def main(kills: int, seed: int, out: Path | None) -> None:
-    """Kill runs at random moments and compare what comes out."""
-    ways = {way.name: asdict(way.tally) for way in count_kills(kills, seed)}
+    """Kill runs at random moments and compare the final files."""
+    modes = {mode.name: asdict(mode.tally) for mode in count_kills(kills, seed)}
     totals = {
-        name: sum(way[name] for way in ways.values())
+        name: sum(mode[name] for mode in modes.values())
         for name in (
             "kills",
             "before_strips",
@@ -200,10 +200,10 @@ def main(kills: int, seed: int, out: Path | None) -> None:
             "left_behind",
         )
     }
-    found = {"hardware": hardware(), "slide_px": [WIDTH, HEIGHT], "seed": seed, "total": totals, "ways": ways}
+    result = {"hardware": hardware(), "slide_px": [WIDTH, HEIGHT], "seed": seed, "total": totals, "ways": modes}
     click.echo(json.dumps(totals, indent=1))
     if out is not None:
-        write_json(out, found)
+        write_json(out, result)
     wrong = totals["differing_pixels"] + totals["differing_files"] + totals["left_behind"]
     sys.exit(1 if wrong else 0)
 

@@ -1,8 +1,8 @@
-"""Write the corpus: one small file for each way that was found to break histo-infer.
+"""Write the corpus: one small file for each input that once broke histo-infer.
 
     python -m tests.robustness.make_corpus
 
-Files are committed, so that they stay what they were found with; this says how they came about.
+The files are committed, so that they do not change; this module documents how they were made.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import tifffile
 from tests.robustness.hostile.edit import Tiff
 from tests.robustness.hostile.graphs import put_laughs, put_loop, put_side
 from tests.robustness.hostile.images import png, png_chunk
-from tests.robustness.hostile.seeds import MPP, sane_card, sane_graph, sane_model
+from tests.robustness.hostile.seeds import MPP, seed_card, seed_graph, seed_model
 from tests.robustness.hostile.tiff import LAUGHS, OME, STRANGER, jpeg_of, jpeg_sized
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -200,7 +200,7 @@ REGIONS: dict[str, Callable[[], bytes]] = {
 
 def card(**entries: object) -> bytes:
     """Return a card with some entries changed."""
-    return json.dumps({**sane_card(sane_graph()), **entries}, indent=1).encode()
+    return json.dumps({**seed_card(seed_graph()), **entries}, indent=1).encode()
 
 
 def named(name: str) -> bytes:
@@ -231,7 +231,7 @@ CARDS: dict[str, Callable[[], bytes]] = {
 
 def external(place: str) -> bytes:
     """Return the graph with its weights in another file."""
-    model = sane_model()
+    model = seed_model()
     tensor = model.graph.initializer[0]
     tensor.ClearField("raw_data")
     tensor.data_location = 1
@@ -243,7 +243,7 @@ def external(place: str) -> bytes:
 
 def changed(change: Callable[[Any], object]) -> bytes:
     """Return the graph after a change."""
-    model = sane_model()
+    model = seed_model()
     change(model)
     content: bytes = model.SerializeToString()
     return content
@@ -268,7 +268,7 @@ GRAPHS: dict[str, Callable[[], bytes]] = {
     "smaller-scores.onnx": lambda: changed(lambda model: put_side(model, 63)),
     "no-rank.onnx": lambda: changed(without_rank),
     "custom-operator.onnx": lambda: changed(of_domain),
-    "cut.onnx": lambda: sane_graph()[:200],
+    "cut.onnx": lambda: seed_graph()[:200],
     "noise.onnx": lambda: bytes(range(256)),
 }
 

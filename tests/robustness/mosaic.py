@@ -1,9 +1,9 @@
-"""A synthetic slide of any size, written in seconds: few tiles, each stored once.
+"""Write a synthetic slide of any size in seconds: it has few different tiles, each stored once.
 
-A TIFF says of every tile where its bytes are, so any number of tiles can be the same bytes. Here
-all glass is one tile, and tissue is laid of a few patches of a `SyntheticSlide`; a lower level has
-one tile for each different four tiles above it. So a file of 200 000 x 200 000 pixels takes some
-MB, and yet every reader sees ordinary tiles, of which it has to decode each.
+A TIFF stores the position of the bytes of every tile, so many tiles can share the same bytes. All glass is one tile,
+and tissue consists of a few patches of a `SyntheticSlide`; a lower level has one tile for each different group of four
+tiles above it. A file of 200 000 x 200 000 pixels therefore takes a few MB, but every reader sees ordinary tiles and
+has to decode each.
 
     python -m tests.robustness.mosaic OUT.tif --size 200000x200000 --tissue 0.01
 """
@@ -27,9 +27,9 @@ from histostream.wsi.synthetic import GLASS, SyntheticSlide, read_size
 
 Pixels = NDArray[np.uint8]
 
-PATCH_PX = 2048  # side of the squares that tissue is laid of, at level 0
-PATCHES = 6  # different ones
-PROBE_PX = 64  # a patch is tissue if it is at points this far apart
+PATCH_PX = 2048  # side of the patches of tissue, at level 0
+PATCHES = 6  # number of different patches
+PROBE_PX = 64  # a patch is tissue if it is tissue at points this far apart
 SOURCE_PX = 1 << 18  # side of the synthetic slide that patches are cut from
 ISLANDS = 5  # pieces of tissue, some of which touch
 GLASS_TILE = 0  # number of the tile of glass, on every level
@@ -53,7 +53,7 @@ class Mosaic:
     mpp
         Side of a pixel, in um.
     seed
-        Another seed is another slide.
+        Seed of the arrangement and the content.
     """
 
     width: int
@@ -66,10 +66,10 @@ class Mosaic:
         if self.width < 1 or self.height < 1:
             raise ValueError(f"{self.width} x {self.height} px has no pixels")
         if not 0 <= self.tissue <= 1:
-            raise ValueError(f"tissue={self.tissue!r} is no share of the area: use 0 to 1")
+            raise ValueError(f"tissue={self.tissue!r} is not a share of the area: use 0 to 1")
 
     def patches(self) -> NDArray[np.int64]:
-        """Which patch lies where: (rows, columns), -1 for glass; each is `PATCH_PX` wide."""
+        """Return the number of the patch at each position, (rows, columns); -1 is glass."""
         shape = -(-self.height // PATCH_PX), -(-self.width // PATCH_PX)
         random = np.random.default_rng(self.seed)
         which = random.integers(0, PATCHES, shape)
@@ -84,16 +84,16 @@ class Mosaic:
         """Write the slide as a pyramidal BigTIFF of JPEG tiles.
 
         Each lower level is the average of 2 x 2 pixels of the tiles above it. Tiles at the right
-        and the bottom border go on beyond it; a level's last pixel may be half of what is there.
+        and the bottom border continue beyond it, so the last pixel of a level may average pixels outside the slide.
 
         Parameters
         ----------
         path
-            Where to.
+            File to write.
         tile_px
             Side of the file's tiles: 16 to `PATCH_PX`, a power of two.
         quality
-            Of JPEG, 1 to 100.
+            Quality of JPEG, 1 to 100.
 
         Raises
         ------

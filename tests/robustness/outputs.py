@@ -1,13 +1,12 @@
-"""Everything that a run can write, opened by the programs that it is written for.
+"""Write every output of a run, and open each with the library that it is written for.
 
 ::
 
     python -m tests.robustness.outputs slide.svs --out tests/robustness/results/outputs-cpu.json
     python -m tests.robustness.outputs --synthetic 20000x20000 --out ...   # adds F1 scores
 
-The command ``histo-infer`` runs with every output on. Then each file is opened with a library that
-is not ours, and what it shows is compared with the label map as tifffile reads it: pixel by pixel
-in rows of boxes over the whole slide, and all objects.
+``histo-infer`` runs with every output. Then each file is opened with another project's library, and its content is
+compared with the label map as tifffile reads it: pixel by pixel in boxes all over the slide, and all objects.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ Labels = NDArray[np.uint8]
 Box = tuple[int, int, int, int]  # x, y, width, height
 
 BOX_PX, BOXES = 1024, 24
-LABELS = np.arange(256, dtype=np.uint8)  # shown as they are
+LABELS = np.arange(256, dtype=np.uint8)  # a reader that returns labels unchanged
 EVERYTHING = (
     "--geojson",
     "--annotations",
@@ -62,7 +61,7 @@ class Truth:
     Parameters
     ----------
     result
-        Of the run.
+        Result of the run.
     """
 
     def __init__(self, result: SlideResult) -> None:
@@ -79,18 +78,20 @@ class Truth:
         self.palette = palette
 
     def boxes(self) -> Iterator[Box]:
-        """Yield places all over the slide: they always cover its first and its last pixel."""
+        """Yield boxes all over the slide, its first and last pixel included."""
         height, width = self.labels.shape
         wide, high = min(BOX_PX, width), min(BOX_PX, height)
         for i in range(BOXES):
             x = round((width - wide) * ((i * 7) % BOXES) / (BOXES - 1))
             yield x, round((height - high) * i / (BOXES - 1)), wide, high
 
-    def agreement(self, read: Callable[[int, int, int, int], NDArray[Any]], shown: NDArray[np.uint8]) -> dict[str, int]:
-        """Compare what a reader shows in boxes with what it should for each label, (256[, 3])."""
+    def agreement(
+        self, read: Callable[[int, int, int, int], NDArray[Any]], expected: NDArray[np.uint8]
+    ) -> dict[str, int]:
+        """Compare the pixels that a reader returns with those expected for each label, (256[, 3])."""
         compared = differing = 0
         for x, y, width, height in self.boxes():
-            wanted = shown[self.labels[y : y + height, x : x + width]]
+            wanted = expected[self.labels[y : y + height, x : x + width]]
             found = np.asarray(read(x, y, width, height))
             if wanted.ndim == 3:
                 differ = (found[..., :3] != wanted).any(axis=2)
@@ -122,18 +123,18 @@ def by_large_image(truth: Truth, path: Path) -> dict[str, Any]:
     import large_image
 
     source = large_image.open(str(path))
-    said = source.getMetadata()
+    metadata = source.getMetadata()
 
     def read(x: int, y: int, width: int, height: int) -> NDArray[Any]:
-        place = {"left": x, "top": y, "width": width, "height": height, "units": "base_pixels"}
-        pixels: NDArray[Any] = source.getRegion(region=place, format="numpy")[0]
+        region = {"left": x, "top": y, "width": width, "height": height, "units": "base_pixels"}
+        pixels: NDArray[Any] = source.getRegion(region=region, format="numpy")[0]
         return pixels
 
     labels = read(0, 0, 8, 8).shape[2] == 1
     return {
         "source": source.name,
-        "levels": said["levels"],
-        "mpp": None if said["mm_x"] is None else round(1000 * said["mm_x"], 6),
+        "levels": metadata["levels"],
+        "mpp": None if metadata["mm_x"] is None else round(1000 * metadata["mm_x"], 6),
         **truth.agreement(read, LABELS if labels else truth.palette),
     }
 

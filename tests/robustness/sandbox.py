@@ -1,9 +1,9 @@
-"""Run ``histo-infer`` on input that may break it, and judge what it did.
+"""Run ``histo-infer`` on input that may break it, and judge the result.
 
-Each input runs in a process of its own, forked from one that has the libraries loaded and no
-thread: it may crash, hang or ask for any memory without harm. What counts as a failure: a
-traceback, death by a signal, running longer than the bound, no clear message, a file outside of
-the output folder, results that are there in part, and any program that is started. Linux only.
+Each input runs in a process of its own, forked from one that has loaded the libraries and has no threads, so that it
+may crash, hang or use any amount of memory without harm. These are failures: a traceback, death by a signal, running
+longer than the limit, no clear message, a file outside the output folder, incomplete results, and starting any program.
+Linux only.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from tests.robustness.hostile.case import Case
 
 ROOT = Path(__file__).parents[2]
 MIB = 1024 * 1024
-SECONDS = 30.0  # wall clock; a sane input takes half a second
-HEADROOM_MIB = 1536  # address space beyond what a sane input takes
+SECONDS = 30.0  # wall clock; a seed input takes half a second
+HEADROOM_MIB = 1536  # address space beyond that of a seed input
 MAX_LINE = 2000  # characters; a message that a person reads
 COMMAND = "histo-infer"
-# Loaded before the first fork, so that no child has to; ONNX Runtime has threads and stays out.
+# Loaded once, before the first fork. ONNX Runtime is not among them, because it starts threads.
 LIBRARIES = (
     "histostream.runtime.command",
     "imagecodecs",
@@ -51,7 +51,7 @@ LIBRARIES = (
 )
 RESULTS = ("labels.tif", "overview.png", "summary.json", "summary.csv", "report.html")
 OUT = "out"
-# Python's audit events (PEP 578) of what no input may make the program do.
+# Python's audit events (PEP 578) that no input may cause.
 FORBIDDEN = {
     "os.exec",
     "os.posix_spawn",
@@ -87,24 +87,24 @@ WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one input led to.
+    """The result of one input.
 
     Attributes
     ----------
     verdict
         "accepted", "refused", or "failed".
     message
-        The last line on stderr, or what the failure is.
+        The last line on stderr, or a description of the failure.
     status
-        Exit status; below 0 the signal that ended the process.
+        Exit status; if negative, the signal that ended the process.
     seconds
         Wall clock.
     peak_mib
-        Resident memory at its highest.
+        Largest resident memory.
     address_mib
-        Address space at its highest; 0 where the process could not say.
+        Largest address space; 0 if the process could not report it.
     out_of_memory
-        Whether it was refused because memory did not last, and not by its content.
+        Whether it was refused because memory ran out, not because of its content.
     """
 
     verdict: str
@@ -117,14 +117,14 @@ class Outcome:
 
 
 class Sandbox:
-    """The process that inputs are forked from.
+    """A process that forks a child for each input.
 
     Parameters
     ----------
     folder
-        Where inputs are written, one at a time; it is emptied in between.
+        Inputs are written here, one at a time; it is emptied between them.
     seconds
-        Bound on each input.
+        Time limit of each input.
     """
 
     def __init__(self, folder: Path, *, seconds: float = SECONDS) -> None:
@@ -139,32 +139,32 @@ class Sandbox:
             env={**os.environ, "OMP_NUM_THREADS": "1"},  # no threads of numpy's before the fork
         )
 
-    def measure_cap(self, sane: Case) -> Outcome:
-        """Run a sane input without a cap, and set the cap to what it takes and the headroom.
+    def measure_cap(self, seed: Case) -> Outcome:
+        """Run a seed input without a cap, and set the cap to its address space plus the headroom.
 
         Raises
         ------
         RuntimeError
-            If it is not accepted: then the others' verdicts would mean nothing.
+            If it is not accepted, because then the verdicts on other inputs have no meaning.
         """
-        found = self.run(sane)
-        if found.verdict != "accepted":
-            raise RuntimeError(f"a sane input is {found.verdict}: {found.message}")
-        self.cap_mib = int(found.address_mib) + HEADROOM_MIB
-        return found
+        outcome = self.run(seed)
+        if outcome.verdict != "accepted":
+            raise RuntimeError(f"a seed input is {outcome.verdict}: {outcome.message}")
+        self.cap_mib = int(outcome.address_mib) + HEADROOM_MIB
+        return outcome
 
     def run(self, case: Case) -> Outcome:
         """Run one input and judge it."""
         shutil.rmtree(self._folder, ignore_errors=True)
-        place = self._folder / "case"
+        folder = self._folder / "case"
         for name, content in case.files.items():
-            path = os.fsencode(place / name)
+            path = os.fsencode(folder / name)
             Path(os.fsdecode(path)).parent.mkdir(parents=True, exist_ok=True)
             Path(os.fsdecode(path)).write_bytes(content)
         before = _tree(self._folder)
-        job = {"folder": str(place), "args": list(case.args), "cap_mib": self.cap_mib}
+        job = {"folder": str(folder), "args": list(case.args), "cap_mib": self.cap_mib}
         answer = self._ask({**job, "seconds": self._seconds})
-        return judge(answer, place, before, _tree(self._folder))
+        return judge(answer, folder, before, _tree(self._folder))
 
     def _ask(self, job: dict[str, Any]) -> dict[str, Any]:
         assert self._server.stdin is not None
@@ -191,23 +191,23 @@ class Sandbox:
 
 
 def _tree(folder: Path) -> dict[str, bytes | None]:
-    """Every path below a folder but the results', and what the files hold."""
-    found: dict[str, bytes | None] = {}
+    """Return every path below a folder except the results, with the content of files."""
+    tree: dict[str, bytes | None] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if not (name + "/").startswith(f"case/{OUT}/") and not name.startswith("case/.log"):
-            found[name] = path.read_bytes() if path.is_file() else None
-    return found
+            tree[name] = path.read_bytes() if path.is_file() else None
+    return tree
 
 
-def judge(answer: dict[str, Any], place: Path, before: dict[str, Any], after: dict[str, Any]) -> Outcome:
-    """Turn what a process did into a verdict.
+def judge(answer: dict[str, Any], folder: Path, before: dict[str, Any], after: dict[str, Any]) -> Outcome:
+    """Turn the answer of the process into a verdict.
 
     Parameters
     ----------
     answer
-        Of `serve`.
-    place
+        Answer of `serve`.
+    folder
         The folder that the command ran in.
     before, after
         Files outside of the output folder, by name.
@@ -216,7 +216,7 @@ def judge(answer: dict[str, Any], place: Path, before: dict[str, Any], after: di
     lines = [line for line in stderr.splitlines() if line.strip()]
     last = lines[-1] if lines else ""
     memory = NO_MEMORY.search(last) is not None
-    problems = list(_problems(answer, lines, place))
+    problems = list(_problems(answer, lines, folder))
     if before != after:
         changed = sorted(n for n in {*before, *after} if before.get(n, 0) != after.get(n, 0))
         problems.append(f"changed outside of the output folder: {changed}")
@@ -227,7 +227,7 @@ def judge(answer: dict[str, Any], place: Path, before: dict[str, Any], after: di
     return Outcome(verdict, last, **measured, out_of_memory=bool(status) and memory)
 
 
-def _problems(answer: dict[str, Any], lines: list[str], place: Path) -> Iterator[str]:
+def _problems(answer: dict[str, Any], lines: list[str], folder: Path) -> Iterator[str]:
     status, events = answer["status"], answer["events"]
     if answer["timed_out"]:
         yield f"still running after {answer['seconds']:.0f} s"
@@ -241,18 +241,18 @@ def _problems(answer: dict[str, Any], lines: list[str], place: Path) -> Iterator
     if any(len(line) > MAX_LINE for line in lines):
         yield f"a line of {max(map(len, lines))} characters: {max(lines, key=len)[:100]!r}..."
     yield from (f"did {event}" for event in events)
-    yield from _half_results(place / OUT, status)
+    yield from _half_results(folder / OUT, status)
 
 
 def _half_results(out: Path, status: int) -> Iterator[str]:
-    """Say what is wrong with the output folder: it holds whole results, or nothing."""
+    """Yield what is wrong with the output folder, which must hold complete results or nothing."""
     folders = sorted(path for path in out.iterdir()) if out.is_dir() else []
     if status == 0 and len(folders) != 1:
         yield f"status 0 and {len(folders)} folders of results"
     for folder in folders:
         names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
         if names == {JOURNAL} and status:
-            continue  # with which the same command goes on
+            continue  # the same command would resume
         if not names and status:
             yield f"left {folder.name!r} empty"
         elif missing := {"run.json", *RESULTS} - names:
@@ -271,7 +271,7 @@ def _half_results(out: Path, status: int) -> Iterator[str]:
 
 
 def serve() -> None:
-    """Run the inputs that stdin names, one JSON line each; answer with one line each."""
+    """Run the inputs described on stdin, one JSON line each; answer each with one line."""
     import large_image
 
     for name in LIBRARIES:
@@ -284,7 +284,7 @@ def serve() -> None:
 
 
 def _fork(job: dict[str, Any]) -> dict[str, Any]:
-    """Run one input in a child, to its end or to the bound."""
+    """Run one input in a child, until it ends or its time is up."""
     folder = Path(job["folder"])
     start = time.perf_counter()
     child = os.fork()
@@ -296,9 +296,9 @@ def _fork(job: dict[str, Any]) -> dict[str, Any]:
         os.kill(child, signal.SIGKILL)
     _, status, usage = os.wait4(child, 0)
     os.close(handle)
-    said = {"events": [], "address_mib": 0.0}
+    log = {"events": [], "address_mib": 0.0}
     with contextlib.suppress(OSError, ValueError):
-        said = json.loads((folder / ".log.json").read_text())
+        log = json.loads((folder / ".log.json").read_text())
     stderr = (folder / ".log.stderr").read_bytes().decode(errors="replace")
     return {
         "status": os.waitstatus_to_exitcode(status),
@@ -306,12 +306,12 @@ def _fork(job: dict[str, Any]) -> dict[str, Any]:
         "peak_mib": usage.ru_maxrss / 1024,
         "timed_out": not ended,
         "stderr": stderr,
-        **said,
+        **log,
     }
 
 
 def _run(folder: Path, args: list[str], cap_mib: int) -> None:
-    """Be ``histo-infer`` in the forked process; never returns."""
+    """Run ``histo-infer`` in the forked process; never returns."""
     os.chdir(folder)
     for number, name in ((1, ".log.stdout"), (2, ".log.stderr")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT, 0o600), number)
@@ -338,8 +338,8 @@ def _command(args: list[str]) -> int:
 
     try:
         main(args, prog_name=COMMAND)
-    except SystemExit as left:
-        return left.code if isinstance(left.code, int) else 1
+    except SystemExit as exit_:
+        return exit_.code if isinstance(exit_.code, int) else 1
     except BaseException:
         traceback.print_exc()
         return 70
@@ -347,7 +347,7 @@ def _command(args: list[str]) -> int:
 
 
 def _watch(events: list[str], folder: Path) -> None:
-    """Note every program that is started, and every change outside of the output folder."""
+    """Record every program that is started, and every change outside the output folder."""
     allowed = (str(folder / OUT), str(folder / ".log"), os.devnull)
 
     def inside(path: object) -> bool:
@@ -376,5 +376,5 @@ def _status_mib(field: str) -> float:
 
 
 def as_json(outcome: Outcome) -> dict[str, object]:
-    """Return an outcome as what JSON can hold."""
+    """Return an outcome for JSON."""
     return asdict(outcome)

@@ -1,20 +1,20 @@
-"""Large slides within a bound on memory, and memory that does not depend on the height.
+"""Run large slides within a memory limit, and check that memory does not depend on the height.
 
 ::
 
     python -m tests.robustness.size --out tests/robustness/results/size-cpu.json
 
-Runs ``histo-infer --max-memory 1GiB`` as a user does, each slide in a process of its own, whose
-memory is read from the system while it runs (so Linux only):
+``histo-infer --max-memory 1GiB`` runs on each slide in a process of its own, whose memory is read from the system while
+it runs (Linux only):
 
-- 200 000 x 200 000 px, mostly glass, through an untrained network of width 4;
-- 100 000 x 20 000 px, all tissue, through a network that gives the pixels back, so that every
-  label is known, and what the stream itself costs is seen; with ``--case tissue-base4`` also
-  through that of width 4;
+- 200 000 x 200 000 px, mostly glass, through an untrained network of base width 4;
+- 100 000 x 20 000 px, all tissue, through a network that returns the pixels, so that every label is known and the cost
+of
+  the stream itself is measured; with ``--case tissue-base4`` also through the network of base width 4;
 - 20 000 px wide and 10 000, 20 000 and 40 000 px high, all tissue.
 
-The slides are mosaics (`tests.robustness.mosaic`): ordinary JPEG tiles, few of them different.
-What is not as it has to be ends the run with an error, after the file is written.
+The slides are mosaics (`tests.robustness.mosaic`) of ordinary JPEG tiles, few of which differ. A wrong result ends the
+program with an error, after the file is written.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from histostream.wsi.slides.reader import open_slide
 from tests.robustness.mosaic import PATCH_PX, Mosaic
 
 MAX_MEMORY, MAX_MEMORY_MIB = "1GiB", 1024
-SAMPLE_S = 0.25  # between two looks at a process's memory
+SAMPLE_S = 0.25  # between two readings of a process's memory
 SAMPLES_KEPT = 60
 CHECKED_LEVEL = 6  # of labels.tif, where it has so many: every 64th pixel
 CHECKED_BOXES, BOX_PX = 40, 700  # boxes cross tiles of any size, and rows of them
@@ -61,7 +61,7 @@ PRIMARIES = tuple(
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A slide, and the network that it is run through: "base-4" or "identity"."""
+    """A slide and its network, "base-4" or "identity"."""
 
     slide: Mosaic
     network: str

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.robustness.hostile import Case, sane_case
+from tests.robustness.hostile import Case, seed_case
 from tests.robustness.hostile.case import card_case, graph_case, roi_case, slide_case
-from tests.robustness.hostile.seeds import MPP, sane_slides
+from tests.robustness.hostile.seeds import MPP, seed_slides
 from tests.robustness.sandbox import Sandbox
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -160,7 +160,7 @@ def test_what_broke_once_is_refused_clearly_or_accepted(sandbox: Sandbox, name: 
     ids=ascii,
 )
 def test_strange_names_of_slides_stay_in_the_output_folder(sandbox: Sandbox, name: str, message: str) -> None:
-    outcome = sandbox.run(slide_case("name", name, name, sane_slides()["jpeg"]))
+    outcome = sandbox.run(slide_case("name", name, name, seed_slides()["jpeg"]))
     assert outcome.verdict == ("refused" if message else "accepted"), outcome.message
     assert message in outcome.message
 
@@ -173,8 +173,8 @@ def test_a_damaged_tile_is_left_out_and_said(sandbox: Sandbox) -> None:
     assert "1 damaged block" in outcome.message
 
 
-def test_a_sane_slide_of_every_kind_is_accepted(sandbox: Sandbox) -> None:
-    for kind, content in sane_slides().items():
+def test_a_seed_slide_of_every_kind_is_accepted(sandbox: Sandbox) -> None:
+    for kind, content in seed_slides().items():
         outcome = sandbox.run(slide_case("tiff", kind, "slide.tif", content))
         # 16 bits a channel is no damage, but nothing that we read.
         assert outcome.verdict == ("refused" if kind == "deep" else "accepted"), (kind, outcome)
@@ -182,4 +182,4 @@ def test_a_sane_slide_of_every_kind_is_accepted(sandbox: Sandbox) -> None:
 
 def test_the_cap_on_memory_holds(sandbox: Sandbox) -> None:
     assert 500 < sandbox.cap_mib < 6000
-    assert sandbox.run(sane_case()).address_mib < sandbox.cap_mib
+    assert sandbox.run(seed_case()).address_mib < sandbox.cap_mib

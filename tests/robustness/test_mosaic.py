@@ -111,7 +111,7 @@ def test_a_slide_follows_from_its_seed(slide: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--tissue", "2"], "tissue=2.0 is no share of the area: use 0 to 1"),
+        (["--tissue", "2"], "tissue=2.0 is not a share of the area: use 0 to 1"),
         (["--size", "0x5"], "0 x 5 px has no pixels"),
         (["--size", "big"], "'big' is not a size"),
         (["--tile-px", "300"], "tile_px=300: use a power of two"),

@@ -9,7 +9,7 @@ from histostream.runtime.crf.options import read_params
 from histostream.wsi.errors import HistoError
 from tests.robustness.hostile.case import Case, card_case
 from tests.robustness.hostile.edit import some_bytes
-from tests.robustness.hostile.seeds import MPP, sane_card, sane_graph
+from tests.robustness.hostile.seeds import MPP, seed_card, seed_graph
 
 VALUES: tuple[str, ...] = (
     "null",
@@ -84,8 +84,8 @@ CRF = ("w1", "theta_alpha", "theta_beta", "w2", "theta_gamma", "n_iter", "../x",
 
 
 def make_card(rng: random.Random) -> Case:
-    """Make a card that is wrong somewhere; the graph beside it is sane."""
-    card = {name: json.dumps(value) for name, value in sane_card(sane_graph()).items()}
+    """Make a card that is wrong somewhere; the graph beside it is valid."""
+    card = {name: json.dumps(value) for name, value in seed_card(seed_graph()).items()}
     said: list[str] = []
     options: tuple[str, ...] = ()
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
@@ -110,7 +110,7 @@ def make_card(rng: random.Random) -> Case:
             card[name] = rng.choice(VALUES)
             said.append(f"{name}={card[name][:60]}")
     if options and "crf" in card and _may_run(card["crf"]):
-        options = ()  # a sane CRF is slow to compile, and no hostile input
+        options = ()  # a valid CRF is slow to compile, and not hostile
     content = ("{" + ", ".join(f'"{k}": {v}' for k, v in card.items()) + "}").encode()
     if rng.random() < 0.1:
         what, content = some_bytes(content, rng)

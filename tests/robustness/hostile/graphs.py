@@ -10,7 +10,7 @@ import numpy as np
 
 from tests.robustness.hostile.case import Case, graph_case
 from tests.robustness.hostile.edit import WORDS, some_bytes
-from tests.robustness.hostile.seeds import sane_graph, sane_model
+from tests.robustness.hostile.seeds import seed_graph, seed_model
 
 
 def _onnx_external(model: Any, rng: random.Random) -> str:
@@ -300,8 +300,8 @@ ONNX_CHANGES: tuple[Callable[[Any, random.Random], str], ...] = (
 def make_onnx(rng: random.Random) -> Case:
     """Damage a graph; the card's checksum fits it."""
     if rng.random() < 0.4:
-        what, content = some_bytes(sane_graph(), rng)
+        what, content = some_bytes(seed_graph(), rng)
         return graph_case(what, content)
-    model = sane_model()
+    model = seed_model()
     said = [rng.choice(ONNX_CHANGES)(model, rng) for _ in range(rng.choice((1, 1, 2)))]
     return graph_case("; ".join(said), model.SerializeToString())

@@ -26,7 +26,7 @@ def picture(width: int = 200, height: int = 150) -> NDArray[np.uint8]:
 
 
 @functools.cache
-def sane_slides() -> dict[str, bytes]:
+def seed_slides() -> dict[str, bytes]:
     """Small files that are accepted, by what is special about them."""
     jpeg: dict[str, Any] = {"compression": "jpeg", "compressionargs": {"level": 80}}
     aperio = "Aperio Image Library v11.2.1 \n200x150 [0,0 200x150] (64x64)|AppMag = 20|MPP = 0.5"
@@ -89,7 +89,7 @@ def _jpeg2000_tiff() -> bytes:
 
 
 @functools.cache
-def sane_images() -> dict[str, bytes]:
+def seed_images() -> dict[str, bytes]:
     """Small plain images, by extension."""
     from PIL import Image
 
@@ -118,13 +118,13 @@ def sane_images() -> dict[str, bytes]:
 
 
 @functools.cache
-def sane_graph() -> bytes:
+def seed_graph() -> bytes:
     """One 1 x 1 convolution behind the tile contract."""
-    bytes_of: bytes = sane_model().SerializeToString()
+    bytes_of: bytes = seed_model().SerializeToString()
     return bytes_of
 
 
-def sane_card(graph: bytes) -> dict[str, Any]:
+def seed_card(graph: bytes) -> dict[str, Any]:
     """Return a card for a graph, as JSON has it."""
     return {
         "schema": 1,
@@ -147,8 +147,8 @@ def sane_card(graph: bytes) -> dict[str, Any]:
     }
 
 
-def sane_model() -> Any:
-    """Build the sane graph as an ``onnx.ModelProto``."""
+def seed_model() -> Any:
+    """Build the seed graph as an ``onnx.ModelProto``."""
     from onnx import TensorProto, helper, numpy_helper
 
     weight = np.array([[1, 0, 0], [0, 1, 0]], np.float32).reshape(2, 3, 1, 1)

@@ -11,7 +11,7 @@ from typing import Any
 
 from tests.robustness.hostile.case import Case, slide_case
 from tests.robustness.hostile.edit import WORDS, Tiff, bomb, cut, flip_bits, overwrite, some_bytes
-from tests.robustness.hostile.seeds import MPP, sane_slides
+from tests.robustness.hostile.seeds import MPP, seed_slides
 
 
 def _number(rng: random.Random, old: int, size: int) -> int:
@@ -293,9 +293,9 @@ TIFF_CHANGES: tuple[Callable[[Tiff, random.Random], str], ...] = (
 
 def make_tiff(rng: random.Random) -> Case:
     """Damage a TIFF where its structure is."""
-    base = rng.choice(sorted(sane_slides()))
+    base = rng.choice(sorted(seed_slides()))
     name = rng.choice(("slide.tif", "slide.tif", "slide.svs", "slide.ndpi", "slide.scn"))
-    what, content = damage_tiff(sane_slides()[base], rng)
+    what, content = damage_tiff(seed_slides()[base], rng)
     case = slide_case("tiff", f"{base} {name}: {what}", name, content)
     if rng.random() < 0.3:  # with the file's own resolution
         case = replace(case, args=tuple(a for a in case.args if a not in ("--mpp", str(MPP))))

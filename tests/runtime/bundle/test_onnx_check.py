@@ -14,7 +14,7 @@ import pytest
 from histostream.runtime.bundle.card import CardError, default_bundle, read_card
 from histostream.runtime.bundle.onnx_check import read_graph
 from tests.robustness.hostile.graphs import between, put_laughs, put_loop
-from tests.robustness.hostile.seeds import sane_model
+from tests.robustness.hostile.seeds import seed_model
 from tests.runtime.conftest import CARD
 
 
@@ -81,18 +81,18 @@ def with_branch(model: Any) -> None:
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_what_could_do_harm_is_named(tmp_path: Path, change: Callable[[Any], None], message: str) -> None:
-    model = sane_model()
+    model = seed_model()
     change(model)
     with pytest.raises(CardError, match=rf"model\.onnx: {message}"):
         read(tmp_path, model.SerializeToString())
 
 
 def test_a_sane_graph_passes(tmp_path: Path) -> None:
-    content = sane_model().SerializeToString()
+    content = seed_model().SerializeToString()
     assert read(tmp_path, content) == content
 
 
 @pytest.mark.parametrize("end", [1, 3, 50, 200, -1])
 def test_a_graph_that_was_cut_off_is_named(tmp_path: Path, end: int) -> None:
     with pytest.raises(CardError, match="it is damaged, or was cut off; export the model again"):
-        read(tmp_path, sane_model().SerializeToString()[:end])
+        read(tmp_path, seed_model().SerializeToString()[:end])

@@ -17,14 +17,14 @@ from histostream.wsi.errors import SlideError
 from histostream.wsi.slides.image_header import check_claim, check_plain_image, declared_size
 from histostream.wsi.slides.tiff_check import check_tiff
 from tests.robustness.hostile.edit import Tiff
-from tests.robustness.hostile.seeds import sane_images, sane_slides
+from tests.robustness.hostile.seeds import seed_images, seed_slides
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("kind", sane_slides())
+@pytest.mark.parametrize("kind", seed_slides())
 def test_sane_files_pass(tmp_path: Path, kind: str) -> None:
-    (tmp_path / "a.tif").write_bytes(sane_slides()[kind])
+    (tmp_path / "a.tif").write_bytes(seed_slides()[kind])
     check_tiff(tmp_path / "a.tif")
 
 
@@ -102,6 +102,6 @@ def test_images_of_one_colour_are_held_by_few_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("extension", ["eps", "dds", "sgi", "pcx", "ico"])
 def test_formats_that_are_none_for_slides_are_named(tmp_path: Path, extension: str) -> None:
     path = tmp_path / f"a.{extension}"
-    path.write_bytes(sane_images()[extension])
+    path.write_bytes(seed_images()[extension])
     with pytest.raises(SlideError, match="is no format for slides; save it as PNG or TIFF"):
         check_plain_image(path)
