@@ -30,7 +30,7 @@ class ParityError(HistoError, ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The parity that a graph must have to be written (docs/methods.md, section 8).
+    """The parity that a graph must have to be written (docs/methods.md).
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""Exact facts of methods.md 5.10, that every term is alive, and a small adaptation."""
+"""Exact facts of the method by the paper, that every term is alive, and a small adaptation."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def count(module: torch.nn.Module) -> int:
 
 
 def test_the_papers_networks_have_their_parameters() -> None:
-    """methods.md 5.2; the counts follow from the layers, on paper."""
+    """The counts follow from the layers, on paper."""
     with torch.device("meta"):
         network = GroupNormUNet(1, 2, base_width=64)
         assert count(network.encoder) == 18_842_048
@@ -734,7 +734,7 @@ def learn(found: DataSet, terms: tuple[bool, str, bool]) -> float:
 
 @pytest.mark.full
 def test_adaptation_recovers_part_of_what_the_target_costs() -> None:
-    """methods.md 5.10.2, at 1/8 of the widths and 210 steps: DE_feat between none and the oracle.
+    """A small adaptation at 1/8 of the widths and 210 steps: DE_feat between none and the oracle.
 
     Not asserted: that EN helps, which in so few steps it does not, and the order of DE_feat,
     DE_pred and the full model, which differs from seed to seed.

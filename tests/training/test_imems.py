@@ -1,4 +1,4 @@
-"""Exact facts of methods.md 1.10, and that the adversarial term is alive."""
+"""Exact facts of the method by the paper, and that the adversarial term is alive."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_sizes_that_the_network_cannot_take_are_named() -> None:
 
 
 def test_the_papers_network_has_the_papers_shape() -> None:
-    """U-Net 64..1024 with four poolings; a D map of 1/16 (methods.md 1.2)."""
+    """U-Net 64..1024 with four poolings; a D map of 1/16."""
     state = imems.build(imems.Config(), classes=5)
     widths = [stage[0].out_channels for stage in state.modules["generator"].encoder.stages]  # type: ignore[union-attr]
     assert widths == [64, 128, 256, 512, 1024]
@@ -312,7 +312,7 @@ def learn_textures(config: imems.Config, seed: int = 0) -> tuple[float, float]:
 
 @pytest.mark.full
 def test_imems_learns_labels_and_image_together_and_a_classifier_labels_only() -> None:
-    """methods.md 1.10.2: a classifier dressed up as iMEMS fails the second check."""
+    """A classifier dressed up as iMEMS fails the second check."""
     small = {"base_width": 12, "depth": 3, "dropout": 0.0, "discriminator_width": 4}
     accuracy, correlation = learn_textures(imems.Config(learning_rate=2e-3, **small))  # type: ignore[arg-type]
     assert accuracy >= 0.95

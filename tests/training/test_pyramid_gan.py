@@ -1,4 +1,4 @@
-"""Exact facts of methods.md 3.13, that every term is alive, and what a small pyramid learns."""
+"""Exact facts of the method by the paper, that every term is alive, and what a small pyramid learns."""
 
 from __future__ import annotations
 
@@ -1531,14 +1531,14 @@ def learned(found: DataSet, config: Config, schedule: Schedule, augmentation: Au
 
 @pytest.mark.full
 def test_a_cue_beyond_the_reach_of_one_level_is_seen_by_the_pyramid() -> None:
-    """methods.md 3.13.2 at 64 px, three levels; half of the discs are of either class."""
+    """Discs and rings at 64 px, three levels; half of the discs are of either class."""
     assert 0.4 < disc_accuracy(1, 120) < 0.6
     assert disc_accuracy(3, 900, batches="3,8,8") >= 0.95
 
 
 @pytest.mark.full
 def test_generators_paint_the_colours_of_the_labels() -> None:
-    """methods.md 3.13.3 at 32 px, two levels: colours, exchanged classes, noise."""
+    """Painting at 32 px, two levels: colours, exchanged classes, noise."""
     found = colored_regions(64, 8, side_px=32, seed=3)
     config = tiny_config(g_width=16, d_width=8, generator_learning_rate=2e-3, discriminator_learning_rate=5e-4)
     schedule = Schedule(steps=360, batch=4, crop_px=32, validation=0.05, decay="cosine")

@@ -1,4 +1,4 @@
-"""Exact facts of methods.md 4.11, that every term is alive, and a small learning check."""
+"""Exact facts of the method by the paper, that every term is alive, and a small learning check."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def convolutions(module: nn.Module) -> list[Conv]:
 def test_the_papers_networks_have_their_parameters(
     size: tuple[int, int], channels: int, encoder: int, common: int | None, residual: int | None
 ) -> None:
-    """methods.md 4.3; the counts follow from tables 2 to 7, on paper."""
+    """The counts follow from tables 2 to 7, on paper."""
     config = Config(width=size[0], depth=size[1], image_px=48 if size == SMALL else 128)
     modules = translation.build(config, 2, channels).modules
     image = modules["residual"].image
@@ -1268,7 +1268,7 @@ def inside_to_outside(state: State, images: Tensor, truth: np.ndarray) -> float:
 
 @pytest.mark.full
 def test_the_residual_is_on_the_digit_and_the_digit_is_found(data_dir: Path) -> None:
-    """methods.md 4.11.2 on real cluttered MNIST, at 1/8 of the widths (discriminators 1/16).
+    """The comparison of the paper on real cluttered MNIST, at 1/8 of the widths (discriminators 1/16).
 
     225 steps of 8 + 8 images, about 45 s on one core. All masks are used, lambda_seg is 10 and the
     learning rate 2e-3, for the segmentation to learn anything in so few steps. It has to beat the

@@ -1,4 +1,4 @@
-"""Exact facts of methods.md 2.11.1, every switch, and that adaptation adapts (2.11.3)."""
+"""Exact facts of the method by the paper, every switch, and that adaptation adapts."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def gradient(module: nn.Module, loss: Tensor) -> float:
 
 
 def test_the_networks_have_the_papers_parameters() -> None:
-    """14.79 M each for S and R, 2.76 M for D (methods.md 2.2)."""
+    """14.79 M each for S and R, 2.76 M for D, as the paper's layers give."""
     with torch.device("meta"):
         state = uda.build(uda.Config(), classes=2)
     assert parameters(state.modules["segmenter"]) == 14_788_929
@@ -722,7 +722,7 @@ def learn(found: DataSet, **config: Any) -> float:
 
 @pytest.mark.full
 def test_adaptation_recovers_part_of_what_the_other_stain_costs() -> None:
-    """methods.md 2.11.3: source-only < full by 0.05 and more, and the oracle at 0.9 and above.
+    """Source-only < full by 0.05 and more, and the oracle at 0.9 and above.
 
     The weights are not the paper's, whose are for 500 epochs: in 15, its entropy term makes S sure
     before it is right, and R has to lead it. All three networks are measured with their batch
