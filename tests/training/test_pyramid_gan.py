@@ -1531,7 +1531,7 @@ def learned(found: DataSet, config: Config, schedule: Schedule, augmentation: Au
 
 @pytest.mark.full
 def test_a_cue_beyond_the_reach_of_one_level_is_seen_by_the_pyramid() -> None:
-    """Discs and rings at 64 px, three levels; half of the discs are of either class."""
+    """At 64 px, three levels; half of the discs are of either class."""
     assert 0.4 < disc_accuracy(1, 120) < 0.6
     assert disc_accuracy(3, 900, batches="3,8,8") >= 0.95
 
