@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -131,10 +132,19 @@ def export_checkpoint(
         channels=checkpoint.channels,
         tile_px=options.tile_px or own_tile_px(module) or TILE_PX,
         score_kind=methods.hook(methods.load_method(method_name), "score_kind")(config_of(folder, checkpoint)),
-        training={**checkpoint.record, "step": checkpoint.step, "torch": torch.__version__},
+        training={**nan_to_none(checkpoint.record), "step": checkpoint.step, "torch": torch.__version__},
         note=checkpoints.read_note(folder),
     )
     return write_bundle(network, out, options, say=say)
+
+
+def nan_to_none(value: Any) -> Any:
+    """Replace NaN, the score of a class that is in no image, by None, because JSON has no NaN."""
+    if isinstance(value, dict):
+        return {name: nan_to_none(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [nan_to_none(inner) for inner in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def trained_network(

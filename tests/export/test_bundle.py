@@ -264,6 +264,18 @@ def test_a_folder_that_is_no_bundle_is_not_replaced(tiny_checkpoint: Path, tmp_p
     assert (tmp_path / "thesis.doc").exists()
 
 
+def test_a_score_that_is_not_a_number_is_null_in_the_card(tmp_path: Path) -> None:
+    """As of a class that no validation image has."""
+    config = imems.Config(base_width=4, depth=2, discriminator_width=4)
+    record = {"scores": {"validation": {"f_score": [1.0, float("nan")]}}}
+    classes = [("ground", (255, 255, 255)), ("gland", (200, 30, 60))]
+    contents = checkpoint.Checkpoint("imems", asdict(config), classes, 3, 0.5, 0, record)
+    checkpoint.save(tmp_path / "run", contents, imems.build(config, classes=2))
+    options = Options(precisions=("fp32",), tensorrt="off", tile_px=128)
+    card = export_checkpoint("imems", tmp_path / "run", tmp_path / "bundle", options).card
+    assert card.training["scores"] == {"validation": {"f_score": [1.0, None]}}
+
+
 def test_a_checkpoint_of_another_method_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
     said = checkpoint.read(tiny_checkpoint)
     state = imems.build(imems.Config(**said.config), 3)
