@@ -102,7 +102,7 @@ def test_the_command_tunes_a_bundle(tiny_bundle: Path, tmp_path: Path) -> None:
         assert "with the CRF" in done.stdout
         assert set(card.crf) == set(asdict(START))
     else:
-        assert "is better than none; the card is as it was" in done.stderr
+        assert "is better than no CRF; the card is unchanged" in done.stderr
         assert card.crf == {}
     missing = subprocess.run(
         [*command, "--data", str(tmp_path / "nowhere")], capture_output=True, text=True, check=False

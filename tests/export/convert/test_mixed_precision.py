@@ -148,7 +148,7 @@ def test_ranges_are_those_of_the_tensors_however_many_sessions_it_takes(
     model: onnx.ModelProto, tiles: Tiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = measure_ranges(model, tiles.calibration)
-    monkeypatch.setattr("histostream.export.convert.int8.WATCHED_BYTES", 1)
+    monkeypatch.setattr("histostream.export.convert.int8.MAX_WATCHED_BYTES", 1)
     many = measure_ranges(model, tiles.calibration[:1])
     assert one.keys() == many.keys()
     assert all(one[k][0] <= many[k][0] + 1e-4 for k in one)
