@@ -487,8 +487,8 @@ def test_who_waits_says_so(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from histostream.runtime.cuda import driver
 from histostream.runtime.engines.tensorrt import build as tensorrt
+from histostream.runtime.engines.tensorrt.library import find_library
 os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)
 tensorrt.fitting_engine(Path(sys.argv[1]), "fp32", library=find_library("rtx"))
 """
