@@ -93,7 +93,7 @@ def roofline_png(result: Plain, path: Path) -> None:
         text = f"{label}\n{three_digits(y)} GFLOP/s{share}"
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
         axes.plot([x], [y], marker, color=colour, markersize=8, zorder=3, label=text)
-    axes.set_xlabel("arithmetic intensity, FLOP per byte (every node by itself)")
+    axes.set_xlabel("arithmetic intensity, FLOP per byte (each operator separately)")
     axes.set_ylabel("bare engine, GFLOP/s")
     axes.set_title(f"Roofline of {machine_line(result['hardware'])}", loc="left", fontsize=11)
     axes.grid(visible=True, which="major", color="#E4E4E4", linewidth=0.6)
