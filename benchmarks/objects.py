@@ -172,21 +172,21 @@ def centers(nuclei: NDArray[np.float64], group: NDArray[np.int64]) -> Points:
     return np.stack([x[first], y[first]], axis=1) / total[first, None]
 
 
-def match(found: Points, known: Points, within: float) -> dict[str, Any]:
+def match(predicted: Points, known: Points, within: float) -> dict[str, Any]:
     """Match points that are each other's nearest, and not further apart than ``within``."""
     from scipy.spatial import cKDTree
 
-    apart, nearest = cKDTree(known).query(found)
-    _, back = cKDTree(found).query(known)
-    pairs = (back[nearest] == np.arange(len(found))) & (apart <= within)
+    apart, nearest = cKDTree(known).query(predicted)
+    _, back = cKDTree(predicted).query(known)
+    pairs = (back[nearest] == np.arange(len(predicted))) & (apart <= within)
     matched = int(pairs.sum())
     return {
-        "objects": len(found),
+        "objects": len(predicted),
         "known": len(known),
         "matched": matched,
-        "precision": round(matched / len(found), 4),
+        "precision": round(matched / len(predicted), 4),
         "recall": round(matched / len(known), 4),
-        "f1": round(2 * matched / (len(found) + len(known)), 4),
+        "f1": round(2 * matched / (len(predicted) + len(known)), 4),
         "median_distance_um": round(float(np.median(apart[pairs])) * SLIDE.mpp, 3),
     }
 
@@ -195,18 +195,18 @@ def scores(slide: SyntheticSlide, folder: Path) -> dict[str, Any]:
     """Compare objects.csv with the nuclei that were drawn."""
     from scipy.spatial import cKDTree
 
-    found = centroids(folder)
+    predicted = centroids(folder)
     nuclei = slide.nuclei(0, 0, slide.width, slide.height)
     within = MATCH_UM / slide.mpp
     near = groups(nuclei, WOBBLE_UM / slide.mpp)
     far = groups(nuclei, ALONE_UM / slide.mpp)
     alone = np.bincount(far, minlength=len(far))[far] == 1
-    _, nearest = cKDTree(nuclei[:, :2]).query(found)
+    _, nearest = cKDTree(nuclei[:, :2]).query(predicted)
     return {
-        "nuclei": match(found, nuclei[:, :2], within),
-        "nuclei_that_touch_as_one": match(found, centers(nuclei, near), within),
+        "nuclei": match(predicted, nuclei[:, :2], within),
+        "nuclei_that_touch_as_one": match(predicted, centers(nuclei, near), within),
         # Of objects those whose nearest nucleus is alone.
-        "nuclei_alone": match(found[alone[nearest]], nuclei[alone, :2], within),
+        "nuclei_alone": match(predicted[alone[nearest]], nuclei[alone, :2], within),
     }
 
 

@@ -34,12 +34,12 @@ from histostream.training.state import Batch
 WARM_UP_STEPS = 3
 
 
-def _training_steps(how: Compute, width: int, batch: Batch, steps: int) -> Callable[[], None]:
+def _training_steps(settings: Compute, width: int, batch: Batch, steps: int) -> Callable[[], None]:
     """Return a function that runs some training steps and waits for them; it is warm."""
-    device = compute.open_device(how)
+    device = compute.open_device(settings)
     torch.manual_seed(0)
     state = imems.build(imems.Config(base_width=width, discriminator_width=width), 3)
-    compute.prepare(state, device, how)
+    compute.prepare(state, device, settings)
     on_device = Batch(batch.images.to(device), batch.labels.to(device))
 
     def run(count: int) -> None:

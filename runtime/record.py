@@ -202,7 +202,7 @@ class RunRecord:
     peak_memory_mib
         Of the process; None where the system does not say.
     device, crf, objects, resumed
-        None where no GPU and no other device, no CRF and no file of objects was asked for, and where
+        None where no GPU and no other device, no CRF and no file of objects was requested, and where
         the run was not interrupted.
     started
         Time in ISO 8601.

@@ -139,7 +139,7 @@ def fill_table(
         add_references(path, references)
 
 
-def fill(path: Path, cells: Sequence[Cell], runs: Path, how: Compute) -> None:
+def fill(path: Path, cells: Sequence[Cell], runs: Path, compute: Compute) -> None:
     """Run the cells that are not in the result file yet, one after the other."""
     for cell in cells:
         with _locked(path) as results:
@@ -147,7 +147,7 @@ def fill(path: Path, cells: Sequence[Cell], runs: Path, how: Compute) -> None:
             if cell.name in results.setdefault("cells", {}):
                 continue
         try:
-            record = _run(cell, runs, how)
+            record = _run(cell, runs, compute)
         except HistoError as error:
             raise click.ClickException(f"{cell.name}: {error}") from error
         with _locked(path) as results:
@@ -163,14 +163,14 @@ def add_references(path: Path, scores: Callable[[], Plain]) -> None:
             results["references"] = scores()
 
 
-def train(cell: Cell, data_set: DataSet, runs: Path, how: Compute) -> Checkpoint:
+def train(cell: Cell, data_set: DataSet, runs: Path, compute: Compute) -> Checkpoint:
     """Train a cell, after the run that it starts from, in folders of ``runs``."""
     begin = None
     if cell.start is not None:
         begin = runs / cell.start.name
         runs.mkdir(parents=True, exist_ok=True)
         with locked(runs / cell.start.name):  # cells of other processes start from it, too
-            train(cell.start, cell.start.data(), runs, how)
+            train(cell.start, cell.start.data(), runs, compute)
 
     def report(progress: Progress) -> None:
         if progress.validation_loss is not None:
@@ -184,7 +184,7 @@ def train(cell: Cell, data_set: DataSet, runs: Path, how: Compute) -> Checkpoint
         methods.load_method(cell.recipe.method),
         data_set,
         runs / cell.name,
-        compute=how,
+        compute=compute,
         start=begin,
         report=report,
         record={"commit": command.commit()},
@@ -207,11 +207,11 @@ def judge(cell: Cell, data_set: DataSet, folder: Path) -> dict[str, Plain]:
     return scores
 
 
-def _run(cell: Cell, runs: Path, how: Compute) -> Plain:
+def _run(cell: Cell, runs: Path, compute: Compute) -> Plain:
     """Train, export and score one cell."""
     start = time.monotonic()
     data_set, recipe, folder = cell.data(), cell.recipe, runs / cell.name
-    best = train(cell, data_set, runs, how)
+    best = train(cell, data_set, runs, compute)
     judged = judge(cell, data_set, folder)
     headline = next(iter(judged))
     scores = judged.pop(headline)

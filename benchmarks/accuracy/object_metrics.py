@@ -78,27 +78,30 @@ def score_objects(predicted: NDArray[np.integer], truth: NDArray[np.integer]) ->
     """
     if predicted.shape != truth.shape or predicted.ndim != 2:
         raise ValueError(f"predicted is {predicted.shape}, truth {truth.shape}: give (H, W) both")
-    found, true = _Objects.of("predicted", predicted), _Objects.of("truth", truth)
-    if not len(found.areas_px) or not len(true.areas_px):
-        alike = len(found.areas_px) == len(true.areas_px)
+    predicted_objects, true = _Objects.of("predicted", predicted), _Objects.of("truth", truth)
+    if not len(predicted_objects.areas_px) or not len(true.areas_px):
+        alike = len(predicted_objects.areas_px) == len(true.areas_px)
         return ObjectScore(
             true_positives=0,
-            false_positives=len(found.areas_px),
+            false_positives=len(predicted_objects.areas_px),
             false_negatives=len(true.areas_px),
             dice=float(alike),
             hausdorff_px=0.0 if alike else math.hypot(*truth.shape),
             capped=not alike,
         )
-    to_true, to_found = _partners(found, true), _partners(true, found)
+    to_true, to_found = _partners(predicted_objects, true), _partners(true, predicted_objects)
     matched = to_true.index >= 0
     share = to_true.overlap_px[matched] / true.areas_px[to_true.index[matched]]
     hits = int((share > OVERLAP).sum())
     return ObjectScore(
         true_positives=hits,
-        false_positives=len(found.areas_px) - hits,
+        false_positives=len(predicted_objects.areas_px) - hits,
         false_negatives=len(true.areas_px) - hits,
-        dice=(_object_dice(found, true, to_true) + _object_dice(true, found, to_found)) / 2,
-        hausdorff_px=(_object_hausdorff(found, true, to_true) + _object_hausdorff(true, found, to_found)) / 2,
+        dice=(_object_dice(predicted_objects, true, to_true) + _object_dice(true, predicted_objects, to_found)) / 2,
+        hausdorff_px=(
+            _object_hausdorff(predicted_objects, true, to_true) + _object_hausdorff(true, predicted_objects, to_found)
+        )
+        / 2,
         capped=False,
     )
 

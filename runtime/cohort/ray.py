@@ -368,8 +368,8 @@ class RayExecutor:
         """Wait up to `POLL_S` for answers of the workers; yield the slides that ended."""
         now = time.monotonic()
         for member in self._members:
-            if member.ref is None and now - member.asked > STATUS_S:
-                member.ref, member.asked = member.handle.status.remote(stop), now
+            if member.ref is None and now - member.requested_at > STATUS_S:
+                member.ref, member.requested_at = member.handle.status.remote(stop), now
         refs = [member.ref for member in (*self._members, *self._starting) if member.ref is not None]
         ready = self._wait([*run.running, *refs])
         lost: list[_Member] = []
@@ -469,8 +469,8 @@ class _Member:
         Its last answer; None until Ray has started it.
     problem
         Why it cannot be used.
-    since, asked
-        Times at which it was created, and at which its status was last asked for.
+    since, requested_at
+        Times at which it was created, and at which its status was last requested.
     """
 
     handle: Any
@@ -478,7 +478,7 @@ class _Member:
     info: WorkerInfo | None = None
     problem: str = ""
     since: float = field(default_factory=time.monotonic)
-    asked: float = 0.0
+    requested_at: float = 0.0
 
     @property
     def host(self) -> str:

@@ -97,7 +97,7 @@ class OnnxRuntimeDeviceEngine:
         self._graphs = graphs
         self._memory_kind = memory_kind
         self._buffers = BatchBuffers(device, card)
-        self._full_batch = 0  # tiles that the buffers were last asked for
+        self._full_batch = 0  # tiles that the buffers were last requested for
         self._bindings: dict[tuple[int, int, int], tuple[Any, Any]] = {}
 
     def buffers(self, batch: int) -> tuple[int, int]:

@@ -30,7 +30,7 @@ TINY_MODEL = bytes.fromhex(
 
 
 class ProviderError(EngineError):
-    """ONNX Runtime runs, but not on the device that was asked for."""
+    """ONNX Runtime runs, but not on the device that was requested."""
 
 
 def open_session(

@@ -81,7 +81,7 @@ def open_engine(
 
     if backend != "auto":
         engine = open_with(backend)
-        say(f"{engine.name} (asked for)")
+        say(f"{engine.name} (requested)")
         return engine
     *best, fallback = sorted(candidates, key=lambda name: -candidates[name].AUTO_PRIORITY)
     hardware, failures = "", []

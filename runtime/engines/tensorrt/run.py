@@ -66,7 +66,7 @@ class TensorRtEngine:
         self.stream = device.stream()
         self._library, self._runtime, self._engine, self._logger = library, runtime, engine, logger
         self._buffers = BatchBuffers(device, card)
-        self._full_batch = 0  # tiles that the buffers were last asked for
+        self._full_batch = 0  # tiles that the buffers were last requested for
         self._graphs = device.graphs and library.name == "tensorrt"
         self._graph: tuple[tuple[int, int], Graph] | None = None  # the addresses, and the graph of a full batch
         self._graph_context: Any = None

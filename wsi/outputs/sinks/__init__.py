@@ -110,9 +110,9 @@ def find_sink(option: str, name: str) -> SinkKind:
 @cache
 def _entry_points() -> dict[str, dict[str, metadata.EntryPoint]]:
     """Return the entry points of other packages, by option and value."""
-    found: dict[str, dict[str, metadata.EntryPoint]] = {option: {} for option in OPTIONS}
+    by_option: dict[str, dict[str, metadata.EntryPoint]] = {option: {} for option in OPTIONS}
     for entry in metadata.entry_points(group=ENTRY_POINTS):
         option, _, name = entry.name.partition(".")
-        if option in found:
-            found[option][name] = entry
-    return found
+        if option in by_option:
+            by_option[option][name] = entry
+    return by_option
