@@ -74,7 +74,7 @@ toc_object_entries_show_parents = "hide"
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!histostream\b).*\..*"),
     (r"py:obj", r"[A-Z][A-Z0-9_]+"),  # constants have comments instead of docstrings
-    (r"py:class", r"Tensor|Axes|.*\[.*|.*\.(AnySink|Item|Label|Result|Score|T)"),  # aliases
+    (r"py:class", r"Tensor|Axes|.*\[.*|.*\.(AnySink|Item|Label|Record|Result|Score|T|_Outputs)"),  # aliases
 ]
 
 # `-t pages` leaves out the API reference, which takes minutes. A test builds the other pages.

@@ -3,7 +3,7 @@
 A record is a dataclass with one field for each key of a JSON object; ``metadata={"key": ...}`` names the
 key where it is not the field's name. Older and newer versions write
 other keys, and a file may have been edited by hand. Therefore a value of an unexpected type becomes
-the field's default, and unknown keys are kept in the field `further` and written again.
+the field's default, and unknown keys are kept in the field ``further`` and written again.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Types that say where the height and the width of the tile lie in the tensors of a graph.
 
-`receptive_field` and its rules share them.
+The package ``receptive_field`` and its rules share them.
 """
 
 from __future__ import annotations
