@@ -357,7 +357,7 @@ def test_ctrl_c_says_how_to_go_on(large: Path, tiny_bundle: Path, tmp_path: Path
     _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert "Traceback" not in said
-    assert "the same command goes on from there" in said
+    assert "the same command continues from there" in said
     left = {p.name for p in (tmp_path / "out" / "large").iterdir()}
     assert left == {".journal"}
     done = subprocess.run(arguments, capture_output=True, text=True, check=True)

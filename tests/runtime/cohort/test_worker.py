@@ -197,8 +197,8 @@ def test_out_of_memory_goes_on_with_smaller_batches(
     outcome = worker.segment(replace(task, options=replace(ALL, batch=9)))
     assert outcome.status == "done"
     assert max(engine.batches) == 2
-    assert "goes on with 4 tiles at once" in caplog.text
-    assert "goes on with 2 tiles at once" in caplog.text
+    assert "continues with 4 tiles at once" in caplog.text
+    assert "continues with 2 tiles at once" in caplog.text
     engine.most = 0
     lost = worker.segment(replace(task, restart=True))
     assert lost.status == "failed"

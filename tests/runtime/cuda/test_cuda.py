@@ -164,6 +164,7 @@ def test_a_slide_streams_through_cuda_python(tmp_path: Path) -> None:
         from histostream.runtime.cuda.base import open_device
         from histostream.runtime.slide_run import segment_slide
         from histostream.runtime.options import Options
+        from histostream.wsi.records import to_json
         from tests.runtime.conftest import PlaceDependentEngine
         from tests.runtime.host_device import HostDeviceEngine, HostStreamQueue
 

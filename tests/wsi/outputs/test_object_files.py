@@ -21,7 +21,7 @@ from histostream.wsi.errors import OutputError
 from histostream.wsi.outputs.folder import OutputFolder
 from histostream.wsi.outputs.label_rows import NOT_ANALYSED, ClassInfo, LabelRows, SlideInfo
 from histostream.wsi.outputs.objects import simplify
-from histostream.wsi.outputs.sinks import SinkKind, find_sink, objects, sink_names
+from histostream.wsi.outputs.sinks import SinkKind, find_sink, object_files, sink_names
 from histostream.wsi.outputs.sinks.annotations.qupath import ANNOTATION_UM2
 from histostream.wsi.outputs.sinks.object_files import Objects
 
@@ -357,7 +357,7 @@ def test_a_file_that_cannot_be_opened_leaves_nothing(tmp_path: Path) -> None:
 
 def test_polygons_are_simplified_some_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     at_once = written(tmp_path / "at once", tissue(), simplify_um=0.5)
-    monkeypatch.setattr(objects, "GROUP_POINTS", 100)
+    monkeypatch.setattr(object_files, "GROUP_POINTS", 100)
     in_groups = written(tmp_path / "in groups", tissue(), simplify_um=0.5)
     for name in names(at_once) - {"run.json"}:
         assert (at_once / name).read_bytes() == (in_groups / name).read_bytes()
