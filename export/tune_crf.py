@@ -9,7 +9,6 @@ Use images that the model was not trained on, such as its validation images.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -30,7 +29,7 @@ from histostream.training.augment import zoom
 from histostream.training.data import Sample
 from histostream.training.metrics import Confusion
 from histostream.training.schedule import Schedule
-from histostream.wsi.errors import HistoError, OutputError
+from histostream.wsi.errors import HistoError
 
 # Values to try for each parameter, one parameter after the other.
 CANDIDATES: dict[str, tuple[float, ...]] = {
@@ -226,10 +225,4 @@ def keep_params(bundle: Path, params: CrfParams) -> None:
     OutputError
         If the card cannot be written.
     """
-    card = replace(read_card(bundle), crf=asdict(params))
-    try:
-        with tempfile.TemporaryDirectory(dir=bundle) as scratch:
-            write_card(card, Path(scratch))
-            (Path(scratch) / "card.json").replace(bundle / "card.json")
-    except OSError as error:
-        raise OutputError(f"{bundle}: its card cannot be written ({error.strerror}); check its permissions") from error
+    write_card(replace(read_card(bundle), crf=asdict(params)), bundle)

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
@@ -396,7 +396,7 @@ class SlideRun:
             DecodedBlocks(self.overview_blocks, decoded),
             tuple(DamagedBlock(**block) for block in context.damage.record()),
             ModelRecord(card.method, engine.name, card.files, card.mpp, card_record(card)),
-            to_json(asdict(options)),
+            to_json(options),
             GridRecord(grid.tile_px, grid.overlap_px, len(grid.xs) * len(grid.ys), counts.tiles, len(manifest.bands)),
             SecondsRecord(round(total - waited, 3), **stages, wait=waited),
             mpx=round(counts.pixels / 1e6, 3),

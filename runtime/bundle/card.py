@@ -16,6 +16,7 @@ from typing import Any, get_origin, get_type_hints
 
 from histostream.runtime.choices import BF16, PRECISIONS
 from histostream.wsi.errors import HistoError, reason
+from histostream.wsi.files import write_whole
 from histostream.wsi.outputs.label_rows import ClassInfo
 
 SCHEMA = 1
@@ -181,11 +182,17 @@ def read_card(bundle: Path) -> ModelCard:
 
 
 def write_card(card: ModelCard, bundle: Path) -> None:
-    """Write ``card.json`` into a bundle's folder."""
+    """Write ``card.json`` into a bundle's folder, whole or not at all.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be written.
+    """
     content = {"schema": SCHEMA, **asdict(card)}
     content |= content.pop("further")
     text = json.dumps(content, indent=1, allow_nan=False)
-    (bundle / "card.json").write_text(text + "\n", encoding="utf-8")
+    write_whole(bundle / "card.json", text + "\n")
 
 
 def read_file(bundle: Path, card: ModelCard, name: str) -> bytes:

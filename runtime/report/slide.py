@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import tomllib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,7 @@ def _stages(run: RunRecord) -> list[Stage]:
 
 def _changed_options(run: RunRecord) -> list[tuple[str, str]]:
     """Return (name, value) of each option that differs from its default, as the page shows it."""
-    options, defaults = to_json(run.options), to_json(asdict(Options()))
+    options, defaults = to_json(run.options), to_json(Options())
     changed = {name: value for name, value in options.items() if name != "crf" and value != defaults.get(name)}
     requested = (run.inputs or {}).get("options", {})
     changed |= {name: requested[name] for name in ("backend", "precision") if requested.get(name, "auto") != "auto"}

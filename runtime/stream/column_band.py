@@ -105,18 +105,7 @@ class HostStream:
 def open_stream(engine: Engine, grid: TileGrid, options: Options, seconds: StageSeconds, *, channels: int) -> RowStream:
     """Open a stream for one column band, in device memory if the engine supports it.
 
-    Parameters
-    ----------
-    engine
-        The network.
-    grid
-        The tiles of the band.
-    options
-        How to run.
-    seconds
-        The times are added to it.
-    channels
-        Of the strips that will be fed.
+    Parameters as of `HostStream`; ``channels`` is the number of channels of the strips.
 
     Raises
     ------

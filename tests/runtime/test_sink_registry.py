@@ -13,6 +13,7 @@ import pytest
 from histostream.runtime.options import OptionError, Options
 from histostream.wsi.outputs import sinks
 from histostream.wsi.outputs.sinks import SinkError, SinkKind, find_sink, sink_names
+from histostream.wsi.registry import entry_points
 from tests.runtime.conftest import random_pixels, write_slide
 
 PLUGIN = '''
@@ -96,11 +97,11 @@ def test_a_broken_entry_point_is_one_line(monkeypatch: pytest.MonkeyPatch) -> No
     broken = metadata.EntryPoint("rasters.gone", "no_such_package:SINK", sinks.ENTRY_POINTS)
     other = metadata.EntryPoint("rasters.other", "json:dumps", sinks.ENTRY_POINTS)
     monkeypatch.setattr(metadata, "entry_points", lambda group: [broken, other])
-    sinks._entry_points.cache_clear()
+    entry_points.cache_clear()
     try:
         for name in ("gone", "other"):
             with pytest.raises(SinkError, match=f"--rasters {name}: .*update or remove its package"):
                 find_sink("rasters", name)
     finally:
         monkeypatch.undo()
-        sinks._entry_points.cache_clear()
+        entry_points.cache_clear()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from histostream.wsi.files import remove, temporary_name, writing
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,3 +56,35 @@ class ObjectFile(Protocol):
 
     def abort(self) -> None:
         """Remove the temporary file. Allowed at any time, also twice, also after `finish`."""
+
+
+class WholeObjectFile:
+    """Base of an `ObjectFile` of one file, which has a temporary name until it is complete.
+
+    A subclass opens the file under ``_temporary`` and puts all that has to be closed into ``_open``,
+    in the order of closing.
+
+    Parameters
+    ----------
+    path
+        Final name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._temporary = temporary_name(path)
+        self._open: list[Any] = []
+
+    def finish(self) -> tuple[Path, Path]:
+        """Close the file under its temporary name; return the (temporary, final) pair."""
+        with writing(self.path):
+            for file in self._open:
+                file.close()
+        return self._temporary, self.path
+
+    def abort(self) -> None:
+        """Remove what was written."""
+        for file in self._open:
+            with suppress(OSError):
+                file.close()
+        remove([self._temporary])

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from histostream.wsi.errors import HistoError
 from histostream.wsi.optional import require
 from histostream.wsi.outputs.memory_needs import MemoryNeeds
+from histostream.wsi.registry import entry_points
 
 if TYPE_CHECKING:
     from histostream.wsi.outputs.label_rows import SlideInfo
@@ -80,7 +80,7 @@ def sink_names(option: str) -> tuple[str, ...]:
     ('dsa', 'qupath')
     """
     files = (Path(__file__).parent / option).glob("[!_]*.py")
-    return tuple(sorted({file.stem.replace("_", "-") for file in files} | _entry_points()[option].keys()))
+    return tuple(sorted({file.stem.replace("_", "-") for file in files} | _entry_points(option).keys()))
 
 
 def find_sink(option: str, name: str) -> SinkKind:
@@ -93,7 +93,7 @@ def find_sink(option: str, name: str) -> SinkKind:
     """
     if name not in sink_names(option):
         raise SinkError(f"{option}={name!r}: use {' or '.join(sink_names(option))}")
-    entry_point = _entry_points()[option].get(name)
+    entry_point = _entry_points(option).get(name)
     try:
         kind = (
             import_module(f"{__name__}.{option}.{name.replace('-', '_')}").SINK
@@ -107,12 +107,8 @@ def find_sink(option: str, name: str) -> SinkKind:
     return kind
 
 
-@cache
-def _entry_points() -> dict[str, dict[str, metadata.EntryPoint]]:
-    """Return the entry points of other packages, by option and value."""
-    by_option: dict[str, dict[str, metadata.EntryPoint]] = {option: {} for option in OPTIONS}
-    for entry in metadata.entry_points(group=ENTRY_POINTS):
-        option, _, name = entry.name.partition(".")
-        if option in by_option:
-            by_option[option][name] = entry
-    return by_option
+def _entry_points(option: str) -> dict[str, metadata.EntryPoint]:
+    """Return the entry points of other packages for an option, by value."""
+    prefix = f"{option}."
+    every = entry_points(ENTRY_POINTS).items()
+    return {name.removeprefix(prefix): entry for name, entry in every if name.startswith(prefix)}

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from pathlib import Path
 
 from histostream.wsi.errors import printable
-from histostream.wsi.files import remove, temporary_name, writing
+from histostream.wsi.files import writing
 from histostream.wsi.outputs.label_rows import ClassInfo, SlideInfo
-from histostream.wsi.outputs.objects.slide_object import SlideObject
+from histostream.wsi.outputs.objects.slide_object import SlideObject, WholeObjectFile
 from histostream.wsi.outputs.sinks import SinkKind
 
 LINE_WIDTH = 1
@@ -17,7 +16,7 @@ FILL = 0.25  # opacity: the tissue stays visible
 DECIMALS = 3  # of measurements
 
 
-class Dsa:
+class Dsa(WholeObjectFile):
     """Objects as one large-image annotation, a line for each; a group for each class.
 
     Coordinates are pixels of the slide's full size, with a third that is 0. Measurements are in
@@ -32,13 +31,13 @@ class Dsa:
     """
 
     def __init__(self, path: Path, info: SlideInfo) -> None:
-        self.path = path
-        self._temporary = temporary_name(path)
+        super().__init__(path)
         self._looks = [_look(entry) for entry in info.classes]
         head = {"name": "histostream", "description": f"Objects of {printable(info.name)}"}
         self._separator = ""
         with writing(path):
             self._file = self._temporary.open("w", encoding="ascii", newline="")
+            self._open.append(self._file)
             self._file.write(json.dumps(head)[:-1] + ', "elements": [\n')
 
     def write(self, item: SlideObject) -> None:
@@ -65,14 +64,7 @@ class Dsa:
         """Complete the file under its temporary name."""
         with writing(self.path):
             self._file.write("\n]}\n")
-            self._file.close()
-        return self._temporary, self.path
-
-    def abort(self) -> None:
-        """Remove what was written."""
-        with suppress(OSError):
-            self._file.close()
-        remove([self._temporary])
+        return super().finish()
 
 
 def _look(entry: ClassInfo) -> dict[str, object]:

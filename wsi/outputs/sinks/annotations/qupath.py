@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
-from contextlib import suppress
 from pathlib import Path
 
-from histostream.wsi.files import remove, temporary_name, writing
+from histostream.wsi.files import writing
 from histostream.wsi.outputs.label_rows import SlideInfo
-from histostream.wsi.outputs.objects.slide_object import SlideObject
+from histostream.wsi.outputs.objects.slide_object import SlideObject, WholeObjectFile
 from histostream.wsi.outputs.sinks import SinkKind
 
 # QuPath shows detections by the hundred thousand, annotations can be edited. The largest nucleus
@@ -19,7 +18,7 @@ GZIP_LEVEL = 5  # 53 MB of outlines: 1.0 s and 7.0 MB; level 6 takes 2.2 s, leve
 DECIMALS = 3  # of measurements
 
 
-class GeoJson:
+class GeoJson(WholeObjectFile):
     """Objects as a GeoJSON FeatureCollection (RFC 7946), in QuPath's terms, a line for each.
 
     Coordinates are pixels of the slide's full size. Objects of `ANNOTATION_UM2` and more are
@@ -34,13 +33,13 @@ class GeoJson:
     """
 
     def __init__(self, path: Path, info: SlideInfo) -> None:
-        self.path = path
-        self._temporary = temporary_name(path)
+        super().__init__(path)
         self._classes = [{"name": entry.name, "color": list(entry.color)} for entry in info.classes]
         self._separator = ""
         with writing(path):
-            self._raw = self._temporary.open("wb")
-            self._file = gzip.GzipFile("", "wb", GZIP_LEVEL, self._raw, mtime=0)
+            raw = self._temporary.open("wb")
+            self._file = gzip.GzipFile("", "wb", GZIP_LEVEL, raw, mtime=0)
+            self._open += [self._file, raw]
         self._put('{"type":"FeatureCollection","features":[\n')
 
     def write(self, item: SlideObject) -> None:
@@ -67,17 +66,7 @@ class GeoJson:
     def finish(self) -> tuple[Path, Path]:
         """Complete the file under its temporary name."""
         self._put("\n]}\n")
-        with writing(self.path):
-            self._file.close()
-            self._raw.close()
-        return self._temporary, self.path
-
-    def abort(self) -> None:
-        """Remove what was written."""
-        for file in (self._file, self._raw):
-            with suppress(OSError):
-                file.close()
-        remove([self._temporary])
+        return super().finish()
 
     def _put(self, text: str) -> None:
         with writing(self.path):

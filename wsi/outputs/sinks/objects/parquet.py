@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from histostream.wsi.files import remove, temporary_name, writing
+from histostream.wsi.files import writing
 from histostream.wsi.outputs.label_rows import SlideInfo
 from histostream.wsi.outputs.memory_needs import MemoryNeeds
-from histostream.wsi.outputs.objects.slide_object import SlideObject
+from histostream.wsi.outputs.objects.slide_object import SlideObject, WholeObjectFile
 from histostream.wsi.outputs.sinks import SinkKind
 from histostream.wsi.outputs.sinks.objects._table import COLUMNS, table_line
 
@@ -17,7 +16,7 @@ GROUP_LINES = 1 << 16  # written together, and kept in memory until then
 ARROW_BYTES = 128 << 20  # pyarrow itself, and the lines that wait
 
 
-class ParquetTable:
+class ParquetTable(WholeObjectFile):
     """Objects as Parquet.
 
     Parameters
@@ -30,14 +29,15 @@ class ParquetTable:
         import pyarrow
         import pyarrow.parquet
 
-        self.path, self._info = path, info
-        self._temporary = temporary_name(path)
+        super().__init__(path)
+        self._info = info
         text = pyarrow.dictionary(pyarrow.int32(), pyarrow.string())
         kinds = {"slide": text, "class": text, "object": pyarrow.int64(), "holes": pyarrow.int32()}
         self._schema = pyarrow.schema([(name, kinds.get(name, pyarrow.float64())) for name in COLUMNS])
         self._lines: list[tuple[Any, ...]] = []
         with writing(path):
             self._file = pyarrow.parquet.ParquetWriter(self._temporary, self._schema)
+        self._open.append(self._file)
 
     def write(self, item: SlideObject) -> None:
         """Take the next object."""
@@ -48,15 +48,7 @@ class ParquetTable:
     def finish(self) -> tuple[Path, Path]:
         """Complete the file under its temporary name."""
         self._flush()
-        with writing(self.path):
-            self._file.close()
-        return self._temporary, self.path
-
-    def abort(self) -> None:
-        """Remove what was written."""
-        with suppress(OSError):
-            self._file.close()
-        remove([self._temporary])
+        return super().finish()
 
     def _flush(self) -> None:
         import pyarrow
