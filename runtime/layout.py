@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from histostream.runtime.bundle.card import ModelCard
 from histostream.runtime.options import Options
-from histostream.runtime.stream.blend import check_blend, exact_overlap_px
+from histostream.runtime.stream.blend import aligned_overlap_px, check_blend, exact_overlap_px
 from histostream.wsi.errors import SlideError
 from histostream.wsi.outputs.sinks.overview import overview_size
 from histostream.wsi.slides.damage import Damage, Undamaged
@@ -128,10 +128,23 @@ def lay_tiles(width: int, height: int, card: ModelCard, options: Options) -> Til
     BlendError
         If the overlap or the blending does not fit the model.
     """
-    overlap_px = options.overlap_px
-    if overlap_px is None:
-        exact = options.blend == "exact" and not card.tile_statistics
-        overlap_px = exact_overlap_px(card) if exact else min(DEFAULT_OVERLAP_PX, card.tile_px // 4)
-    overlap_px = -(-overlap_px // card.align_px) * card.align_px
+    overlap_px = _fitting(options, card)
     check_blend(options.blend, card, overlap_px)
     return TileGrid.cover(width, height, tile_px=card.tile_px, overlap_px=overlap_px, align_px=card.align_px)
+
+
+def _fitting(options: Options, card: ModelCard) -> int:
+    """Return the overlap that is asked for, or the default one, as the tiles can have it.
+
+    Tiles begin at multiples of the alignment, so that an overlap is the rest of the tile's division by it, or a multiple
+    more: the next larger one, or the next smaller one where that would be more than half a tile.
+    """
+    tile_px, align_px, half = card.tile_px, card.align_px, card.tile_px // 2
+    exact = options.blend == "exact" and not card.tile_statistics
+    if options.overlap_px is None and exact:
+        return exact_overlap_px(card)
+    overlap_px = min(DEFAULT_OVERLAP_PX, tile_px // 4) if options.overlap_px is None else options.overlap_px
+    larger = aligned_overlap_px(card, overlap_px)
+    if exact or larger <= half or larger < align_px:
+        return larger
+    return larger - align_px if overlap_px <= half else overlap_px  # `check_blend` refuses the latter

@@ -28,6 +28,8 @@ from histostream.export.graph.spatial_axes import (
 )
 from histostream.export.receptive_field.rules import RULES
 
+COMPUTED, MEASURED = "computed", "measured"
+
 
 @dataclass(frozen=True, slots=True)
 class ReceptiveField:
@@ -54,13 +56,13 @@ class ReceptiveField:
     align_px: int
     whole_tile: tuple[str, ...]
     unknown: tuple[str, ...] = ()
-    source: str = "computed"
+    source: str = COMPUTED
     position: bool = False
 
     @property
     def is_local(self) -> bool:
-        """Whether tiles agree where they overlap, a halo away from their edges."""
-        return not (self.whole_tile or self.unknown or self.position)
+        """Whether overlapping tiles agree where they are a halo away from their edges, as far as is known."""
+        return not (self.whole_tile or self.position) and (not self.unknown or self.source == MEASURED)
 
 
 def receptive_field(model: onnx.ModelProto) -> ReceptiveField:
@@ -81,10 +83,13 @@ def receptive_field(model: onnx.ModelProto) -> ReceptiveField:
     GraphError
         If height or width are not fixed.
     """
-    traced = trace(model)
-    output = model.graph.output[0].name
+    return computed_field(trace(model))
+
+
+def computed_field(traced: Trace) -> ReceptiveField:
+    """Compute halo, alignment and whole-tile nodes as `receptive_field`, of a graph that was followed already."""
+    output = traced.model.graph.output[0].name
     used = _ancestors(traced, output)
-    layouts = [layout for name in used if (layout := traced.layouts.get(name))]
     align_px, beyond = _alignment(traced, used)
     steps = [step for step in traced.steps if used.intersection(step.node.output)]
     whole = [
@@ -144,9 +149,10 @@ class Trace:
     """The nodes of a graph that depend on the tile, and the layout of every tensor that they make.
 
     A tensor without an entry does not depend on the pixels; a tensor with the entry None is a statistic, which has no
-    position in the tile.
+    position in the tile. The shapes in ``model`` are known and its N is fixed.
     """
 
+    model: onnx.ModelProto
     tiles: str
     spatial_axes: Layout  # of the input
     steps: tuple[Step, ...]
@@ -187,7 +193,7 @@ def trace(model: onnx.ModelProto, batch: int = 1) -> Trace:
         effect = _effect(Op(node, opset, shapes, layouts, constants, axes), subgraph)
         layouts.update(effect.layouts)
         steps.append(Step(node, effect))
-    return Trace(tiles, axes, tuple(steps), layouts, shapes)
+    return Trace(model, tiles, axes, tuple(steps), layouts, shapes)
 
 
 def _ancestors(traced: Trace, output: str) -> set[str]:

@@ -22,6 +22,7 @@ from histostream.wsi.outputs.label_rows import ClassInfo
 SCHEMA = 1
 ENGINES = "engines"  # the only folder in a bundle: TensorRT engines
 SCORE_KINDS = ("probability", "embedding")
+HALO_SOURCES = ("computed", "measured")
 MAX_TILE_PX = 8192  # 0.2 GB of RGB pixels; networks in use take 128 to 2048
 MAX_MPP = 1e6  # um per pixel: a pixel of a metre
 MAX_NAME = 200  # characters of a class or a method; the legend shows about 25
@@ -52,7 +53,8 @@ class ModelCard:
     halo_px
         Half the receptive field: the pixels beyond its own position that an output pixel depends on.
     tile_statistics
-        Whether the result depends on statistics of the whole tile (instance or group norm).
+        Whether the result depends on more than the pixels within the halo: on statistics of the whole tile (instance or
+        group norm, pooling over the tile), or on where in its tile a pixel lies (aligned corners).
     score_kind
         "probability": scores are round(255 p); "embedding": iMEMS's embedding, 0..255. The label
         is the arg-max of both.
@@ -72,6 +74,8 @@ class ModelCard:
     crf
         Parameters of the dense CRF that ``histo-export tune-crf`` found; thetas in pixels of
         ``mpp``. Empty if it was not run.
+    halo_source
+        "computed" from the graph; "measured" by perturbation, if a node of the graph has no rule.
     further
         Unknown keys of ``card.json``, written again as they are.
     """
@@ -92,6 +96,7 @@ class ModelCard:
     training: dict[str, Any] = field(default_factory=dict)
     note: str = ""
     crf: dict[str, float] = field(default_factory=dict)
+    halo_source: str = "computed"
     further: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -106,13 +111,14 @@ class ModelCard:
             ("align_px", self.align_px > 0, "a positive number"),
             (
                 "tile_px",
-                self.tile_px > 0 and self.tile_px % max(self.align_px, 1) == 0,
-                "a positive multiple of align_px",
+                self.tile_px >= self.align_px,
+                "align_px or more",
             ),
             ("tile_px", self.tile_px <= MAX_TILE_PX, f"at most {MAX_TILE_PX}"),
             ("halo_px", self.halo_px >= 0, "0 or more"),
             ("classes", 2 <= len(self.classes) <= 254, "2 to 254 classes"),
             ("score_kind", self.score_kind in SCORE_KINDS, f"one of {SCORE_KINDS}"),
+            ("halo_source", self.halo_source in HALO_SOURCES, f"one of {HALO_SOURCES}"),
         ):
             if not valid:
                 raise CardError(f"card: {name}={_short(getattr(self, name))} is not {wanted}")
@@ -130,10 +136,10 @@ class ModelCard:
         """Return the SHA-256 of the card's content that describes the network.
 
         An engine names the card that it was built for by this digest, so engines in the bundle do
-        not change it. Parameters of the CRF and unknown keys do not belong to the network.
+        not change it. Parameters of the CRF, where the halo comes from and unknown keys do not belong to the network.
         """
         content = {"schema": SCHEMA, **asdict(self)}
-        del content["crf"], content["further"]
+        del content["crf"], content["halo_source"], content["further"]
         for name in ("files", "parity"):
             content[name] = {k: v for k, v in content[name].items() if not k.startswith(f"{ENGINES}/")}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -230,8 +236,8 @@ def _parse(content: dict[str, Any]) -> ModelCard:
     types = get_type_hints(ModelCard)
     further = {name: content.pop(name) for name in list(content) if name not in types or name == "further"}
     del types["further"]
-    for name in ("precision", "crf"):  # which older cards do not have
-        content.setdefault(name, {})
+    for name, value in (("precision", {}), ("crf", {}), ("halo_source", "computed")):  # which older cards do not have
+        content.setdefault(name, value)
     for name, hint in types.items():
         kind: Any = get_origin(hint) or hint
         kind = {tuple: list, float: (int, float)}.get(kind, kind)
