@@ -17,7 +17,7 @@ from typing import Any, get_origin, get_type_hints
 from histostream.runtime.choices import BF16, PRECISIONS
 from histostream.wsi.errors import HistoError, reason
 from histostream.wsi.files import write_whole
-from histostream.wsi.outputs.label_rows import ClassInfo
+from histostream.wsi.outputs.label_rows import ROLES, ClassInfo
 
 SCHEMA = 1
 ENGINES = "engines"  # the only folder in a bundle: TensorRT engines
@@ -40,7 +40,8 @@ class ModelCard:
     method
         Name of the method that trained it.
     classes
-        Name and display colour of each class, in label order.
+        Name and display colour of each class, in label order; and the role "background" of one, unless its name says
+        so.
     mpp
         Resolution that the network expects, in micrometres per pixel.
     channels
@@ -132,7 +133,7 @@ class ModelCard:
         An engine names the card that it was built for by this digest, so engines in the bundle do
         not change it. Parameters of the CRF and unknown keys do not belong to the network.
         """
-        content = {"schema": SCHEMA, **asdict(self)}
+        content = _content(self)
         del content["crf"], content["further"]
         for name in ("files", "parity"):
             content[name] = {k: v for k, v in content[name].items() if not k.startswith(f"{ENGINES}/")}
@@ -189,7 +190,7 @@ def write_card(card: ModelCard, bundle: Path) -> None:
     OutputError
         If it cannot be written.
     """
-    content = {"schema": SCHEMA, **asdict(card)}
+    content = _content(card)
     content |= content.pop("further")
     text = json.dumps(content, indent=1, allow_nan=False)
     write_whole(bundle / "card.json", text + "\n")
@@ -225,6 +226,13 @@ def read_file(bundle: Path, card: ModelCard, name: str) -> bytes:
     return content
 
 
+def _content(card: ModelCard) -> dict[str, Any]:
+    """Return the content of ``card.json``; an empty role is left out, as in older cards."""
+    content = {"schema": SCHEMA, **asdict(card)}
+    content["classes"] = [{k: v for k, v in entry.items() if k != "role" or v} for entry in content["classes"]]
+    return content
+
+
 def _parse(content: dict[str, Any]) -> ModelCard:
     """Make a card of untrusted JSON."""
     types = get_type_hints(ModelCard)
@@ -242,7 +250,9 @@ def _parse(content: dict[str, Any]) -> ModelCard:
     for file, digest in content["files"].items():
         if not isinstance(digest, str):
             raise TypeError(f"sha256 {_short(digest)} of {_short(file)} has the wrong type")
-    classes = tuple(ClassInfo(_class_name(c["name"]), _color(c["color"])) for c in content.pop("classes"))
+    classes = tuple(
+        ClassInfo(_class_name(c["name"]), _color(c["color"]), _role(c.get("role", ""))) for c in content.pop("classes")
+    )
     return ModelCard(classes=classes, further=further, **content)
 
 
@@ -252,6 +262,12 @@ def _class_name(value: Any) -> str:
     if not "".join(name.split()).isprintable() or len(name) > MAX_NAME:
         raise ValueError(f"{_short(name)} is no name for a class: use up to {MAX_NAME} printable characters")
     return name
+
+
+def _role(value: Any) -> str:
+    if value not in ROLES:
+        raise ValueError(f"role {_short(value)} of a class is not one of {ROLES}")
+    return str(value)
 
 
 def _color(values: Any) -> tuple[int, int, int]:
