@@ -272,8 +272,8 @@ def _channels(name: str, channels: int | None, options: ExternalModel) -> int:
     count = channels or options.channels or 3
     if options.channels not in (None, count):
         raise DescriptionError(
-            f"input {name!r} has {channels} channels, --mean, --std or --channel-names {options.channels}: pass as many, "
-            "or one number for all"
+            f"input {name!r} has {channels} channels, --mean, --std or --channel-names {options.channels}: pass as "
+            "many, or one number for all"
         )
     if count > MAX_CHANNELS:
         raise GraphError(f"input {name!r} has {count} channels: more than {MAX_CHANNELS} cannot be; check --layout")
@@ -306,7 +306,7 @@ def _normalisation(
     if kind is np.uint8:
         if given:
             raise DescriptionError(
-                f"the network takes uint8 and normalises it itself: leave out {', '.join('--' + name for name in given)}"
+                f"the network takes uint8 and normalises it itself: leave {', '.join('--' + n for n in given)} out"
             )
         return (0.0,) * channels, (1.0,) * channels, 1.0
     mean, std = options.mean or (0.0,), options.std or (1.0,)

@@ -32,6 +32,9 @@ class Nodes:
 
     def add(self, kind: str, *inputs: str, **attributes: Any) -> str:
         """Add a node of one output and return the output's name."""
+        if kind == "ReduceMax" and self.opset < 18:  # the axes are an attribute until then
+            (axes,) = (t for t in self._graph.initializer if t.name == inputs[1])
+            inputs, attributes = inputs[:1], {**attributes, "axes": numpy_helper.to_array(axes).tolist()}
         taken = {node.name for node in self.nodes}
         name = unused_name(f"{self._stage}{kind.lower()}", taken)
         self.nodes.append(helper.make_node(kind, inputs, [name], name=name, **attributes))

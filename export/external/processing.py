@@ -17,6 +17,7 @@ from histostream.export.external.nodes import Nodes, reserve_names
 from histostream.export.external.output import OutputFormat
 from histostream.export.external.scoring import Scoring
 from histostream.export.graph.model import INVALID, GraphError, check_graph, first_line, open_session, opset_of
+from histostream.export.graph.scores import add_rounding
 
 MAX_DIFFERENCE = 1 / 255  # of a score, on average; the parity check is stricter
 
@@ -39,8 +40,7 @@ def with_processing(
     source.add_nodes(before, graph)
     y = scoring.add_nodes(after, output.add_nodes(after, result), output.channels)
     y = _placed(after, y, output, tile_px)
-    y = after.add("Clip", y, after.constant("least_score", np.float32(0)), after.constant("full_score", np.float32(1)))
-    after.add("Cast", y, to=TensorProto.FLOAT16)
+    add_rounding(y, after.add, after.constant)
     after.nodes[-1].output[0] = "scores"
 
     nodes = [*before.nodes, *graph.node, *after.nodes]

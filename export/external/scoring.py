@@ -15,9 +15,9 @@ from histostream.export.external.nodes import Nodes
 from histostream.export.external.output import OutputFormat
 from histostream.wsi.outputs.label_rows import BACKGROUND, is_background_name
 
-# Scores leave the graph in FP16, whose neighbours below 1 are 2^-11 apart. The class that loses at a threshold is
-# lowered by that, so that rounding cannot turn the label of a pixel just above or below the threshold.
-MARGIN = 2.0**-11
+# The class that loses at a threshold is lowered by this, more than FP32 rounds: a score equal to the threshold reaches
+# it, and the arg-max says what the comparison says.
+MARGIN = 2.0**-20
 DEFAULT_THRESHOLD = 0.5
 
 
@@ -58,9 +58,10 @@ class Scoring:
         return min(1.0, (1 - threshold) / threshold), min(1.0, threshold / (1 - threshold))
 
     def scores(self, y: NDArray[Any]) -> NDArray[np.float32]:
-        """Return the scores (N, K, H, W), not rounded."""
+        """Return the scores (N, K, H, W) of an output (N, C, H, W), not rounded."""
         if self.activation == LABELS:
-            return (y == np.arange(len(self.classes)).reshape(1, -1, 1, 1)).astype(np.float32)
+            one_hot: NDArray[np.bool_] = y == np.arange(len(self.classes)).reshape(1, -1, 1, 1)
+            return one_hot.astype(np.float32)
         y = y.astype(np.float64)
         if self.activation == "softmax":
             y = np.exp(y - y.max(axis=1, keepdims=True))
@@ -79,11 +80,10 @@ class Scoring:
             least = np.float32(self.background_below)
             best = y.max(axis=1, keepdims=True)
             y = np.concatenate([least - MARGIN * (best >= least), y], axis=1)
-        clipped: NDArray[np.float32] = np.clip(y, 0, 1).astype(np.float32)
-        return clipped
+        return y.astype(np.float32)
 
     def add_nodes(self, nodes: Nodes, y: str, channels: int) -> str:
-        """Add the same to a graph, and return the name of the scores, which are not clipped."""
+        """Add the same to a graph, and return the name of the scores."""
         if self.activation == LABELS:
             labels = np.arange(len(self.classes), dtype=np.float32).reshape(1, -1, 1, 1)
             return nodes.add("Cast", nodes.add("Equal", y, nodes.constant("labels", labels)), to=TensorProto.FLOAT)
@@ -103,7 +103,7 @@ class Scoring:
             other = nodes.add("Sub", nodes.add("Mul", without, against), above)
             return nodes.add("Concat", *((other, p) if self.foreground else (p, other)), axis=1)
         if self.background_below is not None:
-            best = _largest(nodes, y)
+            best = nodes.add("ReduceMax", y, nodes.constant("classes", np.array([1])), keepdims=1)
             above = self._reaches(nodes, best, self.background_below)
             least = nodes.constant("least", np.float32(self.background_below))
             return nodes.add("Concat", nodes.add("Sub", least, above), y, axis=1)
@@ -115,13 +115,6 @@ class Scoring:
         is_above = nodes.add("GreaterOrEqual", y, nodes.constant("threshold", np.float32(threshold)))
         above = nodes.add("Cast", is_above, to=TensorProto.FLOAT)
         return nodes.add("Mul", above, nodes.constant("margin", np.float32(MARGIN)))
-
-
-def _largest(nodes: Nodes, y: str) -> str:
-    """Return the largest score of each pixel; the axis is an attribute before operator set 18."""
-    if nodes.opset < 18:
-        return nodes.add("ReduceMax", y, axes=[1], keepdims=1)
-    return nodes.add("ReduceMax", y, nodes.constant("axis", np.array([1], np.int64)), keepdims=1)
 
 
 def choose_scoring(options: ExternalModel, output: OutputFormat, activation: Activation) -> tuple[Scoring, list[str]]:
@@ -169,8 +162,8 @@ def choose_scoring(options: ExternalModel, output: OutputFormat, activation: Act
 def _labels(options: ExternalModel) -> Scoring:
     if options.threshold is not None or options.background_below is not None:
         raise DescriptionError(
-            "the output is labels, which have no threshold: leave --threshold and --background-below out, or export the "
-            "model without its arg-max"
+            "the output is labels, which have no threshold: leave --threshold and --background-below out, or export "
+            "the model without its arg-max"
         )
     if len(options.classes) < 2:
         raise DescriptionError("the output is labels: name all of them with --classes, from label 0 on")

@@ -87,7 +87,7 @@ class WrappedModel:
     note: str = ""
 
     def classes(self) -> tuple[ClassInfo, ...]:
-        """The classes with their colours: those that were given, else a palette in which the background is white."""
+        """Return the classes with their colours: as given, else of a palette, and white for the background."""
         names, background = self.scoring.classes, self.scoring.background
         given = dict(zip(self.options.classes, self.options.colors, strict=False))
         palette = iter(range(len(names)))
@@ -192,6 +192,7 @@ def external_network(
             **wrapped.as_dict(),
         },
         note=note or wrapped.note,
+        channel_names=wrapped.options.channel_names,
     )
 
 
@@ -354,5 +355,5 @@ def _with_whole_strides(reference: Reference, align_px: int) -> tuple[Reference,
     network = replace(reference.network, source=replace(source, tile_px=tile_px))
     how = "the rest is not covered by its output" if output.border_px else "the last row and column are repeated"
     return replace(reference, network=network), [
-        f"the network takes {side} px, which is no multiple of its strides ({align_px} px): tiles of {tile_px} px; {how}"
+        f"the network takes {side} px, no multiple of its strides ({align_px} px): tiles of {tile_px} px; {how}"
     ]
