@@ -86,6 +86,12 @@ class WrappedModel:
     mpp: float
     note: str = ""
 
+    @property
+    def border_px(self) -> int:
+        """Pixels at each side of a tile that have no scores of their own."""
+        border = self.output.border_px
+        return border and border + max(self.source.tile_px - self.source.side, 0)
+
     def classes(self) -> tuple[ClassInfo, ...]:
         """Return the classes with their colours: as given, else of a palette, and white for the background."""
         names, background = self.scoring.classes, self.scoring.background
@@ -193,6 +199,7 @@ def external_network(
         },
         note=note or wrapped.note,
         channel_names=wrapped.options.channel_names,
+        border_px=wrapped.border_px,
     )
 
 

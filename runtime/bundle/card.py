@@ -25,7 +25,7 @@ from histostream.wsi.outputs.label_rows import ROLES, ClassInfo
 SCHEMA = 2
 OLD_SCHEMA = 1  # its scores are bytes, round(255 s), which loses labels where classes are close
 ENGINES = "engines"  # the only folder in a bundle: TensorRT engines
-SCORE_KINDS = ("probability", "embedding")
+SCORE_KINDS = ("probability", "embedding", "label")
 MAX_TILE_PX = 8192  # 0.2 GB of RGB pixels; networks in use take 128 to 2048
 MAX_MPP = 1e6  # um per pixel: a pixel of a metre
 MAX_CHANNELS = 64
@@ -64,7 +64,8 @@ class ModelCard:
     tile_statistics
         Whether the result depends on statistics of the whole tile (instance or group norm).
     score_kind
-        "probability"; "embedding": iMEMS's embedding divided by 255. The label is the arg-max of both.
+        "probability"; "embedding": iMEMS's embedding divided by 255; "label": 1 for the label that the network gives,
+        else 0. The label is the arg-max of all.
     files
         SHA-256 of each file, by name: the ONNX files of `PRECISIONS` and ``engines/...``.
     opset
@@ -83,6 +84,8 @@ class ModelCard:
         ``mpp``. Empty if it was not run.
     channel_names
         Name of each channel; empty for RGB and grey.
+    border_px
+        Pixels at each side of a tile for which the network gives no scores; those there repeat the nearest.
     schema
         Version of the tile contract.
     further
@@ -106,6 +109,7 @@ class ModelCard:
     note: str = ""
     crf: dict[str, float] = field(default_factory=dict)
     channel_names: tuple[str, ...] = ()
+    border_px: int = 0
     schema: int = SCHEMA
     further: dict[str, Any] = field(default_factory=dict)
 
@@ -131,6 +135,7 @@ class ModelCard:
             ),
             ("tile_px", self.tile_px <= MAX_TILE_PX, f"at most {MAX_TILE_PX}"),
             ("halo_px", self.halo_px >= 0, "0 or more"),
+            ("border_px", 0 <= self.border_px and 2 * self.border_px < self.tile_px, "less than half a tile"),
             ("classes", 2 <= len(self.classes) <= 254, "2 to 254 classes"),
             ("score_kind", self.score_kind in SCORE_KINDS, f"one of {SCORE_KINDS}"),
         ):
@@ -160,7 +165,7 @@ class ModelCard:
         content = _content(self)
         del content["crf"], content["further"]
         if self.schema == OLD_SCHEMA:  # as engines of that time have it
-            del content["channel_names"]
+            del content["channel_names"], content["border_px"]
         for name in ("files", "parity"):
             content[name] = {k: v for k, v in content[name].items() if not k.startswith(f"{ENGINES}/")}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -266,7 +271,12 @@ def _parse(content: dict[str, Any]) -> ModelCard:
     types = get_type_hints(ModelCard)
     further = {name: content.pop(name) for name in list(content) if name not in types or name == "further"}
     del types["further"]
-    for name, default in (("precision", {}), ("crf", {}), ("channel_names", [])):  # which older cards do not have
+    for name, default in (
+        ("precision", {}),
+        ("crf", {}),
+        ("channel_names", []),
+        ("border_px", 0),
+    ):  # which older cards do not have
         content.setdefault(name, default)
     for name, hint in types.items():
         kind: Any = get_origin(hint) or hint
