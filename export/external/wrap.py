@@ -17,8 +17,8 @@ from histostream.export.bundle import Export, Network, Options, Say, check_optio
 from histostream.export.external.activation import LABELS, Activation, Evidence, choose_activation
 from histostream.export.external.description import DescriptionError, ExternalModel
 from histostream.export.external.dynamic_batch import with_dynamic_batch
-from histostream.export.external.file import OLDEST_OPSET, check_operators, convert, open_file, prune
-from histostream.export.external.formats import read_network
+from histostream.export.external.file import OLDEST_OPSET, convert, prune
+from histostream.export.external.formats import open_network
 from histostream.export.external.metadata import read_metadata, with_defaults
 from histostream.export.external.network import ExternalNetwork, InputFormat, Tiles, choose_tensors, trial_tiles
 from histostream.export.external.output import OutputFormat
@@ -222,8 +222,7 @@ def wrap_graph(path: Path, options: ExternalModel, *, mpp: float | None, calibra
     DescriptionError, GraphError
         As `wrap_onnx`.
     """
-    original = read_network(path)
-    check_operators(original)
+    original, session = open_network(path)
     defaults = read_metadata(original)
     options, decisions = with_defaults(options, defaults)
     decisions += [f"metadata left out: {text}" for text in defaults.ignored]
@@ -231,7 +230,6 @@ def wrap_graph(path: Path, options: ExternalModel, *, mpp: float | None, calibra
         raise DescriptionError("the file's metadata do not name the classes: pass --classes with a name for each label")
     mpp, line = _resolution(mpp, defaults.mpp)
     decisions += line
-    session = open_file(path, original)
     options = choose_tensors(session, options)
     model = prune(original, str(options.input_name), str(options.output_name))
     if len(session.get_inputs()) > 1:  # the file's session would need all of them

@@ -135,7 +135,7 @@ class ModelCard:
             ),
             ("tile_px", self.tile_px <= MAX_TILE_PX, f"at most {MAX_TILE_PX}"),
             ("halo_px", self.halo_px >= 0, "0 or more"),
-            ("border_px", 0 <= self.border_px and 2 * self.border_px < self.tile_px, "less than half a tile"),
+            ("border_px", self.border_px >= 0 and 2 * self.border_px < self.tile_px, "less than half a tile"),
             ("classes", 2 <= len(self.classes) <= 254, "2 to 254 classes"),
             ("score_kind", self.score_kind in SCORE_KINDS, f"one of {SCORE_KINDS}"),
         ):
