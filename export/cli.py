@@ -293,6 +293,23 @@ def tune_crf(bundle: Path, source: str, part: str, run: Path | None, mpp: float 
 
 
 @main.command()
+@click.argument("bundle", type=PATH)
+@_export_options
+@_one_line_errors
+def upgrade(bundle: Path, out: Path | None, **values: Any) -> None:
+    """Write BUNDLE, of an older version, again with scores that are not rounded to 8 bits.
+
+    It is replaced once the new one is complete, or left as it is with --out. The labels are then those of the network;
+    the parity check compares with its FP32 graph. A checkpoint is better exported again.
+    """
+    from histostream.export import Options
+    from histostream.export.upgrade import upgrade_bundle
+
+    out = out or bundle
+    _report(upgrade_bundle(bundle, out, Options(**values), say=click.echo), out)
+
+
+@main.command()
 @click.argument("file", type=PATH)
 @_one_line_errors
 def inspect(file: Path) -> None:

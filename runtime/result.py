@@ -21,6 +21,7 @@ from histostream.wsi.optional import require
 from histostream.wsi.outputs.label_rows import ClassInfo, background_label
 from histostream.wsi.outputs.raster import Raster
 from histostream.wsi.outputs.sinks.summary import SummaryRecord
+from histostream.wsi.slides.channels import open_channels
 from histostream.wsi.slides.reader import SlideReader, open_slide
 from histostream.wsi.slides.resolution import SlideView
 from histostream.wsi.slides.slide_locator import SlideLocator
@@ -147,7 +148,11 @@ class SlideResult:
         slide = self.run.slide
         version = SlideVersion(slide.bytes or 0, slide.modified)
         locator = SlideLocator(slide.source, version, slide.sha256)
-        return open_slide(locator.find(None if slides is None else Path(slides)))
+        path = locator.find(None if slides is None else Path(slides))
+        channels = self.run.model.card.channels or 3
+        if channels in (1, 3):
+            return open_slide(path)
+        return open_channels(path, tuple(f"channel {i + 1}" for i in range(channels)))
 
     def region(
         self,
