@@ -148,10 +148,11 @@ def lay_tiles(width: int, height: int, card: ModelCard, options: Options) -> Til
     BlendError
         If the overlap or the blending does not fit the model.
     """
-    overlap_px = options.overlap_px
+    blend, overlap_px = options.for_model(card).blend, options.overlap_px
     if overlap_px is None:
-        exact = options.blend == "exact" and not card.tile_statistics
-        overlap_px = exact_overlap_px(card) if exact else min(DEFAULT_OVERLAP_PX, card.tile_px // 4)
+        exact = blend == "exact" and not card.tile_statistics
+        usual = max(min(DEFAULT_OVERLAP_PX, card.tile_px // 4), 2 * card.border_px)
+        overlap_px = exact_overlap_px(card) if exact else usual
     overlap_px = -(-overlap_px // card.align_px) * card.align_px
-    check_blend(options.blend, card, overlap_px)
+    check_blend(blend, card, overlap_px)
     return TileGrid.cover(width, height, tile_px=card.tile_px, overlap_px=overlap_px, align_px=card.align_px)

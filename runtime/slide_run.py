@@ -246,7 +246,9 @@ class SlideRun:
             As `segment_slide`.
         """
         started, clock = datetime.now(UTC), time.perf_counter()
-        path, card, options = path or Path(job.slide.source), engine.card, job.options
+        path, card = path or Path(job.slide.source), engine.card
+        options = job.options.for_model(card)
+        job = replace(job, options=options)
         seconds = StageSeconds()
         with ExitStack() as stack:
             version = version_of(job.slide.source)

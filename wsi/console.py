@@ -211,7 +211,7 @@ def one_line_errors(
             try:
                 function(*args, **kwargs)
             except HistoError as error:
-                message, status = str(error), 1
+                message, status = str(error), error.exit_status
             except ImportError as error:
                 if error.name is None or error.name.startswith("histostream"):
                     raise

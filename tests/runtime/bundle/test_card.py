@@ -41,6 +41,16 @@ def test_unknown_keys_are_written_again_and_are_no_part_of_the_digest(bundle: Pa
     assert (content["colour_space"], content["further"], content["crf"]) == ({"a": [1]}, "x", {"w1": 2.0})
 
 
+def test_a_role_is_kept_and_cards_without_one_keep_their_digest(bundle: Path) -> None:
+    card = read_card(bundle)
+    assert all("role" not in entry for entry in json.loads((bundle / "card.json").read_text())["classes"])
+    first, *others = card.classes
+    with_role = replace(card, classes=(replace(first, role="background"), *others))
+    write_card(with_role, bundle)
+    assert read_card(bundle) == with_role
+    assert with_role.digest() != card.digest()
+
+
 def test_a_changed_file_is_refused(bundle: Path) -> None:
     (bundle / "model.onnx").write_bytes(b"other weights")
     with pytest.raises(CardError, match=r"does not match card\.json"):
@@ -76,6 +86,7 @@ def test_another_schema_is_refused(bundle: Path, schema: object) -> None:
         ({"score_kind": "logits"}, "score_kind='logits'"),
         ({"classes": []}, "2 to 254 classes"),
         ({"classes": [{"name": "a"}, {"name": "b"}]}, "color"),
+        ({"classes": [{"name": "a", "color": [0, 0, 0], "role": "glass"}] * 2}, "role 'glass'"),
         ({"classes": [{"name": "a", "color": [0, 0, 900]}] * 2}, "0 to 255"),
     ],
 )
