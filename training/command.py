@@ -17,9 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from histostream.training import datasets, device, loop
 from histostream.training.checkpoint import Checkpoint
-from histostream.training.data import DataError, DataSet, Picture, Sample, StoredSample
+from histostream.training.data import DataError, DataSet, Picture, Sample, StoredSample, kind_of
 from histostream.training.device import Compute
 from histostream.training.methods import load_method
+from histostream.training.preflight import check_settings
 from histostream.training.recipe import Recipe, RecipeError, read_recipe
 
 
@@ -61,6 +62,7 @@ class RunOptions:
 def run_training(options: RunOptions) -> None:
     """Train a method, or go on with a run, and print its scores."""
     method = load_method(options.method)
+    check_settings(options.method, method, options.configs, options.settings)
     data = datasets.open_dataset(options.data)
     recipe = read_recipe(options.method, method, options.configs, options.settings, mpp=options.mpp, own_mpp=data.mpp)
     data = with_pools(data, options.pools, recipe.mpp)
@@ -129,10 +131,9 @@ def _open_similar(data: DataSet, source: str, mpp: float) -> DataSet:
 
 def _check_channels(data: DataSet, pictures: Sequence[Picture], source: str) -> None:
     if pictures and (channels := pictures[0].image.shape[2]) != data.channels:
-        kinds = {1: "grey", 3: "RGB"}
         raise DataError(
-            f"{source}: its images are {kinds[channels]}, those of {data.name} "
-            f"{kinds[data.channels]}; convert them to one kind"
+            f"{source}: its images are {kind_of(channels)}, those of {data.name} "
+            f"{kind_of(data.channels)}; convert them to one kind"
         )
 
 

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from histostream.training import augment, batches, checkpoint, preview
+from histostream.training import augment, batches, checkpoint, preflight, preview
 from histostream.training import device as devices
 from histostream.training.batches import Batches, Parts
 from histostream.training.checkpoint import Checkpoint, CheckpointError
@@ -119,10 +119,12 @@ def train(
         If the run was stopped; the same call continues it.
     """
     compute = compute or Compute()
+    preflight.check_resolution(data, recipe.mpp)
     data = data.at_mpp(recipe.mpp)
     device = devices.open_device(compute)
     parts = batches.divide(data, recipe.schedule)
     batches.check_pools(parts, hook(method, "pools")(recipe.config), recipe.method)
+    preflight.check_run(recipe, method, data, parts)
     return _Trainer(recipe, method, data, parts, run, compute, device, record or {}).run(report, start)
 
 
