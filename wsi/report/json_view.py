@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from histostream.runtime.report.figures import MAX_FIGURE, figure
+from histostream.wsi.report.figures import MAX_FIGURE, figure
 
 
 class JsonView:
