@@ -9,8 +9,8 @@ from torch import Tensor
 EPSILON = 1e-7  # least probability whose logarithm is taken
 
 
-def cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of label maps.
+def cross_entropy(scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy of label maps, each pixel weighted by its class.
 
     The same as ``torch.nn.functional.cross_entropy``, which for maps has no deterministic
     implementation on GPUs and is refused by ``torch.use_deterministic_algorithms``.
@@ -21,8 +21,18 @@ def cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
         (N, K, H, W), before the softmax.
     labels
         (N, H, W) int64.
+    weights
+        (K,) of the classes; the sum over the pixels is divided by the sum of their weights.
     """
-    return -(one_hot(labels, scores.shape[1]) * F.log_softmax(scores, dim=1)).sum(dim=1).mean()
+    return weighted_mean(-(one_hot(labels, scores.shape[1]) * F.log_softmax(scores, dim=1)).sum(dim=1), labels, weights)
+
+
+def weighted_mean(losses: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+    """Mean of the losses of pixels (N, H, W), weighted by the weights (K,) of their classes."""
+    if weights is None:
+        return losses.mean()
+    each = weights[labels]
+    return (each * losses).sum() / each.sum().clamp(min=EPSILON)
 
 
 def soft_dice(probability: Tensor, truth: Tensor, *, smooth: float = 1.0) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 
 from histostream.training import methods
 from histostream.training.augment import Augmentation
+from histostream.training.class_weights import ClassWeights, read_class_weights
 from histostream.training.data import Classes
 from histostream.training.schedule import Schedule
 from histostream.wsi.errors import HistoError
@@ -35,6 +36,9 @@ class Recipe:
         resized to it first. (Without one, that of the pixels after any zoom.)
     classes
         (name, (r, g, b)) of each class; empty: the data set's own, or named by number.
+    class_weights
+        Weights of the classes in a loss per pixel: "balanced", or (name or number, weight) of those
+        whose weight is not 1; "": all alike.
     """
 
     method: str
@@ -43,6 +47,7 @@ class Recipe:
     schedule: Schedule = field(default_factory=Schedule)
     augmentation: Augmentation = field(default_factory=Augmentation)
     classes: Classes = ()
+    class_weights: ClassWeights = ""
 
 
 def read_recipe(
@@ -92,10 +97,12 @@ def read_recipe(
         schedule=_fill(Schedule, tables.pop("schedule", {}), "schedule"),
         augmentation=_fill(Augmentation, tables.pop("augmentation", {}), "augmentation"),
         classes=tuple((c["name"], tuple(c["color"])) for c in tables.pop("classes", ())),
+        class_weights=read_class_weights(tables.pop("class_weights", "")),
     )
     if tables:
         raise RecipeError(
-            f"unknown key {next(iter(tables))!r} in the recipe; known: mpp, method, schedule, augmentation, classes"
+            f"unknown key {next(iter(tables))!r} in the recipe; known: mpp, method, schedule, "
+            "augmentation, classes, class_weights"
         )
     return recipe
 

@@ -36,6 +36,8 @@ class Schedule:
         The checkpoint that is kept as best: the one with the lowest validation "loss", with the
         highest mean "dice" of the classes or mean "jaccard" of all classes but the first (the
         ground) on the validation images, or the "last".
+    patience
+        The run ends after so many validations without a better checkpoint; 0: it takes all its steps.
     validation, test
         Shares of the images held back for choosing the checkpoint, and for the final score. With
         ``select="last"`` a validation share of 0 holds none back; else one group is, at least.
@@ -62,6 +64,7 @@ class Schedule:
     seed: int = 0
     validate_every: int = 0
     select: str = "loss"
+    patience: int = 0
     validation: float = 0.2
     test: float = 0.0
     labelled: float = 1.0
@@ -79,7 +82,12 @@ class Schedule:
             labelled_by=("patient", "image"),
         )
         check_at_least(self, 1, "steps", "batch")
-        check_at_least(self, 0, "epochs", "crop_px", "warmup", "validate_every")
+        check_at_least(self, 0, "epochs", "crop_px", "warmup", "validate_every", "patience")
+        if self.patience and self.select == "last":
+            raise ValueError(
+                f'patience={self.patience}: with select="last" no checkpoint is better than a later one; '
+                'set select="loss", "dice" or "jaccard", or patience=0'
+            )
         if not (0 <= self.validation < 1 and 0 <= self.test < 1):
             raise ValueError("validation and test are shares between 0 and 1: set 0 or more, less than 1")
         if not 0 < self.labelled <= 1:

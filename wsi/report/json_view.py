@@ -44,6 +44,10 @@ class JsonView:
         value = self.at(*path)._value
         return [(k, JsonView(v)) for k, v in value.items()] if isinstance(value, dict) else []
 
+    def numbers(self) -> list[float | None]:
+        """Return the numbers of a list, None where an entry is no finite number; [] if it is no list."""
+        return [JsonView(v).number() for v in self._value] if isinstance(self._value, list) else []
+
     def shown(self) -> str:
         """Return the value as a page shows it, a list as "a, b"."""
         value = self._value

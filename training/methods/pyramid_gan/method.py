@@ -46,7 +46,7 @@ from histostream.training import device
 from histostream.training.batches import UNLABELLED, Parts, padded, stacked
 from histostream.training.checks import check_at_least, check_choices, check_shares
 from histostream.training.data import DataError, Sample
-from histostream.training.losses import EPSILON, cross_entropy, one_hot
+from histostream.training.losses import EPSILON, cross_entropy, one_hot, weighted_mean
 from histostream.training.methods.pyramid_gan.fc_densenet import FCDenseNet
 from histostream.training.methods.pyramid_gan.losses import (
     PENALTY,
@@ -276,6 +276,19 @@ def align_px(config: Config) -> int:
 def pools(config: Config) -> tuple[str, ...]:
     """Images without labels, where half of the training is on them."""
     return (UNLABELLED,) if config.uses_pool else ()
+
+
+def takes_class_weights(config: Config) -> str:
+    """Return "": they weigh the cross-entropies of the segmenters."""
+    return ""
+
+
+def can_extend(config: Config, done: int, steps: int, more: int) -> str:
+    """Return "" if a run can get more steps, else why not: its levels are shares of them."""
+    before, after = phase_at(config, done - 1, steps), phase_at(config, done, more)
+    if before.level == after.level and not after.first:
+        return ""
+    return "its levels are shares of all steps, and a level that is finished would begin again"
 
 
 # ----------------------------------------------------------------------------- the run
@@ -862,8 +875,8 @@ def _step_segmenter(
     ``scores`` are those of S_n; ``painted`` is xt_N to xt_n, coarsest first.
     """
     config: Config = state.config
-    n = phase.level
-    losses = {"segmentation": cross_entropy(scores[: level_batch.labelled], level_batch.truth)}
+    n, weights = phase.level, state.class_weights
+    losses = {"segmentation": cross_entropy(scores[: level_batch.labelled], level_batch.truth, weights)}
     total = config.lambda_ce * losses["segmentation"]
     if config.judge_segmenter:
         mask = discriminator_mask(config.mask_for_discriminator, scores)
@@ -875,7 +888,7 @@ def _step_segmenter(
         coarser = _segmented_above(state, painted, n)
         with _statistics(state.modules[f"segmenter_{n}"], move=config.painted_statistics):
             painted_scores = _segment(state, n, painted[-1], coarser, config.segmenter_noise)
-        losses["synthetic"] = cross_entropy(painted_scores, level_batch.truth)
+        losses["synthetic"] = cross_entropy(painted_scores, level_batch.truth, weights)
         total = total + config.synthetic_weight * losses["synthetic"]
     if config.lambda_consistency:
         losses["consistency"] = _consistency(state, level_batch)
@@ -927,7 +940,8 @@ def validate(state: State, images: Tensor, labels: Tensor) -> tuple[float, Tenso
     """
     probability = segmenters(state).eval()(to_unit_range(images))
     own = probability.gather(1, labels[:, None]).clamp(min=EPSILON)
-    return float(-own.log().mean()), probability.argmax(dim=1)
+    loss = weighted_mean(-own[:, 0].log(), labels, state.class_weights)
+    return float(loss), probability.argmax(dim=1)
 
 
 @torch.no_grad()
