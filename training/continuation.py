@@ -12,7 +12,6 @@ from histostream.training.checkpoint import Checkpoint, CheckpointError
 from histostream.training.data import listed
 from histostream.training.methods import hook
 from histostream.training.recipe import Recipe
-from histostream.training.schedule import Schedule
 
 LENGTHS = ("schedule.steps", "schedule.epochs")
 MAY_CHANGE = (*LENGTHS, "schedule.patience")

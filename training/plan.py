@@ -76,19 +76,27 @@ class Plan:
     validations: int
     notes: tuple[str, ...] = ()
 
+    @property
+    def kind(self) -> str:
+        """What the images are, by their channels."""
+        return COLORS.get(self.channels, f"{self.channels} channels")
+
+    @property
+    def extent(self) -> str:
+        """Sizes of the smallest and the largest image."""
+        return " to ".join(f"{width} x {height}" for height, width in dict.fromkeys(self.sizes)) + " px"
+
     def lines(self, source: str) -> list[str]:
         """Return the plan as lines of text; ``source`` names the data as the user did."""
-        sizes = [f"{width} x {height}" for height, width in dict.fromkeys(self.sizes)]
-        data = f"{source}: {self.images} images, {COLORS.get(self.channels, f'{self.channels} channels')}, "
         parts = [f"{count} {name}" for name, count in self.parts.items() if count or name != "test"]
         parts += [f"{count} without labels ({name})" for name, count in self.pools.items()]
-        crops = f"{self.crop_px} px" if self.crop_px else "whole images"
+        crops = f"crops of {self.crop_px} px" if self.crop_px else "whole images"
         shares = [f"{name} {percent(share)}" for name, share in self.shares.items()]
         weights = zip(self.shares, self.weights, strict=True) if self.weights else ()
         networks = [f"{name} {_amount(count)}" for name, count in self.parameters.items() if count]
-        every = f"{self.steps} steps of {self.batch} {'crops of ' if self.crop_px else ''}{crops}"
+        every = f"{self.steps} steps, a batch of {self.batch} {crops}"
         lines = {
-            "data": data + f"{' to '.join(sizes)} px, trained at {self.mpp:g} um per pixel",
+            "data": f"{source}: {self.images} images, {self.kind}, {self.extent}, trained at {self.mpp:g} um per pixel",
             "classes": f"{listed(shares, MAX_CLASSES)} of the pixels of {self.counted} training images",
             "weights": listed([f"{name} {weight:.3g}" for name, weight in weights], MAX_CLASSES),
             "parts": f"{', '.join(parts)}: {self.division}",

@@ -9,12 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.wsi.report.figures import figure
-
 WIDTH, HEIGHT = 560, 230  # of a drawing, in its own units
-LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 40  # margins, with the ticks' numbers and the axes' names
+LEFT, RIGHT, TOP, BOTTOM = 62, 14, 20, 40  # margins, with the ticks' numbers and the axes' names
 BINS = 160  # points of a line; more steps are averaged
-MAX_DOTS = 60  # points of a line that are marked
+MAX_DOTS = 32  # points of a line that are marked
 LOG_RATIO = 40  # of the largest to the smallest value, from which on the axis is logarithmic
 # Okabe and Ito's, which people who are colour-blind tell apart; dashes do so on a grey print.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -60,6 +58,8 @@ class Plot:
         (position, text) of the ticks.
     averaged
         Number of steps that a point of a line is the mean of.
+    mark
+        x of a step that is marked; None: there is none.
     """
 
     title: str
@@ -68,6 +68,7 @@ class Plot:
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
     averaged: int = 1
+    mark: float | None = None
 
 
 def draw(
@@ -77,6 +78,7 @@ def draw(
     lines: Sequence[tuple[str, NDArray[np.float64]]],
     *,
     limits: tuple[float, float] | None = None,
+    mark: int = 0,
 ) -> Plot | None:
     """Draw lines over the steps.
 
@@ -90,6 +92,8 @@ def draw(
         Name and (N,) values of each line; nan where there is none.
     limits
         Ends of the vertical axis; None: from the values, without the extreme 1 % of them.
+    mark
+        A step that is marked; 0: none.
 
     Returns
     -------
@@ -112,7 +116,7 @@ def draw(
         dots = []
         if averaged == 1 and len(xs) <= MAX_DOTS:
             dots = [
-                (round(float(x), 1), round(float(y), 1), f"step {step:,.0f}: {figure(float(value), 4)}")
+                (round(float(x), 1), round(float(y), 1), f"step {step:,.0f}: {_number(value)}")
                 for x, y, step, value in zip(at, middle, xs, means, strict=True)
             ]
         band = _path([*zip(at, y_of(lows), strict=True), *zip(at[::-1], y_of(highs)[::-1], strict=True)]) + "z"
@@ -126,10 +130,11 @@ def draw(
                 DASHES[i % len(DASHES)],
             )
         )
-    x_ticks = [(round(float(x_of(t)), 1), _count(t)) for t in _ticks(0.0, max(last, 1.0), 6) if t == round(t)]
+    x_ticks = [(round(float(x_of(t)), 1), _count(t, last)) for t in _ticks(0.0, max(last, 1.0), 6) if t == round(t)]
     values = _log_ticks(low, high) if logarithmic else _ticks(low, high, 5)
-    y_ticks = [(round(float(y_of(t)), 1), figure(float(t), 4)) for t in values]
-    return Plot(title, unit, curves, x_ticks, y_ticks, averaged)
+    y_ticks = [(round(float(y_of(t)), 1), _number(t)) for t in values]
+    marked = round(float(x_of(mark)), 1) if 0 < mark <= last else None
+    return Plot(title, unit, curves, x_ticks, y_ticks, averaged, marked)
 
 
 class _Axis:
@@ -195,5 +200,10 @@ def _path(points: Sequence[tuple[float, float]]) -> str:
     return "M" + "L".join(texts if len(texts) > 1 else texts * 2)
 
 
-def _count(value: float) -> str:
-    return f"{value / 1000:g}k" if value >= 10_000 else f"{value:,.0f}"
+def _number(value: float) -> str:
+    """Return a number with four digits, a very small one as 5e-5."""
+    return f"{value:.4g}".replace("e-0", "e-").replace("e+0", "e")
+
+
+def _count(value: float, last: float) -> str:
+    return f"{value / 1000:g}k" if last >= 10_000 and value else f"{value:,.0f}"

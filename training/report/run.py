@@ -107,8 +107,8 @@ def write_report(
         ended_early=status is Status.FINISHED and bool(most) and waited >= most and values["step"][-1] < plan.steps,
         waited=waited,
         validated=bool(np.isfinite(values["validation_dice"]).any()),
-        dice_plot=_dice_plot(values, classes),
-        loss_plots=_loss_plots(values),
+        dice_plot=_dice_plot(values, classes, best),
+        loss_plots=_loss_plots(values, best),
         rate_plot=_rate_plot(values),
         rows=_class_rows(values, classes, plan, best, scores),
         classes_left=max(0, len(classes) - MAX_CLASSES),
@@ -150,14 +150,16 @@ def _at(values: Mapping[str, NDArray[np.float64]], name: str, step: int) -> floa
     return float(found[0]) if len(found) and math.isfinite(found[0]) else None
 
 
-def _dice_plot(values: Mapping[str, NDArray[np.float64]], classes: Classes) -> Plot | None:
+def _dice_plot(values: Mapping[str, NDArray[np.float64]], classes: Classes, best: int) -> Plot | None:
     lines = [(name, values[f"dice_{name}"]) for name, _ in classes[:MAX_CLASSES] if f"dice_{name}" in values]
-    return draw("Dice coefficient of each class", "Dice, validation images", values["step"], lines, limits=(0.0, 1.0))
+    title, unit = "Dice coefficient of each class", "Dice, validation images"
+    return draw(title, unit, values["step"], lines, limits=(0.0, 1.0), mark=best)
 
 
-def _loss_plots(values: Mapping[str, NDArray[np.float64]]) -> list[Plot]:
+def _loss_plots(values: Mapping[str, NDArray[np.float64]], best: int) -> list[Plot]:
     """Draw the validation loss, then each loss of the training by itself: their scales differ."""
-    plots = [draw("validation loss", "loss, validation images", values["step"], [("", values["validation_loss"])])]
+    validation = [("", values["validation_loss"])]
+    plots = [draw("validation loss", "loss, validation images", values["step"], validation, mark=best)]
     for name, column in values.items():
         if name not in ("step", "seconds") and not name.startswith(("validation_", "dice_", "rate_")):
             plots.append(draw(name, "loss, training crops", values["step"], [("", column)]))
