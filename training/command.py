@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ from histostream.training.methods import load_method
 from histostream.training.recipe import Recipe, RecipeError, read_recipe
 from histostream.training.report.run import REPORT
 from histostream.training.watching import Watch
+
+NAME = "histo-train"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,8 +216,15 @@ def _train(recipe: Recipe, method: ModuleType, data: DataSet, options: RunOption
 
 
 def _own_command() -> str:
-    """Return the command line of this process, which continues its run."""
-    return shlex.join(["histo-train", *sys.argv[1:]])
+    """Return the command line of this process, which continues its run, as a shell here understands it."""
+    program, found = Path(sys.argv[0]), shutil.which(NAME)
+    if program.stem != NAME:
+        words = [sys.executable, "-m", "histostream.training.cli"]
+    elif found is not None and program.exists() and Path(found).samefile(program):
+        words = [NAME]
+    else:
+        words = [str(program)]
+    return shlex.join([*words, *sys.argv[1:]])
 
 
 def _how_to_go_on(run: Path) -> str:
