@@ -282,7 +282,7 @@ def whole_images(
     typical_px = typical_object_px(parts.samples)
     for i in indices:
         sample = parts.samples[i]
-        factor = augment.object_zoom(sample, augmentation, typical_px)
+        factor = augment.object_zoom(sample.object_px, augmentation, typical_px)
         image, labels = augment.zoom(sample.image, sample.labels, factor)
         yield *stacked([padded(image, labels, align_px)]), labels
 

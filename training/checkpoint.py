@@ -44,7 +44,7 @@ class Checkpoint:
     classes
         (name, (r, g, b)) of each class, in label order.
     channels
-        3 for RGB, 1 for grey.
+        Of an image: 3 for RGB, 1 for grey, or another number.
     mpp
         Resolution of the training pixels, in micrometres per pixel.
     step

@@ -19,10 +19,11 @@ import click
 
 from histostream.training import checkpoint, datasets, device, loop
 from histostream.training.checkpoint import Checkpoint, CheckpointError
-from histostream.training.data import DataError, DataSet, Picture, Sample, StoredSample
+from histostream.training.data import DataError, DataSet, Picture, Sample, StoredSample, kind_of
 from histostream.training.device import Compute
 from histostream.training.events import check_events
 from histostream.training.methods import load_method
+from histostream.training.preflight import check_settings
 from histostream.training.recipe import Recipe, RecipeError, read_recipe
 from histostream.training.report.run import REPORT
 from histostream.training.watching import Watch
@@ -93,6 +94,7 @@ def _run_training(options: RunOptions) -> None:
     if options.start is not None:
         checkpoint.read(checkpoint.find_start(options.start))
     method = load_method(options.method)
+    check_settings(options.method, method, options.configs, options.settings)
     data = datasets.open_dataset(options.data)
     recipe = read_recipe(options.method, method, options.configs, options.settings, mpp=options.mpp, own_mpp=data.mpp)
     data = with_pools(data, options.pools, recipe.mpp)
@@ -161,10 +163,9 @@ def _open_similar(data: DataSet, source: str, mpp: float) -> DataSet:
 
 def _check_channels(data: DataSet, pictures: Sequence[Picture], source: str) -> None:
     if pictures and (channels := pictures[0].image.shape[2]) != data.channels:
-        kinds = {1: "grey", 3: "RGB"}
         raise DataError(
-            f"{source}: its images are {kinds[channels]}, those of {data.name} "
-            f"{kinds[data.channels]}; convert them to one kind"
+            f"{source}: its images are {kind_of(channels)}, those of {data.name} "
+            f"{kind_of(data.channels)}; convert them to one kind"
         )
 
 

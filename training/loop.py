@@ -22,11 +22,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from histostream.training import augment, batches, checkpoint, class_weights
+from histostream.training import augment, batches, checkpoint, class_weights, preflight
 from histostream.training import device as devices
 from histostream.training.batches import Batches, Parts
 from histostream.training.checkpoint import Checkpoint
-from histostream.training.class_weights import ClassWeightsError
 from histostream.training.continuation import check_continuation
 from histostream.training.data import Classes, DataSet, checksum, class_count
 from histostream.training.device import Compute
@@ -191,13 +190,13 @@ def train(
     """
     if tensorboard:
         check_events()
-    if recipe.class_weights and (cause := hook(method, "takes_class_weights")(recipe.config)):
-        raise ClassWeightsError(f"{recipe.method} takes no class_weights: {cause}")
     compute = compute or Compute()
+    preflight.check_resolution(data, recipe.mpp)
     data = data.at_mpp(recipe.mpp)
     device = devices.open_device(compute)
     parts = batches.divide(data, recipe.schedule)
     batches.check_pools(parts, hook(method, "pools")(recipe.config), recipe.method)
+    preflight.check_run(recipe, method, data, parts)
     trainer = _Trainer(recipe, method, data, parts, run, compute, device, record or {})
     with stop_signals(answer) as stop:
         return trainer.run(start, stop, announce, report, tensorboard=tensorboard)

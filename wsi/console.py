@@ -189,7 +189,7 @@ def fail(command: str, message: str) -> None:
 def one_line_errors(
     command: str, *, out_of_memory: str, stopped: str, extra: str, extras: Mapping[str, str]
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Return a decorator: a command writes its error in one line and exits with status 1, or 130 if stopped.
+    """Return a decorator: a command writes its error in one line and exits with the error's status, or 130 if stopped.
 
     Parameters
     ----------
@@ -211,7 +211,7 @@ def one_line_errors(
             try:
                 function(*args, **kwargs)
             except HistoError as error:
-                message, status = str(error), 1
+                message, status = str(error), error.exit_status
             except ImportError as error:
                 if error.name is None or error.name.startswith("histostream"):
                     raise

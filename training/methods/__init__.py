@@ -5,7 +5,7 @@ method may be one file. Another package adds a method with an entry point of the
 ``histostream.methods`` that names its module, which offers
 
 ``Config``
-    Frozen dataclass; every default with its source.
+    Frozen dataclass; every default with its source, every type with its range (`checks`).
 ``build(config, classes, channels) -> State``
     The networks and their optimisers.
 ``step(state, batch) -> losses``
@@ -23,6 +23,9 @@ and may offer (`hook` gives the default of what is missing)
 
 ``score_kind(config) -> str``
     What the scores of ``deployed`` are; default "probability".
+``least_px(config) -> int``, ``only_px(config) -> int``
+    The smallest side of its images, default 1, and the only one, default 0, which is any. A run
+    with another ``schedule.crop_px`` is refused before it starts.
 ``pools(config) -> names``
     The pools of images without labels that it trains on; default none.
 ``before_step(state, parts, step, steps)``
@@ -65,10 +68,14 @@ from histostream.wsi.registry import Registry
 class MethodError(HistoError, ValueError):
     """There is no method of that name."""
 
+    exit_status = 2
+
 
 METHODS = Registry(__name__, "histostream.methods", "method", MethodError, submodule="method")
 DEFAULTS: dict[str, Callable[..., Any]] = {
     "score_kind": lambda config: "probability",
+    "least_px": lambda config: 1,
+    "only_px": lambda config: 0,
     "pools": lambda config: (),
     "before_step": lambda state, parts, step, steps: None,
     "settle": lambda state, parts: None,
