@@ -198,7 +198,7 @@ def one_line_errors(
     out_of_memory
         Advice if memory runs out.
     stopped
-        What a stopped command leaves.
+        What a stopped command leaves, unless the exception says it.
     extra
         Extra of HistoStream that installs what the command needs.
     extras
@@ -221,8 +221,8 @@ def one_line_errors(
                 status = 1
             except MemoryError:
                 message, status = f"out of memory; {out_of_memory}", 1
-            except KeyboardInterrupt:
-                message, status = f"stopped; {stopped}", 130
+            except KeyboardInterrupt as error:
+                message, status = f"stopped; {error.args[0] if error.args else stopped}", 130
             else:
                 return
             fail(command, message)

@@ -177,6 +177,11 @@ def pools(config: Config) -> tuple[str, ...]:
     return () if config.objective == "segmentation" else (PRESENCE, ABSENCE)
 
 
+def takes_class_weights(config: Config) -> str:
+    """Return why class weights are not taken: the loss is a Dice coefficient."""
+    return "its loss is the mean of the Dice coefficients of the classes, whatever their areas: leave them out"
+
+
 class LabelledShare(nn.Module):
     """The share of the P images of the data that have a mask; a buffer, so checkpoints have it."""
 
