@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from histostream.runtime.choices import PRECISIONS
 from histostream.wsi.console import fail, one_line_errors, show_only_our_warnings
+from histostream.wsi.option_types import WordList
 
 if TYPE_CHECKING:
     from histostream.export.bundle import Export
@@ -36,25 +38,26 @@ def _export_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that every export command has."""
     for option in reversed(
         (
-            click.option("--out", type=PATH, help="Bundle to write.  [default: bundles/NAME]"),
+            click.option("--out", type=PATH, help="Bundle to write; default: bundles/NAME."),
             click.option(
                 "--precision",
                 "precisions",
-                callback=_words,
-                default="fp32,fp16,int8",
-                metavar="LIST",
+                type=WordList(PRECISIONS),
+                default=",".join(PRECISIONS),
+                metavar=",".join(PRECISIONS),
                 help="Which graphs to write; fp32 is always written.",
             ),
             click.option(
                 "--tensorrt",
                 default="auto",
-                metavar="auto|tensorrt|rtx|off",
+                type=click.Choice(("auto", "tensorrt", "rtx", "off")),
                 help="Which library builds the engine; auto: where one is installed.",
             ),
             click.option(
                 "--targets",
-                callback=_words,
+                type=WordList(),
                 default="",
+                show_default=False,
                 metavar="sm80,sm86,...",
                 help="GPUs to build the engine for; default: what the library suggests.",
             ),
@@ -63,7 +66,7 @@ def _export_options(command: Callable[..., None]) -> Callable[..., None]:
                 "tile_px",
                 type=int,
                 metavar="PX",
-                help="Side of a tile.  [default: the network's own, else 512]",
+                help="Side of a tile, in pixels; default: the network's own, else 512.",
             ),
             click.option(
                 "--calibrate",
@@ -99,7 +102,7 @@ _one_line_errors = one_line_errors(
 
 @click.group(invoke_without_command=True, context_settings={"show_default": True})
 @click.version_option(package_name="histostream")
-@click.option("--method", "method_name", help="Which paper the model is of, as imems.")
+@click.option("--method", "method_name", help="Method that the model is of, as imems.")
 @click.option(
     "--checkpoint",
     "run",
@@ -139,7 +142,7 @@ def main(
 @main.command()
 @click.argument("model", type=PATH)
 @click.option("--classes", callback=_words, required=True, help="Names in label order.")
-@click.option("--mpp", type=float, required=True, help="Resolution it was trained at, um/px.")
+@click.option("--mpp", type=float, required=True, help="Resolution that it was trained at, um per pixel.")
 @click.option(
     "--mean",
     callback=_numbers,
@@ -148,11 +151,11 @@ def main(
 )
 @click.option("--std", callback=_numbers, default="1,1,1", help="Of each channel, after --scale.")
 @click.option("--scale", default=1 / 255, help="Factor of the raw pixels, 0 to 255.")
-@click.option("--layout", default="auto", metavar="auto|nchw|nhwc", help="Of its input.")
+@click.option("--layout", default="auto", type=click.Choice(("auto", "nchw", "nhwc")), help="Of its input.")
 @click.option(
     "--activation",
     default="auto",
-    metavar="auto|softmax|sigmoid|none",
+    type=click.Choice(("auto", "softmax", "sigmoid", "none")),
     help="What makes probabilities of its output; none: it gives them.",
 )
 @click.option("--bgr", is_flag=True, help="Its channels are blue, green, red.")
@@ -190,7 +193,7 @@ def wrap(
 
 def _graph_arguments(command: Callable[..., None]) -> Callable[..., None]:
     """Add the arguments of the commands that write a single graph."""
-    tile = click.option("--tile", "tile_px", type=int, metavar="PX", help="Side of the images.")
+    tile = click.option("--tile", "tile_px", type=int, metavar="PX", help="Side of the images, in pixels.")
     file = click.argument("out", type=PATH)
     return click.argument("run", type=PATH)(file(tile(_one_line_errors(command))))
 
