@@ -99,13 +99,13 @@ class Network:
     model
         The graph in FP32.
     reference
-        Maps tiles (N, H, W, C) uint8 to scores (N, K, H, W) uint8 without using the graph.
-    method, classes, mpp, channels, tile_px, score_kind, training, note
+        Maps tiles (N, H, W, C) uint8 to scores (N, K, H, W) float32, not rounded, without using the graph.
+    method, classes, mpp, channels, tile_px, score_kind, training, note, channel_names
         As in `ModelCard`.
     """
 
     model: onnx.ModelProto
-    reference: Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
+    reference: Callable[[NDArray[np.uint8]], NDArray[np.float32]]
     method: str
     classes: tuple[ClassInfo, ...]
     mpp: float
@@ -114,6 +114,7 @@ class Network:
     score_kind: str
     training: dict[str, Any] = field(default_factory=dict)
     note: str = ""
+    channel_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +236,7 @@ class _BundleWriter:
             precision=precision,
             training=network.training,
             note=network.note,
+            channel_names=network.channel_names,
         )
 
     def write_fp32(self) -> None:
@@ -305,8 +307,7 @@ class _BundleWriter:
         name_nodes(self.model)
         cost = self.judge.judge(self.model)
         self.say(f"statistics frozen over {len(pixels)} tiles of {tiles.source}; {cost}")
-        scores, _ = run_graph(self.model, self.judge.tiles.gate)
-        self.judge = Judge(self.judge.tiles, scores)
+        self.judge = Judge(self.judge.tiles, run_graph(self.model, self.judge.tiles.gate).unrounded)
         return {
             "fp32": {
                 "statistics_frozen_over": tiles.source,

@@ -299,7 +299,7 @@ def _figures(parity: dict[str, Any]) -> str:
     if "label_agreement" in parity:
         return (
             f"{parity['label_agreement']:.4%} of the labels agree on {parity['tiles']} tiles of "
-            f"{parity.get('source', '?')}, largest difference {parity['max_difference']}/255"
+            f"{parity.get('source', '?')}, largest difference of scores {parity['max_difference']:.4f}"
         )
     return json.dumps(parity)
 

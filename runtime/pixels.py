@@ -46,8 +46,8 @@ def segment_pixels(pixels: NDArray[np.uint8], engine: Engine, *, blend: str = "h
     return np.concatenate([row.labels for row in rows])
 
 
-def score_pixels(pixels: NDArray[np.uint8], engine: Engine, *, blend: str = "hann") -> NDArray[np.uint8]:
-    """Return the blended scores of an image that is in memory, (H, W, K) uint8.
+def score_pixels(pixels: NDArray[np.uint8], engine: Engine, *, blend: str = "hann") -> NDArray[np.uint16]:
+    """Return the blended scores of an image that is in memory, (H, W, K) uint16, ``round(65535 p)``.
 
     Parameters and errors are those of `segment_pixels`.
     """

@@ -120,7 +120,10 @@ class SlideResult:
 
     @cached_property
     def probabilities(self) -> Raster | None:
-        """``round(255 p)`` of each class, (H, W, K) uint8; None if they were not written."""
+        """``round(65535 p)`` of each class, (H, W, K) uint16; None if they were not written.
+
+        Versions before 0.2 wrote ``round(255 p)`` as uint8; the array's ``dtype`` says which.
+        """
         path = self.folder / "probabilities.tif"
         return Raster(path) if path.name in self.run.outputs else None
 

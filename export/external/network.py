@@ -26,7 +26,7 @@ FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 TOLERANCE = 1e-3  # by which rounding, half precision included, may move probabilities out of 0..1
 
 Tiles = NDArray[np.uint8]  # (N, tile_px, tile_px, C)
-Scores = NDArray[np.uint8]  # (N, K, tile_px, tile_px)
+Scores = NDArray[np.float32]  # (N, K, tile_px, tile_px), not rounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,7 +290,7 @@ class Reference:
             y = 0.5 * (1 + np.tanh(0.5 * y))  # the logistic function, without overflow
         if y.shape[1] == 1:
             y = np.concatenate([1 - y, y], axis=1)
-        return np.clip(np.floor(255 * y + 0.5), 0, 255).astype(np.uint8)
+        return y.astype(np.float32)
 
 
 def normalised(tiles: Tiles, options: ExternalModel) -> NDArray[np.float32]:

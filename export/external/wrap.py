@@ -41,6 +41,7 @@ from histostream.export.graph.model import (
     unused_name,
     value_names,
 )
+from histostream.export.graph.scores import add_rounding
 from histostream.export.graph.shapes import resize_scale
 from histostream.wsi.outputs.label_rows import ClassInfo
 
@@ -56,6 +57,7 @@ PALETTE = (
     (204, 121, 167),
     (0, 0, 0),
 )
+ALIKE = 1 / 255  # by which scores may differ between the file and the wrapped graph, on average
 PREFIX = "histostream/"  # of the names of nodes and values that are added
 
 
@@ -66,10 +68,11 @@ class WrappedModel:
     Attributes
     ----------
     model
-        The graph: input ``tiles`` uint8 (N, tile_px, tile_px, C), output ``scores`` uint8 (N, K, tile_px, tile_px), N
-        dynamic, all weights inside.
+        The graph: input ``tiles`` uint8 (N, tile_px, tile_px, C), output ``scores`` float16 (N, K, tile_px, tile_px),
+        N dynamic, all weights inside.
     reference
-        The unchanged file in ONNX Runtime on the CPU, with pre- and post-processing in NumPy; same input and output.
+        The unchanged file in ONNX Runtime on the CPU, with pre- and post-processing in NumPy: the same input, and
+        scores in float32 that are not rounded.
     options
         As given, with "auto" and the names of the tensors resolved.
     opset
@@ -243,13 +246,9 @@ def _with_processing(
     elif options.activation == "sigmoid":
         y = after.add("Sigmoid", y)
     if output.channels == 1:
-        without = after.add("Sub", after.constant("one", np.float32(1)), y)
+        without = after.add("Sub", after.constant("whole", np.float32(1)), y)
         y = after.add("Concat", without, y, axis=1)
-    full = after.constant("full", np.float32(255))
-    y = after.add("Mul", y, full)
-    y = after.add("Add", y, after.constant("half", np.float32(0.5)))  # the cast cuts off
-    y = after.add("Clip", y, after.constant("least", np.float32(0)), full)
-    after.add("Cast", y, to=TensorProto.UINT8)
+    add_rounding(y, after.add, after.constant)
     after.nodes[-1].output[0] = "scores"
 
     nodes = [*before.nodes, *graph.node, *after.nodes]
@@ -258,11 +257,11 @@ def _with_processing(
     del graph.node[:], graph.input[:], graph.output[:], graph.value_info[:], graph.initializer[:]
     graph.node.extend(nodes)
     graph.initializer.extend(weights)
-    for values, name, shape in (
-        (graph.input, "tiles", (side, side, options.channels)),
-        (graph.output, "scores", (len(options.classes), side, side)),
+    for values, name, kind, shape in (
+        (graph.input, "tiles", TensorProto.UINT8, (side, side, options.channels)),
+        (graph.output, "scores", TensorProto.FLOAT16, (len(options.classes), side, side)),
     ):
-        values.append(helper.make_tensor_value_info(name, TensorProto.UINT8, ["N", *shape]))
+        values.append(helper.make_tensor_value_info(name, kind, ["N", *shape]))
     return model
 
 
@@ -306,21 +305,21 @@ def _try_out(model: onnx.ModelProto, tiles: Tiles, expected: Scores, fixed: list
     session = open_session(model)
     advice = "export the network with a dynamic batch axis"
 
-    def scores(batch: Tiles) -> NDArray[np.int16]:
+    def scores(batch: Tiles) -> NDArray[np.float32]:
         try:
             (out,) = session.run(["scores"], {"tiles": batch})
         except Exception as error:  # ONNX Runtime's own exceptions have no common base
             raise GraphError(f"a batch of {len(batch)} tiles fails ({first_line(error)}); {advice}") from error
-        return np.asarray(out, np.int16)
+        return np.asarray(out, np.float32)
 
     alone = np.concatenate([scores(tiles[:1]), scores(tiles[1:])])
     difference = np.abs(alone - expected).mean() if alone.shape == expected.shape else math.inf
-    if difference > 1:  # of 255; the parity check is stricter
+    if difference > ALIKE:  # the parity check is stricter
         raise GraphError(
-            f"wrapped, the network computes something else ({difference:.1f} of 255 on average): "
+            f"wrapped, the network computes something else (scores differ by {difference:.3f} on average): "
             "export it again with operator set 18"
         )
     together = scores(tiles)
-    if together.shape != alone.shape or np.abs(together - alone).max() > 1:
+    if together.shape != alone.shape or np.abs(together - alone).max() > ALIKE:
         culprits = f" (perhaps at the Reshape {either(fixed)})" if fixed else ""
         raise GraphError(f"two tiles together score unlike each alone{culprits}; {advice}")

@@ -26,7 +26,7 @@ OPSET = 18
 def export_onnx(module: nn.Module, *, channels: int, tile_px: int) -> onnx.ModelProto:
     """Export a module that keeps the tile contract.
 
-    Input ``tiles`` uint8 (N, tile_px, tile_px, channels), output ``scores`` uint8
+    Input ``tiles`` uint8 (N, tile_px, tile_px, channels), output ``scores`` float16
     (N, K, tile_px, tile_px); N is dynamic.
 
     Raises

@@ -14,17 +14,26 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
+import numpy as np
+from numpy.typing import NDArray
+
 from histostream.runtime.choices import BF16, PRECISIONS
 from histostream.wsi.errors import HistoError, reason
 from histostream.wsi.files import write_whole
 from histostream.wsi.outputs.label_rows import ClassInfo
 
-SCHEMA = 1
+SCHEMA = 2
+OLD_SCHEMA = 1  # its scores are bytes, round(255 s), which loses labels where classes are close
 ENGINES = "engines"  # the only folder in a bundle: TensorRT engines
 SCORE_KINDS = ("probability", "embedding")
 MAX_TILE_PX = 8192  # 0.2 GB of RGB pixels; networks in use take 128 to 2048
 MAX_MPP = 1e6  # um per pixel: a pixel of a metre
+MAX_CHANNELS = 64
 MAX_NAME = 200  # characters of a class or a method; the legend shows about 25
+
+
+# Of the tile contract: float16 in [0, 1], or the bytes of schema 1.
+Scores = NDArray[np.float16] | NDArray[np.uint8]
 
 
 class CardError(HistoError, ValueError):
@@ -44,7 +53,7 @@ class ModelCard:
     mpp
         Resolution that the network expects, in micrometres per pixel.
     channels
-        3 for RGB, 1 for grey.
+        3 for RGB, 1 for grey, or any other number.
     tile_px
         Side of the network's input.
     align_px
@@ -54,8 +63,7 @@ class ModelCard:
     tile_statistics
         Whether the result depends on statistics of the whole tile (instance or group norm).
     score_kind
-        "probability": scores are round(255 p); "embedding": iMEMS's embedding, 0..255. The label
-        is the arg-max of both.
+        "probability"; "embedding": iMEMS's embedding divided by 255. The label is the arg-max of both.
     files
         SHA-256 of each file, by name: the ONNX files of `PRECISIONS` and ``engines/...``.
     opset
@@ -72,6 +80,10 @@ class ModelCard:
     crf
         Parameters of the dense CRF that ``histo-export tune-crf`` found; thetas in pixels of
         ``mpp``. Empty if it was not run.
+    channel_names
+        Name of each channel; empty for RGB and grey.
+    schema
+        Version of the tile contract.
     further
         Unknown keys of ``card.json``, written again as they are.
     """
@@ -92,6 +104,8 @@ class ModelCard:
     training: dict[str, Any] = field(default_factory=dict)
     note: str = ""
     crf: dict[str, float] = field(default_factory=dict)
+    channel_names: tuple[str, ...] = ()
+    schema: int = SCHEMA
     further: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -102,7 +116,12 @@ class ModelCard:
                 f"a line of up to {MAX_NAME} characters",
             ),
             ("mpp", 0 < self.mpp < MAX_MPP, "a positive number"),
-            ("channels", self.channels in (1, 3), "1 or 3"),
+            ("channels", 1 <= self.channels <= MAX_CHANNELS, f"1 to {MAX_CHANNELS}"),
+            (
+                "channel_names",
+                len(self.channel_names) in (0, self.channels) and all(map(_is_name, self.channel_names)),
+                f"{self.channels} names, one for each channel",
+            ),
             ("align_px", self.align_px > 0, "a positive number"),
             (
                 "tile_px",
@@ -126,14 +145,21 @@ class ModelCard:
         """The precisions that the bundle has a graph of."""
         return tuple(name for name, file in PRECISIONS.items() if file in self.files)
 
+    @property
+    def score_dtype(self) -> np.dtype[np.generic]:
+        """The type of the scores."""
+        return np.dtype(np.uint8 if self.schema == OLD_SCHEMA else np.float16)
+
     def digest(self) -> str:
         """Return the SHA-256 of the card's content that describes the network.
 
         An engine names the card that it was built for by this digest, so engines in the bundle do
         not change it. Parameters of the CRF and unknown keys do not belong to the network.
         """
-        content = {"schema": SCHEMA, **asdict(self)}
+        content = asdict(self)
         del content["crf"], content["further"]
+        if self.schema == OLD_SCHEMA:  # as engines of that time have it
+            del content["channel_names"]
         for name in ("files", "parity"):
             content[name] = {k: v for k, v in content[name].items() if not k.startswith(f"{ENGINES}/")}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -172,9 +198,11 @@ def read_card(bundle: Path) -> ModelCard:
         ) from error
     except (OSError, ValueError, RecursionError, MemoryError) as error:
         raise CardError(f"{path}: cannot be read ({reason(error)}); export the model again") from error
-    schema = content.pop("schema", None) if isinstance(content, dict) else None
-    if schema != SCHEMA or isinstance(schema, bool):
-        raise CardError(f"{path}: schema {_short(schema)}, this version reads {SCHEMA}; export the model again")
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if schema not in (OLD_SCHEMA, SCHEMA) or isinstance(schema, bool):
+        raise CardError(
+            f"{path}: schema {_short(schema)}, this version reads {OLD_SCHEMA} and {SCHEMA}; export the model again"
+        )
     try:
         return _parse(content)
     except (TypeError, KeyError, ValueError, OverflowError) as error:
@@ -189,7 +217,7 @@ def write_card(card: ModelCard, bundle: Path) -> None:
     OutputError
         If it cannot be written.
     """
-    content = {"schema": SCHEMA, **asdict(card)}
+    content = {"schema": card.schema, **asdict(card)}
     content |= content.pop("further")
     text = json.dumps(content, indent=1, allow_nan=False)
     write_whole(bundle / "card.json", text + "\n")
@@ -230,8 +258,8 @@ def _parse(content: dict[str, Any]) -> ModelCard:
     types = get_type_hints(ModelCard)
     further = {name: content.pop(name) for name in list(content) if name not in types or name == "further"}
     del types["further"]
-    for name in ("precision", "crf"):  # which older cards do not have
-        content.setdefault(name, {})
+    for name, default in (("precision", {}), ("crf", {}), ("channel_names", [])):  # which older cards do not have
+        content.setdefault(name, default)
     for name, hint in types.items():
         kind: Any = get_origin(hint) or hint
         kind = {tuple: list, float: (int, float)}.get(kind, kind)
@@ -243,13 +271,19 @@ def _parse(content: dict[str, Any]) -> ModelCard:
         if not isinstance(digest, str):
             raise TypeError(f"sha256 {_short(digest)} of {_short(file)} has the wrong type")
     classes = tuple(ClassInfo(_class_name(c["name"]), _color(c["color"])) for c in content.pop("classes"))
-    return ModelCard(classes=classes, further=further, **content)
+    names = tuple(content.pop("channel_names"))
+    return ModelCard(classes=classes, channel_names=names, further=further, **content)
+
+
+def _is_name(value: Any) -> bool:
+    """Whether a value can be shown as a name."""
+    # Line breaks and tabs are harmless; control sequences of terminals and surrogates are not.
+    return isinstance(value, str) and "".join(value.split()).isprintable() and 0 < len(value) <= MAX_NAME
 
 
 def _class_name(value: Any) -> str:
     name = str(value)
-    # Line breaks and tabs are harmless; control sequences of terminals and surrogates are not.
-    if not "".join(name.split()).isprintable() or len(name) > MAX_NAME:
+    if name and not _is_name(name):
         raise ValueError(f"{_short(name)} is no name for a class: use up to {MAX_NAME} printable characters")
     return name
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.runtime.bundle.card import ModelCard
+from histostream.runtime.bundle.card import ModelCard, Scores
 from histostream.runtime.errors import EngineError
 from histostream.runtime.finding import Finding
 
@@ -32,8 +32,8 @@ class Engine(Protocol):
     name: str
     batch: int
 
-    def infer(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Map tiles (N, H, W, C), raw pixels, to scores (N, K, H, W)."""
+    def infer(self, tiles: NDArray[np.uint8]) -> Scores:
+        """Map tiles (N, H, W, C), raw pixels, to scores (N, K, H, W) of type ``card.score_dtype``."""
 
     def close(self) -> None:
         """Release the device and its memory."""
@@ -116,9 +116,9 @@ def check_scores(card: ModelCard, name: str, scores: NDArray[Any], n: int) -> No
         If the type or shape is not that of the card.
     """
     wanted = (n, len(card.classes), card.tile_px, card.tile_px)
-    if scores.dtype != np.uint8 or scores.shape != wanted:
+    if scores.dtype != card.score_dtype or scores.shape != wanted:
         raise EngineError(
-            f"{name}: the network gives {scores.dtype} {scores.shape}, the card says uint8 "
+            f"{name}: the network gives {scores.dtype} {scores.shape}, the card says {card.score_dtype} "
             f"{wanted}; export the model again"
         )
 

@@ -28,7 +28,7 @@ from histostream.runtime.stream.device import DeviceStream
 from histostream.wsi.errors import SlideError, StoppedError
 from histostream.wsi.geometry import Box
 from histostream.wsi.outputs.journal import BandJournal
-from histostream.wsi.outputs.label_rows import NOT_ANALYSED, LabelRows
+from histostream.wsi.outputs.label_rows import NOT_ANALYSED, SCORE_MAX, LabelRows
 from histostream.wsi.outputs.sinks.overview import BACKGROUND
 from histostream.wsi.tiling.grid import Strip, Tile, TileGrid
 from histostream.wsi.tiling.strips import cut, read_strips
@@ -273,8 +273,8 @@ class ColumnBand:
             analysed = labels != NOT_ANALYSED
             labels[analysed] = background
             if part.probabilities is not None:
-                one_hot = 255 * (np.arange(len(names)) == background)
-                part.probabilities[block][analysed] = one_hot.astype(np.uint8)
+                one_hot = SCORE_MAX * (np.arange(len(names)) == background)
+                part.probabilities[block][analysed] = one_hot.astype(np.uint16)
         if context.plan.roi is not None:
             part.labels[~context.plan.roi.inside(rows_box)] = NOT_ANALYSED
 

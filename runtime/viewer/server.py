@@ -275,7 +275,7 @@ class Viewer:
             "y": y,
             "label": label,
             "name": classes[label].name if label < len(classes) else None,
-            "scores": None if scores is None or label == NOT_ANALYSED else [s / 255 for s in scores],
+            "scores": None if scores is None or label == NOT_ANALYSED else scores,
         }
 
     def _compare(self, run: Run, other_run: Run) -> dict[str, Any]:

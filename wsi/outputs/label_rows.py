@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 NOT_ANALYSED = 255  # label of pixels that were not analysed: outside the tissue mask or the ROI
+SCORE_MAX = 65535  # a score of 1; image libraries scale 16-bit values to 0..1 in the same way
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,20 +80,20 @@ class LabelRows:
     labels
         (H, W) uint8, a class or `NOT_ANALYSED`.
     probabilities
-        (H, W, K) uint8, ``round(255 p)`` of each class, or None.
+        (H, W, K) uint16, ``round(65535 p)`` of each class, or None.
     """
 
     x: int
     y: int
     labels: NDArray[np.uint8]
-    probabilities: NDArray[np.uint8] | None = None
+    probabilities: NDArray[np.uint16] | None = None
 
     def __post_init__(self) -> None:
         if self.labels.ndim != 2 or self.labels.dtype != np.uint8:
             raise ValueError(f"labels are {_kind(self.labels)}: use (H, W) uint8")
         probs = self.probabilities
-        if probs is not None and (probs.ndim != 3 or probs.shape[:2] != self.labels.shape or probs.dtype != np.uint8):
-            raise ValueError(f"probabilities are {_kind(probs)}: use (H, W, K) uint8 beside {_kind(self.labels)}")
+        if probs is not None and (probs.ndim != 3 or probs.shape[:2] != self.labels.shape or probs.dtype != np.uint16):
+            raise ValueError(f"probabilities are {_kind(probs)}: use (H, W, K) uint16 beside {_kind(self.labels)}")
 
     @classmethod
     def outside(cls, x: int, y: int, width: int, height: int, *, classes: int | None = None) -> LabelRows:
@@ -100,7 +101,7 @@ class LabelRows:
         labels = np.broadcast_to(np.uint8(NOT_ANALYSED), (height, width))
         if classes is None:
             return cls(x, y, labels)
-        return cls(x, y, labels, np.broadcast_to(np.uint8(0), (height, width, classes)))
+        return cls(x, y, labels, np.broadcast_to(np.uint16(0), (height, width, classes)))
 
     @property
     def all_outside(self) -> bool:
@@ -108,7 +109,7 @@ class LabelRows:
         return is_one_value(self.labels) and bool(self.labels[0, 0] == NOT_ANALYSED)
 
 
-def is_one_value(pixels: NDArray[np.uint8]) -> bool:
+def is_one_value(pixels: NDArray[Any]) -> bool:
     """Whether pixels (H, W[, C]) are one pixel broadcast, judged by their strides alone."""
     return pixels.size > 0 and pixels.strides[:2] == (0, 0)
 
@@ -134,5 +135,5 @@ class Sink(Protocol):
 AnySink = TypeVar("AnySink", bound=Sink)
 
 
-def _kind(array: NDArray[np.uint8]) -> str:
+def _kind(array: NDArray[Any]) -> str:
     return f"{array.shape} {array.dtype}"

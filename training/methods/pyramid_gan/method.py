@@ -957,9 +957,9 @@ class Deployed(TileModel):
         self.pyramid = pyramid
 
     def scores(self, images: Tensor) -> Tensor:
-        """Return 255 times the probability of each class."""
+        """Return the probability of each class."""
         probability: Tensor = self.pyramid(images / HALF_RANGE - 1)
-        return probability * 255
+        return probability
 
 
 def deployed(state: State) -> nn.Module:

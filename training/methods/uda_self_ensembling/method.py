@@ -601,9 +601,9 @@ class Deployed(TileModel):
         self.register_buffer("std", std.detach().clone()[:, None, None])
 
     def scores(self, images: Tensor) -> Tensor:
-        """Return 255 times the probability of each class."""
+        """Return the probability of each class."""
         logits = self.segmenter((images - self.mean) / self.std)
-        return torch.cat([-logits, logits], dim=1).sigmoid() * 255
+        return torch.cat([-logits, logits], dim=1).sigmoid()
 
 
 def deployed(state: State) -> nn.Module:
