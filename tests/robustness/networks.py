@@ -329,6 +329,8 @@ def run_case(name: str, slide: Path, pixels: Pixels, export_options: Sequence[st
         wrapped = _run([*words, *export_options], statuses=(0, 1))
         seconds = time.perf_counter() - started
         bundle = Path("bundles") / file.stem
+        if not bundle.exists():
+            raise RuntimeError(f"{shlex.join(words)}: {wrapped.stderr}")
         card = json.loads((bundle / "card.json").read_text())
         result: dict[str, Any] = {
             "command": shlex.join([*words, *export_options]),

@@ -36,7 +36,15 @@ from histostream.wsi.slides.reader import open_slide
 from histostream.wsi.slides.resolution import at_mpp
 from histostream.wsi.tiling.grid import TileGrid
 from histostream.wsi.tiling.strips import read_strips
-from tests.runtime.conftest import CARD, IdentityEngine, PlaceDependentEngine, as_scores, as_shares, random_pixels, write_slide
+from tests.runtime.conftest import (
+    CARD,
+    IdentityEngine,
+    PlaceDependentEngine,
+    as_scores,
+    as_shares,
+    random_pixels,
+    write_slide,
+)
 from tests.runtime.host_device import HostDevice, HostDeviceEngine
 
 ALL = Options(tissue=False, overlap_px=16, probabilities=True)
