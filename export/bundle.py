@@ -22,8 +22,8 @@ from histostream.export.graph.model import opset_of
 from histostream.export.parity import LIMITS, Judge, ParityError, ParityReport, run_graph
 from histostream.export.receptive_field.measure import MEASURED, ReceptiveField, label, receptive_field
 from histostream.export.receptive_field.perturbation import receptive_field_of
-from histostream.export.trial_run import run_on_two_tiles
 from histostream.export.tiles import IMAGE_SUFFIXES, Tiles, collect_tiles
+from histostream.export.trial_run import run_on_two_tiles
 from histostream.export.triton import write_triton
 from histostream.runtime.bundle.card import ENGINES, ModelCard, write_card
 from histostream.runtime.choices import PRECISIONS
@@ -101,13 +101,13 @@ class Network:
     model
         The graph in FP32.
     reference
-        Maps tiles (N, H, W, C) uint8 to scores (N, K, H, W) uint8 without using the graph.
-    method, classes, mpp, channels, tile_px, score_kind, training, note
+        Maps tiles (N, H, W, C) uint8 to scores (N, K, H, W) float32, not rounded, without using the graph.
+    method, classes, mpp, channels, tile_px, score_kind, training, note, channel_names, border_px
         As in `ModelCard`.
     """
 
     model: onnx.ModelProto
-    reference: Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
+    reference: Callable[[NDArray[np.uint8]], NDArray[np.float32]]
     method: str
     classes: tuple[ClassInfo, ...]
     mpp: float
@@ -116,6 +116,8 @@ class Network:
     score_kind: str
     training: dict[str, Any] = field(default_factory=dict)
     note: str = ""
+    channel_names: tuple[str, ...] = ()
+    border_px: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +226,7 @@ class _BundleWriter:
         self.judge = Judge(tiles, network.reference(tiles.gate))
         precision = {} if options.freeze is None else self._freeze(options.freeze, count)
         self.quick_judge = self.judge.first(QUICK_TILES)
-        receptive = receptive_field_of(self.model)
+        receptive = receptive_field_of(self.model, network.border_px)
         self._say_unknown(receptive)
         self.card = ModelCard(
             method=network.method,
@@ -233,7 +235,7 @@ class _BundleWriter:
             channels=network.channels,
             tile_px=network.tile_px,
             align_px=receptive.align_px,
-            halo_px=receptive.halo_px,
+            halo_px=max(receptive.halo_px, network.border_px),
             halo_source=receptive.source,
             tile_statistics=not receptive.is_local,
             score_kind=network.score_kind,
@@ -242,6 +244,8 @@ class _BundleWriter:
             precision=precision,
             training=network.training,
             note=network.note,
+            channel_names=network.channel_names,
+            border_px=network.border_px,
         )
 
     def write_fp32(self) -> None:
@@ -322,8 +326,7 @@ class _BundleWriter:
         name_nodes(self.model)
         cost = self.judge.judge(self.model)
         self.say(f"statistics frozen over {len(pixels)} tiles of {tiles.source}; {cost}")
-        scores, _ = run_graph(self.model, self.judge.tiles.gate)
-        self.judge = Judge(self.judge.tiles, scores)
+        self.judge = Judge(self.judge.tiles, run_graph(self.model, self.judge.tiles.gate).unrounded)
         return {
             "fp32": {
                 "statistics_frozen_over": tiles.source,

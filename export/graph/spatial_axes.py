@@ -68,7 +68,6 @@ class Op:
     shapes: dict[str, Shape]
     layouts: dict[str, Layout | None]
     constants: dict[str, NDArray[Any]]
-    tile: Layout  # spatial axes of the graph's input
 
     @property
     def outputs(self) -> list[str]:

@@ -190,7 +190,7 @@ def trace(model: onnx.ModelProto, batch: int = 1) -> Trace:
             continue
         if node.op_type in ("Shape", "Size"):
             continue
-        effect = _effect(Op(node, opset, shapes, layouts, constants, axes), subgraph)
+        effect = _effect(Op(node, opset, shapes, layouts, constants), subgraph)
         layouts.update(effect.layouts)
         steps.append(Step(node, effect))
     return Trace(model, tiles, axes, tuple(steps), layouts, shapes)

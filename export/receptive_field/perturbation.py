@@ -22,6 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from histostream.export.graph.model import GraphError, attribute, first_line, open_session, opset_of
 from histostream.export.graph.operators import POINTWISE
+from histostream.export.graph.scores import UNROUNDED, with_unrounded_scores
 from histostream.export.graph.shapes import Shape, tiles_input
 from histostream.export.receptive_field.measure import MEASURED, ReceptiveField, Step, Trace, computed_field, trace
 
@@ -35,7 +36,7 @@ SOFTMAX = ("Softmax", "LogSoftmax")
 Values = NDArray[np.float32]  # (1, H, W, C), or (1, K, H, W)
 
 
-def receptive_field_of(model: onnx.ModelProto) -> ReceptiveField:
+def receptive_field_of(model: onnx.ModelProto, border_px: int = 0) -> ReceptiveField:
     """Compute the receptive field of a graph by rules, and measure what they leave open.
 
     Where a node has no rule, halo and alignment are measured. If the graph is local, that is tried on two overlapping
@@ -45,6 +46,8 @@ def receptive_field_of(model: onnx.ModelProto) -> ReceptiveField:
     ----------
     model
         A graph that keeps the tile contract.
+    border_px
+        Pixels at each side of a tile for which the network gives no scores; tiles are not compared there.
 
     Raises
     ------
@@ -54,13 +57,13 @@ def receptive_field_of(model: onnx.ModelProto) -> ReceptiveField:
     traced = trace(model)
     field = computed_field(traced)
     if field.unknown:
-        return _measured(traced, field)
+        return _measured(traced, field, border_px)
     if field.whole_tile:
         return field
-    return replace(field, position=_moves(traced, field.halo_px, field.align_px) is False)
+    return replace(field, position=_moves(traced, max(field.halo_px, border_px), field.align_px) is False)
 
 
-def _measured(traced: Trace, field: ReceptiveField) -> ReceptiveField:
+def _measured(traced: Trace, field: ReceptiveField, border_px: int) -> ReceptiveField:
     """Measure halo and alignment, beginning with the alignment that the rules found."""
     half = min(_size(traced)) // 2
     perturbation = _Perturbation(traced, statistics=bool(field.whole_tile))
@@ -70,7 +73,7 @@ def _measured(traced: Trace, field: ReceptiveField) -> ReceptiveField:
         if halo_px is None:  # half of the tile at least, and perhaps all of it
             whole = tuple(dict.fromkeys((*field.whole_tile, *field.unknown)))
             return replace(field, halo_px=half, whole_tile=whole, source=MEASURED)
-        moves = None if field.whole_tile else _moves(traced, halo_px, align_px)
+        moves = None if field.whole_tile else _moves(traced, max(halo_px, border_px), align_px)
         if moves is not False:
             return replace(field, halo_px=halo_px, align_px=align_px, source=MEASURED)
         if 2 * align_px > half:
@@ -171,10 +174,12 @@ def _runner(model: onnx.ModelProto) -> Callable[[Values], Values]:
 
 def _to_floats(traced: Trace) -> onnx.ModelProto:
     """Return the graph from pixels as floats to the last tensor (N, K, H, W) before steps that see one pixel each."""
-    model = copy.deepcopy(traced.model)
+    model = with_unrounded_scores(copy.deepcopy(traced.model))
     graph = model.graph
     steps = {name: step for step in traced.steps for name in step.node.output}
-    end = graph.output[0].name
+    end = graph.output[-1].name
+    if end == UNROUNDED:
+        end = graph.node[-1].input[0]
     while (step := steps.get(end)) and (name := _same_pixel(step, traced)):
         end = name
     for value in graph.input:

@@ -208,11 +208,11 @@ def _conv_transpose(op: Op) -> Effect:
 def _resampled_axes(op: Op, strides: Sequence[Fraction]) -> list[SpatialAxis]:
     """Return the axes of the output, one position of which is so many positions of the input."""
     axes = []
-    for spatial, tile, factor in zip(op.unshared_axes, op.tile, strides, strict=True):
+    for spatial, factor in zip(op.unshared_axes, strides, strict=True):
         size, stride = op.out_shape()[spatial.axis], spatial.stride * factor
         nearest = Fraction(round(stride)) if stride > 1 else Fraction(1, round(1 / stride))
         # A tile of 513 px has maps of 257, 129 and 65: those of strides 2, 4 and 8, although no factor is whole.
-        if stride * size != tile.size and abs(nearest * size - tile.size) < max(nearest, 1):
+        if abs(nearest * size - spatial.stride * spatial.size) < spatial.stride:
             stride = nearest
         axes.append(SpatialAxis(spatial.axis, size, stride))
     return axes
@@ -291,11 +291,12 @@ def _resize(op: Op) -> Effect:
     antialias = bool(op.attribute("antialias", 0))
     scales = _resize_scales(op, 1 if upsample else 2)
     resamplings = []
-    for spatial, tile in zip(op.unshared_axes, op.tile, strict=True):
+    for spatial in op.unshared_axes:
         scale, origin = scales(spatial), coordinates
-        if coordinates == "align_corners" and (spatial.size - 1) * spatial.stride == tile.size - 1 > 0:
-            # 33 positions, 16 px apart, reach from corner to corner of a tile of 513 px: nothing drifts.
-            scale, origin = Fraction(op.out_shape()[spatial.axis] - 1, spatial.size - 1), "asymmetric"
+        steps = op.out_shape()[spatial.axis] - 1, spatial.size - 1
+        if coordinates == "align_corners" and min(steps) > 0 and 0 in (steps[0] % steps[1], steps[1] % steps[0]):
+            # 33 positions, 16 px apart, are 32 steps: as many as 512 steps of 1 px, so that nothing drifts.
+            scale, origin = Fraction(*steps), "asymmetric"
         resamplings.append(_Resampling(scale, mode, origin, rounding, antialias))
     return _mapped(op, _resampled_axes(op, [1 / r.scale for r in resamplings]), [r.window for r in resamplings])
 
