@@ -173,6 +173,22 @@ class ModelCard:
         """The type of the scores."""
         return np.dtype(np.uint8 if self.schema == OLD_SCHEMA else np.float16)
 
+    @property
+    def unblendable(self) -> str | None:
+        """Why overlapping tiles of the model cannot be averaged; None if they can."""
+        if self.score_kind == "label":
+            return "this model gives labels, which cannot be averaged"
+        if self.border_px:
+            return f"this model gives no scores within {self.border_px} px of a tile's border"
+        return None
+
+    @property
+    def default_blend(self) -> str:
+        """The blending that suits the model: hann, unless its scores cannot be averaged."""
+        if self.unblendable is None:
+            return "hann"
+        return "exact" if self.border_px and not self.tile_statistics and 2 * self.halo_px < self.tile_px else "crop"
+
     def digest(self) -> str:
         """Return the SHA-256 of the card's content that describes the network.
 

@@ -38,22 +38,6 @@ class BlendError(HistoError, ValueError):
 AVERAGING = ("hann", "gaussian", "linear", "mean")  # windows in which overlapping tiles are averaged
 
 
-def default_blend(card: ModelCard) -> str:
-    """Return the blending that suits a model: hann, unless its scores cannot be averaged."""
-    if unblendable(card) is None:
-        return "hann"
-    return "exact" if card.border_px and not card.tile_statistics and 2 * card.halo_px < card.tile_px else "crop"
-
-
-def unblendable(card: ModelCard) -> str | None:
-    """Return why overlapping tiles of a model cannot be averaged; None if they can."""
-    if card.score_kind == "label":
-        return "this model gives labels, which cannot be averaged"
-    if card.border_px:
-        return f"this model gives no scores within {card.border_px} px of a tile's border"
-    return None
-
-
 def check_blend(mode: str, card: ModelCard, overlap_px: int) -> None:
     """Check that a blending mode fits the model and the overlap.
 
@@ -65,7 +49,7 @@ def check_blend(mode: str, card: ModelCard, overlap_px: int) -> None:
     """
     if mode not in WINDOWS:
         raise BlendError(f"no blending is called {mode!r}: use {', '.join(WINDOWS)}")
-    reason = unblendable(card)
+    reason = card.unblendable
     if reason and mode in AVERAGING:
         raise BlendError(f"--blend {mode}: {reason}; leave --blend out, or use crop")
     if overlap_px < 2 * card.border_px:
