@@ -120,7 +120,7 @@ class _Perturbation:
             other = self._others.copy()
             other[kept] = self._pixels[kept]
             touched |= self._as_it_is(other) != self._unchanged
-        inside = touched.any(axis=(0, 1))[rows, columns]
+        inside = np.asarray(touched.any(axis=(0, 1)))[rows, columns]
         inside = inside if rows.start else inside[::-1, ::-1]  # the outside lies before the first row and column
         height, width = (n - n // BORDER for n in inside.shape)
         ys, xs = np.nonzero(inside[:height, :width])

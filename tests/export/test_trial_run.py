@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from histostream.export.bundle import Options
-from histostream.export.external.network import ExternalModel
+from histostream.export.external.description import ExternalModel
 from histostream.export.external.wrap import wrap_onnx
 from histostream.export.trial_run import TrialError
 from histostream.runtime import layout
@@ -24,7 +26,7 @@ QUICK = Options(precisions=("fp32",), tensorrt="off")
 SIDE = 96
 
 
-def node(kind: str, inputs: str, output: str, **attributes: object) -> onnx.NodeProto:
+def node(kind: str, inputs: str, output: str, **attributes: Any) -> onnx.NodeProto:
     return helper.make_node(kind, inputs.split(), [output], **attributes)
 
 
@@ -53,7 +55,7 @@ NETWORKS = {
 
 def network(name: str, path: Path) -> Path:
     """Write a network of three classes from pixels (N, 3, SIDE, SIDE)."""
-    weights = {
+    weights: dict[str, NDArray[Any]] = {
         "w": np.random.default_rng(0).normal(size=(3, 3, 1, 1)).astype(np.float32) * 6,
         "scales": np.array([1, 1, SIDE // 3, SIDE // 3], np.float32),
         "whole": np.array([1, 1, 32, 32], np.float32),
