@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from histostream.runtime.choices import PRECISIONS
 from histostream.wsi.console import fail, one_line_errors, show_only_our_warnings
+from histostream.wsi.option_types import WordList
 
 if TYPE_CHECKING:
     from histostream.export.bundle import Export
@@ -61,25 +63,26 @@ def _export_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that every export command has."""
     for option in reversed(
         (
-            click.option("--out", type=PATH, help="Bundle to write.  [default: bundles/NAME]"),
+            click.option("--out", type=PATH, help="Bundle to write; default: bundles/NAME."),
             click.option(
                 "--precision",
                 "precisions",
-                callback=_words,
-                default="fp32,fp16,int8",
-                metavar="LIST",
+                type=WordList(PRECISIONS),
+                default=",".join(PRECISIONS),
+                metavar=",".join(PRECISIONS),
                 help="Which graphs to write; fp32 is always written.",
             ),
             click.option(
                 "--tensorrt",
                 default="auto",
-                metavar="auto|tensorrt|rtx|off",
+                type=click.Choice(("auto", "tensorrt", "rtx", "off")),
                 help="Which library builds the engine; auto: where one is installed.",
             ),
             click.option(
                 "--targets",
-                callback=_words,
+                type=WordList(),
                 default="",
+                show_default=False,
                 metavar="sm80,sm86,...",
                 help="GPUs to build the engine for; default: what the library suggests.",
             ),
@@ -88,7 +91,7 @@ def _export_options(command: Callable[..., None]) -> Callable[..., None]:
                 "tile_px",
                 type=int,
                 metavar="PX",
-                help="Side of a tile.  [default: the network's own, else 512]",
+                help="Side of a tile, in pixels; default: the network's own, else 512.",
             ),
             click.option(
                 "--calibrate",
@@ -124,7 +127,7 @@ _one_line_errors = one_line_errors(
 
 @click.group(invoke_without_command=True, context_settings={"show_default": True})
 @click.version_option(package_name="histostream")
-@click.option("--method", "method_name", help="Which paper the model is of, as imems.")
+@click.option("--method", "method_name", help="Method that the model is of, as imems.")
 @click.option(
     "--checkpoint",
     "run",
@@ -166,7 +169,7 @@ def main(
 @click.option("--classes", callback=_words, default="", metavar="LIST", help="Names in label order.")
 @click.option("--colors", callback=_colors, default="", metavar="LIST", help="Of the classes, as ffffff,e69f00.")
 @click.option("--background", metavar="NAME", help="The class that is not painted, if its name does not say so.")
-@click.option("--mpp", type=float, help="Resolution it was trained at, um/px.")
+@click.option("--mpp", type=float, help="Resolution that it was trained at, um per pixel.")
 @click.option(
     "--mean",
     callback=_numbers,
@@ -181,11 +184,11 @@ def main(
     help="Factor of the raw pixels, 0 to 255.  [default: 1/255; 1 if it takes uint8]",
 )
 @click.option("--channel-names", callback=_words, default="", metavar="LIST", help="Of its channels, if not RGB.")
-@click.option("--layout", default="auto", metavar="auto|nchw|nhwc", help="Of its input.")
+@click.option("--layout", default="auto", type=click.Choice(("auto", "nchw", "nhwc")), help="Of its input.")
 @click.option(
     "--activation",
     default="auto",
-    metavar="auto|softmax|sigmoid|none",
+    type=click.Choice(("auto", "softmax", "sigmoid", "none")),
     help="What makes probabilities of its output; none: it gives them.",
 )
 @click.option(
@@ -224,7 +227,7 @@ def wrap(model: Path, mpp: float | None, bgr: bool, note: str, out: Path | None,
 
 def _graph_arguments(command: Callable[..., None]) -> Callable[..., None]:
     """Add the arguments of the commands that write a single graph."""
-    tile = click.option("--tile", "tile_px", type=int, metavar="PX", help="Side of the images.")
+    tile = click.option("--tile", "tile_px", type=int, metavar="PX", help="Side of the images, in pixels.")
     file = click.argument("out", type=PATH)
     return click.argument("run", type=PATH)(file(tile(_one_line_errors(command))))
 

@@ -15,12 +15,12 @@ from histostream.runtime.bundle.card import ModelCard
 from histostream.runtime.engines.base import Engine
 from histostream.runtime.layout import lay_out, open_for_model
 from histostream.runtime.options import Options
-from histostream.runtime.report.figures import rough_duration, size
 from histostream.runtime.slide_job import SlideJob
 from histostream.wsi.errors import HistoError, printable
 from histostream.wsi.outputs.journal import Journal
 from histostream.wsi.outputs.sinks import find_sink
 from histostream.wsi.outputs.sinks.pyramid import LABEL_BYTES
+from histostream.wsi.report.figures import rough_duration, size
 from histostream.wsi.slides.sources.base import is_remote
 
 # Bytes of probabilities.tif per analysed pixel and class, measured on CMU-1-Small-Region.svs with the

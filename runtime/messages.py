@@ -23,12 +23,12 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from histostream.runtime.bundle.card import ModelCard
 from histostream.runtime.cohort.worker import Report
 from histostream.runtime.outcome import DAMAGED, DONE, FAILED, LOCKED, NOT_BEGUN, STOPPED, UNCHANGED, Outcome
-from histostream.runtime.report.figures import rough_duration
 from histostream.runtime.slide_job import SlideJob
 from histostream.runtime.stream.blend import unblendable
 from histostream.wsi.console import fail
 from histostream.wsi.errors import printable
 from histostream.wsi.records import to_json
+from histostream.wsi.report.figures import rough_duration
 
 COMMAND = "histo-infer"
 PROGRESS_S = 30.0  # between two lines of progress, if stderr is not a terminal

@@ -326,7 +326,7 @@ def check_devices(devices: tuple[str, ...]) -> None:
         if device != CPU and devices.count(device) > 1:
             raise EngineError(f"device {device} is named twice: name each once")
     if not devices:
-        raise EngineError("no device is named: write --devices 0,1")
+        raise EngineError("no device is named: write --device 0,1")
 
 
 def _ended(process: _Process) -> str:
@@ -374,7 +374,7 @@ def _work(pipe: Connection, bundle: Path, device: str, engine_options: dict[str,
         except HistoError as error:
             send(number, "failed", str(error))
         except MemoryError:
-            send(number, "failed", "out of memory; use a smaller --batch or fewer --devices")
+            send(number, "failed", "out of memory; use a smaller --batch or fewer --device")
         except Exception:  # the user sees only what the parent prints
             send(number, "failed", traceback.format_exc(limit=-3))
 

@@ -65,10 +65,10 @@ def test_a_missing_file_is_named(bundle: Path) -> None:
         read_file(bundle, read_card(bundle), "model.fp16.onnx")
 
 
-@pytest.mark.parametrize("schema", [None, 0, 2, "1"])
+@pytest.mark.parametrize("schema", [None, 0, 3, "1", True])
 def test_another_schema_is_refused(bundle: Path, schema: object) -> None:
     change(bundle, schema=schema)
-    with pytest.raises(CardError, match="this version reads 1; export the model again"):
+    with pytest.raises(CardError, match="this version reads 1 and 2; export the model again"):
         read_card(bundle)
 
 
@@ -79,7 +79,8 @@ def test_another_schema_is_refused(bundle: Path, schema: object) -> None:
         ({"files": {"/etc/passwd": "0"}}, "not the name of a file in the bundle"),
         ({"mpp": -1}, "mpp=-1 is not a positive number"),
         ({"mpp": "0.5"}, "mpp='0.5' has the wrong type"),
-        ({"channels": 4}, "channels=4 is not 1 or 3"),
+        ({"channels": 65}, "channels=65 is not 1 to 64"),
+        ({"channel_names": ["dapi"]}, "is not 3 names, one for each channel"),
         ({"tile_px": 100, "align_px": 16}, "multiple of align_px"),
         ({"align_px": 0}, "align_px=0"),
         ({"score_kind": "logits"}, "score_kind='logits'"),

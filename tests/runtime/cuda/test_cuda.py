@@ -149,7 +149,7 @@ def test_cuda_python_moves_bytes_and_captures_graphs() -> None:
     assert lines[0] == f"fake GPU sm90 {1 << 30} 7 True"
     assert lines[1].startswith(f"GPU 0 (fake GPU): no {1 << 40} bytes of device memory left; ")
     assert lines[2].startswith("GPU 0: cuMemFree failed (CUDA_ERROR_INVALID_VALUE: in words); ")
-    assert lines[3] == "there is no GPU 3: the driver sees 1; --devices counts from 0"
+    assert lines[3] == "there is no GPU 3: the driver sees 1; --device counts from 0"
     assert lines[4] == "0"  # everything was given back
 
 
