@@ -79,7 +79,7 @@ def _bundle_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option(
                 "--precision",
                 "precisions",
-                type=WordList(PRECISIONS),
+                type=WordList(tuple(PRECISIONS)),
                 default=",".join(PRECISIONS),
                 metavar=",".join(PRECISIONS),
                 help="Which graphs to write; fp32 is always written.",

@@ -24,7 +24,7 @@ from numpy.typing import DTypeLike, NDArray
 from histostream.wsi.files import remove, temporary_name, writing
 from histostream.wsi.outputs.label_rows import is_one_value
 
-Pixels = NDArray[np.uint8] | NDArray[np.uint16]
+Pixels = NDArray[Any]  # uint8, or uint16 for scores
 _ABSENT = -1
 MIN_PX = 512  # the coarsest level has no longer side
 DEFLATE_LEVEL = 5  # libdeflate, label maps: 200 Mpx/s, 4 % larger than level 6 with 140 Mpx/s
