@@ -44,7 +44,8 @@ def as_scores(values: NDArray[np.uint8], card: ModelCard = CARD) -> Scores:
 
 def as_shares(values: NDArray[np.uint8]) -> NDArray[np.uint16]:
     """Return the file's value of a score v / 256: round(65535 v / 256)."""
-    return np.floor(values * (65535 / 256) + 0.5).astype(np.uint16)
+    shares: NDArray[np.uint16] = np.floor(values * (65535 / 256) + 0.5).astype(np.uint16)
+    return shares
 
 
 @dataclass

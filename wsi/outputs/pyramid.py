@@ -113,9 +113,10 @@ def nearest(pixels: Pixels) -> Pixels:
 
 def mean(pixels: Pixels) -> Pixels:
     """Average each 2 x 2, halves rounded up."""
-    wide = pixels.astype(np.uint16 if pixels.dtype == np.uint8 else np.uint32)
+    wide: Pixels = pixels.astype(np.uint16 if pixels.dtype == np.uint8 else np.uint32)
     rows = wide[::2] + wide[1::2]
-    return ((rows[:, ::2] + rows[:, 1::2] + 2) >> 2).astype(pixels.dtype)
+    means: Pixels = ((rows[:, ::2] + rows[:, 1::2] + 2) >> 2).astype(pixels.dtype)
+    return means
 
 
 @dataclass
