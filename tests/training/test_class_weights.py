@@ -180,9 +180,7 @@ def grey_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part in ("images", "labels"):
         (folder / part).mkdir()
     for i in range(8):
-        labels = np.zeros((50, 50), np.uint8)
-        y, x = rng.integers(5, 35, 2)
-        labels[y : y + 10, x : x + 10] = 1
+        labels = rng.permutation(np.repeat(np.array([0, 1], np.uint8), (2400, 100))).reshape(50, 50)
         Image.fromarray(np.full((50, 50, 3), 150 + i, np.uint8)).save(folder / "images" / f"{i}.png")
         Image.fromarray(labels).save(folder / "labels" / f"{i}.png")
     (folder / "dataset.toml").write_text('mpp = 0.5\n[[classes]]\nname = "ground"\n[[classes]]\nname = "dot"\n')

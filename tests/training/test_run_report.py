@@ -128,7 +128,7 @@ def test_the_page_is_written_at_each_validation_and_survives_a_stop(
     assert [re.findall(r"Steps(\d+)", text)[0] for text in seen] == ["2", "2", "4", "4", "6"]
     loop.train(recipe(steps=8, validate_every=2), imems, found, tmp_path)
     page = parsed(tmp_path)
-    marks = [e.get("d", "") for e in page.iter("path") if e.get("class") == "line"]
+    marks = [e.get("d", "") for e in page.iter() if e.get("class") == "line"]
     # Dice of the first class has a point for each of the four validations, of both processes.
     assert marks[0].count("L") == 3
 
