@@ -100,7 +100,7 @@ class Network:
         The graph in FP32.
     reference
         Maps tiles (N, H, W, C) uint8 to scores (N, K, H, W) float32, not rounded, without using the graph.
-    method, classes, mpp, channels, tile_px, score_kind, training, note, channel_names
+    method, classes, mpp, channels, tile_px, score_kind, training, note, channel_names, border_px
         As in `ModelCard`.
     """
 
@@ -115,6 +115,7 @@ class Network:
     training: dict[str, Any] = field(default_factory=dict)
     note: str = ""
     channel_names: tuple[str, ...] = ()
+    border_px: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +229,7 @@ class _BundleWriter:
             channels=network.channels,
             tile_px=network.tile_px,
             align_px=receptive.align_px,
-            halo_px=receptive.halo_px,
+            halo_px=max(receptive.halo_px, network.border_px),
             tile_statistics=bool(receptive.whole_tile),
             score_kind=network.score_kind,
             files={},
@@ -237,6 +238,7 @@ class _BundleWriter:
             training=network.training,
             note=network.note,
             channel_names=network.channel_names,
+            border_px=network.border_px,
         )
 
     def write_fp32(self) -> None:

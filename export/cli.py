@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,19 +28,54 @@ def _words(_: click.Context, __: click.Parameter, text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
-def _numbers(_: click.Context, __: click.Parameter, text: str) -> tuple[float, ...]:
+def _numbers(_: click.Context, __: click.Parameter, text: str | None) -> tuple[float, ...] | None:
     """Read a comma-separated list of numbers."""
+    if text is None:
+        return None
     try:
         return tuple(float(word) for word in text.split(","))
     except ValueError as error:
         raise click.BadParameter(f"{text!r} is not a comma-separated list of numbers: write 0.5,0.5,0.5") from error
 
 
+def _fraction(_: click.Context, __: click.Parameter, text: str | None) -> float | None:
+    """Read a number, or a fraction as 1/255."""
+    if text is None:
+        return None
+    numerator, _slash, denominator = text.partition("/")
+    try:
+        return float(numerator) / float(denominator or 1)
+    except (ValueError, ZeroDivisionError) as error:
+        raise click.BadParameter(f"{text!r} is not a number: write 1/255 or 0.0039") from error
+
+
+def _colors(context: click.Context, parameter: click.Parameter, text: str) -> tuple[tuple[int, ...], ...]:
+    """Read a comma-separated list of colours in hexadecimal; # may lead, but a shell may take it for a comment."""
+    colors = []
+    for word in _words(context, parameter, text):
+        if not re.fullmatch("#?[0-9a-fA-F]{6}", word):
+            raise click.BadParameter(f"{word!r} is not a colour: write six digits for each, as ffffff,e69f00")
+        colors.append(tuple(bytes.fromhex(word.removeprefix("#"))))
+    return tuple(colors)
+
+
 def _export_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that every export command has."""
+    """Add the options of the commands that make a bundle of a network."""
+    out = click.option("--out", type=PATH, help="Bundle to write; default: bundles/NAME.")
+    tile = click.option(
+        "--tile",
+        "tile_px",
+        type=int,
+        metavar="PX",
+        help="Side of a tile, in pixels; default: the network's own, else 512.",
+    )
+    return out(tile(_bundle_options(command)))
+
+
+def _bundle_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that every command has that writes a bundle."""
     for option in reversed(
         (
-            click.option("--out", type=PATH, help="Bundle to write; default: bundles/NAME."),
             click.option(
                 "--precision",
                 "precisions",
@@ -60,13 +97,6 @@ def _export_options(command: Callable[..., None]) -> Callable[..., None]:
                 show_default=False,
                 metavar="sm80,sm86,...",
                 help="GPUs to build the engine for; default: what the library suggests.",
-            ),
-            click.option(
-                "--tile",
-                "tile_px",
-                type=int,
-                metavar="PX",
-                help="Side of a tile, in pixels; default: the network's own, else 512.",
             ),
             click.option(
                 "--calibrate",
@@ -141,16 +171,24 @@ def main(
 
 @main.command()
 @click.argument("model", type=PATH)
-@click.option("--classes", callback=_words, required=True, help="Names in label order.")
-@click.option("--mpp", type=float, required=True, help="Resolution that it was trained at, um per pixel.")
+@click.option("--classes", callback=_words, default="", metavar="LIST", help="Names in label order.")
+@click.option("--colors", callback=_colors, default="", metavar="LIST", help="Of the classes, as ffffff,e69f00.")
+@click.option("--background", metavar="NAME", help="The class that is not painted, if its name does not say so.")
+@click.option("--mpp", type=float, help="Resolution that it was trained at, um per pixel.")
 @click.option(
     "--mean",
     callback=_numbers,
-    default="0,0,0",
-    help="Of each channel, scaled; one for grey.",
+    metavar="LIST",
+    help="Of each channel, scaled; or one number for all.  [default: 0]",
 )
-@click.option("--std", callback=_numbers, default="1,1,1", help="Of each channel, after --scale.")
-@click.option("--scale", default=1 / 255, help="Factor of the raw pixels, 0 to 255.")
+@click.option("--std", callback=_numbers, metavar="LIST", help="Of each channel, scaled.  [default: 1]")
+@click.option(
+    "--scale",
+    callback=_fraction,
+    metavar="NUMBER",
+    help="Factor of the raw pixels, 0 to 255.  [default: 1/255; 1 if it takes uint8]",
+)
+@click.option("--channel-names", callback=_words, default="", metavar="LIST", help="Of its channels, if not RGB.")
 @click.option("--layout", default="auto", type=click.Choice(("auto", "nchw", "nhwc")), help="Of its input.")
 @click.option(
     "--activation",
@@ -158,35 +196,36 @@ def main(
     type=click.Choice(("auto", "softmax", "sigmoid", "none")),
     help="What makes probabilities of its output; none: it gives them.",
 )
+@click.option(
+    "--threshold", type=float, metavar="P", help="Of two classes, the second from this probability on.  [default: 0.5]"
+)
+@click.option(
+    "--background-below",
+    type=float,
+    metavar="P",
+    help="Add a background class, where every score is below; 0: none.  [default: 0.5 for independent sigmoids]",
+)
 @click.option("--bgr", is_flag=True, help="Its channels are blue, green, red.")
 @click.option("--resize-output", is_flag=True, help="Enlarge an output coarser than its input.")
+@click.option("--crop-output", is_flag=True, help="Its output is the tile's centre, as of unpadded convolutions.")
 @click.option("--input", "input_name", help="Which input, where it has several.")
 @click.option("--output", "output_name", help="Which output, where it has several.")
 @click.option("--note", default="", help="What the model is for and where it fails.")
 @_export_options
 @_one_line_errors
-def wrap(
-    model: Path,
-    classes: tuple[str, ...],
-    mpp: float,
-    bgr: bool,
-    note: str,
-    out: Path | None,
-    **values: Any,
-) -> None:
-    """Make a bundle of a segmentation network from elsewhere, as ONNX.
+def wrap(model: Path, mpp: float | None, bgr: bool, note: str, out: Path | None, **values: Any) -> None:
+    """Make a bundle of a segmentation network from elsewhere: ONNX, or a file of torch.export.
 
     Its normalisation and activation become part of the graph; then it goes through the same
-    comparisons as a network of ours.
+    comparisons as a network of ours. What is not said is taken from the file's metadata, or
+    found out by running the network; each decision is printed.
     """
-    names = ("mean", "std", "scale", "layout", "activation", "resize_output", "input_name", "output_name")
-    properties = {name: values.pop(name) for name in names}
     from histostream.export import ExternalModel, Options, wrap_onnx
-    from histostream.export.bundle import TILE_PX
 
+    names = {field.name for field in dataclasses.fields(ExternalModel)} & values.keys() - {"tile_px"}
+    properties = {name: values.pop(name) for name in names}
     options = Options(**values)
-    tile_px = TILE_PX if options.tile_px is None else options.tile_px
-    external = ExternalModel(classes=classes, tile_px=tile_px, order="bgr" if bgr else "rgb", **properties)
+    external = ExternalModel(tile_px=options.tile_px, order="bgr" if bgr else "rgb", **properties)
     out = out or Path("bundles") / model.stem
     _report(wrap_onnx(model, out, external, options, mpp=mpp, note=note, say=click.echo), out)
 
@@ -259,6 +298,24 @@ def tune_crf(bundle: Path, source: str, part: str, run: Path | None, mpp: float 
     click.echo(
         f"{bundle}: Dice {tuned.dice:.4f} with the CRF, {tuned.dice_without:.4f} without, on {len(samples)} images"
     )
+
+
+@main.command()
+@click.argument("bundle", type=PATH)
+@click.option("--out", type=PATH, help="Bundle to write; default: BUNDLE itself is replaced.")
+@_bundle_options
+@_one_line_errors
+def upgrade(bundle: Path, out: Path | None, **values: Any) -> None:
+    """Write BUNDLE, of an older version, again with scores that are not rounded to 8 bits.
+
+    The labels are then those of the network. The parity check compares with the bundle's FP32 graph, of which the
+    other precisions are made again; a checkpoint at hand is better exported again.
+    """
+    from histostream.export import Options
+    from histostream.export.upgrade import upgrade_bundle
+
+    out = out or bundle
+    _report(upgrade_bundle(bundle, out, Options(**values), say=click.echo), out)
 
 
 @main.command()

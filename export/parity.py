@@ -153,7 +153,7 @@ class Judge:
 
     def report(self, output: GraphOutput, engine: str) -> ParityReport:
         """Compare the output of a graph with the reference's."""
-        difference = np.abs(self.reference - output.scores)
+        difference = np.abs(np.clip(self.reference, 0, 1) - output.scores)
         labels, other = self.reference.argmax(axis=1), output.labels
         same = labels == other
         grey = self.tiles.gate.mean(axis=-1)
@@ -165,7 +165,7 @@ class Judge:
             source=self.tiles.source,
             tiles=len(other),
             pixels=same.size,
-            max_difference=int(difference.max()),
+            max_difference=float(difference.max()),
             mean_difference=float(difference.mean()),
             label_agreement=float(same.mean()),
             moved_by_rounding=float((output.unrounded_labels != other).mean()),

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from histostream.runtime.choices import BACKENDS, RUN_PRECISIONS, WINDOWS
+from histostream.runtime.choices import AUTO, BACKENDS, RUN_PRECISIONS, WINDOWS
 from histostream.wsi.console import GroupedCommand, memory_mib, one_line_errors, option_group, read_settings
 from histostream.wsi.option_types import DEVICES_METAVAR, DeviceList, WordList
 from histostream.wsi.outputs.sinks import sink_names
@@ -70,7 +70,12 @@ class _OrView(GroupedCommand):
 @_slide("--force-upsampling", is_flag=True, help="Enlarge slides coarser than the model.")
 @_slide("--strict", is_flag=True, help="Stop a slide at a damaged block; default: skip the block.")
 @_tiles("--overlap", "overlap_px", type=int, metavar="PX", help="Pixels that tiles share; default: 64.")
-@_tiles("--blend", default="hann", type=click.Choice(WINDOWS), help="How overlapping tiles are joined.")
+@_tiles(
+    "--blend",
+    default=AUTO,
+    type=click.Choice((AUTO, *WINDOWS)),
+    help="How overlapping tiles are joined; auto: hann, unless the model gives labels.",
+)
 @_tiles("--crf", is_flag=True, help="Refine the labels by a dense CRF with the model's parameters.")
 @_tiles(
     "--crf-params",

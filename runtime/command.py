@@ -28,12 +28,12 @@ from histostream.runtime.messages import JsonFormatter, JsonMessages, Messages, 
 from histostream.runtime.options import Options
 from histostream.runtime.outcome import FAILED, NOT_BEGUN
 from histostream.runtime.process_memory import return_buffers_at_once
-from histostream.runtime.report.figures import rough_duration, size
 from histostream.runtime.slide_job import SlideInput, SlideJob
 from histostream.wsi.console import show_only_our_warnings
 from histostream.wsi.errors import HistoError
 from histostream.wsi.option_types import CPU
 from histostream.wsi.optional import require
+from histostream.wsi.report.figures import rough_duration, size
 
 GPU_BACKENDS = ("cuda", "tensorrt")
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import functools
 import io
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from histostream.training.data import Sample
+from histostream.training.checks import Range, Share, check_fields
+from histostream.training.data import IGNORED, Sample
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,27 +70,21 @@ class Augmentation:
     """
 
     flips: bool = False
-    object_px: float = 0.0
-    zoom: float = 1.0
-    stain: float = 0.0
-    restain: float = 0.0
-    light: float = 0.0
-    focus: float = 0.0
-    noise: float = 0.0
-    jpeg: float = 0.0
-    rotate: float = 0.0
-    elastic: float = 0.0
-    color_jitter: float = 0.0
-    motion_blur: int = 0
+    object_px: Annotated[float, Range(1, 4096, off=0)] = 0.0
+    zoom: Annotated[float, Range(1, 8)] = 1.0
+    stain: Share = 0.0
+    restain: Share = 0.0
+    light: Share = 0.0
+    focus: Annotated[float, Range(0, 64)] = 0.0
+    noise: Annotated[float, Range(0, 255)] = 0.0
+    jpeg: Share = 0.0
+    rotate: Annotated[float, Range(0, 180)] = 0.0
+    elastic: Annotated[float, Range(0, 256)] = 0.0
+    color_jitter: Share = 0.0
+    motion_blur: Annotated[int, Range(3, 255, off=0)] = 0
 
     def __post_init__(self) -> None:
-        if self.zoom < 1:
-            raise ValueError(f"zoom={self.zoom}: use 1 (off) or more")
-        if self.motion_blur and self.motion_blur < 3:
-            raise ValueError(f"motion_blur={self.motion_blur}: use 0 (off), or 3 px or more")
-        for name in ("rotate", "elastic", "color_jitter", "motion_blur"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: use 0 (off) or more")
+        check_fields(self)
 
 
 def draw_crop(
@@ -118,7 +113,7 @@ def draw_crop(
     -------
     (crop_px, crop_px, C) uint8 pixels and (crop_px, crop_px) uint8 labels.
     """
-    factor = object_zoom(sample, augmentation, typical_object_px) * augmentation.zoom ** rng.uniform(-1, 1)
+    factor = object_zoom(sample.object_px, augmentation, typical_object_px) * augmentation.zoom ** rng.uniform(-1, 1)
     image, labels = zoom(sample.image, sample.labels, factor)
     image, labels = _crop(image, labels, crop_px, rng)
     return _vary(image, labels, augmentation, rng)
@@ -131,7 +126,7 @@ def draw_whole(
     rng: np.random.Generator,
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Vary a whole image, as `draw_crop` does, without cutting it; returns (H, W, C) and (H, W)."""
-    factor = object_zoom(sample, augmentation, typical_object_px)
+    factor = object_zoom(sample.object_px, augmentation, typical_object_px)
     image, labels = zoom(sample.image, sample.labels, factor)
     return _vary(image, labels, augmentation, rng)
 
@@ -208,11 +203,11 @@ def _vary(
     return _degrade(pixels, a, rng), labels
 
 
-def object_zoom(sample: Sample, augmentation: Augmentation, typical_object_px: float) -> float:
-    """Zoom factor that gives the image's median object the wanted diameter, within 1/4 to 2."""
+def object_zoom(object_px: float, augmentation: Augmentation, typical_object_px: float) -> float:
+    """Zoom factor that gives an image's median object, of ``object_px``, the wanted diameter, within 1/4 to 2."""
     if not augmentation.object_px:
         return 1.0
-    own = typical_object_px if np.isnan(sample.object_px) else sample.object_px
+    own = typical_object_px if np.isnan(object_px) else object_px
     return float(np.clip(augmentation.object_px / own, 0.25, 2.0))
 
 
@@ -241,18 +236,19 @@ def restain(pixels: Floats, labels: NDArray[np.uint8], rng: np.random.Generator)
     pixels
         (H, W, 3) in 0..255.
     labels
-        (H, W) class of each pixel.
+        (H, W) class of each pixel; what is not annotated counts as ground, and tells nothing of its
+        density.
 
     Returns
     -------
     (H, W, 3) float32 in 0..255.
     """
     density = -np.log((pixels + 1) / 256).mean(axis=-1)
-    inside = labels > 0
-    if inside.sum() < 20 or (~inside).sum() < 20:
+    inside, outside = (labels > 0) & (labels != IGNORED), labels == 0
+    if inside.sum() < 20 or outside.sum() < 20:
         relative = np.zeros_like(density)
     else:
-        low, high = np.median(density[~inside]), np.median(density[inside])
+        low, high = np.median(density[outside]), np.median(density[inside])
         relative = np.clip((density - low) / max(high - low, 0.05), 0, 1.6)
     soft = _blur(inside.astype(np.float32), rng.uniform(0.6, 1.2))
     objects = relative * (soft + (1 - soft) * rng.uniform(0, 0.3))

@@ -55,6 +55,14 @@ _one_line_errors = one_line_errors(
     help="A recipe: a TOML file, or the name of a shipped one (nuclei, unet-c-single, ...); may "
     "be repeated, later ones add to earlier ones.",
 )
+@click.option(
+    "--from",
+    "start",
+    type=click.Path(path_type=Path),
+    metavar="RUN",
+    help="Start from the weights of a run, of a checkpoint, or of a method whose weights ship (imems), as far "
+    "as they fit by name and shape.",
+)
 @click.option("--mpp", type=float, help="Resolution to train at, um per pixel; default: the set's own.")
 @click.option(
     "--set",
@@ -73,6 +81,7 @@ _one_line_errors = one_line_errors(
     default=1,
     help="Processes that share each batch, one a GPU (or torchrun's own).",
 )
+@click.option("--tensorboard", is_flag=True, help="Write event files for TensorBoard into tensorboard/ of the run.")
 @click.pass_context
 @_one_line_errors
 def main(
@@ -84,6 +93,7 @@ def main(
     test_set: str | None,
     run: Path | None,
     configs: tuple[str, ...],
+    start: Path | None,
     mpp: float | None,
     settings: tuple[str, ...],
     device: str,
@@ -91,8 +101,12 @@ def main(
     compiled: bool,
     deterministic: bool,
     processes: int,
+    tensorboard: bool,
 ) -> None:
-    """Train a method; the same command again goes on where a stopped run was."""
+    """Train a method; the same command again goes on where a stopped run was.
+
+    A finished run gets more steps by the same command with a higher schedule.steps.
+    """
     show_only_our_warnings(COMMAND)
     if context.invoked_subcommand is not None:
         return
@@ -113,6 +127,8 @@ def main(
         mpp=mpp,
         compute=Compute(device, precision, compiled, deterministic),
         processes=processes,
+        start=start,
+        tensorboard=tensorboard,
     )
     run_training(options)
 

@@ -18,9 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histostream.wsi.errors import HistoError
+from histostream.wsi.outputs.label_rows import NOT_ANALYSED
 from histostream.wsi.slides.resolution import resampled
 
 SAME_MPP = 1e-6  # relative
+MIN_PX = 16  # side of an image; no network here takes less
+IGNORED = NOT_ANALYSED  # label of a pixel that is not annotated: it has no part in losses and scores
 
 Classes = tuple[tuple[str, tuple[int, int, int]], ...]
 Label = TypeVar("Label", np.uint8, np.int32)
@@ -40,7 +43,7 @@ class Picture(Protocol):
     group
         Patient, slide or image: images of one group stay in one part of any split.
     image
-        (H, W, 3) uint8 RGB, or (H, W, 1).
+        (H, W, C) uint8: RGB, grey with one channel, or of any other number of channels.
     shape
         (H, W), known without loading.
     """
@@ -68,7 +71,7 @@ class Sample(Picture, Protocol):
     Attributes
     ----------
     labels
-        (H, W) uint8, class of each pixel, 0..K-1.
+        (H, W) uint8, class of each pixel, 0..K-1, or `IGNORED`.
     instances
         (H, W) int32, 0 background and 1..N objects; None where the data set has none.
     object_px
@@ -165,7 +168,7 @@ class DataSet:
 
     @property
     def channels(self) -> int:
-        """3 (RGB) or 1 (grey)."""
+        """Of each image: 3 (RGB), 1 (grey) or another number."""
         first = next(chain(self.train, self.validation, self.test))
         return int(first.image.shape[2])
 
@@ -220,10 +223,21 @@ def class_count(samples: Sequence[Sample]) -> int:
     DataError
         If there is only one class to learn.
     """
-    classes = 1 + max(int(sample.labels.max()) for sample in samples)
+    classes = 1 + max(int(annotated(sample.labels).max(initial=0)) for sample in samples)
     if classes < 2:
         raise DataError("every label is 0: there is nothing to learn; check the label files")
     return classes
+
+
+def annotated(labels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return the labels of a map that are not `IGNORED`, flat."""
+    chosen: NDArray[np.uint8] = labels[labels != IGNORED]
+    return chosen
+
+
+def kind_of(channels: int) -> str:
+    """Return what images of so many channels are called in a message."""
+    return {1: "grey", 3: "RGB"}.get(channels, f"of {channels} channels")
 
 
 def median_diameter(instances: NDArray[np.integer]) -> float:

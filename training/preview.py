@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+
+from histostream.training.data import IGNORED
+from histostream.wsi.files import whole_file
 
 MAX_SIDE_PX = 256  # larger images are cut
 GAP_PX = 4
@@ -17,9 +21,17 @@ Row = dict[str, NDArray[np.uint8]]  # images by name
 
 
 def colored(labels: NDArray[np.integer], colors: Sequence[tuple[int, int, int]]) -> NDArray[np.uint8]:
-    """Paint a label map (H, W) in the colours of its classes, (H, W, 3)."""
-    palette = np.asarray(colors, np.uint8)
+    """Paint a label map (H, W) in the colours of its classes, (H, W, 3); what is not annotated is grey."""
+    palette = np.full((IGNORED + 1, 3), 128, np.uint8)
+    palette[: len(colors)] = colors
     return palette[np.asarray(labels, np.int64)]
+
+
+def write(path: Path, rows: Sequence[Row]) -> None:
+    """Write a `sheet` as PNG, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary:
+        sheet(rows).save(temporary, "PNG")
 
 
 def sheet(rows: Sequence[Row]) -> Image.Image:
@@ -28,7 +40,8 @@ def sheet(rows: Sequence[Row]) -> Image.Image:
     Parameters
     ----------
     rows
-        Images, (H, W) or (H, W, 1 or 3) uint8; the same names in each row.
+        Images, (H, W) or (H, W, C) uint8; the same names in each row. Of more than three channels
+        the first three are shown, of two both, as red and green.
     """
     names = list(rows[0])
     cut = [[_rgb(row[name])[:MAX_SIDE_PX, :MAX_SIDE_PX] for name in names] for row in rows]
@@ -54,4 +67,6 @@ def sheet(rows: Sequence[Row]) -> Image.Image:
 def _rgb(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     if image.ndim == 2:
         image = image[..., None]
-    return np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], 3)))
+    if image.shape[2] == 2:
+        image = np.concatenate([image, np.zeros_like(image[..., :1])], axis=2)
+    return np.ascontiguousarray(np.broadcast_to(image[..., :3], (*image.shape[:2], 3)))

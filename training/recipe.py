@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
 import tomllib
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -11,13 +11,20 @@ from typing import Any
 
 from histostream.training import methods
 from histostream.training.augment import Augmentation
-from histostream.training.data import Classes
+from histostream.training.checks import Range, check_values, field_types, plain_type, shown
+from histostream.training.class_weights import ClassWeights, read_class_weights
+from histostream.training.data import IGNORED, Classes
 from histostream.training.schedule import Schedule
-from histostream.wsi.errors import HistoError
+from histostream.wsi.errors import HistoError, reason
+
+MPP = Range(1e-4, 1e5)  # um per pixel, from electron micrographs to whole organs
+KEYS = ("mpp", "method", "schedule", "augmentation", "classes", "class_weights")
 
 
 class RecipeError(HistoError, ValueError):
     """A recipe or an option names something that does not exist, or has a wrong value."""
+
+    exit_status = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +42,9 @@ class Recipe:
         resized to it first. (Without one, that of the pixels after any zoom.)
     classes
         (name, (r, g, b)) of each class; empty: the data set's own, or named by number.
+    class_weights
+        Weights of the classes in a loss per pixel: "balanced", or (name or number, weight) of those
+        whose weight is not 1; "": all alike.
     """
 
     method: str
@@ -43,6 +53,7 @@ class Recipe:
     schedule: Schedule = field(default_factory=Schedule)
     augmentation: Augmentation = field(default_factory=Augmentation)
     classes: Classes = ()
+    class_weights: ClassWeights = ""
 
 
 def read_recipe(
@@ -83,31 +94,53 @@ def read_recipe(
         _apply(tables, setting)
     if mpp is not None:
         tables["mpp"] = mpp
+    unknown = [key for key in tables if key not in KEYS]
+    if unknown:
+        raise RecipeError(f"unknown key {shown(unknown[0])} in the recipe; known: {', '.join(KEYS)}")
     if tables.setdefault("mpp", own_mpp) is None:
         raise RecipeError("the resolution of the training images is not known; pass --mpp")
-    recipe = Recipe(
+    return Recipe(
         method=method_name,
-        config=_fill(method.Config, tables.pop("method", {}), "method"),
-        mpp=float(tables.pop("mpp")),
-        schedule=_fill(Schedule, tables.pop("schedule", {}), "schedule"),
-        augmentation=_fill(Augmentation, tables.pop("augmentation", {}), "augmentation"),
-        classes=tuple((c["name"], tuple(c["color"])) for c in tables.pop("classes", ())),
+        config=_fill(method.Config, tables.get("method", {}), "method"),
+        mpp=_mpp(tables["mpp"]),
+        schedule=_fill(Schedule, tables.get("schedule", {}), "schedule"),
+        augmentation=_fill(Augmentation, tables.get("augmentation", {}), "augmentation"),
+        classes=_classes(tables.get("classes", [])),
+        class_weights=read_class_weights(tables.get("class_weights", "")),
     )
-    if tables:
-        raise RecipeError(
-            f"unknown key {next(iter(tables))!r} in the recipe; known: mpp, method, schedule, augmentation, classes"
-        )
-    return recipe
 
 
 def _read_toml(config: str) -> dict[str, Any]:
     path, shipped = Path(config), methods.recipes()
-    if not path.is_file() and config not in shipped:
-        raise RecipeError(f"{config}: neither a file nor a shipped recipe; check the name (docs/training.md has them)")
     try:
-        return tomllib.loads(path.read_text() if path.is_file() else shipped[config].read_text())
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{config}: not a TOML file ({error}); correct it") from error
+        if path.is_file():
+            return tomllib.loads(path.read_text(encoding="utf-8"))
+        if config in shipped:
+            return tomllib.loads(shipped[config].read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # of TOML, of the encoding, of a number of thousands of digits
+        raise RecipeError(f"{config}: not a TOML file ({reason(error)}); correct it") from error
+    except OSError as error:
+        raise RecipeError(f"{config}: cannot be read ({reason(error)}); check the path") from error
+    raise RecipeError(
+        f"{shown(config)}: neither a file nor a shipped recipe; check the name (docs/training.md has them)"
+    )
+
+
+def _mpp(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value not in MPP:
+        raise RecipeError(f"mpp={shown(value)}: use {MPP} um per pixel")
+    return float(value)
+
+
+def _classes(tables: Any) -> Classes:
+    if not isinstance(tables, list) or len(tables) == 1 or len(tables) > IGNORED:
+        raise RecipeError(f"classes={shown(tables)}: write two or more, each as [[classes]] with name and color")
+    for table in tables:
+        name, color = (table.get("name"), table.get("color")) if isinstance(table, dict) else (None, None)
+        is_color = isinstance(color, list) and len(color) == 3 and all(type(v) is int and 0 <= v < 256 for v in color)
+        if not (isinstance(name, str) and name and is_color):
+            raise RecipeError(f'classes={shown(table)}: write each as name = "gland", color = [213, 62, 120]')
+    return tuple((table["name"], tuple(table["color"])) for table in tables)
 
 
 def _apply(tables: dict[str, Any], setting: str) -> None:
@@ -117,26 +150,32 @@ def _apply(tables: dict[str, Any], setting: str) -> None:
         raise RecipeError(f"--set {setting!r}: write key=value")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text  # a bare word is a string
     table, dot, name = key.partition(".")
     if dot:
-        tables.setdefault(table, {})[name] = value
+        inner = tables.setdefault(table, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(
+                f"--set {shown(setting)}: {shown(table)} is no table of a recipe; known: {', '.join(KEYS)}"
+            )
+        inner[name] = value
     else:
         tables[key] = value
 
 
-def _fill(kind: type, values: dict[str, Any], table: str) -> Any:
+def _fill(kind: type, values: Any, table: str) -> Any:
     """Build a dataclass from a table of a recipe, and check names and types."""
-    types = typing.get_type_hints(kind)
-    for name, value in values.items():
+    types = field_types(kind)
+    if not isinstance(values, dict):
+        raise RecipeError(f"{table}={shown(values)}: it is a table; set one key of it, as {table}.{next(iter(types))}")
+    for name in values:
         if name not in types:
-            raise RecipeError(f"unknown key '{table}.{name}'; known: {', '.join(types)}")
-        allowed = (int, float) if types[name] is float else types[name]
-        if not isinstance(value, allowed) or (isinstance(value, bool) and types[name] is not bool):
-            raise RecipeError(f"{table}.{name}={value!r}: expected {types[name].__name__}")
-    converted = {k: float(v) if types[k] is float else v for k, v in values.items()}
+            near = difflib.get_close_matches(name, types, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(types)}"
+            raise RecipeError(f"unknown key {shown(f'{table}.{name}')}; {hint}")
     try:
-        return kind(**converted)
+        check_values(kind, values)
+        return kind(**{k: float(v) if plain_type(types[k]) is float else v for k, v in values.items()})
     except ValueError as error:
-        raise RecipeError(f"{table}: {error}") from error
+        raise RecipeError(f"{table}.{error}") from error

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 
-from histostream.training.checks import check_at_least, check_choices
+from histostream.training.checks import WHOLE, Decaying, Range, check_fields
 
-DECAYS = ("none", "cosine", "poly")
+Decay = Literal["none", "cosine", "poly"]
 DEFAULT_VALIDATION_STEPS = 500  # of a schedule in steps
 POLY_POWER = 0.9  # DeepLab's, which the adaptation papers took over
 
@@ -36,6 +37,8 @@ class Schedule:
         The checkpoint that is kept as best: the one with the lowest validation "loss", with the
         highest mean "dice" of the classes or mean "jaccard" of all classes but the first (the
         ground) on the validation images, or the "last".
+    patience
+        The run ends after so many validations without a better checkpoint; 0: it takes all its steps.
     validation, test
         Shares of the images held back for choosing the checkpoint, and for the final score. With
         ``select="last"`` a validation share of 0 holds none back; else one group is, at least.
@@ -55,37 +58,34 @@ class Schedule:
         "none", "cosine" (to zero at the last step) or "poly" (power 0.9, to zero).
     """
 
-    steps: int = 40_000
-    epochs: int = 0
-    batch: int = 1
-    crop_px: int = 512
-    seed: int = 0
-    validate_every: int = 0
-    select: str = "loss"
-    validation: float = 0.2
-    test: float = 0.0
-    labelled: float = 1.0
-    labelled_by: str = "patient"
-    folds: int = 0
-    fold: int = 0
-    warmup: int = 0
-    decay: str = "none"
+    steps: Annotated[int, Range(1, WHOLE)] = 40_000
+    epochs: Annotated[int, Range(0, 10**6)] = 0
+    batch: Annotated[int, Range(1, 65536)] = 1
+    crop_px: Annotated[int, Range(1, 16384, off=0)] = 512
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
+    validate_every: Annotated[int, Range(0, WHOLE)] = 0
+    select: Literal["loss", "dice", "jaccard", "last"] = "loss"
+    patience: Annotated[int, Range(0, WHOLE)] = 0
+    validation: Decaying = 0.2
+    test: Decaying = 0.0
+    labelled: Annotated[float, Range(0, 1, above=True)] = 1.0
+    labelled_by: Literal["patient", "image"] = "patient"
+    folds: Annotated[int, Range(2, 10**6, off=0)] = 0
+    fold: Annotated[int, Range(0, 10**6)] = 0
+    warmup: Annotated[int, Range(0, WHOLE)] = 0
+    decay: Decay = "none"
 
     def __post_init__(self) -> None:
-        check_choices(
-            self,
-            decay=DECAYS,
-            select=("loss", "dice", "jaccard", "last"),
-            labelled_by=("patient", "image"),
-        )
-        check_at_least(self, 1, "steps", "batch")
-        check_at_least(self, 0, "epochs", "crop_px", "warmup", "validate_every")
-        if not (0 <= self.validation < 1 and 0 <= self.test < 1):
-            raise ValueError("validation and test are shares between 0 and 1: set 0 or more, less than 1")
-        if not 0 < self.labelled <= 1:
-            raise ValueError(f"labelled={self.labelled}: a share, use more than 0, up to 1 (all)")
-        if self.folds and not (self.folds > 1 and 0 <= self.fold < self.folds):
-            raise ValueError(f"fold={self.fold}, folds={self.folds}: use fold 0 to folds - 1")
+        check_fields(self)
+        if self.patience and self.select == "last":
+            raise ValueError(
+                f'patience={self.patience}: with select="last" no checkpoint is better than a later one; '
+                'set select="loss", "dice" or "jaccard", or patience=0'
+            )
+        if self.validation + self.test >= 1:
+            raise ValueError(f"test={self.test}: with validation={self.validation} nothing is left to train on")
+        if self.folds and self.fold >= self.folds:
+            raise ValueError(f"fold={self.fold}: the {self.folds} folds are numbered 0 to {self.folds - 1}")
 
     def total_steps(self, images: int) -> int:
         """Optimiser steps in all, for so many training images."""

@@ -207,7 +207,7 @@ def fail(command: str, message: str) -> None:
 def one_line_errors(
     command: str, *, out_of_memory: str, stopped: str, extra: str, extras: Mapping[str, str]
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Return a decorator: a command writes its error in one line and exits with status 1, or 130 if stopped.
+    """Return a decorator: a command writes its error in one line and exits with the error's status, or 130 if stopped.
 
     Parameters
     ----------
@@ -216,7 +216,7 @@ def one_line_errors(
     out_of_memory
         Advice if memory runs out.
     stopped
-        What a stopped command leaves.
+        What a stopped command leaves, unless the exception says it.
     extra
         Extra of HistoStream that installs what the command needs.
     extras
@@ -229,7 +229,7 @@ def one_line_errors(
             try:
                 function(*args, **kwargs)
             except HistoError as error:
-                message, status = str(error), 1
+                message, status = str(error), error.exit_status
             except ImportError as error:
                 if error.name is None or error.name.startswith("histostream"):
                     raise
@@ -239,8 +239,8 @@ def one_line_errors(
                 status = 1
             except MemoryError:
                 message, status = f"out of memory; {out_of_memory}", 1
-            except KeyboardInterrupt:
-                message, status = f"stopped; {stopped}", 130
+            except KeyboardInterrupt as error:
+                message, status = f"stopped; {error.args[0] if error.args else stopped}", 130
             else:
                 return
             fail(command, message)

@@ -11,7 +11,15 @@
 
 
 class HistoError(Exception):
-    """Base of all errors that the input causes, not the program."""
+    """Base of all errors that the input causes, not the program.
+
+    Attributes
+    ----------
+    exit_status
+        With which a command ends: 1, or 2 if the call itself was wrong.
+    """
+
+    exit_status = 1
 
 
 class SlideError(HistoError, OSError):

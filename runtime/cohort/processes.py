@@ -30,6 +30,7 @@ from histostream.runtime.bundle.card import ModelCard, read_card
 from histostream.runtime.cohort.worker import CONCURRENCY, Report, Worker, pick_worker
 from histostream.runtime.engines.opener import open_engine
 from histostream.runtime.errors import EngineError
+from histostream.runtime.layout import open_for_model
 from histostream.runtime.outcome import FAILED, STOPPED, Outcome
 from histostream.runtime.process_memory import return_buffers_at_once
 from histostream.runtime.slide_job import SlideJob
@@ -39,7 +40,6 @@ from histostream.wsi.errors import HistoError, StoppedError
 from histostream.wsi.outputs.memory_needs import BAND_ALIGN_PX
 from histostream.wsi.records import to_json
 from histostream.wsi.slides.damage import Damage
-from histostream.wsi.slides.reader import open_slide
 from histostream.wsi.slides.resolution import at_mpp
 from histostream.wsi.tiling.grid import TileGrid
 
@@ -397,7 +397,7 @@ def _run_band(
     """Run one band into its journal."""
     plan, counts = job.plan, Counts()
     counts.report = lambda done, total: report(counts.tiles, done, counts.pixels_before)
-    with open_slide(plan.path) as slide:
+    with open_for_model(plan.path, engine.card) as slide:
         options, damage = plan.options, Damage(slide)
         view = at_mpp(slide, engine.card.mpp, slide_mpp=options.mpp, force=options.force_upsampling)
         context = RunContext(

@@ -124,10 +124,21 @@ def check_scores(card: ModelCard, name: str, scores: NDArray[Any], n: int) -> No
 
 
 def to_channels(pixels: NDArray[np.uint8], channels: int) -> NDArray[np.uint8]:
-    """Turn grey pixels (..., 1) into RGB by repetition, or RGB into grey (ITU-R 601)."""
-    if pixels.shape[-1] == channels:
+    """Turn grey pixels (..., 1) into RGB by repetition, or RGB into grey (ITU-R 601).
+
+    Of two or more than three channels, the first, or the first three, are shown as RGB.
+
+    Raises
+    ------
+    ValueError
+        If there is no such conversion.
+    """
+    given = pixels.shape[-1]
+    if given == channels:
         return pixels
     if channels == 3:
-        return np.repeat(pixels, 3, axis=-1)
+        return np.repeat(pixels[..., :1], 3, axis=-1) if given < 3 else pixels[..., :3]
+    if (given, channels) != (3, 1):
+        raise ValueError(f"pixels of {given} channels are not those of a model for {channels}")
     grey = pixels.astype(np.float32) @ np.array((0.299, 0.587, 0.114), np.float32)
     return np.asarray(np.floor(grey + 0.5), np.uint8)[..., None]

@@ -35,6 +35,9 @@ class BlendError(HistoError, ValueError):
     """A blending mode does not fit the model or the overlap."""
 
 
+AVERAGING = ("hann", "gaussian", "linear", "mean")  # windows in which overlapping tiles are averaged
+
+
 def check_blend(mode: str, card: ModelCard, overlap_px: int) -> None:
     """Check that a blending mode fits the model and the overlap.
 
@@ -46,6 +49,12 @@ def check_blend(mode: str, card: ModelCard, overlap_px: int) -> None:
     """
     if mode not in WINDOWS:
         raise BlendError(f"no blending is called {mode!r}: use {', '.join(WINDOWS)}")
+    reason = card.unblendable
+    if reason and mode in AVERAGING:
+        raise BlendError(f"--blend {mode}: {reason}; leave --blend out, or use crop")
+    if overlap_px < 2 * card.border_px:
+        least = -(-2 * card.border_px // card.align_px) * card.align_px
+        raise BlendError(f"--overlap {overlap_px}: {reason}; leave --overlap out, or use at least {least}")
     if mode == "exact":
         if card.tile_statistics:
             raise BlendError(
@@ -57,7 +66,7 @@ def check_blend(mode: str, card: ModelCard, overlap_px: int) -> None:
                 f"--blend exact needs --overlap of at least {exact_overlap_px(card)} "
                 f"(twice the halo of {card.halo_px} px), not {overlap_px}"
             )
-    elif overlap_px > card.tile_px // 2:
+    elif overlap_px > card.tile_px // 2 and not card.border_px:
         raise BlendError(f"--overlap {overlap_px} is more than half a tile; use 0 to {card.tile_px // 2}")
 
 

@@ -36,6 +36,7 @@ from histostream.training.recipe import Recipe, read_recipe
 from histostream.training.schedule import Schedule, set_rates
 from histostream.training.state import Batch, State
 from histostream.wsi.slides.reader import open_slide
+from tests.training.rates import STILL
 from tests.training.resuming import killed_and_resumed, logged, weights_of
 
 TERMS = {
@@ -185,7 +186,7 @@ def test_the_generator_learns_to_pass_the_target_for_source(
         lambda_feat=1.0,
         lambda_pred=1.0,
         learning_rate=1e-4,
-        discriminator_learning_rate=0.0,
+        discriminator_learning_rate=STILL,
     )
     monkeypatch.setattr(apma_net, "segmentation_loss", lambda config, s, labels: 0 * s.sum())
     if slip:
@@ -211,7 +212,7 @@ def test_the_generator_learns_to_pass_the_target_for_source(
 @pytest.mark.full
 @pytest.mark.parametrize("term", ["feat", "pred"])
 def test_the_discriminators_learn_to_tell_the_domains_apart(batch: Batch, term: str) -> None:
-    state = tiny(learning_rate=0.0, discriminator_learning_rate=5e-3)
+    state = tiny(learning_rate=STILL, discriminator_learning_rate=5e-3)
     losses = [float(apma_net.step(state, batch)[f"discriminator_{term}"]) for _ in range(40)]
     assert losses[-1] < 0.8 * losses[0]
 
@@ -289,7 +290,7 @@ def test_reversal_trains_its_classifier_forwards(batch: Batch) -> None:
     """The classifier descends on the loss that the generator ascends, at either place."""
     for place, side in (("last", 32), ("bottleneck", 256)):
         state = tiny(
-            **adapting((False, "reversal", False)), grl_at=place, learning_rate=0.0, discriminator_learning_rate=2e-2
+            **adapting((False, "reversal", False)), grl_at=place, learning_rate=STILL, discriminator_learning_rate=2e-2
         )
         sized = resized(batch, side)
         losses = [float(apma_net.step(state, sized)["discriminator_feat"]) for _ in range(12)]
@@ -362,12 +363,12 @@ def test_all_comparators_start_from_the_same_source_only_weights(batch: Batch) -
 
 def test_each_network_is_moved_by_its_own_equation_only(batch: Batch) -> None:
     """D must not be updated by equation 6, nor the rest by equation 3."""
-    generator_side = tiny(learning_rate=0.0)
+    generator_side = tiny(learning_rate=STILL)
     before = {name: weights(module) for name, module in generator_side.modules.items()}
     apma_net.step(generator_side, batch)
     moved = {n for n, m in generator_side.modules.items() if changed(before[n], m)}
     assert moved == {"discriminator_feat", "discriminator_pred"}
-    judges = tiny(discriminator_learning_rate=0.0)
+    judges = tiny(discriminator_learning_rate=STILL)
     apma_net.step(judges, batch)
     moved = {n for n, m in judges.modules.items() if changed(before[n], m)}
     assert moved == {"generator", "reconstructor"}
@@ -411,9 +412,9 @@ def test_a_crop_of_another_size_is_named(batch: Batch) -> None:
         ({"feat_disc": "vgg"}, "feat_disc='vgg'"),
         ({"adapt_features": "mmd"}, "'mmd'"),
         ({"source_only_steps": 2.0}, "source_only_steps=2.0"),
-        ({"lambda_rec": -1.0}, "use 0 or more"),
+        ({"lambda_rec": -1.0}, "lambda_rec=-1.0: use 0 to 1000000"),
         ({"feat_disc": "ganin", "feat_crop": 100}, "feat_crop=100: use a multiple of 32"),
-        ({"base_width": 0}, "use 1 or more"),
+        ({"base_width": 0}, "base_width=0: use a whole number, 1 to 4096"),
     ],
 )
 def test_settings_that_cannot_be_are_named(more: dict[str, Any], said: str) -> None:

@@ -258,7 +258,7 @@ def test_images_of_any_mode_become_grey_or_rgb(tmp_path: Path, mode: str) -> Non
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
     Image.fromarray(np.full((20, 30, 3), 255, np.uint8)).convert(mode).save(path)
     image = read_image(path)
-    assert image.shape == (20, 30, 1 if mode in ("L", "1") else 3)
+    assert image.shape == (20, 30, 1 if mode in ("L", "1", "LA") else 3)
     assert image.dtype == np.uint8
     assert image.min() >= 250
 
@@ -321,6 +321,6 @@ def test_a_label_image_has_one_channel_of_whole_numbers(tmp_path: Path) -> None:
     Image.new("RGB", (20, 20)).save(tmp_path / "rgb.png")
     with pytest.raises(DataError, match=r"rgb\.png: 3 channels"):
         read_labels(tmp_path / "rgb.png")
-    Image.fromarray(np.ones((20, 20), np.float32)).save(tmp_path / "float.tif")
+    Image.fromarray(np.full((20, 20), 0.5, np.float32)).save(tmp_path / "float.tif")
     with pytest.raises(DataError, match="whole numbers"):
         read_labels(tmp_path / "float.tif")

@@ -187,8 +187,12 @@ def test_pools_are_pictures_without_labels(root: Path) -> None:
 def test_the_documented_file_is_read(root: Path) -> None:
     """Every key is shown in the documentation, and the example works."""
     text = (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
-    assert set(tomllib.loads(example)) == set(_layout.KEYS)
+    example, further = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    assert tomllib.loads(example).keys() | tomllib.loads(further).keys() == set(_layout.KEYS)
+    (root / "dataset.toml").write_text(further, encoding="utf-8")
+    found = _layout.read_layout(root)
+    assert (found.reading.intensity, found.reading.transparent) == ((0.0, 4095.0), (255, 255, 255))
+    assert (found.threshold, found.ignored_value) == (128.0, 255)
     for i, path in enumerate(sorted((root / "images").iterdir())):
         path.rename(path.with_name(f"P0{4 + i}_1.png"))
         labels = root / "labels" / path.name
@@ -223,7 +227,7 @@ def break_far_values(root: Path) -> None:
 
 
 def break_high_values(root: Path) -> None:
-    save(root / "labels" / "b1.png", classes_of(0, 40, 48, 2) * np.uint8(255))
+    save(root / "labels" / "b1.png", classes_of(0, 40, 48, 2) * np.uint16(256))
 
 
 def break_channels(root: Path) -> None:
@@ -311,8 +315,8 @@ def break_empty_pool(root: Path) -> None:
         (break_sizes, r"a2\.png: 47 x 40 px, its image 48 x 40.*export them again"),
         (break_values, r"b1\.png: value 7, 9 is no class of dataset\.toml \(0, 1, 2\); add it"),
         (break_far_values, r"labels: the values 0, 100, 200 are no labels"),
-        (break_high_values, r"b1\.png: value 255 in it; classes are 0 to 254.*\[\[classes\]\]"),
-        (break_channels, r"c2\.png: 3 channels; a label image has a single one"),
+        (break_high_values, r"labels: the values 0, 1, 2, 256 are no labels.*\[\[classes\]\]"),
+        (break_channels, r"c2\.png: \d+ colours, too many for classes"),
         (break_empty, r"a1\.png: the file is empty"),
         (break_corrupt, r"a1\.png: cannot be read.*b2\.png: cannot be read"),
         (break_stems, r"images: more than one file of a name: a1\.jpg and a1\.png"),
@@ -320,8 +324,8 @@ def break_empty_pool(root: Path) -> None:
         (break_mixed, r"1 images are grey \(c1\.png\), 5 are RGB; convert"),
         (break_mixed_pool, r"1 images are grey \(target/t\.png\), 6 are RGB"),
         (break_background, r"every label of its 6 images is 0"),
-        (break_deep, r"a1\.png: more than 8 bits per channel; convert it to 8 bit"),
-        (break_float, r"a1\.tif: more than 8 bits per channel; convert it to 8 bit"),
+        (break_deep, r"a1\.png: more than 8 bits per channel \(uint16, 4000 to 4000\): .*intensity = \[0, 4095\]"),
+        (break_float, r"a1\.tif: more than 8 bits per channel \(float32, 1 to 1\): .*intensity = \[0\.0, 1\.0\]"),
         (break_small, r"a1\.png: 48 x 15 px; at least 16 x 16"),
         (break_one_label, r"b2\.png: no label file .*labels.b2\.png"),
         (break_three_labels, r"labels: 3 label files are missing: a1\.png, b2\.png, c1\.png"),

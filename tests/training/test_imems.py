@@ -22,6 +22,7 @@ from histostream.training.recipe import read_recipe
 from histostream.training.schedule import Schedule, set_rates
 from histostream.training.state import Batch, State
 from histostream.training.steps import HALF_RANGE
+from tests.training.rates import STILL
 
 ALGORITHMS = {
     "imems": (),
@@ -107,7 +108,7 @@ def test_without_the_discriminator_training_differs(
 def test_the_discriminator_learns_to_tell_real_from_painted(
     batch: Batch,
 ) -> None:
-    state = tiny(learning_rate=0.0, dropout=0.0, discriminator_learning_rate=2e-3)
+    state = tiny(learning_rate=STILL, dropout=0.0, discriminator_learning_rate=2e-3)
     losses = [float(imems.step(state, batch)["discriminator"]) for _ in range(40)]
     assert losses[-1] < 0.8 * losses[0]
 
@@ -179,7 +180,7 @@ def test_the_papers_algorithms_ship_as_recipes(
 
 
 def test_contradicting_settings_are_named() -> None:
-    with pytest.raises(ValueError, match="second_task goes with target='labels'"):
+    with pytest.raises(ValueError, match="second_task='image': it goes with target='labels'"):
         imems.Config(second_task="image")
     with pytest.raises(ValueError, match="target='image'"):
         imems.Config(target="image")
@@ -367,7 +368,7 @@ def test_cgan_c_learns_by_cross_entropy_beside_its_discriminator(batch: Batch) -
     assert config.label_loss == "cross_entropy"
 
     def gradients(**more: object) -> tuple[set[str], list[torch.Tensor]]:
-        state = tiny(target="labels", dropout=0.0, discriminator_learning_rate=0.0, **more)
+        state = tiny(target="labels", dropout=0.0, discriminator_learning_rate=STILL, **more)
         network = state.modules["generator"]
         seen: list[torch.Tensor] = []
         state.optimizers["generator"].register_step_pre_hook(

@@ -176,7 +176,7 @@ def test_a_wrong_option_is_one_clear_line(
     nuclei_folder: Path, tmp_path: Path, arguments: list[str], words: str
 ) -> None:
     done = train("--data", nuclei_folder, "--out", tmp_path / "run", *arguments)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert words in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "run").exists()

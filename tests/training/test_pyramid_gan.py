@@ -60,6 +60,7 @@ from histostream.training.recipe import Recipe, read_recipe
 from histostream.training.schedule import Schedule, set_rates
 from histostream.training.state import Batch, State
 from histostream.wsi.errors import OutputError
+from tests.training.rates import STILL
 from tests.training.regions import colored_regions
 from tests.training.resuming import killed_and_resumed, logged, weights_of
 
@@ -275,7 +276,7 @@ def test_a_step_trains_one_level_and_leaves_the_finished_frozen(more: dict[str, 
 def test_each_network_is_moved_by_its_own_optimiser_only(batch: Batch) -> None:
     names = ("segmenter", "generator", "discriminator")
     for kind in names:
-        rates: dict[str, Any] = {f"{other}_learning_rate": 0.0 for other in names if other != kind}
+        rates: dict[str, Any] = {f"{other}_learning_rate": STILL for other in names if other != kind}
         state = tiny(**rates)
         before = {n: [p.clone() for p in m.parameters()] for n, m in state.modules.items()}
         pyramid_gan.step(state, batch)
@@ -315,7 +316,7 @@ def running(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("moved_by_painted", [True, False])
 def test_painted_images_move_the_batch_statistics_only_where_they_are_to(batch: Batch, moved_by_painted: bool) -> None:
     """With weight 0 no painted image is seen: the statistics are those of the true ones."""
-    still_: dict[str, Any] = {**QUIET, "segmenter_learning_rate": 0.0}
+    still_: dict[str, Any] = {**QUIET, "segmenter_learning_rate": STILL}
     alone, both = (
         tiny(**still_, synthetic_weight=0.0),
         tiny(**still_, synthetic_weight=0.5, painted_statistics=moved_by_painted),
@@ -675,7 +676,7 @@ GAME: dict[str, Any] = {
 @pytest.mark.parametrize("gan", ["bce", "lsgan", "wgan-gp"])
 def test_the_discriminator_learns_to_tell_pairs_apart(batch: Batch, gan: str) -> None:
     state = tiny(
-        gan=gan, generator_learning_rate=0.0, segmenter_learning_rate=0.0, discriminator_learning_rate=2e-3, **QUIET
+        gan=gan, generator_learning_rate=STILL, segmenter_learning_rate=STILL, discriminator_learning_rate=2e-3, **QUIET
     )
     losses = [float(pyramid_gan.step(state, batch)["discriminator"]) for _ in range(25)]
     assert losses[-1] < losses[0] - 0.2 * abs(losses[0])
@@ -687,9 +688,9 @@ def test_the_discriminator_learns_to_tell_pairs_apart(batch: Batch, gan: str) ->
 def test_the_players_learn_to_pass_for_true(batch: Batch, gan: str, player: str) -> None:
     """The adversarial term alone: what D believes of their pairs rises."""
     rates: dict[str, Any] = {
-        "generator_learning_rate": 0.0,
-        "segmenter_learning_rate": 0.0,
-        "discriminator_learning_rate": 0.0,
+        "generator_learning_rate": STILL,
+        "segmenter_learning_rate": STILL,
+        "discriminator_learning_rate": STILL,
         f"{player}_learning_rate": 2e-3,
     }
     state = still(tiny(gan=gan, **GAME, **rates))
@@ -734,9 +735,9 @@ def test_the_gradients_are_those_of_equation_8(batch: Batch, kind: str, semi: bo
         "lambda_feat": 2.0,
         "lambda_ce": 0.7,
         "synthetic_weight": 0.3,
-        "discriminator_learning_rate": 0.0,
-        "generator_learning_rate": 0.0,
-        "segmenter_learning_rate": 0.0,
+        "discriminator_learning_rate": STILL,
+        "generator_learning_rate": STILL,
+        "segmenter_learning_rate": STILL,
         "semi_supervised": semi,
         "mask_for_discriminator": mask,
     }
@@ -1001,20 +1002,20 @@ def test_comparators_of_as_many_levels_start_from_the_same_segmenters() -> None:
         ({"gan": "hinge"}, "gan='hinge'"),
         ({"mask_for_discriminator": "hard"}, "use 'softmax' or 'straight_through'"),
         ({"level_decay": "step"}, "use 'none' or 'cosine' or 'poly'"),
-        ({"levels": 0}, "levels=0: use 1"),
+        ({"levels": 0}, "levels=0: use a whole number, 1 to 8"),
         ({"noise": -1.0}, "noise=-1.0: use 0"),
         ({"level_batches": "8,6"}, "level_batches='8,6': give 4 whole numbers"),
         ({"level_batches": "8,6,4,0"}, "give 4 whole numbers from 1"),
-        ({"level_batches": "8;6"}, "level_batches='8;6': write numbers"),
+        ({"level_batches": "8;6"}, "level_batches='8;6': use whole numbers with commas"),
         ({"g_arch": "unet"}, "set levels=1"),
         ({"d_arch": "patch"}, "set lambda_feat=0"),
         ({"semi_supervised": True, "judge_segmenter": False}, "set judge_segmenter"),
         ({"perceptual": "vgg19"}, "needs vgg_weights=PATH"),
         ({"synthetic_rule": "all"}, "use 'epochs' or 'quality'"),
-        ({"synthetic_from": 1.5}, "synthetic_from=1.5: a share"),
+        ({"synthetic_from": 1.5}, "synthetic_from=1.5: use 0 to 1"),
         ({"pseudo_positives": 0.6}, "use 0 to 0.5"),
         ({"dropout": 1.0}, "dropout=1.0"),
-        ({"pseudo_from": 0.5, "pseudo_to": 0.2}, "pseudo_from <= pseudo_to"),
+        ({"pseudo_from": 0.5, "pseudo_to": 0.2}, "pseudo_from=0.5: use up to pseudo_to=0.2"),
     ],
 )
 def test_settings_that_cannot_be_are_named(more: dict[str, Any], said: str) -> None:

@@ -45,6 +45,7 @@ from histostream.training.recipe import Recipe, read_recipe
 from histostream.training.schedule import Schedule, set_rates
 from histostream.training.splits import Split
 from histostream.training.state import Batch, State
+from tests.training.rates import STILL
 from tests.training.resuming import killed_and_resumed, logged, weights_of
 
 CLASSES = (("background", (0, 0, 0)), ("digit", (255, 200, 60)))
@@ -470,7 +471,7 @@ def test_the_dice_loss_is_minus_the_smoothed_coefficient_of_all_images_together(
 
 @pytest.mark.full
 def test_the_discriminators_learn_to_tell_real_from_made(batch: Batch) -> None:
-    state = tiny(learning_rate=0.0, discriminator_learning_rate=2e-3)
+    state = tiny(learning_rate=STILL, discriminator_learning_rate=2e-3)
     first = float(translation.step(state, batch)["discriminator"])
     for _ in range(25):
         last = float(translation.step(state, batch)["discriminator"])
@@ -481,7 +482,7 @@ def test_the_discriminators_learn_to_tell_real_from_made(batch: Batch) -> None:
 def test_the_generator_side_learns_to_deceive(batch: Batch) -> None:
     """With the adversarial term alone D believes more, in both domains."""
     only: dict[str, Any] = {f"lambda_{name}": 0.0 for name in ("rec", "lat", "cyc", "seg")}
-    state = tiny(**only, learning_rate=1e-3, discriminator_learning_rate=0.0)
+    state = tiny(**only, learning_rate=1e-3, discriminator_learning_rate=STILL)
 
     @torch.no_grad()
     def believed() -> list[float]:
@@ -523,7 +524,7 @@ def test_the_generator_sides_gradient_is_that_of_equation_7(batch: Batch, shared
         "lambda_lat": 0.5,
         "lambda_cyc": 2.0,
         "lambda_seg": 1.5,
-        "discriminator_learning_rate": 0.0,
+        "discriminator_learning_rate": STILL,
     }
     state = tiny(**options)
     f, g_com, g_res = (state.modules[name] for name in ("encoder", "common", "residual"))
@@ -781,8 +782,8 @@ def test_a_term_that_is_off_is_not_computed(batch: Batch) -> None:
 def test_each_network_is_moved_by_its_own_term_only(batch: Batch) -> None:
     """D must not be updated by what deceives it, nor the rest by what judges it."""
     judges = {"discriminator_absence", "discriminator_presence"}
-    assert moved(tiny(learning_rate=0.0), batch) == judges
-    assert moved(tiny(discriminator_learning_rate=0.0), batch) == ALL - judges
+    assert moved(tiny(learning_rate=STILL), batch) == judges
+    assert moved(tiny(discriminator_learning_rate=STILL), batch) == ALL - judges
 
 
 def test_the_optimisers_are_the_papers() -> None:
@@ -829,7 +830,7 @@ def test_the_baselines_reconstruction_has_no_long_skips(batch: Batch) -> None:
         ({"image_px": 64, "depth": 5, "discriminator_stages": 5, "width": 2}, "128 or more"),
         ({"unique_channels": 64}, "unique_channels=64: the code has 64 channels, use 1 to 63"),
         ({"lambda_cyc": -1.0}, "lambda_cyc=-1.0: use 0"),
-        ({"width": 0}, "width=0: use 1"),
+        ({"width": 0}, "width=0: use a whole number, 1 to 4096"),
         ({"labelled_share": 1.5}, "labelled_share=1.5"),
     ],
     ids=str,

@@ -28,6 +28,7 @@ from histostream.training.networks.discriminator import DomainDiscriminator
 from histostream.training.recipe import Recipe, read_recipe
 from histostream.training.schedule import Schedule, set_rates
 from histostream.training.state import Batch, State
+from tests.training.rates import STILL
 from tests.training.resuming import killed_and_resumed, weights_of
 
 TINY = ("method.base_width=2", "method.discriminator_width=2")
@@ -128,7 +129,7 @@ def test_more_than_two_classes_are_refused() -> None:
         ({"lambda_adv": -1.0}, "lambda_adv=-1.0: use 0"),
         ({"ema": 1.0}, "ema=1.0"),
         ({"ramp_epochs": 0}, "ramp_epochs=0"),
-        ({"first_fraction": 0.6}, "first_fraction <= max_fraction"),
+        ({"first_fraction": 0.6}, "first_fraction=0.6: use up to max_fraction=0.5"),
     ],
 )
 def test_settings_that_cannot_be_are_named(setting: dict[str, Any], said: str) -> None:
@@ -259,7 +260,7 @@ def test_the_discriminator_learns_to_tell_the_sets_apart(batch: Batch) -> None:
     """From S alone: its own step does not reach S."""
     dark = replace(batch, pools={"target": batch.pools["target"] // 4})
     only: dict[str, Any] = {"entropy_weight": 0.0, "consistency_weight": 0.0, "lambda_rec": 0.0}
-    state = tiny(learning_rate=0.0, discriminator_learning_rate=2e-2, **only)
+    state = tiny(learning_rate=STILL, discriminator_learning_rate=2e-2, **only)
     first = next(state.modules["segmenter"].parameters()).clone()
     losses = [float(uda.step(state, dark)["discriminator"]) for _ in range(40)]
     assert losses[0] == pytest.approx(2 * math.log(2), rel=0.2)
@@ -320,7 +321,7 @@ def test_each_switch_changes_what_s_learns_from(batch: Batch, change: dict[str, 
 def test_the_losses_add_up_with_the_papers_weights(batch: Batch) -> None:
     """Equation 9 without L_dis, by the gradients: L_em + lambda L_mse + L_dice + ... ."""
     wanted = gradients(replace(batch, step=15))  # half way up, of one step an epoch
-    state = tiny(learning_rate=0.0, reconstructor_learning_rate=0.0)
+    state = tiny(learning_rate=STILL, reconstructor_learning_rate=STILL)
     uda.step(state, batch)  # D is one step ahead of S
     segmenter, domains = state.modules["segmenter"], uda._domains(state)
     torch.manual_seed(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -12,13 +12,22 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.training.data import Classes, DataError, StoredSample, listed, median_diameter
-from histostream.training.image_files import IMAGE_SUFFIXES, read_image, read_labels
+from histostream.training.data import (
+    MIN_PX,
+    Classes,
+    DataError,
+    StoredSample,
+    annotated,
+    kind_of,
+    listed,
+    median_diameter,
+)
+from histostream.training.image_files import IMAGE_SUFFIXES, Reading, read_image, read_labels
 from histostream.wsi.errors import HistoError
 
-LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".webp")
-MIN_PX = 16  # side; no network here takes less
-MAX_LABEL = 254  # 255 is "not analysed" in the runtime's label maps
+LABEL_SUFFIXES = (".png", ".tif", ".tiff", ".bmp", ".webp", ".npy")
+LOSSY_SUFFIXES = (".jpg", ".jpeg")  # label files that are found, to be refused with the cause
+LABEL_ENDINGS = ("_mask", "_masks", "_label", "_labels", "_seg")  # of a label file's stem, after that of its image
 MAX_PROBLEMS = 4  # in one message
 MASKED = 128  # least value of a mask's object, of 255: masks may have soft edges
 NUCLEI: Classes = (("background", (255, 255, 255)), ("nucleus", (30, 100, 220)))
@@ -44,28 +53,45 @@ def image_files(folder: Path) -> list[Path]:
         If there is no such folder, no image in it, or two of the same stem.
     """
     files = _existing_files(folder, IMAGE_SUFFIXES)
+    labels = labels_beside(files)
+    files = [path for path in files if path not in labels]
     if not files:
         raise DataError(f"{folder}: no image in it ({', '.join(IMAGE_SUFFIXES)}); put images there, or check the path")
     return files
 
 
+def labels_beside(files: Sequence[Path]) -> set[Path]:
+    """Return the files that are labels of others among them: ``a_mask.png`` beside ``a.jpg``."""
+    stems = {path.stem for path in files}
+    return {p for p in files for ending in LABEL_ENDINGS if p.stem.endswith(ending) and p.stem[: -len(ending)] in stems}
+
+
 def label_files(images: Sequence[Path], folder: Path, suffixes: Sequence[str] = LABEL_SUFFIXES) -> list[Path]:
-    """Return the label file of each image: that of the same stem in ``folder``.
+    """Return the label file of each image: that of the same stem in ``folder``, or of one with ``_mask`` after it.
 
     Raises
     ------
     DataError
-        If some are missing; the message names them.
+        If some are missing, or an image has two; the message names them.
     """
-    by_stem = {path.stem: path for path in _existing_files(folder, suffixes)}
-    missing = [path for path in images if path.stem not in by_stem]
+    found = suffixes if suffixes != LABEL_SUFFIXES else (*suffixes, *LOSSY_SUFFIXES)
+    own = set(images)
+    by_stem = {path.stem: path for path in _existing_files(folder, found) if path not in own}
+    of_image = {
+        path: [by_stem[name] for ending in ("", *LABEL_ENDINGS) if (name := path.stem + ending) in by_stem]
+        for path in images
+    }
+    missing = [path for path, labels in of_image.items() if not labels]
     if len(missing) == 1:
         (image,) = missing
         raise DataError(f"{image}: no label file {folder / image.stem}{suffixes[0]}; add it, or remove the image")
+    for image, labels in of_image.items():
+        if len(labels) > 1:
+            raise DataError(f"{image}: two label files, {labels[0].name} and {labels[1].name}; keep one of them")
     if missing:
         names = listed([f"{path.stem}{suffixes[0]}" for path in missing])
         raise DataError(f"{folder}: {len(missing)} label files are missing: {names}; add them, or remove their images")
-    return [by_stem[path.stem] for path in images]
+    return [of_image[path][0] for path in images]
 
 
 def _existing_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
@@ -107,7 +133,7 @@ def read_pairs(images: Path, labels: Path, read: Callable[[Path, Path], StoredSa
     return collect(lambda pair: read(*pair), zip(paths, label_files(paths, labels), strict=True))
 
 
-def read_pixels(path: Path) -> NDArray[np.uint8]:
+def read_pixels(path: Path, reading: Reading | None = None) -> NDArray[np.uint8]:
     """Read an image that is large enough to train on.
 
     Raises
@@ -115,7 +141,7 @@ def read_pixels(path: Path) -> NDArray[np.uint8]:
     DataError
         If it is not, or cannot be read.
     """
-    image = read_image(path)
+    image = read_image(path, reading)
     if min(image.shape[:2]) < MIN_PX:
         height, width = image.shape[:2]
         raise DataError(f"{path}: {width} x {height} px; at least {MIN_PX} x {MIN_PX} are needed: leave it out")
@@ -131,15 +157,20 @@ def read_fitting(path: Path, image: NDArray[np.uint8]) -> NDArray[np.integer]:
         If it has another size, or cannot be read.
     """
     labels = read_labels(path)
-    if labels.shape != image.shape[:2]:
-        (h, w), (height, width) = labels.shape, image.shape[:2]
+    refuse_unfitting(path, labels, image)
+    if labels.size and labels.min() < 0:
+        raise DataError(f"{path}: value {labels.min()} in it; objects are numbered from 1: add 1 to all values")
+    return labels
+
+
+def refuse_unfitting(path: Path, labels: NDArray[np.integer], image: NDArray[np.uint8]) -> None:
+    """Raise DataError where a label image has not the size of its image."""
+    if labels.shape[:2] != image.shape[:2]:
+        (h, w), (height, width) = labels.shape[:2], image.shape[:2]
         raise DataError(
             f"{path}: {w} x {h} px, its image {width} x {height}; "
             "labels are for each pixel of the image: export them again at its size"
         )
-    if labels.size and labels.min() < 0:
-        raise DataError(f"{path}: value {labels.min()} in it; labels begin at 0")
-    return labels
 
 
 def read_objects(image_path: Path, instance_path: Path, group: str = "") -> StoredSample:
@@ -196,22 +227,22 @@ def sample(
 
 
 def refuse_mixed_channels(channels: Mapping[str, int], path: Path) -> None:
-    """Raise DataError where some images are grey and some are RGB; ``channels`` is by name."""
-    grey = [name for name, count in channels.items() if count == 1]
-    rgb = [name for name, count in channels.items() if count == 3]
-    if grey and rgb:
-        few, kind, rest = (grey, "grey", rgb) if len(grey) <= len(rgb) else (rgb, "RGB", grey)
-        other = "RGB" if kind == "grey" else "grey"
+    """Raise DataError where images have different numbers of channels; ``channels`` is by name."""
+    kinds = Counter(channels.values()).most_common()
+    if len(kinds) > 1:
+        most, several = kinds[0]
+        few = [name for name, count in channels.items() if count != most]
         raise DataError(
-            f"{path}: {len(few)} images are {kind} ({listed(few)}), {len(rest)} are {other}; convert them to one kind"
+            f"{path}: {len(few)} images are {kind_of(channels[few[0]])} ({listed(few)}), {several} are "
+            f"{kind_of(most)}; convert them to one kind"
         )
 
 
 def refuse_background_only(samples: Sequence[StoredSample], path: Path) -> None:
     """Raise DataError where no pixel of any sample has a label."""
-    if samples and not any(s.labels.any() for s in samples):
+    if samples and not any(annotated(s.labels).any() for s in samples):
         raise DataError(
-            f"{path}: every label of its {len(samples)} images is 0, which is background: "
+            f"{path}: every label of its {len(samples)} images is 0, which is background, or not annotated: "
             "there is nothing to learn; check the label files"
         )
 

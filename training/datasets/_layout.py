@@ -10,14 +10,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from histostream.training.data import Classes, DataError, listed
+from histostream.training.data import IGNORED, Classes, DataError, listed
+from histostream.training.image_files import Reading
 
 FILE = "dataset.toml"
 TILE_PX = 512  # of slides, by default
 COLORS = ((255, 255, 255), (230, 75, 53), (77, 187, 213), (0, 160, 135), (243, 155, 127), (60, 84, 136))
-KEYS = ("name", "mpp", "slide_mpp", "tile_px", "group", "parts", "classes", "splits")
+KEYS = (
+    "name",
+    "mpp",
+    "slide_mpp",
+    "tile_px",
+    "group",
+    "parts",
+    "intensity",
+    "transparent",
+    "threshold",
+    "ignore",
+    "classes",
+    "splits",
+)
 CLASS_KEYS = ("name", "color", "value")
 SPLITS = ("train", "validation", "test")
+
+Color = tuple[int, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +56,20 @@ class Layout:
         Its first group finds the image's group in the stem of a file name; None: each file is one.
     parts
         (rows, columns) that each image is cut into.
+    reading
+        How images of more than 8 bits, or with transparent pixels, are read.
+    threshold
+        Least value of the second of two classes in label files; None: values are classes.
+    ignore
+        Value, or colour, of pixels in label files that are not annotated; None: 255, unless it is a
+        class.
     classes, values
         (name, colour) of each class, empty if not known, and the class's pixel value in label
         files.
+    by_color
+        Whether every class was given a colour, which finds it in label files that are in colour.
+    by_value
+        Whether any class was given a value.
     splits
         Patterns of stems by part.
     """
@@ -54,9 +81,21 @@ class Layout:
     tile_px: int = TILE_PX
     group: re.Pattern[str] | None = None
     parts: tuple[int, int] = (1, 1)
+    reading: Reading = field(default_factory=Reading)
+    threshold: float | None = None
+    ignore: int | Color | None = None
     classes: Classes = ()
     values: tuple[int, ...] = ()
+    by_color: bool = False
+    by_value: bool = False
     splits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def ignored_value(self) -> int | None:
+        """Value of pixels in label files of numbers that are not annotated; None: there is none."""
+        if isinstance(self.ignore, int):
+            return self.ignore
+        return None if IGNORED in self.values else IGNORED
 
     def group_of(self, stem: str) -> str:
         """Return the group of a file.
@@ -86,13 +125,21 @@ def read_layout(folder: Path) -> Layout:
     """
     file = folder / FILE
     if not file.is_file():
-        return Layout(file, folder.resolve().name)
+        return Layout(file, folder.resolve().name, reading=Reading(place=str(file)))
     try:
         table = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: not a TOML file ({error}); correct it") from error
     _refuse_unknown(file, table, KEYS, "")
     classes, values = _classes(file, table.get("classes", []))
+    ignore = _ignore(file, table.get("ignore"))
+    if ignore in values or ignore in [color for _, color in classes]:
+        raise DataError(f"{file}: ignore={table['ignore']!r}: it is that of a class too; change one")
+    threshold = _threshold(file, table.get("threshold"))
+    if threshold is not None and len(classes) not in (0, 2):
+        raise DataError(
+            f"{file}: threshold={threshold:g}: it divides two classes, here are {len(classes)}; leave it out"
+        )
     return Layout(
         file,
         name=_checked(file, "name", table.get("name", folder.resolve().name), _is_text, "a text"),
@@ -101,8 +148,13 @@ def read_layout(folder: Path) -> Layout:
         tile_px=_checked(file, "tile_px", table.get("tile_px", TILE_PX), _is_whole(32), "a whole number from 32"),
         group=_pattern(file, table.get("group")),
         parts=_parts(file, table.get("parts", [1, 1])),
+        reading=_reading(file, table),
+        threshold=threshold,
+        ignore=ignore,
         classes=classes,
         values=values,
+        by_color=bool(classes) and all("color" in entry for entry in table["classes"]),
+        by_value=any("value" in entry for entry in table.get("classes", [])),
         splits=_splits(file, table.get("splits", {})),
     )
 
@@ -119,13 +171,39 @@ def _classes(file: Path, tables: Any) -> tuple[Classes, tuple[int, ...]]:
             raise DataError(f"{file}: class number {i} has no name")
         names.append(_checked(file, "classes.name", table["name"], _is_text, "a text"))
         color = table.get("color", list(COLORS[i % len(COLORS)]))
-        _checked(file, "classes.color", color, _is_list(3, range(256)), "[red, green, blue], 0 to 255")
+        _checked(file, "classes.color", color, _is_color, "[red, green, blue], 0 to 255")
         colors.append((color[0], color[1], color[2]))
         values.append(_checked(file, "classes.value", table.get("value", i), _is_whole(0), "a whole number from 0"))
     for key, entries in (("name", names), ("value", values)):
         if len(set(entries)) < len(entries):
             raise DataError(f"{file}: two classes have the same {key}: {listed(entries)}; change one")
     return tuple(zip(names, colors, strict=True)), tuple(values)
+
+
+def _reading(file: Path, table: dict[str, Any]) -> Reading:
+    intensity, transparent = table.get("intensity"), table.get("transparent")
+    if intensity is not None:
+        _checked(file, "intensity", intensity, _is_interval, "[black, white], two numbers that rise")
+        intensity = (float(intensity[0]), float(intensity[1]))
+    if transparent is not None and transparent != "channel":
+        _checked(file, "transparent", transparent, _is_color, '[red, green, blue], 0 to 255, or "channel"')
+        transparent = (transparent[0], transparent[1], transparent[2])
+    return Reading(intensity, transparent, str(file))
+
+
+def _ignore(file: Path, value: Any) -> int | Color | None:
+    if value is None:
+        return None
+    if isinstance(value, list):
+        _checked(file, "ignore", value, _is_color, "[red, green, blue], 0 to 255, or a whole number")
+        return value[0], value[1], value[2]
+    return int(_checked(file, "ignore", value, _is_whole(-(1 << 63)), "a whole number, or [red, green, blue]"))
+
+
+def _threshold(file: Path, value: Any) -> float | None:
+    if value is None:
+        return None
+    return float(_checked(file, "threshold", value, _is_number, "a number"))
 
 
 def _splits(file: Path, tables: Any) -> dict[str, tuple[str, ...]]:
@@ -158,7 +236,7 @@ def _pattern(file: Path, value: Any) -> re.Pattern[str] | None:
 def _positive(file: Path, key: str, value: Any) -> float | None:
     if value is None:
         return None
-    return float(_checked(file, key, value, lambda v: type(v) in (int, float) and v > 0, "a positive number"))
+    return float(_checked(file, key, value, lambda v: _is_number(v) and v > 0, "a positive number"))
 
 
 def _checked(file: Path, key: str, value: Any, is_valid: Callable[[Any], bool], expected: str) -> Any:
@@ -172,8 +250,16 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value)
 
 
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300  # so that nan and infinity are none
+
+
+def _is_interval(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value)) and value[0] < value[1]
+
+
 def _is_whole(least: int) -> Callable[[Any], bool]:
-    return lambda value: type(value) is int and value >= least
+    return lambda value: type(value) is int and least <= value < 1 << 63
 
 
 def _is_list(length: int, allowed: range) -> Callable[[Any], bool]:
@@ -181,6 +267,9 @@ def _is_list(length: int, allowed: range) -> Callable[[Any], bool]:
         return isinstance(value, list) and len(value) == length and all(type(v) is int and v in allowed for v in value)
 
     return check
+
+
+_is_color = _is_list(3, range(256))
 
 
 def _refuse_unknown(file: Path, table: dict[str, Any], known: tuple[str, ...], prefix: str) -> None:

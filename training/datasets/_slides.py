@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from histostream.training.data import DataError, Picture
-from histostream.training.datasets._files import MIN_PX, collect, label_files, refuse_same_stems
+from histostream.training.data import MIN_PX, DataError, Picture
+from histostream.training.datasets._files import collect, label_files, refuse_same_stems
 from histostream.training.datasets._layout import Layout
 from histostream.wsi.geometry import Box
 from histostream.wsi.slides.reader import SlideReader, open_slide, slide_suffixes

@@ -1,15 +1,17 @@
 """Reads the folder layout for one's own data, which ``docs/data.md`` describes.
 
-``images/`` with ``labels/`` or ``labels_instance/``, ``slides/`` with ``annotations/``, pools of
-images without labels, and ``dataset.toml``.
+``images/`` with ``labels/``, ``masks/`` or ``labels_instance/``, or ``NAME_mask`` beside ``NAME``; the
+same in ``train/``, ``val/`` and ``test/``; ``slides/`` with ``annotations/``, pools of images without
+labels, and ``dataset.toml``.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histostream.training.data import (
+    MIN_PX,
     DataError,
     DataSet,
     Picture,
@@ -28,24 +31,35 @@ from histostream.training.data import (
 )
 from histostream.training.datasets import _slides
 from histostream.training.datasets._files import (
-    MAX_LABEL,
-    MIN_PX,
     collect,
     files_of,
     image_files,
     label_files,
+    labels_beside,
     read_fitting,
     read_pixels,
     refuse_background_only,
     refuse_mixed_channels,
     refuse_same_stems,
+    refuse_unfitting,
     sample,
 )
+from histostream.training.datasets._labels import RawLabels, to_classes, warn_of_masks
 from histostream.training.datasets._layout import SPLITS, Layout, read_layout
-from histostream.training.image_files import IMAGE_SUFFIXES
+from histostream.training.image_files import IMAGE_SUFFIXES, read_coded_labels
 from histostream.wsi.slides.reader import slide_suffixes
 
+log = logging.getLogger(__name__)
+
 POOLS = ("target", "unlabelled", "presence", "absence")
+LABEL_FOLDERS = ("labels", "masks")
+PART_FOLDERS = {
+    "train": ("train", "training"),
+    "validation": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+
+Objects = NDArray[np.int32] | None
 
 
 def read(path: Path) -> DataSet:
@@ -61,8 +75,8 @@ def read(path: Path) -> DataSet:
     layout = read_layout(path)
     slides = _slides.slide_files(path / "slides") if (path / "slides").is_dir() else []
     stored = _read_images(path, layout) if (path / "images").is_dir() or not slides else {}
-    refuse_background_only([s for samples in stored.values() for s in samples], path)
-    samples: dict[str, Sequence[Sample]] = {**stored}  # by stem
+    refuse_background_only([s for _, samples in stored.values() for s in samples], path)
+    samples: dict[str, Sequence[Sample]] = {stem: own for stem, (_, own) in stored.items()}
     if slides:
         tiles = _slides.read_annotated(slides, path / "annotations", layout)
         for slide, slide_samples in zip(slides, tiles, strict=True):
@@ -71,7 +85,7 @@ def read(path: Path) -> DataSet:
             samples[slide.stem] = slide_samples
     pools = {name: _read_pool(path / name, layout) for name in POOLS if (path / name).is_dir()}
     _check_channels(path, samples, pools)
-    parts = _divide(layout, list(samples))
+    parts = _divide(layout, list(samples), {stem: part for stem, (part, _) in stored.items() if part})
     _refuse_split_groups(layout, samples, parts)
     train, validation, test = (tuple(s for stem in parts[part] for s in samples[stem]) for part in SPLITS)
     return DataSet(layout.name, layout.classes, layout.mpp, train, validation, test, pools)
@@ -153,67 +167,106 @@ def _part(source: StoredSample, ending: str, window: tuple[slice, slice]) -> Sto
 # ----------------------------------------------------------------------------- reading
 
 
-def _read_images(path: Path, layout: Layout) -> dict[str, list[StoredSample]]:
-    """Read the images with labels, by stem."""
-    images = image_files(path / "images")
-    classes, objects = path / "labels", path / "labels_instance"
-    if not classes.is_dir() and not objects.is_dir():
-        raise DataError(f"{path}: no labels; put them in {path}/labels or /labels_instance")
-    labels = label_files(images, classes) if classes.is_dir() else [None] * len(images)
-    instances = label_files(images, objects) if objects.is_dir() else [None] * len(images)
-    if not classes.is_dir() and len(layout.classes) not in (0, 2):
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """Folders of images and of their labels; what they are part of, "" if that is said elsewhere."""
+
+    images: Path
+    labels: Path | None
+    instances: Path | None
+    part: str = ""
+
+
+def _sources(path: Path, layout: Layout) -> list[_Source]:
+    """Find images and labels: in one folder, or in one for each part, above or below ``images``."""
+    parts = [(part, name) for part, names in PART_FOLDERS.items() for name in names]
+    above = [(part, path / name) for part, name in parts if (path / name).is_dir()]
+    below = [(part, name) for part, name in parts if (path / "images" / name).is_dir()]
+    if (path / "images").is_dir() and not (below and not files_of(path / "images", IMAGE_SUFFIXES)):
+        return [_source(path, "images", "")]
+    if below:
+        sources = [_source(path, f"images/{name}", part) for part, name in below]
+    elif above and all((folder / "images").is_dir() or labels_beside(_images_in(folder)) for _, folder in above):
+        sources = [_source(folder, "images" if (folder / "images").is_dir() else ".", part) for part, folder in above]
+    elif labels_beside(_images_in(path)):
+        return [_source(path, ".", "")]
+    else:
+        raise DataError(f"{path}: no folder 'images' in it; see docs/data.md")
+    if layout.splits:
+        raise DataError(f"{layout.file}: [splits] and folders of parts ({sources[0].part}); leave one out")
+    return sources
+
+
+def _source(path: Path, images: str, part: str) -> _Source:
+    """Find the labels of one folder of images: beside it, or among its files."""
+    folder = path / images
+    _, _, below = images.partition("/")  # images/train has labels/train
+    classes = [path / name / below for name in LABEL_FOLDERS if (path / name / below).is_dir()]
+    if len(classes) > 1:
+        raise DataError(f"{path}: labels in {classes[0].name} and in {classes[1].name}; keep one of the folders")
+    objects = path / "labels_instance" / below
+    if not classes and not objects.is_dir():
+        if not labels_beside(_images_in(folder)):
+            raise DataError(
+                f"{path}: no labels; put them in {path / 'labels' / below} or /labels_instance, "
+                "or beside the images as NAME_mask.png"
+            )
+        classes = [folder]
+    return _Source(folder, classes[0] if classes else None, objects if objects.is_dir() else None, part)
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return files_of(folder, IMAGE_SUFFIXES)
+
+
+def _read_images(path: Path, layout: Layout) -> dict[str, tuple[str, list[StoredSample]]]:
+    """Read the images with labels: the part of each, "" if no folder says it, and its samples, by stem."""
+    found: dict[str, tuple[str, list[StoredSample]]] = {}
+    for source in _sources(path, layout):
+        prefix = f"{source.part}/" if source.part else ""
+        for stem, one in _read_source(source, layout, prefix).items():
+            found[stem] = source.part, cut(one, *layout.parts)
+    return found
+
+
+def _read_source(source: _Source, layout: Layout, prefix: str) -> dict[str, StoredSample]:
+    images = image_files(source.images)
+    labels = label_files(images, source.labels) if source.labels else [None] * len(images)
+    instances = label_files(images, source.instances) if source.instances else [None] * len(images)
+    if not source.labels and len(layout.classes) not in (0, 2):
         raise DataError(
             f"{layout.file}: {len(layout.classes)} classes, but labels_instance/ alone tells two "
             "apart (background, object); add labels/ with the class of each pixel"
         )
-    files = zip(images, labels, instances, strict=True)
-    samples = collect(lambda paths: _read_sample(*paths, layout), files)
-    if labels[0] is not None and not layout.classes:
-        _check_values(classes, samples, layout)
-    return {image.stem: cut(source, *layout.parts) for image, source in zip(images, samples, strict=True)}
 
+    def read(files: tuple[Path, Path | None, Path | None]) -> tuple[NDArray[np.uint8], RawLabels | None, Objects]:
+        image = read_pixels(files[0], layout.reading)
+        raw = _read_raw(files[1], image, layout) if files[1] else None
+        return image, raw, read_fitting(files[2], image).astype(np.int32) if files[2] else None
 
-def _read_sample(path: Path, label_path: Path | None, instance_path: Path | None, layout: Layout) -> StoredSample:
-    image, instances = read_pixels(path), None
-    if instance_path:
-        instances = read_fitting(instance_path, image).astype(np.int32)
-    if label_path:
-        labels = _as_classes(label_path, read_fitting(label_path, image), layout)
+    read_files = collect(read, zip(images, labels, instances, strict=True))
+    classes: list[NDArray[np.uint8]]
+    if source.labels:
+        classes = to_classes([raw for _, raw, _ in read_files if raw], layout)
     else:
-        assert instances is not None  # one of the two paths is given
-        labels = (instances > 0).astype(np.uint8)
-    return sample(path.name, layout.group_of(path.stem), image, labels, instances)
-
-
-def _as_classes(path: Path, raw: NDArray[np.integer], layout: Layout) -> NDArray[np.uint8]:
-    """Turn the values of a label file into labels 0..K-1."""
-    values = np.unique(raw)
-    if not layout.classes:
-        if values[-1] > MAX_LABEL:
-            raise DataError(
-                f"{path}: value {values[-1]} in it; classes are 0 to {MAX_LABEL}: if values stand "
-                f"for classes, name them as [[classes]] in {layout.file.name}"
-            )
-        return raw.astype(np.uint8)
-    unknown = [int(v) for v in values if v not in layout.values]
-    if unknown:
-        raise DataError(
-            f"{path}: value {listed(unknown)} is no class of {layout.file.name} "
-            f"({listed(layout.values)}); add it there, or correct the file"
+        classes = [(objects > 0).astype(np.uint8) for _, _, objects in read_files if objects is not None]
+        warning = warn_of_masks(
+            [RawLabels(p, o) for p, (*_, o) in zip(instances, read_files, strict=True) if p and o is not None]
         )
-    order = np.argsort(layout.values)
-    positions = np.searchsorted(np.asarray(layout.values)[order], raw)
-    return order.astype(np.uint8)[positions]
-
-
-def _check_values(folder: Path, samples: Sequence[StoredSample], layout: Layout) -> None:
-    """Refuse grey values that stand for few classes, e.g. 0, 100 and 200."""
-    used = sorted({int(v) for s in samples for v in np.unique(s.labels)})
-    if 2 * len(used) < used[-1] + 1:
-        raise DataError(
-            f"{folder}: the values {listed(used)} are no labels 0, 1, 2, ...; "
-            f"say which class each is, as [[classes]] with value, in {layout.file}"
+        if warning:
+            log.warning(warning)
+    return {
+        prefix + path.stem: sample(
+            prefix + path.name, prefix * (not layout.group) + layout.group_of(path.stem), image, own, objects
         )
+        for path, (image, _, objects), own in zip(images, read_files, classes, strict=True)
+    }
+
+
+def _read_raw(path: Path, image: NDArray[np.uint8], layout: Layout) -> RawLabels:
+    values, palette = read_coded_labels(path, place=str(layout.file), lossy=layout.threshold is not None)
+    refuse_unfitting(path, values, image)
+    return RawLabels(path, values, palette)
 
 
 def _read_pool(folder: Path, layout: Layout) -> tuple[Picture, ...]:
@@ -227,7 +280,7 @@ def _read_pool(folder: Path, layout: Layout) -> tuple[Picture, ...]:
 def _read_files(files: Sequence[Path], layout: Layout) -> tuple[Picture, ...]:
     slides = [p for p in files if _slides.is_slide(p)]
     pictures = collect(
-        lambda p: StoredPicture(p.name, p.stem, read_pixels(p)),
+        lambda p: StoredPicture(p.name, p.stem, read_pixels(p, layout.reading)),
         [p for p in files if p not in slides],
     )
     return (*pictures, *_slides.read_pictures(slides, layout))
@@ -253,9 +306,14 @@ def _one_per_slide(pictures: Sequence[Picture]) -> Iterator[Picture]:
             yield picture
 
 
-def _divide(layout: Layout, stems: Sequence[str]) -> dict[str, list[str]]:
-    """Return the stems of each part; ``train``, if it is not given, has those that no part names."""
+def _divide(layout: Layout, stems: Sequence[str], by_folder: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return the stems of each part; ``train``, if it is not given, has those that no part names.
+
+    The part of a stem may be that of its folder.
+    """
     chosen: dict[str, list[str]] = {}
+    for stem, part in by_folder.items():
+        chosen.setdefault(part, []).append(stem)
     for part, patterns in layout.splits.items():
         for pattern in patterns:
             if not fnmatch.filter(stems, pattern):

@@ -5,7 +5,7 @@ method may be one file. Another package adds a method with an entry point of the
 ``histostream.methods`` that names its module, which offers
 
 ``Config``
-    Frozen dataclass; every default with its source.
+    Frozen dataclass; every default with its source, every type with its range (`checks`).
 ``build(config, classes, channels) -> State``
     The networks and their optimisers.
 ``step(state, batch) -> losses``
@@ -23,6 +23,9 @@ and may offer (`hook` gives the default of what is missing)
 
 ``score_kind(config) -> str``
     What the scores of ``deployed`` are; default "probability".
+``least_px(config) -> int``, ``only_px(config) -> int``
+    The smallest side of its images, default 1, and the only one, default 0, which is any. A run
+    with another ``schedule.crop_px`` is refused before it starts.
 ``pools(config) -> names``
     The pools of images without labels that it trains on; default none.
 ``before_step(state, parts, step, steps)``
@@ -40,6 +43,12 @@ and may offer (`hook` gives the default of what is missing)
 ``paint(state, images) -> {name: images}``
     Further columns, (N, C, H, W) uint8, of the sample sheets of a run, whose own columns are
     ``image``, ``true`` and ``predicted``; default none.
+``takes_class_weights(config) -> str``
+    "" if the losses weigh pixels by ``state.class_weights``, else why they do not, for a message
+    that ends with what to set; default: they do not.
+``can_extend(config, done, steps, more) -> str``
+    "" if a run of so many ``steps``, of which some are ``done``, can go on to ``more`` of them, else
+    why not; default: it can. For methods whose steps depend on the number of all steps.
 ``explained(state) -> nn.Module``, ``EXPLAINED_BY``
     A second graph that can be exported, and the names of the modules that it needs; no default.
 """
@@ -59,16 +68,22 @@ from histostream.wsi.registry import Registry
 class MethodError(HistoError, ValueError):
     """There is no method of that name."""
 
+    exit_status = 2
+
 
 METHODS = Registry(__name__, "histostream.methods", "method", MethodError, submodule="method")
 DEFAULTS: dict[str, Callable[..., Any]] = {
     "score_kind": lambda config: "probability",
+    "least_px": lambda config: 1,
+    "only_px": lambda config: 0,
     "pools": lambda config: (),
     "before_step": lambda state, parts, step, steps: None,
     "settle": lambda state, parts: None,
     "eligible": lambda config, done, steps: True,
     "finish": lambda state, parts: None,
     "paint": lambda state, images: {},
+    "takes_class_weights": lambda config: "the method does not weigh pixels by their class",
+    "can_extend": lambda config, done, steps, more: "",
 }
 
 

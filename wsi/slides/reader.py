@@ -61,7 +61,7 @@ class SlideReader(Protocol):
     mpp
         Micrometres per pixel of level 0, the mean of x and y; None if the file does not store it.
     channels
-        3 (RGB) or 1 (grey).
+        3 (RGB), 1 (grey), or the number that a model takes.
     decoded_blocks
         Number of blocks decoded since the slide was opened.
     """

@@ -27,6 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -34,9 +35,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from histostream.training.batches import Parts
-from histostream.training.checks import check_at_least, check_choices, check_shares
+from histostream.training.checks import Decaying, LearningRate, Range, Share, Weight, Width, check_fields
 from histostream.training.data import DataError, Picture
-from histostream.training.losses import logit_loss, one_hot, soft_dice
+from histostream.training.losses import cross_entropy, known, logit_loss, one_hot, soft_dice
 from histostream.training.methods.apma_net.networks import (
     GroupNormUNet,
     ReconstructionDecoder,
@@ -86,48 +87,36 @@ class Config:
     the model has a target.
     """
 
-    seg_loss: str = "cross_entropy"  # equation 1 is lost; as DAMT-Net; or "dice"
+    seg_loss: Literal["cross_entropy", "dice"] = "cross_entropy"  # equation 1 is lost; as DAMT-Net
     reconstruct: bool = True  # paper: EN, equation 2
-    adapt_features: str = "adversarial"  # paper: DE_feat; or "none", "reversal" (Ganin)
+    # Paper: DE_feat; "reversal" is Ganin's.
+    adapt_features: Literal["none", "adversarial", "reversal"] = "adversarial"
     adapt_predictions: bool = True  # paper: DE_pred
-    lambda_rec: float = 1e-3  # paper
+    lambda_rec: Weight = 1e-3  # paper
     # Equation 2 does not say whether it is a "mean" over pixels or a "sum" over those of an image,
     # which at 128 x 128 px is 16 in place of 1e-3 for lambda_rec; ours: mean, as DAMT-Net.
-    reconstruction_reduction: str = "mean"
-    lambda_feat: float = 1e-3  # paper; with "reversal" the final strength of the reversal (ours)
-    lambda_pred: float = 1e-3  # paper
-    source_only_steps: float = 0.25  # share of the run; ours: 10,000 of 40,000, paper: no length
-    base_width: int = 64  # DAMT-Net: 64 to 1024
-    norm: str = "group"  # DAMT-Net: GroupNorm in 32 groups, not affine; or "none"
-    feat_disc: str = "fcn"  # ours: works at any size; or "damt" (DAMT-Net), "ganin" (Roels's code)
-    feat_crop: int = 512  # side of the crops, which "damt" and "ganin" are built for
-    grl_at: str = "last"  # Roels's code: the reversal is on the last features; or "bottleneck"
-    pred_disc_norm: str = "none"  # AdaptSegNet; or "group" (DAMT-Net)
-    discriminator_width: int = 64  # AdaptSegNet
-    learning_rate: float = 2e-4  # paper, with schedule.decay="poly"
-    discriminator_learning_rate: float = 1e-4  # ours: AdaptSegNet
-    beta1: float = 0.9  # DAMT-Net
-    beta2: float = 0.99  # DAMT-Net
-    normalise: str = "fixed"  # ours, see above; or "per_image" (DAMT-Net)
-    validation_domain: str = "target"  # whose scale images to validate and test have; or "source"
+    reconstruction_reduction: Literal["mean", "sum"] = "mean"
+    lambda_feat: Weight = 1e-3  # paper; with "reversal" the final strength of the reversal (ours)
+    lambda_pred: Weight = 1e-3  # paper
+    source_only_steps: Share = 0.25  # share of the run; ours: 10,000 of 40,000, paper: no length
+    base_width: Width = 64  # DAMT-Net: 64 to 1024
+    norm: Literal["group", "none"] = "group"  # DAMT-Net: GroupNorm in 32 groups, not affine
+    # Ours: works at any size; "damt" is DAMT-Net's, "ganin" is of Roels's code.
+    feat_disc: Literal["fcn", "damt", "ganin"] = "fcn"
+    feat_crop: Annotated[int, Range(1, 16384)] = 512  # side of the crops, which "damt" and "ganin" are built for
+    grl_at: Literal["last", "bottleneck"] = "last"  # Roels's code: the reversal is on the last features
+    pred_disc_norm: Literal["none", "group"] = "none"  # AdaptSegNet; "group" is DAMT-Net's
+    discriminator_width: Width = 64  # AdaptSegNet
+    learning_rate: LearningRate = 2e-4  # paper, with schedule.decay="poly"
+    discriminator_learning_rate: LearningRate = 1e-4  # ours: AdaptSegNet
+    beta1: Decaying = 0.9  # DAMT-Net
+    beta2: Decaying = 0.99  # DAMT-Net
+    normalise: Literal["fixed", "per_image"] = "fixed"  # ours, see above; "per_image" is DAMT-Net's
+    validation_domain: Literal["source", "target"] = "target"  # whose scale images to validate and test have
 
     def __post_init__(self) -> None:
-        check_choices(
-            self,
-            seg_loss=("cross_entropy", "dice"),
-            adapt_features=("none", "adversarial", "reversal"),
-            reconstruction_reduction=("mean", "sum"),
-            norm=("group", "none"),
-            feat_disc=("fcn", "damt", "ganin"),
-            grl_at=("last", "bottleneck"),
-            pred_disc_norm=("none", "group"),
-            normalise=("fixed", "per_image"),
-            validation_domain=DOMAINS,
-        )
-        check_at_least(self, 1, "base_width", "discriminator_width")
-        check_at_least(self, 0, "lambda_rec", "lambda_feat", "lambda_pred")
-        check_shares(self, "source_only_steps")
-        if self.feat_disc != "fcn" and (self.feat_crop < 1 or self.feat_crop % self.least_crop_px):
+        check_fields(self)
+        if self.feat_disc != "fcn" and self.feat_crop % self.least_crop_px:
             raise ValueError(f"feat_crop={self.feat_crop}: use a multiple of {self.least_crop_px}")
 
     @property
@@ -143,7 +132,8 @@ class Config:
     @property
     def least_crop_px(self) -> int:
         """Side of the smallest crops that the networks take."""
-        least = GroupNormUNet.stride_px
+        # GroupNorm needs two values: of the coarsest map, two pixels.
+        least = GroupNormUNet.stride_px * (2 if self.norm == "group" else 1)
         if self.adapt_predictions:
             least = max(least, PRED_PX)
         if self.adapt_features != "none":
@@ -157,10 +147,34 @@ def align_px(config: Config) -> int:
     return GroupNormUNet.stride_px
 
 
+def least_px(config: Config) -> int:
+    """Return the smallest side of an image."""
+    return config.least_crop_px
+
+
+def only_px(config: Config) -> int:
+    """Return the side of the crops that a classifier with full connections is built for, else 0."""
+    return config.feat_crop if config.adapt_features != "none" and config.feat_disc != "fcn" else 0
+
+
 def pools(config: Config) -> tuple[str, ...]:
     """Images of the target, to adapt to; "no adaptation" needs them for their scale only."""
     scale = config.normalise == "fixed" and config.validation_domain == TARGET
     return (TARGET,) if config.adapts or scale else ()
+
+
+def takes_class_weights(config: Config) -> str:
+    """Return "" if the loss is the cross-entropy of pixels, else why it takes no class weights."""
+    if config.seg_loss == "cross_entropy":
+        return ""
+    return 'the Dice loss is the mean of the classes already: set method.seg_loss="cross_entropy"'
+
+
+def can_extend(config: Config, done: int, steps: int, more: int) -> str:
+    """Return "" if a run can get more steps, else why not: its phase on the source alone is a share of them."""
+    if not config.adapts or done <= _first_joint_step(config, steps) or done >= _first_joint_step(config, more):
+        return ""
+    return "the steps on the source alone are a share of all steps, and would begin again"
 
 
 class DomainScale(nn.Module):
@@ -256,12 +270,15 @@ def before_step(state: State, parts: Parts, step: int, steps: int) -> None:
 # ----------------------------------------------------------------------------- losses
 
 
-def segmentation_loss(config: Config, scores: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean cross-entropy of all pixels (equation 1), or 1 - the mean soft Dice."""
+def segmentation_loss(config: Config, scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return the mean cross-entropy of the annotated pixels (equation 1), or 1 - their mean soft Dice.
+
+    ``weights``, (K,), are of the classes in the cross-entropy.
+    """
     if config.seg_loss == "cross_entropy":
-        return F.cross_entropy(scores, labels)
+        return cross_entropy(scores, labels, weights)
     truth = one_hot(labels, scores.shape[1])
-    return 1 - soft_dice(scores.softmax(dim=1), truth, smooth=0.0).mean()
+    return 1 - soft_dice(scores.softmax(dim=1) * known(labels), truth, smooth=0.0).mean()
 
 
 def reconstruction_loss(config: Config, rebuilt: Tensor, images: Tensor) -> Tensor:
@@ -321,7 +338,7 @@ def step(state: State, batch: Batch) -> dict[str, Tensor]:
         _check_crops(config, batch)
     x = state.modules["scale"](batch.images, "source")
     maps = state.modules["generator"](x)
-    segmentation = segmentation_loss(config, maps[0], batch.labels)
+    segmentation = segmentation_loss(config, maps[0], batch.labels, state.class_weights)
     losses = {"segmentation": segmentation}
     if config.adapts and batch.step >= _first_joint_step(config, batch.steps):
         losses |= _step_jointly(state, batch, x, maps, segmentation)
@@ -439,7 +456,7 @@ def validate(state: State, images: Tensor, labels: Tensor) -> tuple[float, Tenso
     x = state.modules["scale"](images, state.config.validation_domain)
     with evaluating(state.modules["generator"]):
         scores = state.modules["generator"](x)[0]
-    return float(segmentation_loss(state.config, scores, labels)), scores.argmax(dim=1)
+    return float(segmentation_loss(state.config, scores, labels, state.class_weights)), scores.argmax(dim=1)
 
 
 @torch.no_grad()

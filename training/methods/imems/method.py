@@ -18,13 +18,15 @@ D(x, O)     ``discriminator``
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from histostream.training.checks import check_at_least, check_choices
-from histostream.training.losses import cross_entropy, logit_loss, one_hot
+from histostream.training.checks import Decaying, LearningRate, Range, Weight, Width, check_fields
+from histostream.training.data import DataError
+from histostream.training.losses import annotated_mean, cross_entropy, known, logit_loss, one_hot
 from histostream.training.methods.imems.networks import EncoderDiscriminator, TwoDecoderUNet
 from histostream.training.networks.discriminator import Pix2PixDiscriminator
 from histostream.training.networks.tile_model import TileModel
@@ -53,45 +55,37 @@ class Config:
     ================  ==========  ===========  ==============
     """
 
-    target: str = "embedding"  # paper; "labels" paints the one-hot label map instead
+    target: Literal["embedding", "labels"] = "embedding"  # paper; "labels" paints the one-hot label map instead
     adversarial: bool = True  # paper
-    second_task: str = "none"  # or "image": reconstruct it too; "+features": and the inner maps
+    # "image": reconstruct it too; "+features": and the inner maps.
+    second_task: Literal["none", "image", "image+features"] = "none"
     # For target="labels". L1 on the softmax ends with one class for all pixels, with and without a D
     # (docs/methods.md): "l1", or "auto", the earlier default: l1 beside a D, else cross_entropy.
-    label_loss: str = "cross_entropy"
+    label_loss: Literal["cross_entropy", "l1", "auto"] = "cross_entropy"
     # "inverted": 255 - G in place of G. Equation 1 weighs a wrong label by (2 floor(G/2) + 1) / 255,
     # and so dark nuclei least (docs/methods.md).
-    grey: str = "paper"
-    segmentation_weight: float = 0.6  # paper, colon (0.4 epithelium, tubule); image: 1 - this
-    feature_weight: float = 0.8  # paper, colon (0.7 epithelium, 0.3 tubule)
-    base_width: int = 64  # ours: the figure with the widths is lost; the usual U-Net
-    depth: int = 4  # ours: as above
-    norm: str = "none"  # ours: none is mentioned; or "instance"
-    dropout: float = 0.2  # paper, section III-B
-    l1_weight: float = 100.0  # paper (pix2pix)
-    discriminator: str = "encoder"  # ours: "same operations as the encoder"; or "pix2pix70"
-    discriminator_width: int = 64  # ours: as the generator
-    learning_rate: float = 2e-4  # ours: pix2pix
-    discriminator_learning_rate: float = 2e-4  # ours: pix2pix
-    beta1: float = 0.5  # ours: pix2pix
-    beta2: float = 0.999  # ours: pix2pix
+    grey: Literal["paper", "inverted"] = "paper"
+    # Paper, colon (0.4 epithelium, tubule); of the image: 1 - this.
+    segmentation_weight: Annotated[float, Range(0, 1, above=True, below=True)] = 0.6
+    feature_weight: Weight = 0.8  # paper, colon (0.7 epithelium, 0.3 tubule)
+    base_width: Width = 64  # ours: the figure with the widths is lost; the usual U-Net
+    depth: Annotated[int, Range(1, 8)] = 4  # ours: as above
+    norm: Literal["none", "instance"] = "none"  # ours: none is mentioned
+    dropout: Decaying = 0.2  # paper, section III-B
+    l1_weight: Weight = 100.0  # paper (pix2pix)
+    discriminator: Literal["encoder", "pix2pix70"] = "encoder"  # ours: "same operations as the encoder"
+    discriminator_width: Width = 64  # ours: as the generator
+    learning_rate: LearningRate = 2e-4  # ours: pix2pix
+    discriminator_learning_rate: LearningRate = 2e-4  # ours: pix2pix
+    beta1: Decaying = 0.5  # ours: pix2pix
+    beta2: Decaying = 0.999  # ours: pix2pix
 
     def __post_init__(self) -> None:
-        check_choices(
-            self,
-            target=("embedding", "labels"),
-            second_task=("none", "image", "image+features"),
-            label_loss=("cross_entropy", "l1", "auto"),
-            grey=("paper", "inverted"),
-            norm=("none", "instance"),
-            discriminator=("encoder", "pix2pix70"),
-        )
-        check_at_least(self, 1, "base_width", "depth", "discriminator_width")
-        if not 0 < self.segmentation_weight < 1:
-            raise ValueError(f"segmentation_weight={self.segmentation_weight}: use 0 to 1")
+        check_fields(self)
         if self.second_task != "none" and (self.adversarial or self.target == "embedding"):
             raise ValueError(
-                "a second_task goes with target='labels', adversarial=false only: set them, or second_task='none'"
+                f"second_task={self.second_task!r}: it goes with target='labels' and adversarial=false only: "
+                "set both, or second_task='none'"
             )
 
 
@@ -103,6 +97,22 @@ def score_kind(config: Config) -> str:
 def align_px(config: Config) -> int:
     """Height and width are multiples of this; the encoder discriminator pools four times."""
     return max(1 << config.depth, 16 if config.adversarial else 1)
+
+
+def takes_class_weights(config: Config) -> str:
+    """Return "" if the loss is a cross-entropy of pixels, else why it takes no class weights."""
+    if config.second_task != "none" or _label_loss(config) == "cross_entropy":
+        return ""
+    if config.target == "embedding":
+        return 'it paints an image of the classes by L1: set method.target="labels"'
+    return 'its loss is L1: set method.label_loss="cross_entropy"'
+
+
+def least_px(config: Config) -> int:
+    """Return the smallest side of an image."""
+    # Instance normalisation needs two pixels of the coarsest map, pix2pix's discriminator 24 px.
+    norm = 2 << config.depth if config.norm == "instance" else 1
+    return max(norm, 24 if config.adversarial and config.discriminator == "pix2pix70" else 1)
 
 
 def luma(images: Tensor) -> Tensor:
@@ -138,7 +148,7 @@ def embed(labels: Tensor, grey: Tensor, classes: int) -> Tensor:
     Parameters
     ----------
     labels
-        (N, H, W) integer, 0..classes-1.
+        (N, H, W) integer, 0..classes-1, or `IGNORED`, which is no class.
     grey
         (N, H, W) integer, 0..255.
     classes
@@ -169,7 +179,18 @@ def decode(embedding: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def build(config: Config, classes: int, channels: int = 3) -> State:
-    """Make the networks and their optimisers."""
+    """Make the networks and their optimisers.
+
+    Raises
+    ------
+    DataError
+        If the label map is to hold the grey value of images that have none.
+    """
+    if config.target == "embedding" and channels not in (1, 3):
+        raise DataError(
+            f"images of {channels} channels: iMEMS embeds the grey value of RGB or grey images; "
+            'set method.target="labels" (a comparator, without the embedding), or use another method'
+        )
     kind = UNet if config.second_task == "none" else TwoDecoderUNet
     generator = kind(
         channels, classes, base_width=config.base_width, depth=config.depth, dropout=config.dropout, norm=config.norm
@@ -201,13 +222,14 @@ def step(state: State, batch: Batch) -> dict[str, Tensor]:
     output = generator(x)
     losses: dict[str, Tensor] = {}
     if config.second_task != "none":
-        total, losses = _joint_loss(config, output, x, batch.labels)
+        total, losses = _joint_loss(state, output, x, batch.labels)
     else:
-        name, loss = _painting_loss(config, output, batch.images, batch.labels)
+        name, loss = _painting_loss(state, output, batch.images, batch.labels)
         total = loss if name == "cross_entropy" else config.l1_weight * loss
         if config.adversarial:
-            painted = _painted(config, output)
-            real = _target_maps(config, batch.images, batch.labels, output.shape[1])
+            # Where there is no label, D sees 0 in both.
+            painted = _painted(config, output) * known(batch.labels)
+            real = _target_maps(config, batch.images, batch.labels, output.shape[1]) * known(batch.labels)
             losses["discriminator"] = _step_discriminator(state, x, real, painted.detach())
             losses["adversarial"] = adversarial_loss(state, x, painted)
             total = config.l1_weight * loss + losses["adversarial"]
@@ -216,11 +238,12 @@ def step(state: State, batch: Batch) -> dict[str, Tensor]:
     return {name: loss.detach() for name, loss in losses.items()}
 
 
-def _joint_loss(config: Config, output: TwoTasks, x: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def _joint_loss(state: State, output: TwoTasks, x: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted sum of the losses of both tasks, and each without its weight."""
+    config: Config = state.config
     scores, image, encoded, decoded = output
     share = config.segmentation_weight
-    losses = {"cross_entropy": cross_entropy(scores, labels), "image": F.mse_loss(image, x)}
+    losses = {"cross_entropy": cross_entropy(scores, labels, state.class_weights), "image": F.mse_loss(image, x)}
     total = share * losses["cross_entropy"] + (1 - share) * losses["image"]
     if config.second_task == "image+features":
         levels = [F.mse_loss(e, d) for e, d in zip(encoded, decoded, strict=True)]
@@ -258,13 +281,21 @@ def _painted(config: Config, output: Tensor) -> Tensor:
     return output if config.target == "embedding" else output.softmax(dim=1)
 
 
-def _painting_loss(config: Config, output: Tensor, images: Tensor, labels: Tensor) -> tuple[str, Tensor]:
-    """Name and value of the supervised loss."""
+def _label_loss(config: Config) -> str:
+    """Return the name of the supervised loss of a single task, "l1" or "cross_entropy"."""
+    if config.target == "embedding":
+        return "l1"
     beside_d = "l1" if config.adversarial else "cross_entropy"
-    label_loss = beside_d if config.label_loss == "auto" else config.label_loss
-    if config.target == "labels" and label_loss == "cross_entropy":
-        return "cross_entropy", cross_entropy(output, labels)
-    return "l1", F.l1_loss(_painted(config, output), _target_maps(config, images, labels, output.shape[1]))
+    return beside_d if config.label_loss == "auto" else config.label_loss
+
+
+def _painting_loss(state: State, output: Tensor, images: Tensor, labels: Tensor) -> tuple[str, Tensor]:
+    """Name and value of the supervised loss."""
+    config: Config = state.config
+    if _label_loss(config) == "cross_entropy":
+        return "cross_entropy", cross_entropy(output, labels, state.class_weights)
+    wanted = _target_maps(config, images, labels, output.shape[1])
+    return "l1", annotated_mean((_painted(config, output) - wanted).abs(), labels)
 
 
 @torch.no_grad()
@@ -278,8 +309,8 @@ def validate(state: State, images: Tensor, labels: Tensor) -> tuple[float, Tenso
     with evaluating(state.modules["generator"]):
         output = state.modules["generator"](x)
     if state.config.second_task != "none":
-        return float(_joint_loss(state.config, output, x, labels)[0]), output[0].argmax(dim=1)
-    loss = _painting_loss(state.config, output, images, labels)[1]
+        return float(_joint_loss(state, output, x, labels)[0]), output[0].argmax(dim=1)
+    loss = _painting_loss(state, output, images, labels)[1]
     return float(loss), output.argmax(dim=1)
 
 

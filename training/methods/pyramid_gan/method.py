@@ -34,7 +34,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -44,9 +44,19 @@ from torch import Tensor, nn
 
 from histostream.training import device
 from histostream.training.batches import UNLABELLED, Parts, padded, stacked
-from histostream.training.checks import check_at_least, check_choices, check_shares
-from histostream.training.data import DataError, Sample
-from histostream.training.losses import EPSILON, cross_entropy, one_hot
+from histostream.training.checks import (
+    Decaying,
+    FileName,
+    LearningRate,
+    NumberList,
+    Range,
+    Share,
+    Weight,
+    Width,
+    check_fields,
+)
+from histostream.training.data import IGNORED, DataError, Sample
+from histostream.training.losses import EPSILON, annotated_mean, cross_entropy, one_hot
 from histostream.training.methods.pyramid_gan.fc_densenet import FCDenseNet
 from histostream.training.methods.pyramid_gan.losses import (
     PENALTY,
@@ -73,7 +83,7 @@ from histostream.training.methods.pyramid_gan.networks import (
 from histostream.training.methods.pyramid_gan.vgg import STRIDE_PX as VGG_STRIDE_PX
 from histostream.training.methods.pyramid_gan.vgg import VGG19Features
 from histostream.training.networks.tile_model import TileModel
-from histostream.training.schedule import DECAYS, Schedule
+from histostream.training.schedule import Decay, Schedule
 from histostream.training.state import Batch, State
 from histostream.training.steps import (
     HALF_RANGE,
@@ -119,86 +129,70 @@ class Config:
     are shares of its steps.
     """
 
-    levels: int = 4  # paper: N + 1; 64 to 512 px for GlaS; 5 for 1024 px
-    level_batches: str = ""  # images a step, coarsest first, "8,6,4,4" in the paper; "": the batch
-    level_shares: str = ""  # of the steps, coarsest first, in any unit; "": as 1 / level_batches
+    levels: Annotated[int, Range(1, 8)] = 4  # paper: N + 1; 64 to 512 px for GlaS; 5 for 1024 px
+    level_batches: NumberList = ""  # images a step, coarsest first, "8,6,4,4" in the paper; "": the batch
+    level_shares: NumberList = ""  # of the steps, coarsest first, in any unit; "": as 1 / level_batches
     # Generator
-    g_arch: str = "singan"  # ours: appendix A.1 is lost; or "resnet", "unet" (pix2pix), "none"
-    g_width: int = 64  # ours: of SinGAN's finest levels; pix2pix: 64
-    g_downs: int = 2  # ours, of "resnet"; pix2pixHD: 4; pix2pix's U-Net: 8
-    g_blocks: int = 4  # ours, of "resnet"; pix2pixHD: 9
-    noise: float = 0.1  # SinGAN: times the RMSE of what the coarser level painted; coarsest: 1
+    # Ours: appendix A.1 is lost; "unet" is pix2pix's.
+    g_arch: Literal["singan", "resnet", "unet", "none"] = "singan"
+    g_width: Width = 64  # ours: of SinGAN's finest levels; pix2pix: 64
+    g_downs: Annotated[int, Range(0, 8)] = 2  # ours, of "resnet"; pix2pixHD: 4; pix2pix's U-Net: 8
+    g_blocks: Annotated[int, Range(0, 64)] = 4  # ours, of "resnet"; pix2pixHD: 9
+    noise: Annotated[float, Range(0, 100)] = (
+        0.1  # SinGAN: times the RMSE of what the coarser level painted; coarsest: 1
+    )
     # Segmenter: m-FCDenseNet, "42 layers, roughly 1 M parameters"
-    first_width: int = 48  # FC-DenseNet's code, as the next three
-    growth: int = 12
-    layers: int = 5
-    dropout: float = 0.2
-    poolings: int = 3  # what gives 42 layers and 0.966 M parameters
-    segmenter_noise: float = 0.1  # ours: z_n of equation 5, standard deviation, in training
+    first_width: Width = 48  # FC-DenseNet's code, as the next three
+    growth: Annotated[int, Range(1, 1024)] = 12
+    layers: Annotated[int, Range(1, 64)] = 5
+    dropout: Decaying = 0.2
+    poolings: Annotated[int, Range(0, 8)] = 3  # what gives 42 layers and 0.966 M parameters
+    segmenter_noise: Annotated[float, Range(0, 100)] = 0.1  # ours: z_n of equation 5, standard deviation, in training
     painted_statistics: bool = True  # painted images move S's batch statistics; recommended: False
     reestimate: bool = False  # recommended: True, batch statistics of clean images are frozen
     # Discriminator
-    d_arch: str = "multiscale"  # paper: as pix2pixHD; or "patch" (pix2pix)
-    d_width: int = 64  # pix2pixHD
-    d_scales: int = 3  # paper
+    d_arch: Literal["multiscale", "patch"] = "multiscale"  # paper: as pix2pixHD; "patch": pix2pix
+    d_width: Width = 64  # pix2pixHD
+    d_scales: Annotated[int, Range(1, 8)] = 3  # paper
     judge_segmenter: bool = True  # paper: D judges the segmenter's pairs, equation 6
-    gan: str = "bce"  # paper: log form; or "lsgan" (pix2pixHD), "wgan-gp" (SinGAN)
-    mask_for_discriminator: str = "softmax"  # paper; recommended: "straight_through", `discriminator_mask`
+    gan: Literal["bce", "lsgan", "wgan-gp"] = "bce"  # paper: log form; "lsgan": pix2pixHD, "wgan-gp": SinGAN
+    # Paper; recommended: "straight_through", `discriminator_mask`.
+    mask_for_discriminator: Literal["softmax", "straight_through"] = "softmax"
     # Losses
-    rec_loss: str = "l2"  # paper, equation 3; or "l1" (pix2pix)
-    lambda_rec: float = 1e-3  # paper: alpha
-    lambda_feat: float = 10.0  # paper: beta, equation 4
-    lambda_perc: float = 10.0  # paper: gamma
-    perceptual: str = "none"  # paper: "vgg19", whose weights have to be at hand
-    vgg_weights: str = ""  # path of torchvision's vgg19, .safetensors or .pth
-    lambda_ce: float = 1.0  # paper: alpha'
-    synthetic_weight: float = 0.03  # paper: of the cross-entropy on painted images; 0: none
-    synthetic_rule: str = "epochs"  # paper; recommended: "quality", of the paintings
-    synthetic_from: float = 0.5  # paper: after 100 epochs of 200, the same for all levels here
-    synthetic_quality: float = 0.7  # ours: RMSE of paintings, in deviations of the images, at most
+    rec_loss: Literal["l2", "l1"] = "l2"  # paper, equation 3; "l1": pix2pix
+    lambda_rec: Weight = 1e-3  # paper: alpha
+    lambda_feat: Weight = 10.0  # paper: beta, equation 4
+    lambda_perc: Weight = 10.0  # paper: gamma
+    perceptual: Literal["none", "vgg19"] = "none"  # paper: "vgg19", whose weights have to be at hand
+    vgg_weights: FileName = ""  # path of torchvision's vgg19, .safetensors or .pth
+    lambda_ce: Weight = 1.0  # paper: alpha'
+    synthetic_weight: Weight = 0.03  # paper: of the cross-entropy on painted images; 0: none
+    synthetic_rule: Literal["epochs", "quality"] = "epochs"  # paper; recommended: "quality", of the paintings
+    synthetic_from: Share = 0.5  # paper: after 100 epochs of 200, the same for all levels here
+    synthetic_quality: Annotated[float, Range(0, 100)] = (
+        0.7  # ours: RMSE of paintings, in deviations of the images, at most
+    )
     # Semi-supervised, Algorithm 3
     semi_supervised: bool = False
-    pseudo_positives: float = 0.5  # ours: final share of S's own pairs among D's true ones
-    pseudo_from: float = 0.25  # ours: when the share leaves 0: after 50 epochs,
-    pseudo_to: float = 0.5  # and when it is full: after 100
+    # Ours: final share of S's own pairs among D's true ones; as many images have labels as not.
+    pseudo_positives: Annotated[float, Range(0, 0.5)] = 0.5
+    pseudo_from: Share = 0.25  # ours: when the share leaves 0: after 50 epochs,
+    pseudo_to: Share = 0.5  # and when it is full: after 100
     # Consistency, equation 9
-    lambda_consistency: float = 0.0  # ours where it is on: 1
-    consistency_noise: float = 0.1  # ours: standard deviation, for teacher and student
-    consistency_ramp: float = 0.2  # ours: lambda is full after 40 epochs
-    ema: float = 0.99  # ours: of the teacher
+    lambda_consistency: Weight = 0.0  # ours where it is on: 1
+    consistency_noise: Annotated[float, Range(0, 100)] = 0.1  # ours: standard deviation, for teacher and student
+    consistency_ramp: Share = 0.2  # ours: lambda is full after 40 epochs
+    ema: Decaying = 0.99  # ours: of the teacher
     # Optimisers
-    generator_learning_rate: float = 1e-4  # paper
-    segmenter_learning_rate: float = 5e-4  # paper
-    discriminator_learning_rate: float = 5e-4  # paper
-    level_decay: str = "none"  # paper: says none; "cosine", "poly": rates fall to 0 in each level
-    beta1: float = 0.5  # paper
-    beta2: float = 0.999  # paper
+    generator_learning_rate: LearningRate = 1e-4  # paper
+    segmenter_learning_rate: LearningRate = 5e-4  # paper
+    discriminator_learning_rate: LearningRate = 5e-4  # paper
+    level_decay: Decay = "none"  # paper: says none; "cosine", "poly": rates fall to 0 in each level
+    beta1: Decaying = 0.5  # paper
+    beta2: Decaying = 0.999  # paper
 
     def __post_init__(self) -> None:
-        check_choices(
-            self,
-            g_arch=("singan", "resnet", "unet", "none"),
-            d_arch=("multiscale", "patch"),
-            gan=("bce", "lsgan", "wgan-gp"),
-            mask_for_discriminator=("softmax", "straight_through"),
-            rec_loss=("l2", "l1"),
-            synthetic_rule=("epochs", "quality"),
-            perceptual=("none", "vgg19"),
-            level_decay=DECAYS,
-        )
-        check_at_least(self, 1, "levels", "g_width", "first_width", "growth", "layers", "d_width", "d_scales")
-        check_at_least(self, 0, "g_downs", "g_blocks", "noise", "segmenter_noise", "poolings")
-        check_at_least(self, 0, "lambda_rec", "lambda_feat", "lambda_perc", "lambda_ce", "lambda_consistency")
-        check_at_least(self, 0, "synthetic_weight", "synthetic_quality", "consistency_noise")
-        check_shares(self, "synthetic_from", "pseudo_from", "pseudo_to", "consistency_ramp")
-        for name in ("dropout", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: use 0 or more, less than 1")
-        if not 0 <= self.pseudo_positives <= 0.5:
-            raise ValueError(
-                f"pseudo_positives={self.pseudo_positives}: there are as many images without "
-                "labels as with, use 0 to 0.5"
-            )
+        check_fields(self)
         self._check_together()
 
     def _check_together(self) -> None:
@@ -210,17 +204,17 @@ class Config:
                     f"{name}={getattr(self, name)!r}: give {self.levels} whole numbers from 1, one a level"
                 )
         if self.g_arch == "unet" and (self.levels != 1 or self.g_downs < 2):
-            raise ValueError('g_arch="unet" is pix2pix: set levels=1 and g_downs=8 (2 or more)')
+            raise ValueError("g_arch='unet': it is pix2pix's: set levels=1 and g_downs=8 (2 or more)")
         if self.d_arch == "patch" and self.paints and self.lambda_feat:
-            raise ValueError('d_arch="patch" shows no features: set lambda_feat=0')
+            raise ValueError("d_arch='patch': it shows no features: set lambda_feat=0")
         if self.semi_supervised and not self.judge_segmenter:
-            raise ValueError("semi_supervised learns from the discriminator: set judge_segmenter")
+            raise ValueError("semi_supervised=true: it learns from the discriminator: set judge_segmenter=true")
         if self.perceptual == "vgg19" and not self.vgg_weights:
             raise ValueError(
-                'perceptual="vgg19" needs vgg_weights=PATH, torchvision\'s vgg19; or set perceptual="none"'
+                "perceptual='vgg19': it needs vgg_weights=PATH, torchvision's vgg19; or set perceptual='none'"
             )
         if self.pseudo_to < self.pseudo_from:
-            raise ValueError("use pseudo_from <= pseudo_to")
+            raise ValueError(f"pseudo_from={self.pseudo_from}: use up to pseudo_to={self.pseudo_to}")
 
     @property
     def batches(self) -> tuple[int, ...]:
@@ -234,11 +228,8 @@ class Config:
         return tuple(one / sum(each) for one in each)
 
     def _numbers(self, name: str) -> tuple[int, ...]:
-        text = getattr(self, name)
-        try:
-            return tuple(int(word) for word in text.split(",")) if text else ()
-        except ValueError:
-            raise ValueError(f'{name}={text!r}: write numbers, as "8,6,4,4"') from None
+        text: str = getattr(self, name)
+        return tuple(int(word) for word in text.split(",")) if text else ()
 
     @property
     def paints(self) -> bool:
@@ -273,9 +264,27 @@ def align_px(config: Config) -> int:
     return 1 << (max(config.poolings, halvings) + config.levels - 1)
 
 
+def least_px(config: Config) -> int:
+    """Return the smallest side of an image."""
+    return config.least_crop_px
+
+
 def pools(config: Config) -> tuple[str, ...]:
     """Images without labels, where half of the training is on them."""
     return (UNLABELLED,) if config.uses_pool else ()
+
+
+def takes_class_weights(config: Config) -> str:
+    """Return "": they weigh the cross-entropies of the segmenters."""
+    return ""
+
+
+def can_extend(config: Config, done: int, steps: int, more: int) -> str:
+    """Return "" if a run can get more steps, else why not: its levels are shares of them."""
+    before, after = phase_at(config, done - 1, steps), phase_at(config, done, more)
+    if before.level == after.level and not after.first:
+        return ""
+    return "its levels are shares of all steps, and a level that is finished would begin again"
 
 
 # ----------------------------------------------------------------------------- the run
@@ -650,7 +659,7 @@ class LevelBatch:
     truth
         (m_l, h, w) int64.
     masks
-        One-hot (m_l, K, h, w) of each level, level 0 first.
+        One-hot (m_l, K, h, w) of each level, level 0 first; all 0 where a label is ignored.
     level
         n.
     """
@@ -707,7 +716,7 @@ def step(state: State, batch: Batch) -> dict[str, Tensor]:
             _progress(state).update(painted.detach(), level_batch.images[: level_batch.labelled])
             losses["painting_error"] = _progress(state).painting_error()
     if config.judge_segmenter:
-        fakes.append((level_batch.images, discriminator_mask(config.mask_for_discriminator, scores)))
+        fakes.append((level_batch.images, _judged_mask(config, level_batch, scores)))
     if config.judges:
         reals = _true_pairs(config, level_batch, scores, phase.progress)
         losses["discriminator"] = _step_discriminator(state, n, reals, fakes)
@@ -787,7 +796,8 @@ def _at_level(state: State, batch: Batch, level: int) -> LevelBatch:
     pyramid = halved(to_unit_range(images), config.levels)
     masks = one_hot_levels(batch.labels[:labelled], _progress(state).classes, config.levels)
     coarser = _segmented_above(state, pyramid[::-1], level)
-    return LevelBatch(pyramid[level], coarser, masks[level].argmax(dim=1), masks, level)
+    truth = masks[level].argmax(dim=1).masked_fill(masks[level].sum(dim=1) == 0, IGNORED)
+    return LevelBatch(pyramid[level], coarser, truth, masks, level)
 
 
 def _segment(state: State, level: int, images: Tensor, coarser: Tensor, noise: float) -> Tensor:
@@ -796,6 +806,13 @@ def _segment(state: State, level: int, images: Tensor, coarser: Tensor, noise: f
         images = images + noise * torch.randn_like(images)
     scores: Tensor = state.modules[f"segmenter_{level}"](_with_mask(images, coarser))
     return scores
+
+
+def _judged_mask(config: Config, level_batch: LevelBatch, scores: Tensor) -> Tensor:
+    """Return the segmenter's masks, (m, K, h, w), as D judges them: 0 where a true mask has no label."""
+    mask = discriminator_mask(config.mask_for_discriminator, scores)
+    count = level_batch.labelled
+    return torch.cat([mask[:count] * level_batch.mask.sum(dim=1, keepdim=True), mask[count:]])
 
 
 def _true_pairs(config: Config, level_batch: LevelBatch, scores: Tensor, progress: float) -> Tensor:
@@ -862,11 +879,11 @@ def _step_segmenter(
     ``scores`` are those of S_n; ``painted`` is xt_N to xt_n, coarsest first.
     """
     config: Config = state.config
-    n = phase.level
-    losses = {"segmentation": cross_entropy(scores[: level_batch.labelled], level_batch.truth)}
+    n, weights = phase.level, state.class_weights
+    losses = {"segmentation": cross_entropy(scores[: level_batch.labelled], level_batch.truth, weights)}
     total = config.lambda_ce * losses["segmentation"]
     if config.judge_segmenter:
-        mask = discriminator_mask(config.mask_for_discriminator, scores)
+        mask = _judged_mask(config, level_batch, scores)
         with frozen(state.modules[f"discriminator_{n}"]) as judge:
             judged: Judged = judge(torch.cat([level_batch.images, mask], dim=1))
         losses["segmenter_adversarial"] = adversarial_loss(config.gan, judged, real=True)
@@ -875,7 +892,7 @@ def _step_segmenter(
         coarser = _segmented_above(state, painted, n)
         with _statistics(state.modules[f"segmenter_{n}"], move=config.painted_statistics):
             painted_scores = _segment(state, n, painted[-1], coarser, config.segmenter_noise)
-        losses["synthetic"] = cross_entropy(painted_scores, level_batch.truth)
+        losses["synthetic"] = cross_entropy(painted_scores, level_batch.truth, weights)
         total = total + config.synthetic_weight * losses["synthetic"]
     if config.lambda_consistency:
         losses["consistency"] = _consistency(state, level_batch)
@@ -926,8 +943,8 @@ def validate(state: State, images: Tensor, labels: Tensor) -> tuple[float, Tenso
     Of the pyramid as far as it is trained: what a checkpoint of this moment would deploy.
     """
     probability = segmenters(state).eval()(to_unit_range(images))
-    own = probability.gather(1, labels[:, None]).clamp(min=EPSILON)
-    return float(-own.log().mean()), probability.argmax(dim=1)
+    own = (probability * one_hot(labels, probability.shape[1])).sum(dim=1, keepdim=True).clamp(min=EPSILON)
+    return float(annotated_mean(-own.log(), labels, state.class_weights)), probability.argmax(dim=1)
 
 
 @torch.no_grad()

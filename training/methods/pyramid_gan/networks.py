@@ -38,6 +38,8 @@ def up2(x: Tensor) -> Tensor:
 def one_hot_levels(labels: Tensor, classes: int, levels: int) -> list[Tensor]:
     """Return labels (N, H, W) and their nearest down-samplings as masks (N, K, h, w), finest first.
 
+    An ignored label has no class: its mask is 0.
+
     The centre of a coarse pixel is a corner of four fine ones; that below it on the right is taken.
     """
     steps = [1 << level for level in range(levels)]

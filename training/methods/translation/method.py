@@ -34,16 +34,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Annotated, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from histostream.training.batches import Parts
-from histostream.training.checks import check_at_least, check_choices, check_shares
+from histostream.training.checks import Decaying, LearningRate, Range, Share, Weight, Width, check_fields
 from histostream.training.data import DataError
-from histostream.training.losses import one_hot, soft_dice
+from histostream.training.losses import known, one_hot, soft_dice
 from histostream.training.methods.translation.networks import (
     AdaptiveNorms,
     Decoder,
@@ -85,54 +85,43 @@ class Config:
     tiles. With "layer" they are of any size.
     """
 
-    objective: str = "translation"  # or "autoencoder", "segmentation"
+    objective: Literal["translation", "autoencoder", "segmentation"] = "translation"
     shared_decoder: bool = True  # paper: the residual decoder segments; False: one of its own does
-    skips: str = "compress"  # paper; or "concat", "sum", "none"
+    skips: Literal["compress", "concat", "sum", "none"] = "compress"  # paper
     normalise_skips: bool = True  # paper; authors' code leaves "concat" and "sum" as they are
-    segmentation_norm: str = "adain"  # paper, MNIST; or "layer": own layer norm (paper, BraTS)
-    image_px: int = 48  # paper, MNIST; side of the images, with "adain" only
-    width: int = 32  # paper, tables 2 to 4; 16 for 128 px and BraTS, tables 5 to 7
-    depth: int = 4  # paper: halvings; 5 for 128 px and BraTS
-    unique_channels: int = 128  # paper: of 512, the last ones (authors' code)
-    head: str = "paper"  # or "authors_code": a layer more in each decoder, the last one 7 x 7
-    mlp: str = "paper"  # ours: ReLU between its 4 layers; or "authors_code": none, 2 are the same
-    mlp_width: int = 256  # paper
-    image_activation: str = "tanh"  # authors' code, of each decoder before the sum; or "none"
-    pixel_range: str = "0..1"  # authors' code, MNIST; or "-1..1": all of the tanh
+    segmentation_norm: Literal["adain", "layer"] = "adain"  # paper, MNIST; "layer": own layer norm (BraTS)
+    image_px: Annotated[int, Range(1, 16384)] = 48  # paper, MNIST; side of the images, with "adain" only
+    width: Width = 32  # paper, tables 2 to 4; 16 for 128 px and BraTS, tables 5 to 7
+    depth: Annotated[int, Range(1, 8)] = 4  # paper: halvings; 5 for 128 px and BraTS
+    unique_channels: Annotated[int, Range(1, 2**20)] = 128  # paper: of 512, the last ones (authors' code)
+    # "authors_code": a layer more in each decoder, the last one 7 x 7.
+    head: Literal["paper", "authors_code"] = "paper"
+    # "paper": ReLU between its 4 layers (ours); "authors_code": none, 2 are the same.
+    mlp: Literal["paper", "authors_code"] = "paper"
+    mlp_width: Annotated[int, Range(1, 65536)] = 256  # paper
+    image_activation: Literal["tanh", "none"] = "tanh"  # authors' code, of each decoder before the sum
+    pixel_range: Literal["0..1", "-1..1"] = "0..1"  # authors' code, MNIST; "-1..1": all of the tanh
     spectral_norm: bool = True  # paper; baselines: not (authors' code)
-    discriminator: str = "paper"  # tables 8 and 9; or "authors_code": a layer less
-    discriminator_width: int = 128  # paper, table 8; 64 for BraTS, table 9
-    discriminator_stages: int = 3  # paper, table 8; 4 for BraTS, table 9
-    hinge: str = "per_pixel"  # authors' code; translation-paper: "mean_first", as printed
-    lambda_adv: float = 3.0  # paper, as all lambdas
-    lambda_rec: float = 50.0  # AE baseline: 1
-    lambda_lat: float = 1.0
-    lambda_cyc: float = 50.0  # its term is "optional"
-    lambda_seg: float = 0.01  # appendix, missing in equation 7; AE baseline: 1
-    labelled_share: float = 0.0  # ours: of the P images that have a mask; 0: as in the data
-    learning_rate: float = 1e-4  # paper
-    discriminator_learning_rate: float = 1e-3  # paper
-    beta1: float = 0.5  # paper
-    beta2: float = 0.999  # paper
-    weight_decay: float = 1e-4  # authors' code
+    discriminator: Literal["paper", "authors_code"] = "paper"  # tables 8 and 9; "authors_code": a layer less
+    discriminator_width: Width = 128  # paper, table 8; 64 for BraTS, table 9
+    discriminator_stages: Annotated[int, Range(1, 8)] = 3  # paper, table 8; 4 for BraTS, table 9
+    # Authors' code; translation-paper: "mean_first", as printed.
+    hinge: Literal["per_pixel", "mean_first"] = "per_pixel"
+    lambda_adv: Weight = 3.0  # paper, as all lambdas
+    lambda_rec: Weight = 50.0  # AE baseline: 1
+    lambda_lat: Weight = 1.0
+    lambda_cyc: Weight = 50.0  # its term is "optional"
+    lambda_seg: Weight = 0.01  # appendix, missing in equation 7; AE baseline: 1
+    labelled_share: Share = 0.0  # ours: of the P images that have a mask; 0: as in the data
+    learning_rate: LearningRate = 1e-4  # paper
+    discriminator_learning_rate: LearningRate = 1e-3  # paper
+    beta1: Decaying = 0.5  # paper
+    beta2: Decaying = 0.999  # paper
+    weight_decay: Share = 1e-4  # authors' code
 
     def __post_init__(self) -> None:
-        check_choices(
-            self,
-            objective=("translation", "autoencoder", "segmentation"),
-            skips=("compress", "concat", "sum", "none"),
-            segmentation_norm=("adain", "layer"),
-            head=("paper", "authors_code"),
-            mlp=("paper", "authors_code"),
-            image_activation=("tanh", "none"),
-            pixel_range=("0..1", "-1..1"),
-            discriminator=("paper", "authors_code"),
-            hinge=("per_pixel", "mean_first"),
-        )
-        check_at_least(self, 1, "width", "depth", "mlp_width", "discriminator_width", "discriminator_stages")
-        check_at_least(self, 0, "lambda_adv", "lambda_rec", "lambda_lat", "lambda_cyc", "lambda_seg")
-        check_shares(self, "labelled_share")
-        if not 0 < self.unique_channels < self.code_channels:
+        check_fields(self)
+        if self.unique_channels >= self.code_channels:
             raise ValueError(
                 f"unique_channels={self.unique_channels}: the code has {self.code_channels} "
                 f"channels, use 1 to {self.code_channels - 1}"
@@ -173,9 +162,24 @@ def align_px(config: Config) -> int:
     return config.fixed_px or 1
 
 
+def least_px(config: Config) -> int:
+    """Return the smallest side of an image."""
+    return config.least_px
+
+
+def only_px(config: Config) -> int:
+    """Return the only side of an image, 0 for any."""
+    return config.fixed_px
+
+
 def pools(config: Config) -> tuple[str, ...]:
     """Images with and without the target, unless the segmentation is learned alone."""
     return () if config.objective == "segmentation" else (PRESENCE, ABSENCE)
+
+
+def takes_class_weights(config: Config) -> str:
+    """Return why class weights are not taken: the loss is a Dice coefficient."""
+    return "its loss is the mean of the Dice coefficients of the classes, whatever their areas: leave them out"
 
 
 class LabelledShare(nn.Module):
@@ -289,10 +293,10 @@ def dice_loss(probability: Tensor, labels: Tensor) -> Tensor:
     probability
         (N, K - 1, H, W), of each class but the background.
     labels
-        (N, H, W), 0..K-1.
+        (N, H, W), 0..K-1 or `IGNORED`.
     """
     truth = one_hot(labels, probability.shape[1] + 1)[:, 1:]
-    return -soft_dice(probability, truth).mean()
+    return -soft_dice(probability * known(labels), truth).mean()
 
 
 def judging_loss(real: Sequence[Tensor], fake: Sequence[Tensor], hinge: str) -> Tensor:

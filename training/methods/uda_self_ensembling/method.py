@@ -28,7 +28,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Annotated, Literal, cast
 
 import numpy as np
 import torch
@@ -37,9 +37,9 @@ from torch import Tensor, nn
 
 from histostream.training import device
 from histostream.training.batches import Parts, padded, stacked, unannotated
-from histostream.training.checks import check_at_least, check_choices
+from histostream.training.checks import Decaying, LearningRate, Range, Share, Weight, Width, check_fields
 from histostream.training.data import DataError, Picture
-from histostream.training.losses import EPSILON, logit_loss, soft_dice
+from histostream.training.losses import EPSILON, known, logit_loss, soft_dice
 from histostream.training.methods.uda_self_ensembling.networks import STRIDE_PX, BatchNormUNet
 from histostream.training.networks.discriminator import DomainDiscriminator
 from histostream.training.networks.tile_model import TileModel
@@ -77,56 +77,49 @@ class Config:
     ====================  ================  ===============================
     """
 
-    em_form: str = "printed"  # eq. 2 prints -p log p; or "binary": what its text calls for
-    em_domains: str = "source"  # eq. 2 prints the source; or "both": its text is on the target
-    entropy_weight: float = 1.0  # paper, below eq. 4
+    em_form: Literal["printed", "binary"] = "printed"  # eq. 2 prints -p log p; "binary": what its text calls for
+    em_domains: Literal["source", "both"] = "source"  # eq. 2 prints the source; its text is on the target
+    entropy_weight: Weight = 1.0  # paper, below eq. 4
     # Paper: not ramped. At weight 1 and p about .5, where a run begins, eq. 2 has a gradient as
     # large as Dice's and confirms early errors (docs/methods.md); True: times lambda(E), as eq. 5.
     entropy_ramp: bool = False
-    consistency_domains: str = "both"  # abstract; eq. 3 and 9 print "source", which adapts nothing
-    consistency_weight: float = 1.0  # paper: k of eq. 5
+    # Abstract; eq. 3 and 9 print "source", which adapts nothing.
+    consistency_domains: Literal["both", "source"] = "both"
+    consistency_weight: Weight = 1.0  # paper: k of eq. 5
     stop_gradient: bool = True  # ours: Y^ is a fixed target in eq. 3, as in the cited work
     flips: bool = False  # paper: pi rotates; True mirrors too
-    ema: float = 0.0  # paper: teacher and student share weights; 0.99 or 0.999: a mean teacher
-    ramp: str = "gaussian_up"  # ours, of eq. 5: Laine and Aila; or "gaussian_peak", or "none"
-    ramp_epochs: int = 30  # paper: e of eq. 5
-    lambda_adv: float = 0.001  # paper
-    lambda_rec: float = 0.01  # paper
+    ema: Decaying = 0.0  # paper: teacher and student share weights; 0.99 or 0.999: a mean teacher
+    ramp: Literal["gaussian_up", "gaussian_peak", "none"] = "gaussian_up"  # ours, of eq. 5: Laine and Aila
+    ramp_epochs: Annotated[int, Range(1, 10**6)] = 30  # paper: e of eq. 5
+    lambda_adv: Weight = 0.001  # paper
+    lambda_rec: Weight = 0.01  # paper
     self_training: bool = False  # CBST (Zou et al. 2018)
-    rounds: int = 4  # ours: of self-training, the last of the run
-    round_epochs: int = 2  # ours: length of a round; together they take half of a run at most
-    first_fraction: float = 0.2  # CBST: most confident pixels of each class, kept in round 1
-    fraction_step: float = 0.05  # CBST: more in each further round
-    max_fraction: float = 0.5  # CBST
+    rounds: Annotated[int, Range(1, 10**6)] = 4  # ours: of self-training, the last of the run
+    round_epochs: Annotated[int, Range(1, 10**6)] = (
+        2  # ours: length of a round; together they take half of a run at most
+    )
+    # CBST: most confident pixels of each class, kept in round 1.
+    first_fraction: Annotated[float, Range(0, 1, above=True)] = 0.2
+    fraction_step: Share = 0.05  # CBST: more in each further round
+    max_fraction: Annotated[float, Range(0, 1, above=True)] = 0.5  # CBST
     # Control: S sees the target's batch without a loss, so that running statistics mix both sets.
     forward_target: bool = False
     bn_recalibrate: bool = False  # ours: what is judged and ships has the target's statistics alone
-    normalise: str = "each"  # cited code: each set by its own mean and deviation; or "source"
-    validation_domain: str = "source"  # whose statistics normalise validation images; or "target"
-    base_width: int = 64  # cited code: U-Net of 14.79 M parameters
-    discriminator_width: int = 64  # Tsai et al. 2018, as the cited code
-    learning_rate: float = 1e-4  # paper
-    discriminator_learning_rate: float = 1e-3  # paper
-    reconstructor_learning_rate: float = 1e-3  # paper
-    beta1: float = 0.9  # cited code: PyTorch's
-    beta2: float = 0.999  # cited code: PyTorch's
+    normalise: Literal["each", "source"] = "each"  # cited code: each set by its own mean and deviation
+    # Whose statistics normalise validation images.
+    validation_domain: Literal["source", "target"] = "source"
+    base_width: Width = 64  # cited code: U-Net of 14.79 M parameters
+    discriminator_width: Width = 64  # Tsai et al. 2018, as the cited code
+    learning_rate: LearningRate = 1e-4  # paper
+    discriminator_learning_rate: LearningRate = 1e-3  # paper
+    reconstructor_learning_rate: LearningRate = 1e-3  # paper
+    beta1: Decaying = 0.9  # cited code: PyTorch's
+    beta2: Decaying = 0.999  # cited code: PyTorch's
 
     def __post_init__(self) -> None:
-        check_choices(
-            self,
-            em_form=("printed", "binary"),
-            em_domains=("source", "both"),
-            consistency_domains=("both", "source"),
-            ramp=("gaussian_up", "gaussian_peak", "none"),
-            normalise=("each", "source"),
-            validation_domain=("source", "target"),
-        )
-        check_at_least(self, 0, "entropy_weight", "consistency_weight", "lambda_adv", "lambda_rec")
-        check_at_least(self, 1, "ramp_epochs", "rounds", "round_epochs", "base_width", "discriminator_width")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema={self.ema}: use 0 (off), 0.99 or 0.999")
-        if not (0 < self.first_fraction <= self.max_fraction <= 1 and self.fraction_step >= 0):
-            raise ValueError("use 0 < first_fraction <= max_fraction <= 1, fraction_step >= 0")
+        check_fields(self)
+        if self.first_fraction > self.max_fraction:
+            raise ValueError(f"first_fraction={self.first_fraction}: use up to max_fraction={self.max_fraction}")
 
 
 class Domains(nn.Module):
@@ -177,9 +170,26 @@ def align_px(config: Config) -> int:
     return STRIDE_PX
 
 
+def least_px(config: Config) -> int:
+    """Return the smallest side of an image."""
+    return MIN_PX
+
+
 def pools(config: Config) -> tuple[str, ...]:
     """Images of the target, where a step sees them."""
     return ("target",) if _sees_target(config) or config.self_training else ()
+
+
+def takes_class_weights(config: Config) -> str:
+    """Return why class weights are not taken: the loss is a Dice coefficient."""
+    return "its loss is the Dice coefficient of the nuclei, which does not count the ground: leave them out"
+
+
+def can_extend(config: Config, done: int, steps: int, more: int) -> str:
+    """Return "" if a run can get more steps, else why not: the rounds of self-training are its last steps."""
+    if not config.self_training or done <= steps - steps // 2:
+        return ""
+    return "the rounds of self-training are the last steps of a run, and would begin again"
 
 
 def _sees_target(config: Config) -> bool:
@@ -381,7 +391,7 @@ def step(state: State, batch: Batch) -> dict[str, Tensor]:
         domains.steps_per_epoch.copy_(-(-domains.epoch_images // batch_images))
     source = domains.normalised(batch.images, SOURCE)
     p_source = state.modules["segmenter"](source).sigmoid()
-    losses = {"dice": dice_loss(p_source, batch.labels[:, None].to(p_source.dtype))}
+    losses = {"dice": dice_loss(p_source, batch.labels[:, None].to(p_source.dtype), known(batch.labels))}
     total = losses["dice"]
     predictions = [(source, p_source)]
     epoch = torch.div(batch.step, domains.steps_per_epoch, rounding_mode="floor")
@@ -546,7 +556,8 @@ def validate(state: State, images: Tensor, labels: Tensor) -> tuple[float, Tenso
     Images are normalised as images of ``validation_domain``; once training is over, as in deployment.
     """
     probability = _predicted(state, images)
-    return float(dice_loss(probability, labels[:, None].float())), (probability[:, 0] > 0.5).long()
+    loss = dice_loss(probability, labels[:, None].float(), known(labels))
+    return float(loss), (probability[:, 0] > 0.5).long()
 
 
 @torch.no_grad()

@@ -44,7 +44,7 @@ class TiffReader(BlockReader):
         base = (pages[0].imagewidth, pages[0].imagelength)
         levels = tuple(Level(p.imagewidth, p.imagelength, downsample_between(base, _size(p))) for p in pages)
         block_px = tuple((page.tilewidth, page.tilelength) for page in pages)
-        super().__init__(path, levels, block_px, _mpp(path, file, pages[0]), pages[0].samplesperpixel)
+        super().__init__(path, levels, block_px, slide_mpp(path, file, pages[0]), pages[0].samplesperpixel)
         self.dtype = pages[0].dtype
         # tifffile makes these on first use, which would be a race between threads.
         self._decoders = [(p.decode, p.jpegtables, p.dataoffsets, p.databytecounts) for p in pages]
@@ -177,7 +177,7 @@ def _same_shape(first: Any, page: Any) -> bool:
     return bool(ratio > 1 and abs(first.imagelength / ratio - page.imagelength) < slack)
 
 
-def _mpp(path: Path, file: Any, page: Any) -> float | None:
+def slide_mpp(path: Path, file: Any, page: Any) -> float | None:
     """Return micrometres per pixel of level 0: of Aperio's description, OME-XML or the resolution tags."""
     if file.is_svs:
         match = re.search(r"\|\s*MPP\s*=\s*([0-9.]+)", page.description)
