@@ -60,14 +60,26 @@ def _colors(context: click.Context, parameter: click.Parameter, text: str) -> tu
 
 
 def _export_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that every export command has."""
+    """Add the options of the commands that make a bundle of a network."""
+    out = click.option("--out", type=PATH, help="Bundle to write; default: bundles/NAME.")
+    tile = click.option(
+        "--tile",
+        "tile_px",
+        type=int,
+        metavar="PX",
+        help="Side of a tile, in pixels; default: the network's own, else 512.",
+    )
+    return out(tile(_bundle_options(command)))
+
+
+def _bundle_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that every command has that writes a bundle."""
     for option in reversed(
         (
-            click.option("--out", type=PATH, help="Bundle to write; default: bundles/NAME."),
             click.option(
                 "--precision",
                 "precisions",
-                type=WordList(PRECISIONS),
+                type=WordList(tuple(PRECISIONS)),
                 default=",".join(PRECISIONS),
                 metavar=",".join(PRECISIONS),
                 help="Which graphs to write; fp32 is always written.",
@@ -85,13 +97,6 @@ def _export_options(command: Callable[..., None]) -> Callable[..., None]:
                 show_default=False,
                 metavar="sm80,sm86,...",
                 help="GPUs to build the engine for; default: what the library suggests.",
-            ),
-            click.option(
-                "--tile",
-                "tile_px",
-                type=int,
-                metavar="PX",
-                help="Side of a tile, in pixels; default: the network's own, else 512.",
             ),
             click.option(
                 "--calibrate",
@@ -297,13 +302,14 @@ def tune_crf(bundle: Path, source: str, part: str, run: Path | None, mpp: float 
 
 @main.command()
 @click.argument("bundle", type=PATH)
-@_export_options
+@click.option("--out", type=PATH, help="Bundle to write; default: BUNDLE itself is replaced.")
+@_bundle_options
 @_one_line_errors
 def upgrade(bundle: Path, out: Path | None, **values: Any) -> None:
     """Write BUNDLE, of an older version, again with scores that are not rounded to 8 bits.
 
-    It is replaced once the new one is complete, or left as it is with --out. The labels are then those of the network;
-    the parity check compares with its FP32 graph. A checkpoint is better exported again.
+    The labels are then those of the network. The parity check compares with the bundle's FP32 graph, of which the
+    other precisions are made again; a checkpoint at hand is better exported again.
     """
     from histostream.export import Options
     from histostream.export.upgrade import upgrade_bundle

@@ -24,7 +24,6 @@ from histostream.runtime.bundle.card import ModelCard
 from histostream.runtime.cohort.worker import Report
 from histostream.runtime.outcome import DAMAGED, DONE, FAILED, LOCKED, NOT_BEGUN, STOPPED, UNCHANGED, Outcome
 from histostream.runtime.slide_job import SlideJob
-from histostream.runtime.stream.blend import unblendable
 from histostream.wsi.console import fail
 from histostream.wsi.errors import printable
 from histostream.wsi.records import to_json
@@ -66,7 +65,7 @@ class TextMessages:
             emoji=False,
             soft_wrap=True,  # one line, also in a narrow terminal
         )
-        if reason := unblendable(card):
+        if reason := card.unblendable:
             self._console.print(f"{reason}: tiles are cropped, not blended", highlight=False, soft_wrap=True)
 
     def progress(self, slide: str) -> Report:

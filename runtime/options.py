@@ -10,7 +10,6 @@ from typing import Any
 from histostream.runtime.bundle.card import ModelCard
 from histostream.runtime.choices import AUTO
 from histostream.runtime.crf.options import CrfOptions
-from histostream.runtime.stream.blend import default_blend
 from histostream.wsi.errors import HistoError
 from histostream.wsi.outputs.sinks import OPTIONS as SINK_OPTIONS
 from histostream.wsi.outputs.sinks import SinkKind, find_sink, sink_names
@@ -109,7 +108,7 @@ class Options:
 
     def for_model(self, card: ModelCard) -> Options:
         """Return the options with what is left to the model."""
-        return replace(self, blend=default_blend(card)) if self.blend == AUTO else self
+        return replace(self, blend=card.default_blend) if self.blend == AUTO else self
 
     def result_options(self) -> dict[str, Any]:
         """Return the options that decide the bits of the result, as JSON values.

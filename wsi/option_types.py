@@ -13,7 +13,7 @@ DEVICE_METAVAR = "auto|cpu|cuda|0"
 DEVICES_METAVAR = "auto|cpu|0,1,..."
 
 
-class WordList(click.ParamType):
+class WordList(click.ParamType):  # type: ignore[type-arg]
     """A list of words with commas between them, as a tuple without repetitions.
 
     Parameters
@@ -43,7 +43,7 @@ class WordList(click.ParamType):
         return words
 
 
-class CountList(click.ParamType):
+class CountList(click.ParamType):  # type: ignore[type-arg]
     """A list of whole numbers from 1 on, or ``auto``, which becomes None, with commas between them.
 
     Examples
@@ -66,7 +66,7 @@ class CountList(click.ParamType):
         return tuple(dict.fromkeys(numbers))
 
 
-class Device(click.ParamType):
+class Device(click.ParamType):  # type: ignore[type-arg]
     """What to compute on: ``auto``, ``cpu``, or a GPU as ``0``, ``cuda`` (the first) or ``cuda:1``.
 
     Examples
@@ -84,7 +84,7 @@ class Device(click.ParamType):
         return f"cuda:{value}" if value[0].isdigit() else str(value)
 
 
-class DeviceList(click.ParamType):
+class DeviceList(click.ParamType):  # type: ignore[type-arg]
     """One or several devices with commas between them: none for ``auto``, else ``cpu`` or the numbers of GPUs.
 
     Examples

@@ -38,22 +38,6 @@ class BlendError(HistoError, ValueError):
 AVERAGING = ("hann", "gaussian", "linear", "mean")  # windows in which overlapping tiles are averaged
 
 
-def default_blend(card: ModelCard) -> str:
-    """Return the blending that suits a model: hann, unless its scores cannot be averaged."""
-    if unblendable(card) is None:
-        return "hann"
-    return "exact" if card.border_px and not card.tile_statistics and 2 * card.halo_px < card.tile_px else "crop"
-
-
-def unblendable(card: ModelCard) -> str | None:
-    """Return why overlapping tiles of a model cannot be averaged; None if they can."""
-    if card.score_kind == "label":
-        return "this model gives labels, which cannot be averaged"
-    if card.border_px:
-        return f"this model gives no scores within {card.border_px} px of a tile's border"
-    return None
-
-
 def check_blend(mode: str, card: ModelCard, overlap_px: int) -> None:
     """Check that a blending mode fits the model and the overlap.
 
@@ -65,17 +49,20 @@ def check_blend(mode: str, card: ModelCard, overlap_px: int) -> None:
     """
     if mode not in WINDOWS:
         raise BlendError(f"no blending is called {mode!r}: use {', '.join(WINDOWS)}")
-    reason = unblendable(card)
+    reason = card.unblendable
     if reason and mode in AVERAGING:
         raise BlendError(f"--blend {mode}: {reason}; leave --blend out, or use crop")
     if overlap_px < 2 * card.border_px:
-        least = -(-2 * card.border_px // card.align_px) * card.align_px
+        least = aligned_overlap_px(card, 2 * card.border_px)
         raise BlendError(f"--overlap {overlap_px}: {reason}; leave --overlap out, or use at least {least}")
+    if overlap_px >= card.tile_px:
+        raise BlendError(f"--overlap {overlap_px} leaves nothing of a tile; use 0 to {card.tile_px // 2}")
     if mode == "exact":
         if card.tile_statistics:
             raise BlendError(
-                "--blend exact: this model's result depends on statistics of the whole tile "
-                "(instance or group normalisation), so no overlap makes tiles agree; use hann"
+                "--blend exact: this model's result depends on the whole tile (instance or group normalisation, "
+                "pooling over the tile) or on the position in it (aligned corners), so no overlap makes tiles agree; "
+                "use hann"
             )
         if overlap_px < 2 * card.halo_px:
             raise BlendError(
@@ -94,13 +81,18 @@ def exact_overlap_px(card: ModelCard) -> int:
     BlendError
         If the halo leaves nothing of the tile.
     """
-    overlap_px = -(-2 * card.halo_px // card.align_px) * card.align_px
+    overlap_px = aligned_overlap_px(card, 2 * card.halo_px)
     if overlap_px >= card.tile_px:
         raise BlendError(
             f"--blend exact: the halo of {card.halo_px} px leaves nothing of a tile of "
             f"{card.tile_px} px; export the model with larger tiles"
         )
     return overlap_px
+
+
+def aligned_overlap_px(card: ModelCard, least_px: int) -> int:
+    """Return the smallest overlap of ``least_px`` or more with which tiles begin at multiples of the alignment."""
+    return least_px + (card.tile_px - least_px) % card.align_px
 
 
 def profile(mode: str, tile_px: int, overlap_px: int) -> NDArray[np.uint32]:

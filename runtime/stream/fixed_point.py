@@ -37,6 +37,9 @@ def to_integers(scores: Scores, out: NDArray[np.uint32] | None = None) -> NDArra
         Array for the result; None makes one.
     """
     # A table is twice as fast as arithmetic in float32, and decides what NaN is.
+    integers = np.empty(scores.shape, np.uint32) if out is None else out
     if scores.dtype == np.uint8:
-        return np.take(_BYTES, scores, out=out, mode="clip")
-    return np.take(_HALVES, scores.view(np.uint16), out=out, mode="clip")
+        np.take(_BYTES, scores.view(np.uint8), out=integers, mode="clip")
+    else:
+        np.take(_HALVES, scores.view(np.uint16), out=integers, mode="clip")
+    return integers

@@ -255,7 +255,7 @@ def nearest(starts: list[int], number: int, size: int) -> slice:
 
 
 def reference_labels(
-    pixels: Pixels, reference: Reference, analysed: NDArray[np.bool_], overlap: int, align: int
+    pixels: Pixels, reference: Reference, analysed: NDArray[np.bool_], overlap: int, align: int, tiles: int
 ) -> tuple[Labels, Labels]:
     """Label a slide twice: by blending with Hann windows, and by each pixel's nearest tile.
 
@@ -266,9 +266,11 @@ def reference_labels(
     reference
         The network.
     analysed
-        (H, W), where ``histo-infer`` found tissue: tiles whose centre it left out are left out.
+        (H, W), where ``histo-infer`` has labels: a tile with a pixel of none was left out, as glass.
     overlap, align
         Of the grid of tiles, in pixels.
+    tiles
+        How many tiles were inferred.
     """
     height, width = pixels.shape[:2]
     ys, xs = starts_of(height, overlap, align), starts_of(width, overlap, align)
@@ -276,10 +278,12 @@ def reference_labels(
     padded = np.pad(pixels, (*beyond, (0, 0)), mode="reflect")
     sums: Scores | None = None
     alone = np.full((height, width), 255, np.uint8)
+    count = 0
     for i, y in enumerate(ys):
         for j, x in enumerate(xs):
-            if not analysed[min(y + TILE_PX // 2, height - 1), min(x + TILE_PX // 2, width - 1)]:
+            if not analysed[y : y + TILE_PX, x : x + TILE_PX].all():
                 continue
+            count += 1
             scores = reference.scores(padded[y : y + TILE_PX, x : x + TILE_PX])
             if sums is None:
                 sums = np.zeros((len(scores), *padded.shape[:2]))
@@ -288,8 +292,8 @@ def reference_labels(
             rows, columns = nearest(ys, i, height), nearest(xs, j, width)
             inside = scores[:, rows.start - y : rows.stop - y, columns.start - x : columns.stop - x]
             alone[rows, columns] = inside.argmax(axis=0)
-    if sums is None:
-        raise ValueError("no tile of the slide was analysed")
+    if sums is None or count != tiles:
+        raise ValueError(f"{count} tiles of the slide have labels everywhere, but {tiles} were inferred")
     return np.asarray(sums[:, :height, :width].argmax(axis=0), np.uint8), alone
 
 
@@ -347,7 +351,12 @@ def run_case(name: str, slide: Path, pixels: Pixels, export_options: Sequence[st
             if not expected:
                 grid = json.loads((Path(mode) / slide.stem / "run.json").read_text())["grid"]
                 joined = reference_labels(
-                    pixels, Reference(file, case), labels != 255, grid["overlap_px"], card["align_px"]
+                    pixels,
+                    Reference(file, case),
+                    labels != 255,
+                    grid["overlap_px"],
+                    card["align_px"],
+                    grid["tiles_inferred"],
                 )
                 expected = dict(zip(("hann", "crop"), joined, strict=True))
                 result["grid"] = grid

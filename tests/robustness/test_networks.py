@@ -43,6 +43,6 @@ def test_labels_of_monai_s_unet_are_those_of_onnx_runtime(tmp_path: Path) -> Non
     with contextlib.chdir(tmp_path):
         result = networks.run_case("monai-unet", slide, networks.read_pixels(slide), networks.QUICK)
     for mode in ("hann", "crop"):
-        assert result[mode]["pixels"] > 0.9 * 700 * 600  # the rest is glass
+        assert result[mode]["pixels"] > 0.7 * 700 * 600  # the rest is glass
         assert result[mode]["agreement"] >= networks.LEAST_AGREEMENT
         assert min(result[mode]["shares"]) > 0.05  # all classes occur

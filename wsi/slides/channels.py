@@ -18,6 +18,8 @@ from histostream.wsi.slides.tiff_check import check_tiff, is_tiff
 
 INTERLEAVED, PLANES = ("YXS",), ("CYX", "SYX")  # tifffile's axes of what is read
 SINGLE = ("YX",)
+GREY = 1  # PhotometricInterpretation: 0 is black
+ALPHA = (1, 2)  # ExtraSamples: transparency, associated or not
 
 
 class ChannelReader(BlockReader):
@@ -103,6 +105,31 @@ def open_channels(path: Path, channels: tuple[str, ...]) -> ChannelReader:
         raise SlideError(f"{path}: cannot be read ({reason(error)}); write it again as OME-TIFF") from error
 
 
+def refuse_channels(path: Path) -> None:
+    """Refuse a TIFF file whose channels are no colours, for readers that would take a channel for transparency.
+
+    Raises
+    ------
+    SlideError
+        If it has several channels of grey values, and does not say that the last one is alpha.
+    """
+    if not is_tiff(path):
+        return
+    import tifffile
+
+    with tifffile.TiffFile(path, _multifile=False) as file:
+        page = file.pages.first
+        count, alpha = int(page.samplesperpixel), page.extrasamples[-1:]
+        if page.photometric != GREY or count == 1 or (alpha and int(alpha[0]) in ALPHA):
+            return
+        names = channel_names(file.ome_metadata if file.is_ome else None)
+    listed = f" ({', '.join(names)})" if names else ""
+    raise SlideError(
+        f"{path}: it has {count} channels{listed}, which are not colours: use a model for {count} channels, or export "
+        "an RGB or grey image from it"
+    )
+
+
 def channel_names(ome_xml: str | None) -> list[str]:
     """Return the names of the channels in OME-XML; empty without all of them."""
     try:
@@ -126,7 +153,7 @@ def _pages_of_levels(series: Any) -> tuple[list[list[Any]], int]:
     if series.axes in INTERLEAVED:
         return [[level.pages[0]] for level in series.levels], int(series.shape[2])
     if series.axes in PLANES and len(series.pages) == series.shape[0]:
-        return [list(level.pages) for level in series.levels], int(series.shape[0])
+        return [[page.aspage() for page in level.pages] for level in series.levels], int(series.shape[0])
     raise ValueError(f"its axes are {series.axes}: rows, columns and channels are needed, no stack and no time")
 
 
