@@ -18,7 +18,7 @@ from torch.nn import functional
 from histostream.export.external.description import DescriptionError, ExternalModel
 from histostream.export.external.wrap import WrappedModel, wrap_graph
 from histostream.export.graph.model import GraphError
-from histostream.runtime.stream.blend import BlendError, check_blend, default_blend, exact_overlap_px
+from histostream.runtime.stream.blend import BlendError, check_blend, exact_overlap_px
 from tests.export.external.graphs import convolution, graph_file
 from tests.runtime.conftest import CARD
 
@@ -191,9 +191,9 @@ def test_a_model_of_labels_or_with_a_border_is_cropped_unless_it_cannot_be() -> 
     from dataclasses import replace
 
     of_labels, bordered = replace(CARD, score_kind="label"), replace(CARD, border_px=10, halo_px=12)
-    assert [default_blend(card) for card in (CARD, of_labels, bordered)] == ["hann", "crop", "exact"]
-    assert default_blend(replace(bordered, tile_statistics=True)) == "crop"
-    assert default_blend(replace(bordered, halo_px=40)) == "crop"
+    assert [card.default_blend for card in (CARD, of_labels, bordered)] == ["hann", "crop", "exact"]
+    assert replace(bordered, tile_statistics=True).default_blend == "crop"
+    assert replace(bordered, halo_px=40).default_blend == "crop"
     check_blend("exact", bordered, exact_overlap_px(bordered))
     check_blend("crop", bordered, 20)
     check_blend("crop", of_labels, 16)
@@ -284,6 +284,17 @@ def test_the_output_of_unpadded_convolutions_is_laid_in_the_middle(tmp_path: Pat
     found = labels(wrapped, tiles)[:, border : border + expected.shape[1], border : border + expected.shape[2]]
     assert (found == expected).mean() >= 0.9999
     assert wrapped.border_px >= border
+
+
+def test_an_unpadded_network_of_a_side_that_is_no_multiple_of_its_strides_gets_larger_tiles(tmp_path: Path) -> None:
+    """102 px become 25 positions of 4 px after a convolution that takes a pixel off; as 572 px of the first U-Net."""
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AvgPool2d(4), nn.ReLU(), nn.ConvTranspose2d(8, 3, 4, 4))
+    path = exported(network, tmp_path / "net.onnx", 102)
+    wrapped = wrap(path, ExternalModel(ABC, crop_output=True, activation="softmax"))
+    assert (wrapped.source.tile_px, wrapped.border_px) == (104, 3)
+    tiles = noise(104)
+    expected = output(path, nchw(tiles[:, :102, :102])).argmax(axis=1)
+    assert (labels(wrapped, tiles)[:, 1:101, 1:101] == expected).mean() >= 0.9999
 
 
 def test_a_free_side_that_the_network_does_not_take_gets_one_that_it_takes(tmp_path: Path) -> None:
