@@ -20,7 +20,14 @@ from histostream.export.external.dynamic_batch import with_dynamic_batch
 from histostream.export.external.file import OLDEST_OPSET, convert, prune
 from histostream.export.external.formats import open_network
 from histostream.export.external.metadata import read_metadata, with_defaults
-from histostream.export.external.network import ExternalNetwork, InputFormat, Tiles, choose_tensors, trial_tiles
+from histostream.export.external.network import (
+    ExternalNetwork,
+    InputFormat,
+    Tiles,
+    choose_tensors,
+    takes_bytes,
+    trial_tiles,
+)
 from histostream.export.external.output import OutputFormat
 from histostream.export.external.processing import try_out, with_processing
 from histostream.export.external.reference import Reference
@@ -225,13 +232,13 @@ def wrap_graph(path: Path, options: ExternalModel, *, mpp: float | None, calibra
     """
     original, session = open_network(path)
     defaults = read_metadata(original)
-    options, decisions = with_defaults(options, defaults)
+    options = choose_tensors(session, options)
+    options, decisions = with_defaults(options, defaults, takes_bytes=takes_bytes(session, options))
     decisions += [f"metadata left out: {text}" for text in defaults.ignored]
     if not options.classes:
         raise DescriptionError("the file's metadata do not name the classes: pass --classes with a name for each label")
     mpp, line = _resolution(mpp, defaults.mpp)
     decisions += line
-    options = choose_tensors(session, options)
     model = prune(original, str(options.input_name), str(options.output_name))
     if len(session.get_inputs()) > 1:  # the file's session would need all of them
         session = open_session(model)

@@ -252,3 +252,38 @@ def test_labels_are_those_of_the_network_with_default_options(slide: Path, tmp_p
     assert card["training"]["decisions"]
     run = json.loads((out / "slide" / "run.json").read_text())
     assert run["options"]["blend"] == ("crop" if name == "labels" else "hann")
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        (("--classes", "a,b", "--mpp", "0.5", "--threshold", "2"), 2, "threshold=2.0 is not between 0.001 and 0.999"),
+        (("--classes", "a,b"), 2, "pass --mpp"),
+        (("--mpp", "0.5"), 2, "pass --classes"),
+        (("--classes", "a,b", "--mpp", "0.5", "--mean", "123"), 2, "pass --scale 1"),
+        (("--classes", "a,b", "--mpp", "0.5", "--tile", "128"), 2, "pass --tile 96, or leave it out"),
+        (("--classes", "a,b,c", "--mpp", "0.5"), 2, "3 classes were named"),
+        (("--classes", "a,b", "--mpp", "0.5", "--scale", "1/0"), 2, "write 1/255 or 0.0039"),
+        (("--classes", "a,b", "--mpp", "0.5", "--colors", "red,blue"), 2, "write six digits for each"),
+        (("--classes", "a,b", "--mpp", "0.5", "--colors", "ff0000"), 2, "1 colours for 2 classes"),
+    ],
+)
+def test_a_wrong_call_says_what_to_pass_and_leaves_nothing(
+    tmp_path: Path, words: tuple[str, ...], status: int, message: str
+) -> None:
+    path = clamped(tmp_path / "net.onnx")
+    done = call(export_main, "wrap", path, *words, "--out", tmp_path / "bundle")
+    assert (done.returncode, message in done.stderr) == (status, True), done.stderr
+    assert [entry.name for entry in tmp_path.iterdir()] == ["net.onnx"]
+
+
+def test_colours_channels_and_a_fraction_reach_the_card(tmp_path: Path) -> None:
+    path = clamped(tmp_path / "net.onnx")
+    words = ("--classes", "a,b", "--mpp", 0.5, "--colors", "#010203,ff8000", "--scale", "1/255", "--mean", "0")
+    fast = ("--channel-names", "DAPI,FITC,TRITC", "--precision", "fp32", "--tensorrt", "off")
+    done = call(export_main, "wrap", path, *words, *fast, "--out", tmp_path / "bundle")
+    assert done.returncode == 0, done.stderr
+    card = json.loads((tmp_path / "bundle" / "card.json").read_text())
+    assert [entry["color"] for entry in card["classes"]] == [[1, 2, 3], [255, 128, 0]]
+    assert card["classes"][0]["role"] == "background"
+    assert card["channel_names"] == ["DAPI", "FITC", "TRITC"]

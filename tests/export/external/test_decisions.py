@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
@@ -148,15 +149,30 @@ def test_the_graph_makes_the_same_labels_as_the_reference_at_the_threshold(tmp_p
     tiles = np.random.default_rng(0).integers(0, 256, (2, SIDE, SIDE, 3), np.uint8)
     for threshold, ties in ((None, 1), (0.51, 0)):
         wrapped = wrap(path, ExternalModel(("background", "a"), threshold=threshold))
-        session = __import__("onnxruntime").InferenceSession(
-            wrapped.model.SerializeToString(), providers=["CPUExecutionProvider"]
-        )
+        session = onnxruntime.InferenceSession(wrapped.model.SerializeToString(), providers=["CPUExecutionProvider"])
         labels = session.run(None, {"tiles": tiles})[0].argmax(axis=1)
         votes = wrapped.reference.network.run(wrapped.source.normalised(tiles))[:, 0]
         assert (votes == 0.5).mean() > 0.05
         np.testing.assert_array_equal(labels[votes == 0.5], ties)
         np.testing.assert_array_equal(labels[votes == 1], 1)
         np.testing.assert_array_equal(labels[votes == 0], 0)
+
+
+@pytest.mark.parametrize("classes", [("background", "a"), ("a", "background")])
+@pytest.mark.parametrize("threshold", [0.2, 0.8])
+def test_of_two_classes_the_one_that_is_no_background_has_the_threshold(
+    tmp_path: Path, classes: tuple[str, str], threshold: float
+) -> None:
+    path = network(tmp_path / "net.onnx", [node("Identity", ["l"], ["y"])], k=2)
+    wrapped = wrap(path, ExternalModel(classes, threshold=threshold, mean=(0.5,)))
+    tiles = np.random.default_rng(0).integers(0, 256, (2, SIDE, SIDE, 3), np.uint8)
+    session = onnxruntime.InferenceSession(wrapped.model.SerializeToString(), providers=["CPUExecutionProvider"])
+    labels = session.run(None, {"tiles": tiles})[0].argmax(axis=1)
+    logits = wrapped.reference.network.run(wrapped.source.normalised(tiles))
+    index = classes.index("a")
+    p = 1 / (1 + np.exp(logits[:, 1 - index] - logits[:, index]))
+    assert 0.01 < (p >= threshold).mean() < 0.99
+    assert ((labels == index) == (p >= threshold)).mean() >= 0.9999
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -138,6 +139,10 @@ def test_a_network_of_bytes_gets_raw_pixels(tmp_path: Path, casts_first: bool) -
     assert kinds.count("Cast") == (1 if casts_first else 2)  # TensorRT moves no bytes
     tiles = noise(96)
     np.testing.assert_array_equal(labels(wrapped, tiles), output(path, tiles).argmax(axis=1))
+    model = onnx.load(path)
+    helper.set_model_props(model, {"mean": "0.5", "std": "0.2"})  # for the network itself
+    onnx.save(model, path)
+    assert wrap(path, ExternalModel(ABC)).source.mean == (0.0,) * 3
     with pytest.raises(DescriptionError, match=r"takes uint8 and normalises it itself: leave --mean, --scale out"):
         wrap(path, ExternalModel(ABC, mean=(0.5,), scale=1 / 255))
 

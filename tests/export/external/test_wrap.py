@@ -84,7 +84,8 @@ def assert_the_laws_hold(wrapped: WrappedModel) -> NDArray[np.float16]:
         assert [d.dim_value for d in kind.shape.dim][1:] == shape
     found, wanted = run(wrapped, tiles), wrapped.reference(tiles)
     assert found.shape == wanted.shape == (3, *shape)
-    assert (found.dtype, wanted.dtype) == (np.float16, np.float32)
+    assert found.dtype == np.float16
+    assert wanted.dtype == np.float32
     assert np.ptp(wanted, axis=(0, 2, 3)).max() > 0.04  # a network that does something
     assert np.abs(found - wanted).max() <= 1 / 255
     assert (found.argmax(axis=1) == wanted.argmax(axis=1)).mean() >= 0.9999
