@@ -155,8 +155,9 @@ class _Trainer:
         torch.manual_seed(self._schedule.seed)
         self._classes = recipe.classes or dataset.classes or _numbered_classes(class_count(parts.samples))
         self._channels = dataset.channels
-        self._state: State = method.build(recipe.config, len(self._classes), self._channels)
-        devices.prepare(self._state, device, compute)
+        with preflight.memory_named(recipe):
+            self._state: State = method.build(recipe.config, len(self._classes), self._channels)
+            devices.prepare(self._state, device, compute)
         self._align_px: int = method.align_px(recipe.config)
         self._record = {
             "recipe": to_jsonable(recipe),
