@@ -18,6 +18,7 @@ from histostream.wsi.option_types import WordList
 
 if TYPE_CHECKING:
     from histostream.export.bundle import Export
+    from histostream.runtime.bundle.card import ModelCard
 
 COMMAND = "histo-export"
 PATH = click.Path(path_type=Path)
@@ -171,24 +172,26 @@ def main(
 
 @main.command()
 @click.argument("model", type=PATH)
-@click.option("--classes", callback=_words, default="", metavar="LIST", help="Names in label order.")
-@click.option("--colors", callback=_colors, default="", metavar="LIST", help="Of the classes, as ffffff,e69f00.")
+@click.option("--classes", callback=_words, default="", metavar="NAME,NAME,...", help="Names in label order.")
+@click.option("--colors", callback=_colors, default="", metavar="ffffff,e69f00,...", help="Of the classes.")
 @click.option("--background", metavar="NAME", help="The class that is not painted, if its name does not say so.")
 @click.option("--mpp", type=float, help="Resolution that it was trained at, um per pixel.")
 @click.option(
     "--mean",
     callback=_numbers,
-    metavar="LIST",
-    help="Of each channel, scaled; or one number for all.  [default: 0]",
+    metavar="R,G,B",
+    help="Of each channel, scaled, or one number for all; default: 0.",
 )
-@click.option("--std", callback=_numbers, metavar="LIST", help="Of each channel, scaled.  [default: 1]")
+@click.option("--std", callback=_numbers, metavar="R,G,B", help="Of each channel, scaled; default: 1.")
 @click.option(
     "--scale",
     callback=_fraction,
     metavar="NUMBER",
-    help="Factor of the raw pixels, 0 to 255.  [default: 1/255; 1 if it takes uint8]",
+    help="Factor of the raw pixels, 0 to 255; default: 1/255, or 1 if it takes uint8.",
 )
-@click.option("--channel-names", callback=_words, default="", metavar="LIST", help="Of its channels, if not RGB.")
+@click.option(
+    "--channel-names", callback=_words, default="", metavar="NAME,NAME,...", help="Of its channels, if not RGB."
+)
 @click.option("--layout", default="auto", type=click.Choice(("auto", "nchw", "nhwc")), help="Of its input.")
 @click.option(
     "--activation",
@@ -197,13 +200,13 @@ def main(
     help="What makes probabilities of its output; none: it gives them.",
 )
 @click.option(
-    "--threshold", type=float, metavar="P", help="Of two classes, the second from this probability on.  [default: 0.5]"
+    "--threshold", type=float, metavar="P", help="Of two classes, the second from this probability on; default: 0.5."
 )
 @click.option(
     "--background-below",
     type=float,
     metavar="P",
-    help="Add a background class, where every score is below; 0: none.  [default: 0.5 for independent sigmoids]",
+    help="Add a background class, where every score is below; 0: none; default: 0.5 for independent sigmoids.",
 )
 @click.option("--bgr", is_flag=True, help="Its channels are blue, green, red.")
 @click.option("--resize-output", is_flag=True, help="Enlarge an output coarser than its input.")
@@ -332,8 +335,8 @@ def inspect(file: Path) -> None:
     card = read_card(file)
     click.echo(f"{file}: {card.method}, {', '.join(c.name for c in card.classes)}")
     click.echo(
-        f"tiles of {card.tile_px} px at {card.mpp:g} um/px, {card.channels} channels, halo "
-        f"{card.halo_px} px, {'depends on' if card.tile_statistics else 'no'} tile statistics"
+        f"tiles of {card.tile_px} px at {card.mpp:g} um/px, {card.channels} channels, {_halo(card)}, "
+        f"{'depends on' if card.tile_statistics else 'no'} tile statistics"
     )
     for name in card.files:
         read_file(file, card, name)  # raises if it is damaged
@@ -345,11 +348,17 @@ def inspect(file: Path) -> None:
 def _report(export: Export, out: Path) -> None:
     card = export.card
     statistics = ", depends on tile statistics" if card.tile_statistics else ""
-    click.echo(f"{out}: {card.tile_px} px tiles at {card.mpp:g} um/px, halo {card.halo_px} px{statistics}")
+    click.echo(f"{out}: {card.tile_px} px tiles at {card.mpp:g} um/px, {_halo(card)}{statistics}")
     for failure in export.failures:
         fail(COMMAND, failure)
     if export.failures:
         sys.exit(1)
+
+
+def _halo(card: ModelCard) -> str:
+    if card.halo_source == "computed":
+        return f"halo {card.halo_px} px"
+    return f"halo unknown, measured by perturbation as {card.halo_px} px"
 
 
 def _figures(parity: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ Two measurements, on noise, in ONNX Runtime on the CPU:
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -197,6 +198,9 @@ def _same_pixel(step: Step, traced: Trace) -> str | None:
     if not (name := _alone(step.node, traced)):
         return None
     shapes = [traced.shapes.get(n, ()) for n in (name, step.node.output[0])]
+    others = [traced.shapes.get(n) for n in step.node.input if n not in ("", name)]
+    if any(shape is None or math.prod(shape[-2:]) != 1 for shape in others):  # coordinates, for example
+        return None
     local = step.node.op_type in POINTWISE or (step.node.op_type in SOFTMAX and attribute(step.node, "axis", -1) == 1)
     return name if local and all(len(shape) == 4 and shape[2:] == (height, width) for shape in shapes) else None
 
