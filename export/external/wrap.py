@@ -230,6 +230,8 @@ def wrap_graph(path: Path, options: ExternalModel, *, mpp: float | None, calibra
     DescriptionError, GraphError
         As `wrap_onnx`.
     """
+    if mpp is not None and not 0 < mpp < math.inf:
+        raise DescriptionError(f"mpp={mpp!r} is not a positive number; pass --mpp in um per pixel")
     original, session = open_network(path)
     defaults = read_metadata(original)
     options = choose_tensors(session, options)
@@ -277,8 +279,6 @@ def wrap_graph(path: Path, options: ExternalModel, *, mpp: float | None, calibra
 
 def _resolution(mpp: float | None, of_file: float | None) -> tuple[float, list[str]]:
     if mpp is not None:
-        if not 0 < mpp < math.inf:
-            raise DescriptionError(f"mpp={mpp!r} is not a positive number; pass --mpp in um per pixel")
         return mpp, []
     if of_file is None:
         raise DescriptionError("the file's metadata do not say the resolution: pass --mpp in um per pixel")
