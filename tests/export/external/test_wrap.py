@@ -456,7 +456,7 @@ def test_options_that_cannot_be_are_refused(said: dict[str, Any], words: str) ->
         ({"mean": (0.5, 0.5)}, r"has 3 channels, --mean, --std or --channel-names 2"),
         ({"tile_px": 96}, r"takes 64 x 64 pixels, not 96 x 96; pass --tile 64"),
         ({"layout": "nhwc"}, r"takes 3 x 64 pixels, and tiles are square"),
-        ({"activation": "none"}, r"so it is not probabilities: use --activation softmax"),
+        ({"activation": "none"}, r"so it is not probabilities: pass --activation softmax"),
         ({"input_name": "image"}, r"no input 'image'; it has 'x'"),
     ],
 )
