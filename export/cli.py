@@ -18,6 +18,7 @@ from histostream.wsi.option_types import WordList
 
 if TYPE_CHECKING:
     from histostream.export.bundle import Export
+    from histostream.runtime.bundle.card import ModelCard
 
 COMMAND = "histo-export"
 PATH = click.Path(path_type=Path)
@@ -79,7 +80,7 @@ def _bundle_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option(
                 "--precision",
                 "precisions",
-                type=WordList(PRECISIONS),
+                type=WordList(tuple(PRECISIONS)),
                 default=",".join(PRECISIONS),
                 metavar=",".join(PRECISIONS),
                 help="Which graphs to write; fp32 is always written.",
@@ -334,8 +335,8 @@ def inspect(file: Path) -> None:
     card = read_card(file)
     click.echo(f"{file}: {card.method}, {', '.join(c.name for c in card.classes)}")
     click.echo(
-        f"tiles of {card.tile_px} px at {card.mpp:g} um/px, {card.channels} channels, halo "
-        f"{card.halo_px} px, {'depends on' if card.tile_statistics else 'no'} tile statistics"
+        f"tiles of {card.tile_px} px at {card.mpp:g} um/px, {card.channels} channels, {_halo(card)}, "
+        f"{'depends on' if card.tile_statistics else 'no'} tile statistics"
     )
     for name in card.files:
         read_file(file, card, name)  # raises if it is damaged
@@ -347,11 +348,17 @@ def inspect(file: Path) -> None:
 def _report(export: Export, out: Path) -> None:
     card = export.card
     statistics = ", depends on tile statistics" if card.tile_statistics else ""
-    click.echo(f"{out}: {card.tile_px} px tiles at {card.mpp:g} um/px, halo {card.halo_px} px{statistics}")
+    click.echo(f"{out}: {card.tile_px} px tiles at {card.mpp:g} um/px, {_halo(card)}{statistics}")
     for failure in export.failures:
         fail(COMMAND, failure)
     if export.failures:
         sys.exit(1)
+
+
+def _halo(card: ModelCard) -> str:
+    if card.halo_source == "computed":
+        return f"halo {card.halo_px} px"
+    return f"halo unknown, measured by perturbation as {card.halo_px} px"
 
 
 def _figures(parity: dict[str, Any]) -> str:

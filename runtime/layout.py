@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from histostream.runtime.bundle.card import ModelCard
 from histostream.runtime.crf.params import CrfError
 from histostream.runtime.options import Options
-from histostream.runtime.stream.blend import check_blend, exact_overlap_px
+from histostream.runtime.stream.blend import aligned_overlap_px, check_blend, exact_overlap_px
 from histostream.wsi.errors import SlideError
 from histostream.wsi.outputs.sinks.overview import overview_size
 from histostream.wsi.slides.channels import open_channels
@@ -148,11 +148,24 @@ def lay_tiles(width: int, height: int, card: ModelCard, options: Options) -> Til
     BlendError
         If the overlap or the blending does not fit the model.
     """
-    blend, overlap_px = options.for_model(card).blend, options.overlap_px
-    if overlap_px is None:
-        exact = blend == "exact" and not card.tile_statistics
-        usual = max(min(DEFAULT_OVERLAP_PX, card.tile_px // 4), 2 * card.border_px)
-        overlap_px = exact_overlap_px(card) if exact else usual
-    overlap_px = -(-overlap_px // card.align_px) * card.align_px
+    blend, overlap_px = options.for_model(card).blend, _overlap_px(card, options)
     check_blend(blend, card, overlap_px)
     return TileGrid.cover(width, height, tile_px=card.tile_px, overlap_px=overlap_px, align_px=card.align_px)
+
+
+def _overlap_px(card: ModelCard, options: Options) -> int:
+    """Return the overlap that is asked for, or the default one, as the tiles can have it.
+
+    Tiles begin at multiples of the alignment. So an overlap is rounded up, or down where it would then be too much.
+    """
+    exact = options.for_model(card).blend == "exact" and not card.tile_statistics
+    wanted = options.overlap_px
+    if wanted is None:
+        if exact:
+            return exact_overlap_px(card)
+        wanted = max(min(DEFAULT_OVERLAP_PX, card.tile_px // 4), 2 * card.border_px)
+    most = card.tile_px - 1 if exact or card.border_px else card.tile_px // 2
+    rounded = aligned_overlap_px(card, wanted)
+    if wanted > most:
+        return wanted  # `check_blend` says what is possible
+    return rounded if rounded <= most or rounded < card.align_px else rounded - card.align_px

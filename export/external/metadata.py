@@ -116,6 +116,8 @@ def _literal(text: str) -> Any:
             return read(text)
         except (ValueError, SyntaxError):
             continue
+    if text.strip()[:1] in ("[", "{", "("):
+        raise ValueError("is neither JSON nor a literal")
     return text
 
 

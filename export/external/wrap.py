@@ -27,6 +27,7 @@ from histostream.export.external.reference import Reference
 from histostream.export.external.scoring import Scoring, choose_scoring
 from histostream.export.graph.model import GraphError, open_session, opset_of
 from histostream.export.receptive_field.measure import receptive_field
+from histostream.export.receptive_field.perturbation import receptive_field_of
 from histostream.export.tiles import collect_tiles
 from histostream.wsi.outputs.label_rows import BACKGROUND, ClassInfo
 
@@ -245,7 +246,10 @@ def wrap_graph(path: Path, options: ExternalModel, *, mpp: float | None, calibra
     decisions += lines
     reference = Reference(network, output, scoring)
     graph, changes = _build(model, reference)
-    reference, line = _with_whole_strides(reference, receptive_field(graph).align_px)
+    field = receptive_field(graph)
+    if field.unknown:
+        field = receptive_field_of(graph, output.border_px)
+    reference, line = _with_whole_strides(reference, field.align_px)
     if line:
         decisions += line
         graph, changes = _build(model, reference)

@@ -26,6 +26,7 @@ SCHEMA = 2
 OLD_SCHEMA = 1  # its scores are bytes, round(255 s), which loses labels where classes are close
 ENGINES = "engines"  # the only folder in a bundle: TensorRT engines
 SCORE_KINDS = ("probability", "embedding", "label")
+HALO_SOURCES = ("computed", "measured")
 MAX_TILE_PX = 8192  # 0.2 GB of RGB pixels; networks in use take 128 to 2048
 MAX_MPP = 1e6  # um per pixel: a pixel of a metre
 MAX_CHANNELS = 64
@@ -62,7 +63,8 @@ class ModelCard:
     halo_px
         Half the receptive field: the pixels beyond its own position that an output pixel depends on.
     tile_statistics
-        Whether the result depends on statistics of the whole tile (instance or group norm).
+        Whether the result depends on more than the pixels within the halo: on statistics of the whole tile (instance or
+        group norm, pooling over the tile), or on where in its tile a pixel lies (aligned corners).
     score_kind
         "probability"; "embedding": iMEMS's embedding divided by 255; "label": 1 for the label that the network gives,
         else 0. The label is the arg-max of all.
@@ -86,6 +88,8 @@ class ModelCard:
         Name of each channel; empty for RGB and grey.
     border_px
         Pixels at each side of a tile for which the network gives no scores; those there repeat the nearest.
+    halo_source
+        "computed" from the graph; "measured" by perturbation, if a node of the graph has no rule.
     schema
         Version of the tile contract.
     further
@@ -110,6 +114,7 @@ class ModelCard:
     crf: dict[str, float] = field(default_factory=dict)
     channel_names: tuple[str, ...] = ()
     border_px: int = 0
+    halo_source: str = "computed"
     schema: int = SCHEMA
     further: dict[str, Any] = field(default_factory=dict)
 
@@ -130,14 +135,15 @@ class ModelCard:
             ("align_px", self.align_px > 0, "a positive number"),
             (
                 "tile_px",
-                self.tile_px > 0 and self.tile_px % max(self.align_px, 1) == 0,
-                "a positive multiple of align_px",
+                self.tile_px >= self.align_px,
+                "align_px or more",
             ),
             ("tile_px", self.tile_px <= MAX_TILE_PX, f"at most {MAX_TILE_PX}"),
             ("halo_px", self.halo_px >= 0, "0 or more"),
             ("border_px", self.border_px >= 0 and 2 * self.border_px < self.tile_px, "less than half a tile"),
             ("classes", 2 <= len(self.classes) <= 254, "2 to 254 classes"),
             ("score_kind", self.score_kind in SCORE_KINDS, f"one of {SCORE_KINDS}"),
+            ("halo_source", self.halo_source in HALO_SOURCES, f"one of {HALO_SOURCES}"),
         ):
             if not valid:
                 raise CardError(f"card: {name}={_short(getattr(self, name))} is not {wanted}")
@@ -187,10 +193,10 @@ class ModelCard:
         """Return the SHA-256 of the card's content that describes the network.
 
         An engine names the card that it was built for by this digest, so engines in the bundle do
-        not change it. Parameters of the CRF and unknown keys do not belong to the network.
+        not change it. Parameters of the CRF, where the halo comes from and unknown keys do not belong to the network.
         """
         content = _content(self)
-        del content["crf"], content["further"]
+        del content["crf"], content["halo_source"], content["further"]
         if self.schema == OLD_SCHEMA:  # as engines of that time have it
             del content["channel_names"], content["border_px"]
         for name in ("files", "parity"):
@@ -303,6 +309,7 @@ def _parse(content: dict[str, Any]) -> ModelCard:
         ("crf", {}),
         ("channel_names", []),
         ("border_px", 0),
+        ("halo_source", "computed"),
     ):  # which older cards do not have
         content.setdefault(name, default)
     for name, hint in types.items():

@@ -53,13 +53,16 @@ def check_blend(mode: str, card: ModelCard, overlap_px: int) -> None:
     if reason and mode in AVERAGING:
         raise BlendError(f"--blend {mode}: {reason}; leave --blend out, or use crop")
     if overlap_px < 2 * card.border_px:
-        least = -(-2 * card.border_px // card.align_px) * card.align_px
+        least = aligned_overlap_px(card, 2 * card.border_px)
         raise BlendError(f"--overlap {overlap_px}: {reason}; leave --overlap out, or use at least {least}")
+    if overlap_px >= card.tile_px:
+        raise BlendError(f"--overlap {overlap_px} leaves nothing of a tile; use 0 to {card.tile_px // 2}")
     if mode == "exact":
         if card.tile_statistics:
             raise BlendError(
-                "--blend exact: this model's result depends on statistics of the whole tile "
-                "(instance or group normalisation), so no overlap makes tiles agree; use hann"
+                "--blend exact: this model's result depends on the whole tile (instance or group normalisation, "
+                "pooling over the tile) or on the position in it (aligned corners), so no overlap makes tiles agree; "
+                "use hann"
             )
         if overlap_px < 2 * card.halo_px:
             raise BlendError(
@@ -78,13 +81,18 @@ def exact_overlap_px(card: ModelCard) -> int:
     BlendError
         If the halo leaves nothing of the tile.
     """
-    overlap_px = -(-2 * card.halo_px // card.align_px) * card.align_px
+    overlap_px = aligned_overlap_px(card, 2 * card.halo_px)
     if overlap_px >= card.tile_px:
         raise BlendError(
             f"--blend exact: the halo of {card.halo_px} px leaves nothing of a tile of "
             f"{card.tile_px} px; export the model with larger tiles"
         )
     return overlap_px
+
+
+def aligned_overlap_px(card: ModelCard, least_px: int) -> int:
+    """Return the smallest overlap of ``least_px`` or more with which tiles begin at multiples of the alignment."""
+    return least_px + (card.tile_px - least_px) % card.align_px
 
 
 def profile(mode: str, tile_px: int, overlap_px: int) -> NDArray[np.uint32]:

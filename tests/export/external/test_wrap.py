@@ -15,7 +15,7 @@ import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -23,6 +23,7 @@ from histostream.export.external.description import DescriptionError, ExternalMo
 from histostream.export.external.wrap import WrappedModel, wrap_graph
 from histostream.export.graph.model import GraphError, check_graph
 from histostream.wsi.synthetic import SyntheticSlide
+from tests.export.external.graphs import convolution, graph_file
 
 SIDE = 64
 THREE = ("glass", "stroma", "tumour")
@@ -285,31 +286,6 @@ def test_an_output_of_lower_resolution_is_interpolated_only_when_asked(tmp_path:
 
 
 # --- graphs made by hand ------------------------------------------------------------------------
-
-
-def graph_file(
-    path: Path,
-    nodes: list[onnx.NodeProto],
-    weights: dict[str, NDArray[Any]],
-    source: tuple[str, int, list[Any]],
-    results: list[tuple[str, int, list[Any]]],
-    **model: Any,
-) -> Path:
-    graph = helper.make_graph(
-        nodes,
-        "by hand",
-        [helper.make_tensor_value_info(*source)],
-        [helper.make_tensor_value_info(*result) for result in results],
-        [numpy_helper.from_array(value, name) for name, value in weights.items()],
-    )
-    model.setdefault("opset_imports", [helper.make_opsetid("", 18)])
-    onnx.save(helper.make_model(graph, ir_version=10, **model), path)
-    return path
-
-
-def convolution(kind: Any = np.float32, classes: int = 3, channels: int = 3) -> NDArray[Any]:
-    weights = np.random.default_rng(0).normal(size=(classes, channels, 3, 3))
-    return (2 * weights).astype(kind)
 
 
 def simple(path: Path, *, kind: int = TensorProto.FLOAT, batch: Any = "n", **model: Any) -> Path:

@@ -177,7 +177,7 @@ def test_equal_scores_go_to_the_lower_class() -> None:
 
 
 def test_exact_blending_is_refused_where_it_cannot_be_exact() -> None:
-    with pytest.raises(BlendError, match="statistics"):
+    with pytest.raises(BlendError, match="depends on the whole tile"):
         check_blend("exact", replace(CARD, tile_statistics=True), 32)
     with pytest.raises(BlendError, match="at least 40"):
         check_blend("exact", replace(CARD, halo_px=20), 32)

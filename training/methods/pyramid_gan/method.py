@@ -214,7 +214,9 @@ class Config:
                 "perceptual='vgg19': it needs vgg_weights=PATH, torchvision's vgg19; or set perceptual='none'"
             )
         if self.pseudo_to < self.pseudo_from:
-            raise ValueError(f"pseudo_from={self.pseudo_from}: use up to pseudo_to={self.pseudo_to}")
+            raise ValueError(
+                f"pseudo_from={self.pseudo_from}, pseudo_to={self.pseudo_to}: the first is at most the second"
+            )
 
     @property
     def batches(self) -> tuple[int, ...]:
