@@ -65,6 +65,8 @@ class Progress:
         Learning rates by the name of the optimiser.
     validation_seconds
         Of a step with a validation: what that took.
+    waited
+        Number of validations since the best one.
     """
 
     step: int
@@ -76,6 +78,7 @@ class Progress:
     rates: dict[str, float] = field(default_factory=dict)
     class_dice: dict[str, float | None] = field(default_factory=dict)
     validation_seconds: float | None = None
+    waited: int = 0
 
     def row(self) -> dict[str, float | None]:
         """Return the values by the names of the log's columns."""
@@ -404,6 +407,7 @@ class _Trainer:
             {name: optimizer.param_groups[0]["lr"] for name, optimizer in self._state.optimizers.items()},
             {name: dice[i] if dice else None for i, name in enumerate(names)},
             seconds,
+            self._at.waited,
         )
 
     def _step(self, batch: Batch) -> dict[str, float]:

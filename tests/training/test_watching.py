@@ -116,3 +116,26 @@ def test_a_signal_is_answered_with_what_happens_next(capsys: pytest.CaptureFixtu
     assert lines[0] == "stopping"
     assert lines[-1].strip() or lines[-2].strip()
     assert any("saves step 41 when it is done" in line and "checkpoint of step 40" in line for line in lines)
+
+
+def test_a_run_that_ends_early_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    with Watch("my data", "command") as watch:
+        watch.announce(replace(PLAN, patience=2))
+        for step, waited in ((10, 0), (20, 1), (30, 2)):
+            watch.report(Progress(step, 101, {}, 0.5, 0.5, 1.0, waited=waited))
+    lines = capsys.readouterr().out.splitlines()
+    assert "(the run ends after 2 in a row that are not better)" in lines[5]
+    ended = [i for i, line in enumerate(lines) if line.startswith("ends early: 2 validations in a row")]
+    assert [lines[i - 1].split(":")[0] for i in ended] == ["step 30"]
+
+
+@pytest.mark.parametrize(
+    ("start", "text"),
+    [
+        (0, "101 steps, a batch of 2 whole images, 2 validations"),
+        (40, "goes on after step 40 of 101 steps, a batch of 2 whole images, 2 validations to come"),
+        (101, "is finished: 101 steps, a batch of 2 whole images"),
+    ],
+)
+def test_the_plan_says_where_the_run_is(start: int, text: str) -> None:
+    assert replace(PLAN, start=start).lines("data")[5] == f"training  {text}"
