@@ -23,11 +23,11 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from histostream.runtime.bundle.card import ModelCard
 from histostream.runtime.cohort.worker import Report
 from histostream.runtime.outcome import DAMAGED, DONE, FAILED, LOCKED, NOT_BEGUN, STOPPED, UNCHANGED, Outcome
-from histostream.runtime.report.figures import rough_duration
 from histostream.runtime.slide_job import SlideJob
 from histostream.wsi.console import fail
 from histostream.wsi.errors import printable
 from histostream.wsi.records import to_json
+from histostream.wsi.report.figures import rough_duration
 
 COMMAND = "histo-infer"
 PROGRESS_S = 30.0  # between two lines of progress, if stderr is not a terminal
@@ -65,6 +65,8 @@ class TextMessages:
             emoji=False,
             soft_wrap=True,  # one line, also in a narrow terminal
         )
+        if reason := card.unblendable:
+            self._console.print(f"{reason}: tiles are cropped, not blended", highlight=False, soft_wrap=True)
 
     def progress(self, slide: str) -> Report:
         """Return the function that takes the progress of a slide: (pixels done, pixels in all)."""

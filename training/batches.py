@@ -106,6 +106,21 @@ def _divide(data: DataSet, schedule: Schedule) -> Parts:
     return Parts(samples, split, data.pools)
 
 
+def division(data: DataSet, schedule: Schedule) -> str:
+    """Say in words how `divide` makes the parts."""
+    drawn = f"drawn by seed {schedule.seed}, whole groups (patients, slides) at a time"
+    if schedule.folds:
+        how = f"fold {schedule.fold} of 0 to {schedule.folds - 1} is the test part, {drawn}"
+    elif schedule.test or not (data.validation or data.test):
+        how = drawn
+    else:
+        own = " and ".join(name for name, part in (("validation", data.validation), ("test", data.test)) if part)
+        how = f"{own} as the data has them" + ("" if data.validation else f", validation {drawn}")
+    if schedule.labelled < 1:
+        how += f"; {100 * schedule.labelled:g} % of the training images keep their labels"
+    return how
+
+
 def check_pools(parts: Parts, needed: Sequence[str], method: str) -> None:
     """Raise DataError where the data lacks a pool that a method trains on."""
     missing = [name for name in needed if not parts.pools.get(name)]
@@ -190,7 +205,8 @@ class Batches:
     def __call__(self, start: int, steps: int) -> Iterator[Batch]:
         """Yield the batches of steps ``start`` to ``steps - 1``, on the host."""
         workers = max(1, min(8, (os.cpu_count() or 2) - 1))
-        with ThreadPoolExecutor(workers) as crops, ThreadPoolExecutor(AHEAD) as batches:
+        crops, batches = ThreadPoolExecutor(workers), ThreadPoolExecutor(AHEAD)
+        try:
             pending = [
                 batches.submit(self._draw, step, steps, crops) for step in range(start, min(start + AHEAD, steps))
             ]
@@ -199,6 +215,9 @@ class Batches:
                 if step + AHEAD < steps:
                     pending.append(batches.submit(self._draw, step + AHEAD, steps, crops))
                 yield batch
+        finally:  # a run that is stopped waits for no crop
+            for pool in (batches, crops):
+                pool.shutdown(wait=False, cancel_futures=True)
 
     def _draw(self, step: int, steps: int, crops: ThreadPoolExecutor) -> Batch:
         seed = (self._schedule.seed, step)

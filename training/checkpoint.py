@@ -6,8 +6,11 @@ unpickles nothing.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shlex
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from histostream.training.data import listed
 from histostream.training.state import State
 from histostream.wsi.errors import HistoError
-from histostream.wsi.files import whole_file
+from histostream.wsi.files import whole_file, write_whole
 from histostream.wsi.slides.staging import sha256_of
 
 SCHEMA = 1
+WEIGHTS = "checkpoint.safetensors"  # of a checkpoint's folder
 
 
 class CheckpointError(HistoError, ValueError):
@@ -73,9 +78,9 @@ def save(folder: Path, checkpoint: Checkpoint, state: State, *, optimizers: bool
     # One file holds all tensors and the json goes in its header, so that one rename replaces both.
     header = {name: getattr(checkpoint, name) for name in Checkpoint.__slots__}
     text = json.dumps({"schema": SCHEMA, **header})
-    with whole_file(folder / "checkpoint.safetensors") as temporary:
+    with whole_file(folder / WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata={"checkpoint": text})
-    (folder / "checkpoint.json").write_text(json.dumps(json.loads(text), indent=1) + "\n")
+    write_whole(folder / "checkpoint.json", json.dumps(json.loads(text), indent=1) + "\n")
 
 
 def read_note(folder: Path) -> str:
@@ -134,6 +139,8 @@ class Start:
     left
         Names of what keeps the weights it was built with: a module of which nothing fitted, or a
         tensor of one.
+    reshaped
+        Those tensors of ``left`` that the earlier run has in another shape, with both shapes.
     """
 
     checkpoint: str
@@ -142,30 +149,42 @@ class Start:
     step: int
     loaded: int
     left: tuple[str, ...]
+    reshaped: tuple[str, ...] = ()
+
+    def lines(self) -> tuple[str, ...]:
+        """Say what was loaded, and what was not."""
+        told = [f"starts from {self.checkpoint} ({self.method}, step {self.step}): {self.loaded} tensors loaded"]
+        if self.reshaped:
+            told.append(f"not loaded, of another shape there: {listed(self.reshaped)}")
+        absent = [name for name in self.left if not any(text.startswith(f"{name} ") for text in self.reshaped)]
+        if absent:
+            told.append(f"not loaded, not there: {listed(absent)}")
+        return tuple(told)
 
 
-def start_from(run: Path, state: State) -> Start:
-    """Load what fits of an earlier run's weights into new networks, whatever its method.
+def start_from(start: Path, state: State, method: str) -> Start:
+    """Load what fits of earlier weights into new networks, whatever their method.
 
     Tensors are matched by name and shape. Modules without parameters hold what a run has measured
     of its own data, and are left out; so are the states of the optimisers.
 
     Parameters
     ----------
-    run
-        Folder of a run, whose best checkpoint is taken, or of a checkpoint.
-    state
-        Of the new run.
+    start
+        Folder of a run, whose best checkpoint is taken; folder or file of a checkpoint; or the name
+        of a method whose weights ship.
+    state, method
+        Of the new run, and the name of its method.
 
     Raises
     ------
     CheckpointError
         As `read`, or if no convolution or matrix fits.
     """
-    folder = run / "best" if (run / "best").is_dir() else run
+    folder = find_start(start)
     path = _file(folder)
     header, tensors = _read_header(path), load_file(path)
-    loaded, left, kernels = 0, [], 0
+    loaded, left, reshaped, kernels = 0, [], [], 0
     for name, module in state.modules.items():
         if next(module.parameters(), None) is None:
             continue
@@ -178,21 +197,75 @@ def start_from(run: Path, state: State) -> Start:
         module.load_state_dict(fits, strict=False)
         loaded += len(fits)
         kernels += sum(value.ndim > 1 for value in fits.values())
-        left += [f"{name}.{key}" for key in own if key not in fits] if fits else [name]
+        others = [key for key in own if key not in fits]
+        left += [f"{name}.{key}" for key in others] if fits else [name]
+        reshaped += [
+            f"{name}.{key} {_shape(tensors[f'{name}.{key}'])}, here {_shape(own[key])}"
+            for key in others
+            if fits and f"{name}.{key}" in tensors
+        ]
     if not kernels:  # a bias alone fits many networks
+        raise CheckpointError(f"{folder}: none of its weights fits the networks; {_differences(header, state, method)}")
+    return Start(str(folder), sha256_of(path), header.method, header.step, loaded, tuple(left), tuple(reshaped))
+
+
+def find_start(start: Path) -> Path:
+    """Return the folder of the checkpoint that `start_from` means.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none, or it is a file or folder of another kind.
+    """
+    shipped = Path(str(resources.files(__package__))) / "weights"
+    if start.is_dir():
+        folder = start / "best" if (start / "best").is_dir() else start
+        if (folder / "card.json").is_file():
+            raise CheckpointError(
+                f"{start}: is a bundle, whose graphs cannot be trained; name the run or the checkpoint that it was "
+                "exported from"
+            )
+        return folder
+    if start.name == WEIGHTS and start.is_file():
+        return start.parent
+    if start.exists():
         raise CheckpointError(
-            f"{folder}: none of its weights fits the networks ({header.method}, {header.config}): "
-            "start from a run of the same networks"
+            f"{start}: is no checkpoint of HistoStream ({WEIGHTS} in a folder of its own); name the folder of a run, "
+            "or its best/"
         )
-    return Start(str(folder), sha256_of(path), header.method, header.step, loaded, tuple(left))
+    if len(start.parts) == 1 and (shipped / start).is_dir():
+        return shipped / start
+    names = ", ".join(sorted(each.name for each in shipped.iterdir()))
+    raise CheckpointError(
+        f"{start}: there is no such folder; name a run, a checkpoint, or a method whose weights ship ({names})"
+    )
+
+
+def _differences(header: Checkpoint, state: State, method: str) -> str:
+    """Say how the configuration of a checkpoint differs from that of some networks."""
+    if header.method != method:
+        return f"it is of {header.method}: start from a run of this method, or pass --method {header.method}"
+    own = dataclasses.asdict(state.config)
+    names = [name for name in header.config if name in own and header.config[name] != own[name]]
+    if not names:
+        return "start from a run of the same networks"
+    return "start from a run of the same networks, or set " + " ".join(
+        f"--set method.{name}={_toml(header.config[name])}" for name in names
+    )
+
+
+def _toml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else shlex.quote(str(value))
+
+
+def _shape(tensor: Tensor) -> str:
+    return " x ".join(map(str, tensor.shape))
 
 
 def _file(folder: Path) -> Path:
-    path = folder / "checkpoint.safetensors"
+    path = folder / WEIGHTS
     if not path.is_file():
-        raise CheckpointError(
-            f"{folder}: no checkpoint in it (checkpoint.safetensors); name the folder of a run, or its best/"
-        )
+        raise CheckpointError(f"{folder}: no checkpoint in it ({WEIGHTS}); name the folder of a run, or its best/")
     return path
 
 

@@ -11,6 +11,7 @@ import click
 
 from histostream.training.choices import PRECISIONS
 from histostream.wsi.console import one_line_errors, show_only_our_warnings
+from histostream.wsi.option_types import DEVICE_METAVAR, Device
 
 COMMAND = "histo-train"
 
@@ -25,7 +26,7 @@ _one_line_errors = one_line_errors(
 
 @click.group(invoke_without_command=True, context_settings={"show_default": True})
 @click.version_option(package_name="histostream")
-@click.option("--method", "method_name", default="imems", help="Which paper to train.")
+@click.option("--method", "method_name", default="imems", help="Method to train, as imems.")
 @click.option(
     "--data",
     "source",
@@ -54,6 +55,14 @@ _one_line_errors = one_line_errors(
     help="A recipe: a TOML file, or the name of a shipped one (nuclei, unet-c-single, ...); may "
     "be repeated, later ones add to earlier ones.",
 )
+@click.option(
+    "--from",
+    "start",
+    type=click.Path(path_type=Path),
+    metavar="RUN",
+    help="Start from the weights of a run, of a checkpoint, or of a method whose weights ship (imems), as far "
+    "as they fit by name and shape.",
+)
 @click.option("--mpp", type=float, help="Resolution to train at, um per pixel; default: the set's own.")
 @click.option(
     "--set",
@@ -62,8 +71,8 @@ _one_line_errors = one_line_errors(
     metavar="KEY=VALUE",
     help="Change the recipe, e.g. schedule.steps=900 or method.base_width=32; may be repeated.",
 )
-@click.option("--device", default="auto", help="auto, cpu, cuda or cuda:0.")
-@click.option("--precision", type=click.Choice(PRECISIONS), default="fp32")
+@click.option("--device", default="auto", type=Device(), metavar=DEVICE_METAVAR, help="What runs the networks.")
+@click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", help="Of the networks in training.")
 @click.option("--compile", "compiled", is_flag=True, help="Compile the networks (torch.compile).")
 @click.option("--deterministic", is_flag=True, help="The same bits again on a GPU; slower.")
 @click.option(
@@ -72,6 +81,7 @@ _one_line_errors = one_line_errors(
     default=1,
     help="Processes that share each batch, one a GPU (or torchrun's own).",
 )
+@click.option("--tensorboard", is_flag=True, help="Write event files for TensorBoard into tensorboard/ of the run.")
 @click.pass_context
 @_one_line_errors
 def main(
@@ -83,6 +93,7 @@ def main(
     test_set: str | None,
     run: Path | None,
     configs: tuple[str, ...],
+    start: Path | None,
     mpp: float | None,
     settings: tuple[str, ...],
     device: str,
@@ -90,8 +101,12 @@ def main(
     compiled: bool,
     deterministic: bool,
     processes: int,
+    tensorboard: bool,
 ) -> None:
-    """Train a method; the same command again goes on where a stopped run was."""
+    """Train a method; the same command again goes on where a stopped run was.
+
+    A finished run gets more steps by the same command with a higher schedule.steps.
+    """
     show_only_our_warnings(COMMAND)
     if context.invoked_subcommand is not None:
         return
@@ -112,6 +127,8 @@ def main(
         mpp=mpp,
         compute=Compute(device, precision, compiled, deterministic),
         processes=processes,
+        start=start,
+        tensorboard=tensorboard,
     )
     run_training(options)
 
@@ -130,7 +147,7 @@ def main(
 @click.option("--masks", type=click.IntRange(0), default=0, help="Label maps, the first of the set; 0: all.")
 @click.option("--swap", default="", metavar="A=B", help="Exchange two classes, by name or number.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Another seed, other images.")
-@click.option("--device", default="auto", help="auto, cpu, cuda or cuda:0.")
+@click.option("--device", default="auto", type=Device(), metavar=DEVICE_METAVAR, help="What runs the networks.")
 @one_line_errors(
     COMMAND,
     out_of_memory="paint smaller images, or --device cpu",

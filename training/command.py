@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,15 +16,19 @@ from pathlib import Path
 from types import ModuleType
 
 import click
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from histostream.training import datasets, device, loop
-from histostream.training.checkpoint import Checkpoint
+from histostream.training import checkpoint, datasets, device, loop
+from histostream.training.checkpoint import Checkpoint, CheckpointError
 from histostream.training.data import DataError, DataSet, Picture, Sample, StoredSample, kind_of
 from histostream.training.device import Compute
+from histostream.training.events import check_events
 from histostream.training.methods import load_method
 from histostream.training.preflight import check_settings
 from histostream.training.recipe import Recipe, RecipeError, read_recipe
+from histostream.training.report.run import REPORT
+from histostream.training.watching import Watch
+
+NAME = "histo-train"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +51,10 @@ class RunOptions:
         Device, precision and the like.
     processes
         Processes that share each batch.
+    start
+        A run, a checkpoint, or a method whose weights ship, from whose weights the run starts.
+    tensorboard
+        Write event files for TensorBoard.
     """
 
     method: str
@@ -57,10 +68,31 @@ class RunOptions:
     mpp: float | None = None
     compute: Compute = dataclasses.field(default_factory=Compute)
     processes: int = 1
+    start: Path | None = None
+    tensorboard: bool = False
 
 
 def run_training(options: RunOptions) -> None:
-    """Train a method, or go on with a run, and print its scores."""
+    """Train a method, or go on with a run, and print its scores.
+
+    Raises
+    ------
+    HistoError
+        If an option, the data or the run in ``out`` cannot be used.
+    KeyboardInterrupt
+        If it was stopped, with the command that continues it.
+    """
+    try:
+        _run_training(options)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_how_to_go_on(options.out)) from None
+
+
+def _run_training(options: RunOptions) -> None:
+    if options.tensorboard:
+        check_events()
+    if options.start is not None:
+        checkpoint.read(checkpoint.find_start(options.start))
     method = load_method(options.method)
     check_settings(options.method, method, options.configs, options.settings)
     data = datasets.open_dataset(options.data)
@@ -69,7 +101,7 @@ def run_training(options: RunOptions) -> None:
     data = with_parts(data, options.validation, options.test, recipe.mpp)
     if options.processes > 1 and "WORLD_SIZE" not in os.environ:
         sys.exit(_run_with_torchrun(options.processes))
-    best = _train(recipe, method, data, options.out, options.compute)
+    best = _train(recipe, method, data, options)
     if device.rank() == 0:
         _print_scores(best, options.out)
     device.close_device()
@@ -164,32 +196,45 @@ def _run_with_torchrun(processes: int) -> int:
                 continue  # the signal reached the child too, which saves its last step
 
 
-def _train(recipe: Recipe, method: ModuleType, data: DataSet, run: Path, compute: Compute) -> Checkpoint:
-    """Train, with a progress bar in the first process."""
+def _train(recipe: Recipe, method: ModuleType, data: DataSet, options: RunOptions) -> Checkpoint:
+    """Train; the first process shows it."""
     record = {"histostream": metadata.version("histostream"), "commit": commit()}
-    if int(os.environ.get("RANK", "0")) > 0:
-        return loop.train(recipe, method, data, run, compute=compute, record=record)
-    columns = (
-        TextColumn("step"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[losses]}"),
+    train = functools.partial(
+        loop.train,
+        recipe,
+        method,
+        data,
+        options.out,
+        compute=options.compute,
+        start=options.start,
+        tensorboard=options.tensorboard,
+        record=record,
     )
-    with Progress(*columns, transient=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("", total=None, losses="")
+    if int(os.environ.get("RANK", "0")) > 0:
+        return train()
+    with Watch(options.data, _own_command()) as watch:
+        return train(announce=watch.announce, report=watch.report, answer=watch.answer)
 
-        def report(progress: loop.Progress) -> None:
-            text = "  ".join(f"{k} {v:.3f}" for k, v in progress.losses.items())
-            bar.update(task, completed=progress.step, total=progress.steps, losses=text)
-            if progress.validation_loss is not None:
-                bar.console.print(
-                    f"step {progress.step}: validation loss {progress.validation_loss:.4f}, "
-                    f"Dice {progress.validation_dice:.3f}, {progress.seconds:.0f} s",
-                    soft_wrap=True,
-                )
 
-        return loop.train(recipe, method, data, run, compute=compute, report=report, record=record)
+def _own_command() -> str:
+    """Return the command line of this process, which continues its run, as a shell here understands it."""
+    program, found = Path(sys.argv[0]), shutil.which(NAME)
+    if program.stem != NAME:
+        words = [sys.executable, "-m", "histostream.training.cli"]
+    elif found is not None and program.exists() and Path(found).samefile(program):
+        words = [NAME]
+    else:
+        words = [str(program)]
+    return shlex.join([*words, *sys.argv[1:]])
+
+
+def _how_to_go_on(run: Path) -> str:
+    """Say what a stopped run has saved, and the command that continues it."""
+    try:
+        saved = checkpoint.read(run / "last")
+    except CheckpointError:
+        return f"nothing was saved; to begin again: {_own_command()}"
+    return f"step {saved.step} is saved; to go on: {_own_command()}"
 
 
 def _print_scores(best: Checkpoint, run: Path) -> None:
@@ -197,7 +242,7 @@ def _print_scores(best: Checkpoint, run: Path) -> None:
         by_class = zip(best.classes, score["f_score"], strict=True)
         text = ", ".join(f"{name} {f_score:.3f}" for (name, _), f_score in by_class)
         click.echo(f"{part} ({score['images']} images): F-score {text}")
-    click.echo(f"best checkpoint (step {best.step}): {run / 'best'}")
+    click.echo(f"best checkpoint (step {best.step}): {run / 'best'}; curves: {run / REPORT}")
 
 
 def commit() -> str | None:

@@ -6,40 +6,41 @@ from its checkpoint as if it had not been stopped, bit for bit on the same machi
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import math
 import platform
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, TextIO
+from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from histostream.training import augment, batches, checkpoint, preflight, preview
+from histostream.training import augment, batches, checkpoint, class_weights, preflight
 from histostream.training import device as devices
 from histostream.training.batches import Batches, Parts
-from histostream.training.checkpoint import Checkpoint, CheckpointError
+from histostream.training.checkpoint import Checkpoint
+from histostream.training.continuation import check_continuation
 from histostream.training.data import Classes, DataSet, checksum, class_count
 from histostream.training.device import Compute
+from histostream.training.events import FOLDER, Events, check_events
+from histostream.training.judging import Judge, Validated
+from histostream.training.log import Log
 from histostream.training.methods import hook
-from histostream.training.metrics import Confusion, PerImage
+from histostream.training.plan import Plan, machine_text, make_plan
 from histostream.training.recipe import Recipe
+from histostream.training.report.run import Status, write_report
 from histostream.training.schedule import set_rates
 from histostream.training.state import Batch, State
+from histostream.training.stopping import StopSignals, stop_signals
 from histostream.wsi.errors import HistoError
 
-SHEET_ROWS = 4
 MAX_SHEETS = 40  # of a run whose schedule is in epochs, about
 COLORS = ((0, 0, 0), (230, 75, 53), (77, 187, 213), (0, 160, 135), (243, 155, 127))
 
@@ -50,7 +51,23 @@ class TrainError(HistoError, RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """One line of a run's log: ``step`` of ``steps`` is done."""
+    """One line of a run's log: ``step`` of ``steps`` is done.
+
+    Attributes
+    ----------
+    losses
+        By name, without their weights.
+    validation_loss, validation_dice, class_dice
+        Of a step with a validation: `Validated`; Dice by the name of each class.
+    seconds
+        Since the run began, in all processes that had a part in it.
+    rates
+        Learning rates by the name of the optimiser.
+    validation_seconds
+        Of a step with a validation: what that took.
+    waited
+        Number of validations since the best one.
+    """
 
     step: int
     steps: int
@@ -58,14 +75,56 @@ class Progress:
     validation_loss: float | None
     validation_dice: float | None
     seconds: float
+    rates: dict[str, float] = field(default_factory=dict)
+    class_dice: dict[str, float | None] = field(default_factory=dict)
+    validation_seconds: float | None = None
+    waited: int = 0
+
+    def row(self) -> dict[str, float | None]:
+        """Return the values by the names of the log's columns."""
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            **self.losses,
+            **{f"rate_{name}": rate for name, rate in self.rates.items()},
+            "validation_loss": self.validation_loss,
+            "validation_dice": self.validation_dice,
+            **{f"dice_{name}": dice for name, dice in self.class_dice.items()},
+        }
+
+    def tags(self) -> dict[str, float | None]:
+        """Return the values by the tags of TensorBoard."""
+        return {
+            **{f"loss/{name}": loss for name, loss in self.losses.items()},
+            **{f"learning_rate/{name}": rate for name, rate in self.rates.items()},
+            "validation/loss": self.validation_loss,
+            "validation/dice": self.validation_dice,
+            **{f"validation_dice/{name}": dice for name, dice in self.class_dice.items()},
+        }
 
 
-class Validated(NamedTuple):
-    """Means over the validation images; Dice is of all classes, Jaccard of all but the first (the ground)."""
+@dataclass(slots=True)
+class _Position:
+    """Where a run is.
 
-    loss: float
-    dice: float
-    jaccard: float
+    Attributes
+    ----------
+    done
+        Steps taken.
+    lowest, best, waited
+        The lowest value of `_Trainer._rank` so far, its step, and the number of validations since.
+    due
+        Whether the validation after step ``done`` is still to come: the run was stopped during it.
+    seconds
+        That the run took before this process.
+    """
+
+    done: int = 0
+    lowest: float = math.inf
+    best: int = 0
+    waited: int = 0
+    due: bool = False
+    seconds: float = 0.0
 
 
 def train(
@@ -76,27 +135,37 @@ def train(
     *,
     compute: Compute | None = None,
     start: Path | None = None,
+    tensorboard: bool = False,
+    announce: Callable[[Plan], None] = lambda _: None,
     report: Callable[[Progress], None] = lambda _: None,
+    answer: Callable[[int], None] = lambda _: None,
     record: dict[str, Any] | None = None,
 ) -> Checkpoint:
     """Train the run in folder ``run``, or continue it; keep ``last`` and ``best`` checkpoints.
 
-    Ctrl-C (SIGINT) and SIGTERM finish the current step and save it as ``last``.
+    Ctrl-C (SIGINT) and SIGTERM finish the current step and save it as ``last``. They interrupt a
+    validation, which the continued run makes first. A second signal saves nothing more.
 
     Parameters
     ----------
     recipe, method, data
         What to train, the module of the method, and the data set.
     run
-        Folder for ``last/``, ``best/``, ``samples/`` and ``log.csv``; a run that is in it already
-        is continued.
+        Folder for ``last/``, ``best/``, ``samples/``, ``log.csv`` and ``report.html``; a run that is in it
+        already is continued, also a finished one that gets more steps.
     compute
         Device, precision and the like.
     start
         A run, or a checkpoint, whose weights the networks start from as far as they fit
         (`checkpoint.start_from`); the record lists under ``start`` what did not fit.
+    tensorboard
+        Write event files for TensorBoard too.
+    announce
+        Called once, before the first step.
     report
         Called after every step.
+    answer
+        Called in a thread of its own with the number of signals so far, as soon as one comes.
     record
         Further entries of the training record (versions, command).
 
@@ -109,15 +178,21 @@ def train(
     CheckpointError
         If ``run`` holds a run of another recipe, other data or another start, or nothing of
         ``start`` fits.
+    ClassWeightsError
+        If the method takes no class weights, or they do not fit the classes.
     DataError
         If the images are too few, have one class only, or a pool is missing.
     ComputeError
         If this machine has no such device or precision.
+    OutputError
+        If a file cannot be written, or the package for TensorBoard is missing.
     TrainError
         If memory does not suffice, or a loss is not finite.
     KeyboardInterrupt
         If the run was stopped; the same call continues it.
     """
+    if tensorboard:
+        check_events()
     compute = compute or Compute()
     preflight.check_resolution(data, recipe.mpp)
     data = data.at_mpp(recipe.mpp)
@@ -125,7 +200,9 @@ def train(
     parts = batches.divide(data, recipe.schedule)
     batches.check_pools(parts, hook(method, "pools")(recipe.config), recipe.method)
     preflight.check_run(recipe, method, data, parts)
-    return _Trainer(recipe, method, data, parts, run, compute, device, record or {}).run(report, start)
+    trainer = _Trainer(recipe, method, data, parts, run, compute, device, record or {})
+    with stop_signals(answer) as stop:
+        return trainer.run(start, stop, announce, report, tensorboard=tensorboard)
 
 
 def to_jsonable(value: Any) -> Any:
@@ -155,10 +232,21 @@ class _Trainer:
         torch.manual_seed(self._schedule.seed)
         self._classes = recipe.classes or dataset.classes or _numbered_classes(class_count(parts.samples))
         self._channels = dataset.channels
+        training = [parts.samples[i] for i in parts.split.train]
+        self._counted = class_weights.count_pixels(training, len(self._classes))
+        self._weights = class_weights.weights_of(recipe.class_weights, self._classes, self._counted)
         with preflight.memory_named(recipe):
-            self._state: State = method.build(recipe.config, len(self._classes), self._channels)
+            state: State = method.build(recipe.config, len(self._classes), self._channels)
+        if self._weights:
+            state = dataclasses.replace(state, class_weights=torch.tensor(self._weights, device=device))
+        self._state = state
+        with preflight.memory_named(recipe):
             devices.prepare(self._state, device, compute)
         self._align_px: int = method.align_px(recipe.config)
+        self._judge = Judge(
+            method, state, parts, recipe.augmentation, self._classes, align_px=self._align_px, device=device
+        )
+        self._division = batches.division(dataset, recipe.schedule)
         self._record = {
             "recipe": to_jsonable(recipe),
             "data": dataset.name,
@@ -170,12 +258,90 @@ class _Trainer:
             "machine": _machine(device),
             "precision": compute.precision,
             "processes": devices.processes(),
+            **({"class_weights": list(self._weights)} if self._weights else {}),
             **record,
         }
 
-    def run(self, report: Callable[[Progress], None], start_run: Path | None) -> Checkpoint:
-        start, lowest, seconds = self._resume(start_run)
-        clock = time.perf_counter() - seconds
+    def run(
+        self,
+        start: Path | None,
+        stop: StopSignals,
+        announce: Callable[[Plan], None],
+        report: Callable[[Progress], None],
+        *,
+        tensorboard: bool,
+    ) -> Checkpoint:
+        """Train, or go on; the arguments are those of `train`."""
+        self._at, notes = self._resume(start)
+        self._saved = self._at.done, self._at.due
+        self._clock = time.perf_counter() - self._at.seconds
+        self._plan = self._make_plan(notes)
+        announce(self._plan)
+        with ExitStack() as opened:
+            self._log = opened.enter_context(Log(self._folder / "log.csv", self._at.done, writes=self._leads))
+            self._events = None
+            if tensorboard and self._leads:
+                self._events = opened.enter_context(Events(self._folder / FOLDER, self._at.done))
+            try:
+                self._judge_what_is_due(stop, report)
+                self._take_steps(stop, report)
+                if self._leads:
+                    with self._interrupting(stop):
+                        self._score_best()
+            except KeyboardInterrupt:
+                self._write_report(Status.STOPPED)
+                raise
+            self._write_report(Status.FINISHED)
+        if devices.processes() > 1:
+            dist.barrier()
+        return checkpoint.read(self._folder / "best")
+
+    def _interrupting(self, stop: StopSignals) -> AbstractContextManager[None]:
+        """Let a signal interrupt what is done inside; not where other processes would wait for this one."""
+        return stop.interrupting() if devices.processes() == 1 else nullcontext()
+
+    def _judge_what_is_due(self, stop: StopSignals, report: Callable[[Progress], None]) -> None:
+        """Make the validation during which the run was stopped."""
+        if not (self._at.due and self._leads):
+            return
+        with self._interrupting(stop):
+            judged = self._validate()
+        progress = self._progress({}, judged)
+        before = self._log.take_last()
+        rates = {name: before[f"rate_{name}"] for name in progress.rates if f"rate_{name}" in before}
+        losses = {name: value for name, value in before.items() if name not in progress.row()}
+        self._keep(dataclasses.replace(progress, losses=losses, rates=rates), judged, report)
+
+    def _take_steps(self, stop: StopSignals, report: Callable[[Progress], None]) -> None:
+        """Take the steps that are left, with validations in between."""
+        if self._is_over():
+            return
+        for batch in self._batches(stop):
+            losses = self._step(batch)
+            self._at.done = batch.step + 1
+            requested = devices.any_process(stop.requested, self._device)
+            due = self._schedule.validates(self._at.done, self._images) or self._at.done == self._steps
+            self._at.due = due
+            judged = None
+            if due and self._leads and not requested:
+                try:
+                    with self._interrupting(stop):
+                        judged = self._validate()
+                except KeyboardInterrupt:
+                    requested = True
+            self._keep(self._progress(losses, judged), judged, report, saves=requested)
+            if requested:
+                raise KeyboardInterrupt
+            if due and devices.any_process(self._is_over(), self._device):
+                return
+
+    def _is_over(self) -> bool:
+        """Whether all steps are taken, or no validation of the last ones was better."""
+        patience = self._schedule.patience
+        return self._at.done >= self._steps or (patience > 0 and self._at.waited >= patience)
+
+    def _batches(self, stop: StopSignals) -> Iterator[Batch]:
+        """Yield the batches of the steps that are left; a signal interrupts the waiting for one."""
         draw = Batches(
             self._parts,
             self._schedule,
@@ -185,30 +351,64 @@ class _Trainer:
             rank=devices.rank(),
             processes=devices.processes(),
         )
-        with _Log(self._folder / "log.csv", start, writes=self._leads) as log, _stop_signals() as stopped:
-            for batch in draw(start, self._steps):
-                losses = self._step(batch)
-                done = batch.step + 1
-                stop = devices.any_process(stopped.is_set(), self._device)
-                is_last = done == self._steps
-                validated = None
-                if self._leads and (self._schedule.validates(done, self._images) or is_last):
-                    validated, lowest = self._validate_and_keep_best(done, lowest)
-                if self._leads and (validated or stop):
-                    self._save("last", done, lowest=lowest, seconds=time.perf_counter() - clock)
-                loss, dice, _ = validated or (None, None, None)
-                if not self._parts.split.validation:
-                    loss = dice = None
-                progress = Progress(done, self._steps, losses, loss, dice, time.perf_counter() - clock)
-                log.write(progress)
-                report(progress)
-                if stop and not is_last:
-                    raise KeyboardInterrupt
-        if self._leads:
-            self._score_best()
-        if devices.processes() > 1:
-            dist.barrier()
-        return checkpoint.read(self._folder / "best")
+        drawn = draw(self._at.done, self._steps)
+        while True:
+            try:
+                with self._interrupting(stop):
+                    batch = next(drawn, None)
+            except KeyboardInterrupt:
+                self._save_last()
+                raise
+            if batch is None:
+                return
+            yield batch
+
+    def _keep(
+        self,
+        progress: Progress,
+        judged: tuple[Validated, float] | None,
+        report: Callable[[Progress], None],
+        *,
+        saves: bool = False,
+    ) -> None:
+        """Log a step and, after a validation or where it ``saves``, save it.
+
+        The log comes first: a continued run cuts rows behind its checkpoint, but cannot know what is
+        missing.
+        """
+        self._log.write(progress.row())
+        if judged or saves:
+            self._log.sync()
+            self._save_last()
+        if self._events is not None:
+            self._events.write(progress.step, progress.tags())
+            if judged:
+                sheet = self._sheet(progress.step)
+                if sheet.is_file():
+                    self._events.write_sheet(progress.step, sheet)
+                self._events.flush()
+        report(progress)
+        if judged:
+            self._write_report(Status.RUNNING)
+
+    def _progress(self, losses: dict[str, float], judged: tuple[Validated, float] | None) -> Progress:
+        validated, seconds = judged or (None, None)
+        if not self._parts.split.validation:
+            validated = None
+        names = [name for name, _ in self._classes]
+        dice: tuple[float, ...] = validated.class_dice if validated else ()
+        return Progress(
+            self._at.done,
+            self._steps,
+            losses,
+            validated.loss if validated else None,
+            validated.dice if validated else None,
+            time.perf_counter() - self._clock,
+            {name: optimizer.param_groups[0]["lr"] for name, optimizer in self._state.optimizers.items()},
+            {name: dice[i] if dice else None for i, name in enumerate(names)},
+            seconds,
+            self._at.waited,
+        )
 
     def _step(self, batch: Batch) -> dict[str, float]:
         set_rates(self._state.optimizers, self._schedule.rate(batch.step, batch.steps))
@@ -243,41 +443,35 @@ class _Trainer:
         pools = {name: warp(pool, None)[0] for name, pool in batch.pools.items()}
         return dataclasses.replace(batch, images=images, labels=labels, pools=pools)
 
-    def _validate_and_keep_best(self, step: int, lowest: float) -> tuple[Validated, float]:
-        """Validate the networks as they would ship; return the lowest value of `_rank` so far."""
+    def _validate(self) -> tuple[Validated, float]:
+        """Validate the networks as they would ship; keep them if they are the best so far.
+
+        Returns
+        -------
+        The scores, and the seconds that it took.
+        """
+        began, step = time.perf_counter(), self._at.done
         buffers = [b for module in self._state.modules.values() for b in module.buffers()]
         kept = [buffer.clone() for buffer in buffers]
-        hook(self._method, "settle")(self._state, self._parts)
-        validated = self._validate(step)
-        if (value := self._rank(validated, step)) < lowest:
-            lowest = value
-            known = validated.loss if self._parts.split.validation else None
-            self._save("best", step, validation_loss=known)
-        for buffer, before in zip(buffers, kept, strict=True):
-            buffer.copy_(before)
-        return validated, lowest
+        try:
+            hook(self._method, "settle")(self._state, self._parts)
+            validated = self._judge.validate(self._sheet(step) if self._leaves_sheet(step) else None)
+            value = self._rank(validated, step)
+            if value < self._at.lowest:
+                known = validated.loss if self._parts.split.validation else None
+                self._save("best", validation_loss=known)
+        finally:
+            for buffer, before in zip(buffers, kept, strict=True):
+                buffer.copy_(before)
+        if value < self._at.lowest:
+            self._at.lowest, self._at.best, self._at.waited = value, step, 0
+        elif self._at.best:  # before that, no checkpoint was one that may be best
+            self._at.waited += 1
+        self._at.due = False
+        return validated, time.perf_counter() - began
 
-    def _validate(self, step: int) -> Validated:
-        """Judge the networks by the validation images; leave a sheet of samples."""
-        if not self._parts.split.validation:
-            return Validated(math.nan, math.nan, math.nan)  # the last checkpoint counts
-        losses, confusion = [], Confusion(len(self._classes))
-        rows: list[preview.Row] = []
-        for images, labels, truth in self._whole_images(self._parts.split.validation):
-            loss, batch_labels = self._method.validate(self._state, images, labels)
-            losses.append(loss)
-            predicted = _cut(batch_labels, truth)
-            confusion.add(predicted, truth)
-            if len(rows) < SHEET_ROWS and self._leaves_sheet(step):
-                rows.append(self._sheet_row(images, truth, predicted))
-        if rows:
-            folder = self._folder / "samples"
-            folder.mkdir(parents=True, exist_ok=True)
-            preview.sheet(rows).save(folder / f"step-{step:06d}.png")
-        dice, jaccard = confusion.dice(), confusion.jaccard()[1:]
-        if not np.isfinite(jaccard).any():
-            jaccard = np.zeros(1)
-        return Validated(float(np.mean(losses)), float(np.nanmean(dice)), float(np.nanmean(jaccard)))
+    def _sheet(self, step: int) -> Path:
+        return self._folder / "samples" / f"step-{step:06d}.png"
 
     def _leaves_sheet(self, step: int) -> bool:
         """Whether to leave a sheet: at every validation; of hundreds of epochs, about `MAX_SHEETS`."""
@@ -285,21 +479,6 @@ class _Trainer:
         if schedule.validate_every or not schedule.epochs or step == self._steps:
             return True
         return schedule.epochs_passed(step, self._images) % math.ceil(schedule.epochs / MAX_SHEETS) == 0
-
-    def _sheet_row(self, images: Tensor, truth: np.ndarray, predicted: np.ndarray) -> preview.Row:
-        colors = [color for _, color in self._classes]
-
-        def first(maps: Tensor) -> np.ndarray:
-            return np.moveaxis(_cut(maps, truth), 0, -1)
-
-        own = {
-            "image": first(images),
-            "true": preview.colored(truth, colors),
-            "predicted": preview.colored(predicted, colors),
-        }
-        painted = hook(self._method, "paint")(self._state, images)
-        assert not own.keys() & painted.keys(), "a method paints over the sheet's own columns"
-        return {**own, **{name: first(maps) for name, maps in painted.items()}}
 
     def _rank(self, validated: Validated, step: int) -> float:
         """Return the value of which the best checkpoint has the lowest; inf where this one may not be best."""
@@ -311,74 +490,96 @@ class _Trainer:
             return -step
         return -(validated.dice if self._schedule.select == "dice" else validated.jaccard)
 
-    def _whole_images(self, indices: Sequence[int]) -> Iterator[tuple[Tensor, Tensor, np.ndarray]]:
-        for images, labels, truth in batches.whole_images(
-            self._parts, indices, self._recipe.augmentation, self._align_px
-        ):
-            yield images.to(self._device), labels.to(self._device), truth
+    def _save_last(self) -> None:
+        """Save the newest step, unless that is saved already."""
+        at = self._at
+        if not self._leads or self._saved == (at.done, at.due):
+            return
+        self._save(
+            "last",
+            lowest=at.lowest if math.isfinite(at.lowest) else None,
+            best=at.best,
+            waited=at.waited,
+            due=at.due,
+            seconds=time.perf_counter() - self._clock,
+        )
+        self._saved = at.done, at.due
 
-    def _save(self, name: str, step: int, **record: Any) -> None:
+    def _save(self, name: str, **record: Any) -> None:
         saved = Checkpoint(
             self._recipe.method,
             dataclasses.asdict(self._recipe.config),
             list(self._classes),
             self._channels,
             self._recipe.mpp,
-            step,
+            self._at.done,
             {**self._record, **record},
         )
         checkpoint.save(self._folder / name, saved, self._state, optimizers=name == "last")
 
-    def _resume(self, start_run: Path | None) -> tuple[int, float, float]:
-        """Return the step to continue from, the lowest value of `_rank` so far, and the seconds.
-
-        A new run takes the weights of ``start_run``.
-        """
-        if start_run is not None:
-            self._record["start"] = to_jsonable(checkpoint.start_from(start_run, self._state))
+    def _resume(self, start: Path | None) -> tuple[_Position, tuple[str, ...]]:
+        """Return where to continue from, and what a person should know; a new run takes the weights of ``start``."""
+        notes: tuple[str, ...] = ()
+        if start is not None:
+            taken = checkpoint.start_from(start, self._state, self._recipe.method)
+            self._record["start"] = to_jsonable(taken)
+            notes = taken.lines()
         last = self._folder / "last"
         if not (last / "checkpoint.safetensors").exists():
-            return 0, math.inf, 0.0
+            return _Position(), notes
         before = checkpoint.read(last)
-        if before.record.get("start", {}).get("sha256") != self._record.get("start", {}).get("sha256"):
-            raise CheckpointError(
-                f"{last}: holds a run that started from other weights; "
-                "give --out a new folder, or name what that run started from"
-            )
-        for name in ("recipe", "data_sha256"):
-            if before.record[name] != self._record[name]:
-                raise CheckpointError(
-                    f"{last}: holds a run with another {name.split('_')[0]}; "
-                    "give --out a new folder, or repeat the options of that run"
-                )
+        notes = check_continuation(self._folder, before, self._recipe, self._record, self._method, self._images)
         checkpoint.load(last, self._state)
-        return before.step, before.record["lowest"], before.record["seconds"]
+        record = before.record
+        lowest = record["lowest"]
+        best = record.get("best")
+        if best is None:  # written by an older version
+            best = checkpoint.read(self._folder / "best").step if (self._folder / "best").is_dir() else 0
+        return _Position(
+            before.step,
+            math.inf if lowest is None else lowest,
+            best,
+            record.get("waited", 0),
+            record.get("due", False),
+            record["seconds"],
+        ), notes
+
+    def _make_plan(self, notes: tuple[str, ...]) -> Plan:
+        return make_plan(
+            self._recipe,
+            self._parts,
+            self._classes,
+            self._state,
+            self._counted,
+            division=self._division,
+            machine=machine_text(self._record, str(self._device)),
+            start=self._at.done,
+            steps=self._steps,
+            weights=self._weights,
+            notes=notes,
+        )
 
     def _score_best(self) -> None:
         """Score the best checkpoint on the validation and the test images."""
-        best = checkpoint.load(self._folder / "best", self._state)
-        hook(self._method, "finish")(self._state, self._parts)
-        scores = {}
-        split = self._parts.split
-        for name, indices in (("validation", split.validation), ("test", split.test)):
-            counts = PerImage(len(self._classes))
-            for images, labels, truth in self._whole_images(indices):
-                counts.add(_cut(self._method.validate(self._state, images, labels)[1], truth), truth)
-            if indices:
-                scores[name] = {
-                    "images": len(indices),
-                    "pixel_accuracy": counts.reduce(Confusion.accuracy, "pooled"),
-                    "f_score": counts.reduce(Confusion.dice, "pooled").tolist(),
-                    "dice_per_image": counts.reduce(Confusion.dice, "per_image_mean").tolist(),
-                }
-        scored = dataclasses.replace(best, record={**best.record, "scores": scores})
-        checkpoint.save(self._folder / "best", scored, self._state, optimizers=False)
+        best = checkpoint.read(self._folder / "best")
+        if "scores" not in best.record:
+            checkpoint.load(self._folder / "best", self._state)
+            hook(self._method, "finish")(self._state, self._parts)
+            scored = dataclasses.replace(best, record={**best.record, "scores": self._judge.scores()})
+            checkpoint.save(self._folder / "best", scored, self._state, optimizers=False)
 
-
-def _cut(maps: Tensor, truth: np.ndarray) -> np.ndarray:
-    """Return the first map (..., H, W) of a batch, without what was mirrored beyond the labels."""
-    height, width = truth.shape
-    return maps[0, ..., :height, :width].cpu().numpy()
+    def _write_report(self, status: Status) -> None:
+        if self._leads and self._at.done:
+            write_report(
+                self._folder,
+                status,
+                self._plan,
+                self._log.columns,
+                self._record,
+                classes=self._classes,
+                best=self._at.best,
+                patience=(self._at.waited, self._schedule.patience),
+            )
 
 
 def _numbered_classes(count: int) -> Classes:
@@ -389,60 +590,3 @@ def _machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()}, {torch.get_num_threads()} threads"
-
-
-@contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """Turn the first SIGINT or SIGTERM into a flag; a second one stops at once."""
-    stopped = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopped
-        return
-
-    def handle(*_: object) -> None:
-        if stopped.is_set():
-            raise KeyboardInterrupt
-        stopped.set()
-
-    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stopped
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class _Log:
-    """Appends progress to a CSV file, whose rows after the checkpoint of a continued run are cut."""
-
-    def __init__(self, path: Path, start: int, *, writes: bool) -> None:
-        self._file: TextIO | None = None
-        if not writes:
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rows = []
-        if start and path.exists():
-            with path.open(newline="") as file:
-                rows = [r for r in csv.reader(file) if r[0] == "step" or int(r[0]) <= start]
-        self._file = path.open("w", newline="")
-        self._writer = csv.writer(self._file)
-        self._writer.writerows(rows)
-        self._has_header = bool(rows)
-
-    def __enter__(self) -> _Log:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file:
-            self._file.close()
-
-    def write(self, progress: Progress) -> None:
-        if not self._file:
-            return
-        if not self._has_header:
-            self._writer.writerow(["step", "seconds", *progress.losses, "validation_loss", "validation_dice"])
-            self._has_header = True
-        values = (*progress.losses.values(), progress.validation_loss, progress.validation_dice)
-        texts = ["" if v is None else f"{v:.6f}" for v in values]
-        self._writer.writerow([progress.step, f"{progress.seconds:.1f}", *texts])
-        self._file.flush()

@@ -15,8 +15,8 @@ from histostream.training.data import IGNORED
 EPSILON = 1e-7  # least probability whose logarithm is taken
 
 
-def cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of the annotated pixels of label maps; 0 where there is none.
+def cross_entropy(scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy of the annotated pixels of label maps, weighted by class; 0 where there is none.
 
     The same as ``torch.nn.functional.cross_entropy``, which for maps has no deterministic
     implementation on GPUs and is refused by ``torch.use_deterministic_algorithms``.
@@ -27,9 +27,11 @@ def cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
         (N, K, H, W), before the softmax.
     labels
         (N, H, W) int64, 0..K-1 or `IGNORED`.
+    weights
+        (K,) of the classes; None: all are 1.
     """
     each = -(one_hot(labels, scores.shape[1]) * F.log_softmax(scores, dim=1)).sum(dim=1)
-    return annotated_mean(each[:, None], labels)
+    return annotated_mean(each[:, None], labels, weights)
 
 
 def known(labels: Tensor) -> Tensor:
@@ -37,10 +39,17 @@ def known(labels: Tensor) -> Tensor:
     return (labels != IGNORED)[:, None].to(torch.float32)
 
 
-def annotated_mean(values: Tensor, labels: Tensor) -> Tensor:
-    """Mean of values (N, C, H, W) over the annotated pixels of labels (N, H, W); 0 where there is none."""
+def annotated_mean(values: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean of values (N, C, H, W) over the annotated pixels of labels (N, H, W); 0 where there is none.
+
+    With ``weights``, (K,), each pixel has the weight of its class, and the sum is divided by that of
+    the weights.
+    """
     here = known(labels)
-    return (values * here).mean() * (labels.numel() / here.sum().clamp(min=1))
+    if weights is None:
+        return (values * here).mean() * (labels.numel() / here.sum().clamp(min=1))
+    here = here * weights[labels.clamp(max=len(weights) - 1)][:, None]
+    return (values * here).mean() * (labels.numel() / here.sum().clamp(min=EPSILON))
 
 
 def soft_dice(probability: Tensor, truth: Tensor, *, smooth: float = 1.0) -> Tensor:

@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from histostream.training.augment import object_zoom
 from histostream.training.batches import Parts, typical_object_px
+from histostream.training.class_weights import ClassWeightsError
 from histostream.training.data import (
     IGNORED,
     MIN_PX,
@@ -47,8 +48,12 @@ def check_settings(method_name: str, method: ModuleType, configs: tuple[str, ...
     ------
     RecipeError
         As `read_recipe`, but for an unknown resolution; or if the networks do not take the crops.
+    ClassWeightsError
+        If the method takes no class weights.
     """
-    check_crops(read_recipe(method_name, method, configs, settings, own_mpp=1.0), method)
+    recipe = read_recipe(method_name, method, configs, settings, own_mpp=1.0)
+    check_crops(recipe, method)
+    check_class_weights(recipe, method)
 
 
 def check_resolution(data: DataSet, mpp: float) -> None:
@@ -94,6 +99,7 @@ def check_run(recipe: Recipe, method: ModuleType, data: DataSet, parts: Parts) -
         If images or labels do not.
     """
     check_crops(recipe, method)
+    check_class_weights(recipe, method)
     if recipe.augmentation.object_px and np.isnan(typical_object_px(parts.samples)):
         raise RecipeError(
             f"augmentation.object_px={recipe.augmentation.object_px:g}: the data has no objects (labels_instance/) "
@@ -125,6 +131,18 @@ def check_crops(recipe: Recipe, method: ModuleType) -> None:
     side = recipe.schedule.crop_px
     if side and (problem := _problem(recipe, method, side, side)):
         raise RecipeError(f"schedule.crop_px={side}: {problem}")
+
+
+def check_class_weights(recipe: Recipe, method: ModuleType) -> None:
+    """Refuse class weights where the losses of the method do not weigh pixels.
+
+    Raises
+    ------
+    ClassWeightsError
+        If they do not; the message says why.
+    """
+    if recipe.class_weights and (cause := hook(method, "takes_class_weights")(recipe.config)):
+        raise ClassWeightsError(f"class_weights: {recipe.method} does not take them: {cause}")
 
 
 def _problem(recipe: Recipe, method: ModuleType, height: int, width: int) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from histostream.training.data import IGNORED
+from histostream.wsi.files import whole_file
 
 MAX_SIDE_PX = 256  # larger images are cut
 GAP_PX = 4
@@ -23,6 +25,13 @@ def colored(labels: NDArray[np.integer], colors: Sequence[tuple[int, int, int]])
     palette = np.full((IGNORED + 1, 3), 128, np.uint8)
     palette[: len(colors)] = colors
     return palette[np.asarray(labels, np.int64)]
+
+
+def write(path: Path, rows: Sequence[Row]) -> None:
+    """Write a `sheet` as PNG, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary:
+        sheet(rows).save(temporary, "PNG")
 
 
 def sheet(rows: Sequence[Row]) -> Image.Image:

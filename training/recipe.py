@@ -12,12 +12,13 @@ from typing import Any
 from histostream.training import methods
 from histostream.training.augment import Augmentation
 from histostream.training.checks import Range, check_values, field_types, plain_type, shown
+from histostream.training.class_weights import ClassWeights, read_class_weights
 from histostream.training.data import IGNORED, Classes
 from histostream.training.schedule import Schedule
 from histostream.wsi.errors import HistoError, reason
 
 MPP = Range(1e-4, 1e5)  # um per pixel, from electron micrographs to whole organs
-KEYS = ("mpp", "method", "schedule", "augmentation", "classes")
+KEYS = ("mpp", "method", "schedule", "augmentation", "classes", "class_weights")
 
 
 class RecipeError(HistoError, ValueError):
@@ -41,6 +42,9 @@ class Recipe:
         resized to it first. (Without one, that of the pixels after any zoom.)
     classes
         (name, (r, g, b)) of each class; empty: the data set's own, or named by number.
+    class_weights
+        Weights of the classes in a loss per pixel: "balanced", or (name or number, weight) of those
+        whose weight is not 1; "": all alike.
     """
 
     method: str
@@ -49,6 +53,7 @@ class Recipe:
     schedule: Schedule = field(default_factory=Schedule)
     augmentation: Augmentation = field(default_factory=Augmentation)
     classes: Classes = ()
+    class_weights: ClassWeights = ""
 
 
 def read_recipe(
@@ -101,6 +106,7 @@ def read_recipe(
         schedule=_fill(Schedule, tables.get("schedule", {}), "schedule"),
         augmentation=_fill(Augmentation, tables.get("augmentation", {}), "augmentation"),
         classes=_classes(tables.get("classes", [])),
+        class_weights=read_class_weights(tables.get("class_weights", "")),
     )
 
 

@@ -37,6 +37,8 @@ class Schedule:
         The checkpoint that is kept as best: the one with the lowest validation "loss", with the
         highest mean "dice" of the classes or mean "jaccard" of all classes but the first (the
         ground) on the validation images, or the "last".
+    patience
+        The run ends after so many validations without a better checkpoint; 0: it takes all its steps.
     validation, test
         Shares of the images held back for choosing the checkpoint, and for the final score. With
         ``select="last"`` a validation share of 0 holds none back; else one group is, at least.
@@ -63,6 +65,7 @@ class Schedule:
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     validate_every: Annotated[int, Range(0, WHOLE)] = 0
     select: Literal["loss", "dice", "jaccard", "last"] = "loss"
+    patience: Annotated[int, Range(0, WHOLE)] = 0
     validation: Decaying = 0.2
     test: Decaying = 0.0
     labelled: Annotated[float, Range(0, 1, above=True)] = 1.0
@@ -74,6 +77,11 @@ class Schedule:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.patience and self.select == "last":
+            raise ValueError(
+                f'patience={self.patience}: with select="last" no checkpoint is better than a later one; '
+                'set select="loss", "dice" or "jaccard", or patience=0'
+            )
         if self.validation + self.test >= 1:
             raise ValueError(f"test={self.test}: with validation={self.validation} nothing is left to train on")
         if self.folds and self.fold >= self.folds:

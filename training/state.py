@@ -23,12 +23,16 @@ class State:
     needed
         The modules that the deployed graph is made of; a checkpoint that is only to be exported
         may leave out the others.
+    class_weights
+        (K,) float32 weights of the classes in a loss per pixel, on the device; None: all alike. The
+        loop sets them, for methods that take them.
     """
 
     config: Any
     modules: dict[str, nn.Module]
     optimizers: dict[str, Optimizer]
     needed: tuple[str, ...] = ("generator",)
+    class_weights: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,9 @@ from statistics import median
 from histostream.runtime.outcome import DAMAGED, DONE, FAILED, LOCKED, NOT_BEGUN, STOPPED, UNCHANGED, Outcome
 from histostream.runtime.report import REPORT
 from histostream.runtime.report.distribution import FLOOR, Distribution, distribution
-from histostream.runtime.report.page import css_color, render
 from histostream.runtime.report.picture import THUMBNAIL_PX, Picture, read_picture
 from histostream.wsi.outputs.sinks.summary import ClassSummary, SummaryRecord
+from histostream.wsi.report.page import css_color, render
 
 WORST_FIRST = (FAILED, DAMAGED, STOPPED, LOCKED, NOT_BEGUN, DONE, UNCHANGED)
 WELL = (DONE, UNCHANGED)
@@ -78,6 +78,7 @@ class CohortReport:
         times = [1 / rate for rate in rates]  # seconds per Mpx
         troubles = [(name, o) for name, o in ordered if o.status not in WELL or o.damaged_blocks]
         return render(
+            __package__,
             "cohort.html",
             css_class=lambda status: status.replace(" ", "-") if status in WORST_FIRST else FAILED,
             share_bar=share_bar,

@@ -11,12 +11,13 @@ from typing import Any
 from histostream.runtime.choices import PRECISIONS
 from histostream.runtime.options import Options
 from histostream.runtime.record import RunRecord
-from histostream.runtime.report.json_view import JsonView
-from histostream.runtime.report.page import read_file, render
 from histostream.runtime.report.picture import PICTURE_PX, Picture, read_picture
-from histostream.wsi.outputs.sinks.overview import BACKGROUND, scale_bar
+from histostream.wsi.outputs.label_rows import background_label
+from histostream.wsi.outputs.sinks.overview import scale_bar
 from histostream.wsi.outputs.sinks.summary import SummaryRecord
 from histostream.wsi.records import to_json
+from histostream.wsi.report.json_view import JsonView
+from histostream.wsi.report.page import read_file, render
 
 MAX_BOXES = 40  # damaged regions that are listed
 MAX_OUTLINED = 4000  # damaged regions that are outlined in the picture
@@ -73,9 +74,11 @@ def slide_report(run: RunRecord, summary: SummaryRecord, overview: Path) -> str:
     """
     texts = _texts()
     picture = read_picture(overview, summary.width_px or 0, summary.height_px or 0, PICTURE_PX)
-    painted = [entry for entry in summary.classes if entry.name != BACKGROUND]
+    background = background_label(summary.classes)
+    painted = [entry for label, entry in enumerate(summary.classes) if label != background]
     precision = run.model.engine.rpartition(" ")[2]  # the name of an engine ends with its precision
     return render(
+        __package__,
         "slide.html",
         run=run,
         options=to_json(run.options),
@@ -100,7 +103,7 @@ def slide_report(run: RunRecord, summary: SummaryRecord, overview: Path) -> str:
 
 @functools.cache
 def _texts() -> dict[str, dict[str, Any]]:
-    return tomllib.loads(read_file("texts.toml"))
+    return tomllib.loads(read_file(__package__, "texts.toml"))
 
 
 def _scale_bar(picture: Picture | None, summary: SummaryRecord) -> tuple[float, str] | None:

@@ -188,7 +188,7 @@ def test_the_generator_learns_to_pass_the_target_for_source(
         learning_rate=1e-4,
         discriminator_learning_rate=STILL,
     )
-    monkeypatch.setattr(apma_net, "segmentation_loss", lambda config, s, labels: 0 * s.sum())
+    monkeypatch.setattr(apma_net, "segmentation_loss", lambda config, s, labels, weights: 0 * s.sum())
     if slip:
 
         def equation_4(target: torch.Tensor) -> torch.Tensor:

@@ -122,29 +122,6 @@ def test_kill_9_and_the_same_command_again_give_the_unbroken_run(
 
 @pytest.mark.full
 @pytest.mark.xdist_group("running")
-def test_ctrl_c_saves_the_step_in_hand(nuclei_folder: Path, unbroken: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    words = command(nuclei_folder, run, "--set", "schedule.validate_every=1000")
-    wanted = command(nuclei_folder, tmp_path / "wanted", "--set", "schedule.validate_every=1000")
-    child = start(words)
-    wait_for(run / "log.csv", child)
-    while not (run / "log.csv").read_text().count("\n") >= 3:
-        assert child.poll() is None
-        time.sleep(0.01)
-    child.send_signal(signal.SIGINT)
-    error = child.communicate()[1]
-    if child.returncode == 0:
-        pytest.skip("the run was over before the signal came")
-    assert child.returncode == 130, error
-    assert "goes on where it was" in error
-    assert 2 <= checkpoint.read(run / "last").step < STEPS
-    finish(words)
-    finish(wanted)
-    assert same(run, tmp_path / "wanted")
-
-
-@pytest.mark.full
-@pytest.mark.xdist_group("running")
 def test_two_processes_train_as_one(nuclei_folder: Path, tmp_path: Path) -> None:
     """Each takes half of the crops of a batch; without dropout the weights are those of one."""
     more = ("--set", "method.dropout=0", "--set", "method.learning_rate=1e-3")

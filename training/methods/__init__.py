@@ -43,6 +43,12 @@ and may offer (`hook` gives the default of what is missing)
 ``paint(state, images) -> {name: images}``
     Further columns, (N, C, H, W) uint8, of the sample sheets of a run, whose own columns are
     ``image``, ``true`` and ``predicted``; default none.
+``takes_class_weights(config) -> str``
+    "" if the losses weigh pixels by ``state.class_weights``, else why they do not, for a message
+    that ends with what to set; default: they do not.
+``can_extend(config, done, steps, more) -> str``
+    "" if a run of so many ``steps``, of which some are ``done``, can go on to ``more`` of them, else
+    why not; default: it can. For methods whose steps depend on the number of all steps.
 ``explained(state) -> nn.Module``, ``EXPLAINED_BY``
     A second graph that can be exported, and the names of the modules that it needs; no default.
 """
@@ -76,6 +82,8 @@ DEFAULTS: dict[str, Callable[..., Any]] = {
     "eligible": lambda config, done, steps: True,
     "finish": lambda state, parts: None,
     "paint": lambda state, images: {},
+    "takes_class_weights": lambda config: "the method does not weigh pixels by their class",
+    "can_extend": lambda config, done, steps, more: "",
 }
 
 

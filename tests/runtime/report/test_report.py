@@ -31,8 +31,6 @@ from histostream.runtime.outcome import Outcome
 from histostream.runtime.record import RunRecord, card_record, read_run, read_summary
 from histostream.runtime.report.cohort import MAX_PICTURES, WORST_FIRST, CohortReport, share_bar
 from histostream.runtime.report.distribution import distribution
-from histostream.runtime.report.figures import duration, figure, percent, size
-from histostream.runtime.report.json_view import JsonView
 from histostream.runtime.report.picture import PICTURE_PX, read_picture
 from histostream.runtime.report.slide import slide_report
 from histostream.runtime.result import SlideResult
@@ -43,6 +41,8 @@ from histostream.wsi.outputs.label_rows import ClassInfo, SlideInfo
 from histostream.wsi.outputs.sinks.overview import Overview
 from histostream.wsi.outputs.sinks.summary import SummaryRecord
 from histostream.wsi.records import from_json, to_json
+from histostream.wsi.report.figures import duration, figure, percent, size
+from histostream.wsi.report.json_view import JsonView
 from tests.runtime.conftest import CARD, IdentityEngine, random_pixels, write_slide
 from tests.runtime.test_damage import damage, write_compressed
 

@@ -163,6 +163,20 @@ def pools(config: Config) -> tuple[str, ...]:
     return (TARGET,) if config.adapts or scale else ()
 
 
+def takes_class_weights(config: Config) -> str:
+    """Return "" if the loss is the cross-entropy of pixels, else why it takes no class weights."""
+    if config.seg_loss == "cross_entropy":
+        return ""
+    return 'the Dice loss is the mean of the classes already: set method.seg_loss="cross_entropy"'
+
+
+def can_extend(config: Config, done: int, steps: int, more: int) -> str:
+    """Return "" if a run can get more steps, else why not: its phase on the source alone is a share of them."""
+    if not config.adapts or done <= _first_joint_step(config, steps) or done >= _first_joint_step(config, more):
+        return ""
+    return "the steps on the source alone are a share of all steps, and would begin again"
+
+
 class DomainScale(nn.Module):
     """Grey levels to [0, 1] by minimum and maximum: of each image, or of all images of a domain.
 
@@ -256,10 +270,13 @@ def before_step(state: State, parts: Parts, step: int, steps: int) -> None:
 # ----------------------------------------------------------------------------- losses
 
 
-def segmentation_loss(config: Config, scores: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean cross-entropy of the annotated pixels (equation 1), or 1 - their mean soft Dice."""
+def segmentation_loss(config: Config, scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return the mean cross-entropy of the annotated pixels (equation 1), or 1 - their mean soft Dice.
+
+    ``weights``, (K,), are of the classes in the cross-entropy.
+    """
     if config.seg_loss == "cross_entropy":
-        return cross_entropy(scores, labels)
+        return cross_entropy(scores, labels, weights)
     truth = one_hot(labels, scores.shape[1])
     return 1 - soft_dice(scores.softmax(dim=1) * known(labels), truth, smooth=0.0).mean()
 
@@ -321,7 +338,7 @@ def step(state: State, batch: Batch) -> dict[str, Tensor]:
         _check_crops(config, batch)
     x = state.modules["scale"](batch.images, "source")
     maps = state.modules["generator"](x)
-    segmentation = segmentation_loss(config, maps[0], batch.labels)
+    segmentation = segmentation_loss(config, maps[0], batch.labels, state.class_weights)
     losses = {"segmentation": segmentation}
     if config.adapts and batch.step >= _first_joint_step(config, batch.steps):
         losses |= _step_jointly(state, batch, x, maps, segmentation)
@@ -439,7 +456,7 @@ def validate(state: State, images: Tensor, labels: Tensor) -> tuple[float, Tenso
     x = state.modules["scale"](images, state.config.validation_domain)
     with evaluating(state.modules["generator"]):
         scores = state.modules["generator"](x)[0]
-    return float(segmentation_loss(state.config, scores, labels)), scores.argmax(dim=1)
+    return float(segmentation_loss(state.config, scores, labels, state.class_weights)), scores.argmax(dim=1)
 
 
 @torch.no_grad()
@@ -464,9 +481,9 @@ class Deployed(TileModel):
         self.domain = domain
 
     def scores(self, images: Tensor) -> Tensor:
-        """Return 255 times the probability of each class."""
+        """Return the probability of each class."""
         logits: Tensor = self.generator(self.scale(images, self.domain))[0]
-        return logits.softmax(dim=1) * 255
+        return logits.softmax(dim=1)
 
 
 def deployed(state: State) -> nn.Module:

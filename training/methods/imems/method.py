@@ -99,6 +99,15 @@ def align_px(config: Config) -> int:
     return max(1 << config.depth, 16 if config.adversarial else 1)
 
 
+def takes_class_weights(config: Config) -> str:
+    """Return "" if the loss is a cross-entropy of pixels, else why it takes no class weights."""
+    if config.second_task != "none" or _label_loss(config) == "cross_entropy":
+        return ""
+    if config.target == "embedding":
+        return 'it paints an image of the classes by L1: set method.target="labels"'
+    return 'its loss is L1: set method.label_loss="cross_entropy"'
+
+
 def least_px(config: Config) -> int:
     """Return the smallest side of an image."""
     # Instance normalisation needs two pixels of the coarsest map, pix2pix's discriminator 24 px.
@@ -213,9 +222,9 @@ def step(state: State, batch: Batch) -> dict[str, Tensor]:
     output = generator(x)
     losses: dict[str, Tensor] = {}
     if config.second_task != "none":
-        total, losses = _joint_loss(config, output, x, batch.labels)
+        total, losses = _joint_loss(state, output, x, batch.labels)
     else:
-        name, loss = _painting_loss(config, output, batch.images, batch.labels)
+        name, loss = _painting_loss(state, output, batch.images, batch.labels)
         total = loss if name == "cross_entropy" else config.l1_weight * loss
         if config.adversarial:
             # Where there is no label, D sees 0 in both.
@@ -229,11 +238,12 @@ def step(state: State, batch: Batch) -> dict[str, Tensor]:
     return {name: loss.detach() for name, loss in losses.items()}
 
 
-def _joint_loss(config: Config, output: TwoTasks, x: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def _joint_loss(state: State, output: TwoTasks, x: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted sum of the losses of both tasks, and each without its weight."""
+    config: Config = state.config
     scores, image, encoded, decoded = output
     share = config.segmentation_weight
-    losses = {"cross_entropy": cross_entropy(scores, labels), "image": F.mse_loss(image, x)}
+    losses = {"cross_entropy": cross_entropy(scores, labels, state.class_weights), "image": F.mse_loss(image, x)}
     total = share * losses["cross_entropy"] + (1 - share) * losses["image"]
     if config.second_task == "image+features":
         levels = [F.mse_loss(e, d) for e, d in zip(encoded, decoded, strict=True)]
@@ -271,12 +281,19 @@ def _painted(config: Config, output: Tensor) -> Tensor:
     return output if config.target == "embedding" else output.softmax(dim=1)
 
 
-def _painting_loss(config: Config, output: Tensor, images: Tensor, labels: Tensor) -> tuple[str, Tensor]:
-    """Name and value of the supervised loss."""
+def _label_loss(config: Config) -> str:
+    """Return the name of the supervised loss of a single task, "l1" or "cross_entropy"."""
+    if config.target == "embedding":
+        return "l1"
     beside_d = "l1" if config.adversarial else "cross_entropy"
-    label_loss = beside_d if config.label_loss == "auto" else config.label_loss
-    if config.target == "labels" and label_loss == "cross_entropy":
-        return "cross_entropy", cross_entropy(output, labels)
+    return beside_d if config.label_loss == "auto" else config.label_loss
+
+
+def _painting_loss(state: State, output: Tensor, images: Tensor, labels: Tensor) -> tuple[str, Tensor]:
+    """Name and value of the supervised loss."""
+    config: Config = state.config
+    if _label_loss(config) == "cross_entropy":
+        return "cross_entropy", cross_entropy(output, labels, state.class_weights)
     wanted = _target_maps(config, images, labels, output.shape[1])
     return "l1", annotated_mean((_painted(config, output) - wanted).abs(), labels)
 
@@ -292,8 +309,8 @@ def validate(state: State, images: Tensor, labels: Tensor) -> tuple[float, Tenso
     with evaluating(state.modules["generator"]):
         output = state.modules["generator"](x)
     if state.config.second_task != "none":
-        return float(_joint_loss(state.config, output, x, labels)[0]), output[0].argmax(dim=1)
-    loss = _painting_loss(state.config, output, images, labels)[1]
+        return float(_joint_loss(state, output, x, labels)[0]), output[0].argmax(dim=1)
+    loss = _painting_loss(state, output, images, labels)[1]
     return float(loss), output.argmax(dim=1)
 
 
@@ -317,7 +334,7 @@ def paint(state: State, images: Tensor) -> dict[str, Tensor]:
 
 
 class Deployed(TileModel):
-    """The generator behind the tile contract; of an embedding, the scores are its own units, 0..255."""
+    """The generator behind the tile contract; an embedding, 0..255, is divided by 255."""
 
     def __init__(self, generator: nn.Module, *, embedding: bool) -> None:
         super().__init__()
@@ -325,9 +342,9 @@ class Deployed(TileModel):
         self.embedding = embedding
 
     def scores(self, images: Tensor) -> Tensor:
-        """Return the embedding, or 255 times the probability of each class."""
+        """Return the embedding, divided by 255, or the probability of each class."""
         y: Tensor = self.generator(images / HALF_RANGE - 1)
-        return (y + 1) * HALF_RANGE if self.embedding else y.softmax(dim=1) * 255
+        return (y + 1) / 2 if self.embedding else y.softmax(dim=1)
 
 
 def deployed(state: State) -> nn.Module:

@@ -276,6 +276,19 @@ def pools(config: Config) -> tuple[str, ...]:
     return (UNLABELLED,) if config.uses_pool else ()
 
 
+def takes_class_weights(config: Config) -> str:
+    """Return "": they weigh the cross-entropies of the segmenters."""
+    return ""
+
+
+def can_extend(config: Config, done: int, steps: int, more: int) -> str:
+    """Return "" if a run can get more steps, else why not: its levels are shares of them."""
+    before, after = phase_at(config, done - 1, steps), phase_at(config, done, more)
+    if before.level == after.level and not after.first:
+        return ""
+    return "its levels are shares of all steps, and a level that is finished would begin again"
+
+
 # ----------------------------------------------------------------------------- the run
 
 
@@ -879,8 +892,8 @@ def _step_segmenter(
     ``scores`` are those of S_n; ``painted`` is xt_N to xt_n, coarsest first.
     """
     config: Config = state.config
-    n = phase.level
-    losses = {"segmentation": cross_entropy(scores[: level_batch.labelled], level_batch.truth)}
+    n, weights = phase.level, state.class_weights
+    losses = {"segmentation": cross_entropy(scores[: level_batch.labelled], level_batch.truth, weights)}
     total = config.lambda_ce * losses["segmentation"]
     if config.judge_segmenter:
         mask = _judged_mask(config, level_batch, scores)
@@ -892,7 +905,7 @@ def _step_segmenter(
         coarser = _segmented_above(state, painted, n)
         with _statistics(state.modules[f"segmenter_{n}"], move=config.painted_statistics):
             painted_scores = _segment(state, n, painted[-1], coarser, config.segmenter_noise)
-        losses["synthetic"] = cross_entropy(painted_scores, level_batch.truth)
+        losses["synthetic"] = cross_entropy(painted_scores, level_batch.truth, weights)
         total = total + config.synthetic_weight * losses["synthetic"]
     if config.lambda_consistency:
         losses["consistency"] = _consistency(state, level_batch)
@@ -944,7 +957,7 @@ def validate(state: State, images: Tensor, labels: Tensor) -> tuple[float, Tenso
     """
     probability = segmenters(state).eval()(to_unit_range(images))
     own = (probability * one_hot(labels, probability.shape[1])).sum(dim=1, keepdim=True).clamp(min=EPSILON)
-    return float(annotated_mean(-own.log(), labels)), probability.argmax(dim=1)
+    return float(annotated_mean(-own.log(), labels, state.class_weights)), probability.argmax(dim=1)
 
 
 @torch.no_grad()
@@ -974,9 +987,9 @@ class Deployed(TileModel):
         self.pyramid = pyramid
 
     def scores(self, images: Tensor) -> Tensor:
-        """Return 255 times the probability of each class."""
+        """Return the probability of each class."""
         probability: Tensor = self.pyramid(images / HALF_RANGE - 1)
-        return probability * 255
+        return probability
 
 
 def deployed(state: State) -> nn.Module:

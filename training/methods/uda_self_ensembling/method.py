@@ -183,6 +183,18 @@ def pools(config: Config) -> tuple[str, ...]:
     return ("target",) if _sees_target(config) or config.self_training else ()
 
 
+def takes_class_weights(config: Config) -> str:
+    """Return why class weights are not taken: the loss is a Dice coefficient."""
+    return "its loss is the Dice coefficient of the nuclei, which does not count the ground: leave them out"
+
+
+def can_extend(config: Config, done: int, steps: int, more: int) -> str:
+    """Return "" if a run can get more steps, else why not: the rounds of self-training are its last steps."""
+    if not config.self_training or done <= steps - steps // 2:
+        return ""
+    return "the rounds of self-training are the last steps of a run, and would begin again"
+
+
 def _sees_target(config: Config) -> bool:
     return config.forward_target or _trains_on_target(config)
 
@@ -603,9 +615,9 @@ class Deployed(TileModel):
         self.register_buffer("std", std.detach().clone()[:, None, None])
 
     def scores(self, images: Tensor) -> Tensor:
-        """Return 255 times the probability of each class."""
+        """Return the probability of each class."""
         logits = self.segmenter((images - self.mean) / self.std)
-        return torch.cat([-logits, logits], dim=1).sigmoid() * 255
+        return torch.cat([-logits, logits], dim=1).sigmoid()
 
 
 def deployed(state: State) -> nn.Module:

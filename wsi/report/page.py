@@ -14,31 +14,35 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from histostream.runtime.report.figures import duration, figure, percent, size
-from histostream.runtime.report.json_view import JsonView
 from histostream.wsi.errors import printable
+from histostream.wsi.report.figures import duration, figure, percent, size
+from histostream.wsi.report.json_view import JsonView
 
 if TYPE_CHECKING:
     import jinja2
 
+OWN = "histostream.wsi.report"
+SHARED = ("page.html", "parts.html")
 
-def render(template: str, **values: Any) -> str:
+
+def render(package: str, template: str, **values: Any) -> str:
     """Return a page as HTML.
 
     Parameters
     ----------
-    template
-        File name of a template in this package.
+    package, template
+        File name of a template, and the package that has it; ``page.html`` and ``parts.html`` of this
+        package can be used in it.
     values
         Everything that the template names; a missing value is an error.
     """
-    style = Markup(read_file("style.css"))
-    return _templates().get_template(template).render(style=style, **values)
+    style = Markup(read_file(OWN, "style.css"))
+    return _templates(package).get_template(template).render(style=style, **values)
 
 
-def read_file(name: str) -> str:
-    """Return the text of a file of this package."""
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+def read_file(package: str, name: str) -> str:
+    """Return the text of a file of a package."""
+    return resources.files(package).joinpath(name).read_text(encoding="utf-8")
 
 
 def css_color(color: Sequence[int]) -> str:
@@ -53,11 +57,11 @@ def link(*names: str) -> str:
 
 
 @functools.cache
-def _templates() -> jinja2.Environment:
+def _templates(package: str) -> jinja2.Environment:
     import jinja2  # takes 37 ms, and is needed only when a slide is finished
 
     environment = jinja2.Environment(
-        loader=jinja2.FunctionLoader(read_file),
+        loader=jinja2.FunctionLoader(lambda name: read_file(OWN if name in SHARED else package, name)),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         finalize=_printable,

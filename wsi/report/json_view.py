@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from histostream.runtime.report.figures import MAX_FIGURE, figure
+from histostream.wsi.report.figures import MAX_FIGURE, figure
 
 
 class JsonView:
@@ -43,6 +43,10 @@ class JsonView:
         """Return the keys and values of the object under a path of keys."""
         value = self.at(*path)._value
         return [(k, JsonView(v)) for k, v in value.items()] if isinstance(value, dict) else []
+
+    def numbers(self) -> list[float | None]:
+        """Return the numbers of a list, None where an entry is no finite number; [] if it is no list."""
+        return [JsonView(v).number() for v in self._value] if isinstance(self._value, list) else []
 
     def shown(self) -> str:
         """Return the value as a page shows it, a list as "a, b"."""
