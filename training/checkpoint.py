@@ -254,7 +254,7 @@ def _differences(header: Checkpoint, state: State, method: str) -> str:
     names = [name for name in header.config if name in own and header.config[name] != own[name]]
     if not names:
         return "start from a run of the same networks"
-    return "start from a run of the same networks, or set " + " ".join(
+    return "start from a run of the same networks, or pass " + " ".join(
         f"--set method.{name}={_toml(header.config[name])}" for name in names
     )
 

@@ -114,7 +114,7 @@ def test_networks_of_another_width_are_refused_with_the_settings_that_fit(
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert "none of its weights fits the networks" in line
-    advised = line.partition("or set ")[2].split()
+    advised = line.partition("or pass ")[2].split()
     assert "method.base_width=4" in advised
     assert not (tmp_path / "run").exists()
     done = call(main, *base, *settings, *wide, *advised, "--out", tmp_path / "run", "--from", first)
