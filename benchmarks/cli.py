@@ -12,12 +12,14 @@ from typing import Any
 
 import click
 
-from histostream.runtime.choices import BACKENDS, PRECISIONS
+from histostream.runtime.choices import BACKENDS, PRECISIONS, RUN_PRECISIONS
 from histostream.wsi.console import one_line_errors
 from histostream.wsi.errors import HistoError
+from histostream.wsi.option_types import CountList, WordList
 
 PATH = click.Path(path_type=Path)
 DEFAULT = "run"
+MEASURED_PRECISIONS = ("auto", *PRECISIONS)  # each with its own graph, whose operations are counted
 
 
 class _OptionError(HistoError, ValueError):
@@ -54,21 +56,44 @@ def main() -> None:
     "bundles",
     type=PATH,
     multiple=True,
-    help="Model bundle; several may be given.  [default: nuclei]",
+    help="Model bundle; several may be given; default: nuclei.",
 )
 @click.option("--slide", type=PATH, help="Slide to run on; default: a synthetic one.")
 @click.option("--synthetic", default="4096x4096", metavar="WxH", help="Its size, in pixels.")
-@click.option("--backend", default="auto", metavar="LIST", help=f"Of {', '.join(BACKENDS)}.")
-@click.option("--precision", default="auto", metavar="LIST", help=f"Of auto, {', '.join(PRECISIONS)}.")
-@click.option("--batch", default="auto", metavar="LIST", help="Tiles per inference, as 1,2,4.")
+@click.option(
+    "--backend",
+    "backends",
+    default="auto",
+    type=WordList(BACKENDS),
+    metavar=",".join(BACKENDS),
+    help="Library that runs the network.",
+)
+@click.option(
+    "--precision",
+    "precisions",
+    default="auto",
+    type=WordList(MEASURED_PRECISIONS),
+    metavar=",".join(MEASURED_PRECISIONS),
+    help="Graph of the model to run.",
+)
+@click.option(
+    "--batch",
+    "batches",
+    default="auto",
+    type=CountList(),
+    metavar="auto,1,2,...",
+    help="Tiles per inference; auto: depends on the device.",
+)
 @click.option(
     "--tile",
+    "tiles_px",
     default="auto",
-    metavar="LIST",
-    help="Sides of a tile, as 256,512, for speed alone; auto: as the model was exported.",
+    type=CountList(),
+    metavar="auto,256,...",
+    help="Side of a tile, in pixels, for speed alone; auto: as the model was exported.",
 )
-@click.option("--tissue/--no-tissue", default=False, help="Leave glass out, or run on it too.")
-@click.option("--mpp", type=float, help="Resolution of the slide, um per pixel at full size.")
+@click.option("--tissue/--no-tissue", default=False, help="Skip glass, or analyse it too.")
+@click.option("--mpp", type=float, help="Resolution of the slide at full size, um per pixel.")
 @click.option("--threads", type=int, help="CPU threads; default: all cores.")
 @click.option("--repeats", default=3, help="How often; the figures are medians.")
 @click.option("--out", default="bench", type=PATH, help="Folder for the result files.")
@@ -77,18 +102,18 @@ def run(
     bundles: tuple[Path, ...],
     slide: Path | None,
     synthetic: str,
-    backend: str,
-    precision: str,
-    batch: str,
-    tile: str,
+    backends: tuple[str, ...],
+    precisions: tuple[str, ...],
+    batches: tuple[int | None, ...],
+    tiles_px: tuple[int | None, ...],
     repeats: int,
     out: Path,
     **options: Any,
 ) -> None:
     """Measure every stage alone and end to end, and how far the network is from the roofline.
 
-    Options with a LIST take several values with commas between them; every combination is run, in
-    turns. Writes bench.json, bench.md, stages.png and roofline.png.
+    Options that list values with commas take several of them; every combination is run, in turns.
+    Writes bench.json, bench.md, stages.png and roofline.png.
     """
     from histostream.benchmarks.plots import roofline_png, stages_png
     from histostream.benchmarks.report import write_together
@@ -102,13 +127,7 @@ def run(
     return_buffers_at_once()  # as in histo-infer
     setups = [
         Setup(*values)
-        for values in itertools.product(
-            bundles or (default_bundle(),),
-            _words("--backend", backend, BACKENDS),
-            _words("--precision", precision, ("auto", *PRECISIONS)),
-            _numbers("--batch", batch),
-            _numbers("--tile", tile),
-        )
+        for values in itertools.product(bundles or (default_bundle(),), backends, precisions, batches, tiles_px)
     ]
     result = measure_speed(
         setups,
@@ -133,16 +152,16 @@ def run(
 
 
 @main.command()
-@click.option("--model", "bundle", type=PATH, help="Model bundle.  [default: nuclei]")
+@click.option("--model", "bundle", type=PATH, help="Model bundle; default: nuclei.")
 @click.option(
     "--checkpoint",
     type=PATH,
-    help="Training run or checkpoint that it was made of; default: the weights that ship.",
+    help="Folder of the training run or checkpoint that it was made of; default: the weights that ship.",
 )
-@click.option("--method", default="imems", help="Which paper the model is of.")
+@click.option("--method", default="imems", help="Method that the model is of, as imems.")
 @click.option("--slide", type=PATH, help="Where tiles are cut from; default: a synthetic slide.")
-@click.option("--tiles", default=4, help="How many.")
-@click.option("--batch", default=1, help="How many at once.")
+@click.option("--tiles", default=4, help="How many tiles.")
+@click.option("--batch", default=1, help="Tiles per inference.")
 @click.option("--threads", type=int, help="CPU threads; default: all cores.")
 @click.option("--repeats", default=5, help="How often; the figures are medians.")
 @click.option("--compile", "compiled", is_flag=True, help="Try torch.compile too (minutes).")
@@ -171,8 +190,8 @@ def compare(bundle: Path | None, out: Path | None, **options: Any) -> None:
     metavar="SET",
     help="Images with labels: a folder, or a known set as glas:PATH (docs/data.md).",
 )
-@click.option("--model", "bundle", type=PATH, help="Score a model bundle.  [default: nuclei]")
-@click.option("--checkpoint", "run", type=PATH, help="Score a training run or checkpoint.")
+@click.option("--model", "bundle", type=PATH, help="Score a model bundle; default: nuclei.")
+@click.option("--checkpoint", "run", type=PATH, help="Score the folder of a training run or checkpoint.")
 @click.option("--labels", type=PATH, help="Score a folder of label maps, one for each image.")
 @click.option(
     "--part",
@@ -181,8 +200,8 @@ def compare(bundle: Path | None, out: Path | None, **options: Any) -> None:
     help="Which images; auto: those that were held back, else the set's test part, else all.",
 )
 @click.option("--mpp", type=float, help="Resolution of the images, where the set does not say.")
-@click.option("--backend", type=click.Choice(BACKENDS), default="auto")
-@click.option("--precision", default="auto", help=f"auto, {', '.join(PRECISIONS)}.")
+@click.option("--backend", type=click.Choice(BACKENDS), default="auto", help="Library that runs the network.")
+@click.option("--precision", type=click.Choice(RUN_PRECISIONS), default="auto", help="Graph of the model to run.")
 @click.option("--min-object", default=100, help="Smaller regions are no objects, in pixels.")
 @click.option("--out", default="accuracy", type=PATH, help="Folder for the result files.")
 @_one_line_errors
@@ -246,27 +265,6 @@ def doctor(as_json: bool) -> None:
         for finding in findings:
             click.echo(str(finding))
     sys.exit(1 if any(finding.status == BROKEN for finding in findings) else 0)
-
-
-def _words(option: str, text: str, known: tuple[str, ...]) -> list[str]:
-    words = list(dict.fromkeys(word.strip() for word in text.split(",")))
-    for word in words:
-        if word not in known:
-            raise _OptionError(f"{option} {text}: {word!r} is none of {', '.join(known)}")
-    return words
-
-
-def _numbers(option: str, text: str) -> list[int | None]:
-    """Read a comma-separated list of numbers; None stands for "auto"."""
-    numbers: list[int | None] = []
-    for word in text.split(","):
-        if word.strip() == "auto":
-            numbers.append(None)
-        elif word.strip().isdecimal() and int(word) > 0:
-            numbers.append(int(word))
-        else:
-            raise _OptionError(f"{option} {text}: {word.strip()!r} is no number from 1, nor auto: give one")
-    return list(dict.fromkeys(numbers))
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -49,6 +49,7 @@ FIGURES = (
     "mean_difference",
     "label_agreement",
     "dark_label_agreement",
+    "moved_by_rounding",
     "dice",
     "dice_change",
     "not_finite",

@@ -138,7 +138,7 @@ class Contender:
                 bundle, backend=setup.backend, precision=setup.precision, threads=options.threads
             )
         self.batch = setup.batch or self.engine.batch
-        self.options = replace(options, batch=self.batch)
+        self.options = replace(options, batch=self.batch).for_model(self.engine.card)
         self.measured = Measured()
         self._scratch = scratch
         card = self.engine.card

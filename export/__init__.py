@@ -7,7 +7,7 @@ from histostream.wsi.lazy import import_on_use
 
 if TYPE_CHECKING:
     from histostream.export.bundle import Export, Options
-    from histostream.export.external.network import ExternalModel
+    from histostream.export.external.description import ExternalModel
     from histostream.export.external.wrap import wrap_onnx
     from histostream.export.trained import export_checkpoint
 
@@ -15,7 +15,7 @@ __all__ = ["Export", "ExternalModel", "Options", "export_checkpoint", "wrap_onnx
 
 _MODULES = {
     "bundle": ("Export", "Options"),
-    "external.network": ("ExternalModel",),
+    "external.description": ("ExternalModel",),
     "external.wrap": ("wrap_onnx",),
     "trained": ("export_checkpoint",),
 }

@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 from histostream.export.convert.fp16 import fp32_islands, multiply_accumulates, name_nodes, to_fp16
 from histostream.export.convert.freeze import freeze_statistics
 from histostream.export.convert.int8 import Quantizer
-from histostream.export.convert.mixed_precision import find_mixed_precision
+from histostream.export.convert.mixed_precision import find_mixed_precision, node_groups
 from histostream.export.graph.model import opset_of
 from histostream.export.parity import LIMITS, Judge, ParityError, ParityReport, run_graph
-from histostream.export.receptive_field.measure import receptive_field
+from histostream.export.receptive_field.measure import MEASURED, ReceptiveField, label, receptive_field
+from histostream.export.receptive_field.perturbation import receptive_field_of
 from histostream.export.tiles import IMAGE_SUFFIXES, Tiles, collect_tiles
+from histostream.export.trial_run import run_on_two_tiles
 from histostream.export.triton import write_triton
 from histostream.runtime.bundle.card import ENGINES, ModelCard, write_card
 from histostream.runtime.choices import PRECISIONS
@@ -99,13 +101,13 @@ class Network:
     model
         The graph in FP32.
     reference
-        Maps tiles (N, H, W, C) uint8 to scores (N, K, H, W) uint8 without using the graph.
-    method, classes, mpp, channels, tile_px, score_kind, training, note
+        Maps tiles (N, H, W, C) uint8 to scores (N, K, H, W) float32, not rounded, without using the graph.
+    method, classes, mpp, channels, tile_px, score_kind, training, note, channel_names, border_px
         As in `ModelCard`.
     """
 
     model: onnx.ModelProto
-    reference: Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
+    reference: Callable[[NDArray[np.uint8]], NDArray[np.float32]]
     method: str
     classes: tuple[ClassInfo, ...]
     mpp: float
@@ -114,6 +116,8 @@ class Network:
     score_kind: str
     training: dict[str, Any] = field(default_factory=dict)
     note: str = ""
+    channel_names: tuple[str, ...] = ()
+    border_px: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +174,8 @@ def write_bundle(network: Network, out: Path, options: Options, *, say: Say = la
     ------
     GraphError, ParityError
         If the graph may not be deployed, or does not compute the same as the reference.
+    TrialError
+        If the bundle does not run on a slide of two tiles.
     TilesError, SlideError
         If the tiles to calibrate on cannot be read.
     EngineError
@@ -193,6 +199,7 @@ def write_bundle(network: Network, out: Path, options: Options, *, say: Say = la
             writer.write_int8()
         if library is not None:
             writer.write_engine(library)
+        run_on_two_tiles(part, writer.judge.tiles.gate[0])
         _move_into_place(part, out)
     except OSError as error:
         raise OutputError(f"{out}: cannot be written ({error.strerror}); check its permissions and room") from error
@@ -219,7 +226,8 @@ class _BundleWriter:
         self.judge = Judge(tiles, network.reference(tiles.gate))
         precision = {} if options.freeze is None else self._freeze(options.freeze, count)
         self.quick_judge = self.judge.first(QUICK_TILES)
-        receptive = receptive_field(self.model)
+        receptive = receptive_field_of(self.model, network.border_px)
+        self._say_unknown(receptive)
         self.card = ModelCard(
             method=network.method,
             classes=network.classes,
@@ -227,14 +235,17 @@ class _BundleWriter:
             channels=network.channels,
             tile_px=network.tile_px,
             align_px=receptive.align_px,
-            halo_px=receptive.halo_px,
-            tile_statistics=bool(receptive.whole_tile),
+            halo_px=max(receptive.halo_px, network.border_px),
+            halo_source=receptive.source,
+            tile_statistics=not receptive.is_local,
             score_kind=network.score_kind,
             files={},
             opset=opset_of(self.model),
             precision=precision,
             training=network.training,
             note=network.note,
+            channel_names=network.channel_names,
+            border_px=network.border_px,
         )
 
     def write_fp32(self) -> None:
@@ -292,9 +303,19 @@ class _BundleWriter:
             raise ParityError(f"fp32: {report}; nothing was written: report it, with the model")
         return report
 
+    def _say_unknown(self, field: ReceptiveField) -> None:
+        if field.source != MEASURED:
+            return
+        kinds = {node.op_type for node in self.model.graph.node if label(node) in field.unknown}
+        least = "at least " if not field.is_local else ""
+        self.say(
+            f"no rule says what {', '.join(sorted(kinds)) or 'a node'} depends on: halo unknown, "
+            f"measured by perturbation as {least}{field.halo_px} px"
+        )
+
     def _freeze(self, source: Path, count: int) -> dict[str, Any]:
         """Make tile statistics constants, after checking the live graph; return the record for the card."""
-        if not receptive_field(self.model).whole_tile:
+        if receptive_field(self.model).is_local:
             self.say("the network has no statistics of the tile: there is nothing to freeze")
             return {}
         live = self._checked_fp32()
@@ -305,8 +326,7 @@ class _BundleWriter:
         name_nodes(self.model)
         cost = self.judge.judge(self.model)
         self.say(f"statistics frozen over {len(pixels)} tiles of {tiles.source}; {cost}")
-        scores, _ = run_graph(self.model, self.judge.tiles.gate)
-        self.judge = Judge(self.judge.tiles, scores)
+        self.judge = Judge(self.judge.tiles, run_graph(self.model, self.judge.tiles.gate).unrounded)
         return {
             "fp32": {
                 "statistics_frozen_over": tiles.source,
@@ -325,14 +345,17 @@ class _BundleWriter:
         def judge(fp32_nodes: Collection[str], *, quick: bool) -> ParityReport:
             return (self.quick_judge if quick else self.judge).judge(trial(fp32_nodes))
 
+        name, islands = PRECISIONS[precision], fp32_islands(self.model)
+        if not node_groups(self.model, islands):
+            self.say(f"{precision}: {name} is left out: no layer of the network can be in lower precision")
+            return
         conversion = find_mixed_precision(
             self.model,
             judge,
             LIMITS[precision],
-            fp32_islands(self.model),
+            islands,
             say=lambda text: self.say(f"{precision}: {text}"),
         )
-        name = PRECISIONS[precision]
         if not conversion.passed:
             self.failures.append(
                 f"{precision}: {conversion.report}; no choice of FP32 nodes meets the limits; {name} was not written"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from histostream.runtime.choices import PRECISIONS
 from histostream.wsi.console import fail, one_line_errors, show_only_our_warnings
+from histostream.wsi.option_types import WordList
 
 if TYPE_CHECKING:
     from histostream.export.bundle import Export
+    from histostream.runtime.bundle.card import ModelCard
 
 COMMAND = "histo-export"
 PATH = click.Path(path_type=Path)
@@ -24,46 +29,75 @@ def _words(_: click.Context, __: click.Parameter, text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
-def _numbers(_: click.Context, __: click.Parameter, text: str) -> tuple[float, ...]:
+def _numbers(_: click.Context, __: click.Parameter, text: str | None) -> tuple[float, ...] | None:
     """Read a comma-separated list of numbers."""
+    if text is None:
+        return None
     try:
         return tuple(float(word) for word in text.split(","))
     except ValueError as error:
         raise click.BadParameter(f"{text!r} is not a comma-separated list of numbers: write 0.5,0.5,0.5") from error
 
 
+def _fraction(_: click.Context, __: click.Parameter, text: str | None) -> float | None:
+    """Read a number, or a fraction as 1/255."""
+    if text is None:
+        return None
+    numerator, _slash, denominator = text.partition("/")
+    try:
+        return float(numerator) / float(denominator or 1)
+    except (ValueError, ZeroDivisionError) as error:
+        raise click.BadParameter(f"{text!r} is not a number: write 1/255 or 0.0039") from error
+
+
+def _colors(context: click.Context, parameter: click.Parameter, text: str) -> tuple[tuple[int, ...], ...]:
+    """Read a comma-separated list of colours in hexadecimal; # may lead, but a shell may take it for a comment."""
+    colors = []
+    for word in _words(context, parameter, text):
+        if not re.fullmatch("#?[0-9a-fA-F]{6}", word):
+            raise click.BadParameter(f"{word!r} is not a colour: write six digits for each, as ffffff,e69f00")
+        colors.append(tuple(bytes.fromhex(word.removeprefix("#"))))
+    return tuple(colors)
+
+
 def _export_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that every export command has."""
+    """Add the options of the commands that make a bundle of a network."""
+    out = click.option("--out", type=PATH, help="Bundle to write; default: bundles/NAME.")
+    tile = click.option(
+        "--tile",
+        "tile_px",
+        type=int,
+        metavar="PX",
+        help="Side of a tile, in pixels; default: the network's own, else 512.",
+    )
+    return out(tile(_bundle_options(command)))
+
+
+def _bundle_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that every command has that writes a bundle."""
     for option in reversed(
         (
-            click.option("--out", type=PATH, help="Bundle to write.  [default: bundles/NAME]"),
             click.option(
                 "--precision",
                 "precisions",
-                callback=_words,
-                default="fp32,fp16,int8",
-                metavar="LIST",
+                type=WordList(tuple(PRECISIONS)),
+                default=",".join(PRECISIONS),
+                metavar=",".join(PRECISIONS),
                 help="Which graphs to write; fp32 is always written.",
             ),
             click.option(
                 "--tensorrt",
                 default="auto",
-                metavar="auto|tensorrt|rtx|off",
+                type=click.Choice(("auto", "tensorrt", "rtx", "off")),
                 help="Which library builds the engine; auto: where one is installed.",
             ),
             click.option(
                 "--targets",
-                callback=_words,
+                type=WordList(),
                 default="",
+                show_default=False,
                 metavar="sm80,sm86,...",
                 help="GPUs to build the engine for; default: what the library suggests.",
-            ),
-            click.option(
-                "--tile",
-                "tile_px",
-                type=int,
-                metavar="PX",
-                help="Side of a tile.  [default: the network's own, else 512]",
             ),
             click.option(
                 "--calibrate",
@@ -99,7 +133,7 @@ _one_line_errors = one_line_errors(
 
 @click.group(invoke_without_command=True, context_settings={"show_default": True})
 @click.version_option(package_name="histostream")
-@click.option("--method", "method_name", help="Which paper the model is of, as imems.")
+@click.option("--method", "method_name", help="Method that the model is of, as imems.")
 @click.option(
     "--checkpoint",
     "run",
@@ -138,59 +172,70 @@ def main(
 
 @main.command()
 @click.argument("model", type=PATH)
-@click.option("--classes", callback=_words, required=True, help="Names in label order.")
-@click.option("--mpp", type=float, required=True, help="Resolution it was trained at, um/px.")
+@click.option("--classes", callback=_words, default="", metavar="NAME,NAME,...", help="Names in label order.")
+@click.option("--colors", callback=_colors, default="", metavar="ffffff,e69f00,...", help="Of the classes.")
+@click.option("--background", metavar="NAME", help="The class that is not painted, if its name does not say so.")
+@click.option("--mpp", type=float, help="Resolution that it was trained at, um per pixel.")
 @click.option(
     "--mean",
     callback=_numbers,
-    default="0,0,0",
-    help="Of each channel, scaled; one for grey.",
+    metavar="R,G,B",
+    help="Of each channel, scaled, or one number for all; default: 0.",
 )
-@click.option("--std", callback=_numbers, default="1,1,1", help="Of each channel, after --scale.")
-@click.option("--scale", default=1 / 255, help="Factor of the raw pixels, 0 to 255.")
-@click.option("--layout", default="auto", metavar="auto|nchw|nhwc", help="Of its input.")
+@click.option("--std", callback=_numbers, metavar="R,G,B", help="Of each channel, scaled; default: 1.")
+@click.option(
+    "--scale",
+    callback=_fraction,
+    metavar="NUMBER",
+    help="Factor of the raw pixels, 0 to 255; default: 1/255, or 1 if it takes uint8.",
+)
+@click.option(
+    "--channel-names", callback=_words, default="", metavar="NAME,NAME,...", help="Of its channels, if not RGB."
+)
+@click.option("--layout", default="auto", type=click.Choice(("auto", "nchw", "nhwc")), help="Of its input.")
 @click.option(
     "--activation",
     default="auto",
-    metavar="auto|softmax|sigmoid|none",
+    type=click.Choice(("auto", "softmax", "sigmoid", "none")),
     help="What makes probabilities of its output; none: it gives them.",
+)
+@click.option(
+    "--threshold", type=float, metavar="P", help="Of two classes, the second from this probability on; default: 0.5."
+)
+@click.option(
+    "--background-below",
+    type=float,
+    metavar="P",
+    help="Add a background class, where every score is below; 0: none; default: 0.5 for independent sigmoids.",
 )
 @click.option("--bgr", is_flag=True, help="Its channels are blue, green, red.")
 @click.option("--resize-output", is_flag=True, help="Enlarge an output coarser than its input.")
+@click.option("--crop-output", is_flag=True, help="Its output is the tile's centre, as of unpadded convolutions.")
 @click.option("--input", "input_name", help="Which input, where it has several.")
 @click.option("--output", "output_name", help="Which output, where it has several.")
 @click.option("--note", default="", help="What the model is for and where it fails.")
 @_export_options
 @_one_line_errors
-def wrap(
-    model: Path,
-    classes: tuple[str, ...],
-    mpp: float,
-    bgr: bool,
-    note: str,
-    out: Path | None,
-    **values: Any,
-) -> None:
-    """Make a bundle of a segmentation network from elsewhere, as ONNX.
+def wrap(model: Path, mpp: float | None, bgr: bool, note: str, out: Path | None, **values: Any) -> None:
+    """Make a bundle of a segmentation network from elsewhere: ONNX, or a file of torch.export.
 
     Its normalisation and activation become part of the graph; then it goes through the same
-    comparisons as a network of ours.
+    comparisons as a network of ours. What is not said is taken from the file's metadata, or
+    found out by running the network; each decision is printed.
     """
-    names = ("mean", "std", "scale", "layout", "activation", "resize_output", "input_name", "output_name")
-    properties = {name: values.pop(name) for name in names}
     from histostream.export import ExternalModel, Options, wrap_onnx
-    from histostream.export.bundle import TILE_PX
 
+    names = {field.name for field in dataclasses.fields(ExternalModel)} & values.keys() - {"tile_px"}
+    properties = {name: values.pop(name) for name in names}
     options = Options(**values)
-    tile_px = TILE_PX if options.tile_px is None else options.tile_px
-    external = ExternalModel(classes=classes, tile_px=tile_px, order="bgr" if bgr else "rgb", **properties)
+    external = ExternalModel(tile_px=options.tile_px, order="bgr" if bgr else "rgb", **properties)
     out = out or Path("bundles") / model.stem
     _report(wrap_onnx(model, out, external, options, mpp=mpp, note=note, say=click.echo), out)
 
 
 def _graph_arguments(command: Callable[..., None]) -> Callable[..., None]:
     """Add the arguments of the commands that write a single graph."""
-    tile = click.option("--tile", "tile_px", type=int, metavar="PX", help="Side of the images.")
+    tile = click.option("--tile", "tile_px", type=int, metavar="PX", help="Side of the images, in pixels.")
     file = click.argument("out", type=PATH)
     return click.argument("run", type=PATH)(file(tile(_one_line_errors(command))))
 
@@ -259,6 +304,24 @@ def tune_crf(bundle: Path, source: str, part: str, run: Path | None, mpp: float 
 
 
 @main.command()
+@click.argument("bundle", type=PATH)
+@click.option("--out", type=PATH, help="Bundle to write; default: BUNDLE itself is replaced.")
+@_bundle_options
+@_one_line_errors
+def upgrade(bundle: Path, out: Path | None, **values: Any) -> None:
+    """Write BUNDLE, of an older version, again with scores that are not rounded to 8 bits.
+
+    The labels are then those of the network. The parity check compares with the bundle's FP32 graph, of which the
+    other precisions are made again; a checkpoint at hand is better exported again.
+    """
+    from histostream.export import Options
+    from histostream.export.upgrade import upgrade_bundle
+
+    out = out or bundle
+    _report(upgrade_bundle(bundle, out, Options(**values), say=click.echo), out)
+
+
+@main.command()
 @click.argument("file", type=PATH)
 @_one_line_errors
 def inspect(file: Path) -> None:
@@ -272,8 +335,8 @@ def inspect(file: Path) -> None:
     card = read_card(file)
     click.echo(f"{file}: {card.method}, {', '.join(c.name for c in card.classes)}")
     click.echo(
-        f"tiles of {card.tile_px} px at {card.mpp:g} um/px, {card.channels} channels, halo "
-        f"{card.halo_px} px, {'depends on' if card.tile_statistics else 'no'} tile statistics"
+        f"tiles of {card.tile_px} px at {card.mpp:g} um/px, {card.channels} channels, {_halo(card)}, "
+        f"{'depends on' if card.tile_statistics else 'no'} tile statistics"
     )
     for name in card.files:
         read_file(file, card, name)  # raises if it is damaged
@@ -285,18 +348,24 @@ def inspect(file: Path) -> None:
 def _report(export: Export, out: Path) -> None:
     card = export.card
     statistics = ", depends on tile statistics" if card.tile_statistics else ""
-    click.echo(f"{out}: {card.tile_px} px tiles at {card.mpp:g} um/px, halo {card.halo_px} px{statistics}")
+    click.echo(f"{out}: {card.tile_px} px tiles at {card.mpp:g} um/px, {_halo(card)}{statistics}")
     for failure in export.failures:
         fail(COMMAND, failure)
     if export.failures:
         sys.exit(1)
 
 
+def _halo(card: ModelCard) -> str:
+    if card.halo_source == "computed":
+        return f"halo {card.halo_px} px"
+    return f"halo unknown, measured by perturbation as {card.halo_px} px"
+
+
 def _figures(parity: dict[str, Any]) -> str:
     if "label_agreement" in parity:
         return (
             f"{parity['label_agreement']:.4%} of the labels agree on {parity['tiles']} tiles of "
-            f"{parity.get('source', '?')}, largest difference {parity['max_difference']}/255"
+            f"{parity.get('source', '?')}, largest difference of scores {parity['max_difference']:.4f}"
         )
     return json.dumps(parity)
 

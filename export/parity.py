@@ -1,12 +1,11 @@
 """Check parity: whether an exported graph computes what the trained network does.
 
-A graph runs in ONNX Runtime on a CPU; its uint8 scores are compared with those of the reference (torch in single
-precision) on the same tiles.
+A graph runs in ONNX Runtime on a CPU. The labels that its scores give in the stream are compared with the arg-max of
+the unrounded scores of the reference (torch in single precision) on the same tiles.
 """
 
 from __future__ import annotations
 
-import copy
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,10 +13,11 @@ import numpy as np
 import onnx
 import onnxruntime
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
 
 from histostream.export.graph.model import GraphError, first_line, open_session
+from histostream.export.graph.scores import with_unrounded_scores
 from histostream.export.tiles import Tiles
+from histostream.runtime.stream.fixed_point import to_integers
 from histostream.wsi.errors import HistoError
 
 MAX_LEVELS = 1  # grey levels by which rounding may change a painted pixel
@@ -64,9 +64,11 @@ class ParityReport:
     tiles, pixels
         Number of tiles and of pixels that were compared.
     max_difference, mean_difference
-        Of the uint8 scores.
+        Of the scores, which lie in [0, 1].
     label_agreement
-        Share of the pixels with the same label.
+        Share of the pixels whose label is the arg-max of the reference's unrounded scores.
+    moved_by_rounding
+        Share of the pixels whose label is not the arg-max of the graph's own scores before they are rounded.
     dark_label_agreement
         The same among the darkest tenth of the pixels, where iMEMS's margin is smallest.
     dice
@@ -78,16 +80,17 @@ class ParityReport:
     truth
         Whether ``dice_change`` is against true labels.
     not_finite
-        Number of scores that were NaN or infinite before they were clipped to 0..255.
+        Number of scores that were NaN or infinite before they were clipped to 0..1.
     """
 
     engine: str
     source: str
     tiles: int
     pixels: int
-    max_difference: int
+    max_difference: float
     mean_difference: float
     label_agreement: float
+    moved_by_rounding: float
     dark_label_agreement: float
     dice: tuple[float | None, ...]
     dice_change: float
@@ -126,11 +129,11 @@ class Judge:
     tiles
         Tiles to compare on.
     reference
-        Scores of the reference on ``tiles.gate``, (N, K, H, W) uint8.
+        Scores of the reference on ``tiles.gate``, (N, K, H, W) float32, not rounded.
     """
 
     tiles: Tiles
-    reference: NDArray[np.uint8]
+    reference: NDArray[np.float32]
 
     def first(self, count: int) -> Judge:
         """Return a judge that compares on the first ``count`` tiles only."""
@@ -146,13 +149,12 @@ class Judge:
         GraphError
             If ONNX Runtime cannot run the graph.
         """
-        scores, not_finite = run_graph(model, self.tiles.gate)
-        return self.report(scores, not_finite, f"onnxruntime {onnxruntime.__version__} cpu")
+        return self.report(run_graph(model, self.tiles.gate), f"onnxruntime {onnxruntime.__version__} cpu")
 
-    def report(self, scores: NDArray[np.uint8], not_finite: int, engine: str) -> ParityReport:
-        """Compare scores (N, K, H, W) with the reference's."""
-        difference = np.abs(self.reference.astype(np.int16) - scores)
-        labels, other = self.reference.argmax(axis=1), scores.argmax(axis=1)
+    def report(self, output: GraphOutput, engine: str) -> ParityReport:
+        """Compare the output of a graph with the reference's."""
+        difference = np.abs(np.clip(self.reference, 0, 1) - output.scores)
+        labels, other = self.reference.argmax(axis=1), output.labels
         same = labels == other
         grey = self.tiles.gate.mean(axis=-1)
         classes = range(self.reference.shape[1])
@@ -161,59 +163,69 @@ class Judge:
         return ParityReport(
             engine=engine,
             source=self.tiles.source,
-            tiles=len(scores),
+            tiles=len(other),
             pixels=same.size,
-            max_difference=int(difference.max()),
+            max_difference=float(difference.max()),
             mean_difference=float(difference.mean()),
             label_agreement=float(same.mean()),
+            moved_by_rounding=float((output.unrounded_labels != other).mean()),
             dark_label_agreement=float(same[grey <= np.quantile(grey, 0.1)].mean()),
             dice=dice,
             dice_change=max((_dice_change(labels, other, truth, k) for k in classes), default=0.0),
             truth=truth is not None,
-            not_finite=not_finite,
+            not_finite=output.not_finite,
         )
 
 
-def run_graph(model: onnx.ModelProto, tiles: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], int]:
-    """Run a graph that keeps the tile contract on tiles (N, H, W, C), one by one.
+@dataclass(frozen=True, slots=True)
+class GraphOutput:
+    """What a graph gives on some tiles.
 
-    Returns
-    -------
+    Attributes
+    ----------
     scores
-        (N, K, H, W) uint8.
+        (N, K, H, W) float16.
+    unrounded
+        (N, K, H, W) float32, the scores before they were rounded; as ``scores`` where the graph does not end in
+        `add_rounding`.
+    labels, unrounded_labels
+        (N, H, W), the arg-max of the integers that the stream makes of the scores, and of ``unrounded``.
     not_finite
-        Number of scores that were NaN or infinite before they became uint8.
+        Number of unrounded scores that are NaN or infinite.
+    """
+
+    scores: NDArray[np.float16]
+    unrounded: NDArray[np.float32]
+    labels: NDArray[np.intp]
+    unrounded_labels: NDArray[np.intp]
+    not_finite: int
+
+
+def run_graph(model: onnx.ModelProto, tiles: NDArray[np.uint8]) -> GraphOutput:
+    """Run a graph that keeps the tile contract on tiles (N, H, W, C), one by one.
 
     Raises
     ------
     GraphError
         If ONNX Runtime cannot load or run it.
     """
-    scores, not_finite = [], 0
+    scores, unrounded = [], []
     try:
-        session = open_session(_with_raw_scores(model))
+        session = open_session(with_unrounded_scores(model))
         for tile in tiles:
             outputs = session.run(None, {"tiles": tile[None]})
             scores.append(outputs[0])
-            not_finite += sum(int((~np.isfinite(raw)).sum()) for raw in outputs[1:])
+            unrounded.append(outputs[-1].astype(np.float32))
     except Exception as error:  # ONNX Runtime's own exceptions have no common base
         raise GraphError(f"ONNX Runtime cannot run the graph: {first_line(error)}") from error
-    return np.concatenate(scores), not_finite
-
-
-def _with_raw_scores(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Add an output: the scores before Clip and Cast hide values that are not finite."""
-    producer = {name: node for node in model.graph.node for name in node.output}
-    name = model.graph.output[0].name
-    while name in producer and producer[name].op_type in ("Cast", "Clip", "Round", "Floor"):
-        name = producer[name].input[0]
-    if name not in producer:
-        return model
-    watched = copy.deepcopy(model)
-    watched.graph.node.append(helper.make_node("Cast", [name], ["raw_scores"], "raw_scores_cast", to=TensorProto.FLOAT))
-    raw = helper.make_tensor_value_info("raw_scores", TensorProto.FLOAT, None)
-    watched.graph.output.append(raw)
-    return watched
+    rounded, exact = np.concatenate(scores), np.concatenate(unrounded)
+    return GraphOutput(
+        scores=rounded,
+        unrounded=exact,
+        labels=to_integers(rounded).argmax(axis=1),
+        unrounded_labels=exact.argmax(axis=1),
+        not_finite=int((~np.isfinite(exact)).sum()),
+    )
 
 
 def dice_of(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from histostream.training.data import DataError
 from histostream.training.datasets.folder import read_folder
 from histostream.training.image_files import read_image
 from histostream.wsi.errors import HistoError, SlideError
+from histostream.wsi.slides.channels import open_channels
 from histostream.wsi.slides.reader import open_slide
 from histostream.wsi.slides.resolution import at_mpp
 from histostream.wsi.synthetic import CLASSES, SyntheticSlide
@@ -100,13 +101,15 @@ def collect_tiles(
     """
     if source is None:
         pool = list(_demo_tiles(tile_px, mpp, 2 * count, classes))
+        if channels not in (1, 3):  # its colours in turn
+            pool = [replace(t, pixels=t.pixels[..., np.arange(channels) % t.pixels.shape[-1]]) for t in pool]
         name = "synthetic slide"
     elif (source / "images").is_dir():
         pool, name = list(_labelled_tiles(source, tile_px, count)), source.name
     elif source.is_dir():
-        pool, name = list(_folder_tiles(source, tile_px, mpp, count)), source.name
+        pool, name = list(_folder_tiles(source, tile_px, channels, mpp, count)), source.name
     else:
-        pool, name = list(_slide_tiles(source, tile_px, mpp, 2 * count)), source.name
+        pool, name = list(_slide_tiles(source, tile_px, channels, mpp, 2 * count)), source.name
     if not pool:
         raise TilesError(f"{source}: has no tile; pass a slide, or a folder of slides or images")
     pool.sort(key=lambda tile: float(tile.pixels.mean()))
@@ -134,12 +137,13 @@ def _demo_tiles(tile_px: int, mpp: float, count: int, classes: tuple[str, ...]) 
             yield _LabelledTile(pixels, truth if known else None)
 
 
-def _slide_tiles(path: Path, tile_px: int, mpp: float, count: int) -> Iterator[_LabelledTile]:
+def _slide_tiles(path: Path, tile_px: int, channels: int, mpp: float, count: int) -> Iterator[_LabelledTile]:
     """Yield tissue tiles of a slide, evenly spread over it, or all tiles of an image without resolution."""
     if path.suffix.lower() in IMAGE_SUFFIXES:
         yield from (_LabelledTile(pixels, None) for pixels in _mirrored_tiles(read_image(path), tile_px))
         return
-    with open_slide(path) as slide:
+    names = tuple(f"channel {i + 1}" for i in range(channels))
+    with open_slide(path) if channels in (1, 3) else open_channels(path, names) as slide:
         is_image = slide.mpp is None and path.suffix.lower() in (".tif", ".tiff")
         view = at_mpp(slide, mpp, slide_mpp=mpp if is_image else None)
         if view.width < tile_px or view.height < tile_px:
@@ -147,20 +151,20 @@ def _slide_tiles(path: Path, tile_px: int, mpp: float, count: int) -> Iterator[_
             yield from (_LabelledTile(p, None) for p in _mirrored_tiles(pixels, tile_px))
             return
         grid = TileGrid.cover(view.width, view.height, tile_px=tile_px, overlap_px=0, align_px=1)
-        tissue = grid.where(find_tissue(view).tiles(grid))
+        tissue = grid.where(find_tissue(view).tiles(grid)) if channels in (1, 3) else ()
         tiles = list(tissue) or list(grid)
         for i in _spread(len(tiles), CANDIDATES * count):
             box = tiles[i].read
             yield _LabelledTile(view.read(box.x, box.y, box.width, box.height), None)
 
 
-def _folder_tiles(folder: Path, tile_px: int, mpp: float, count: int) -> Iterator[_LabelledTile]:
+def _folder_tiles(folder: Path, tile_px: int, channels: int, mpp: float, count: int) -> Iterator[_LabelledTile]:
     """Yield tiles of every slide and image in a folder; other files are skipped with a warning."""
     files = sorted(p for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
     share = -(-2 * count // max(len(files), 1))
     for i in _spread(len(files), CANDIDATES * count):
         try:
-            yield from _slide_tiles(files[i], tile_px, mpp, share)
+            yield from _slide_tiles(files[i], tile_px, channels, mpp, share)
         except (SlideError, DataError) as error:
             log.warning("skipped: %s", error)
 

@@ -18,6 +18,7 @@ from histostream.export.graph.model import GraphError
 from histostream.training import checkpoint as checkpoints
 from histostream.training import methods
 from histostream.training.checkpoint import Checkpoint, CheckpointError
+from histostream.training.networks.tile_model import TileModel
 from histostream.wsi.outputs.label_rows import ClassInfo
 
 
@@ -75,7 +76,7 @@ def config_of(folder: Path, checkpoint: Checkpoint) -> Any:
         ) from error
 
 
-def load_deployed(folder: Path, checkpoint: Checkpoint) -> nn.Module:
+def load_deployed(folder: Path, checkpoint: Checkpoint) -> TileModel:
     """Build the deployed network of a checkpoint, which keeps the tile contract, and load its weights.
 
     Raises
@@ -86,7 +87,7 @@ def load_deployed(folder: Path, checkpoint: Checkpoint) -> nn.Module:
     method = methods.load_method(checkpoint.method)
     state = method.build(config_of(folder, checkpoint), len(checkpoint.classes), checkpoint.channels)
     checkpoints.load(folder, state)
-    module: nn.Module = method.deployed(state)
+    module: TileModel = method.deployed(state)
     return module.eval()
 
 
@@ -148,7 +149,7 @@ def nan_to_none(value: Any) -> Any:
 
 
 def trained_network(
-    module: nn.Module,
+    module: TileModel,
     *,
     method: str,
     classes: tuple[ClassInfo, ...],
@@ -159,7 +160,7 @@ def trained_network(
     training: dict[str, object] | None = None,
     note: str = "",
 ) -> Network:
-    """Export a torch module that keeps the tile contract to ONNX; torch in single precision is the reference.
+    """Export a module that keeps the tile contract to ONNX; torch in single precision is the reference.
 
     Raises
     ------
@@ -174,9 +175,9 @@ def trained_network(
         sizes = " or ".join(str(px) for px in (below, below + stride_px) if px)
         raise GraphError(f"tile of {tile_px} px: this network takes multiples of {stride_px}; use {sizes}")
 
-    def reference(tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def reference(tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
         with torch.inference_mode():
-            return np.concatenate([module(torch.from_numpy(t[None])).numpy() for t in tiles])
+            return np.concatenate([module.unrounded(torch.from_numpy(t[None])).numpy() for t in tiles])
 
     return Network(
         model=export_onnx(module, channels=channels, tile_px=tile_px),

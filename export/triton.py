@@ -141,7 +141,7 @@ def _config(name: str, card: ModelCard, file: str, max_batch: int) -> str:
         f"default_model_filename: {_quoted(file)}",
         f"max_batch_size: {max_batch}",
         f'input {{ name: "tiles" data_type: TYPE_UINT8 dims: [{side}, {side}, {card.channels}] }}',
-        f'output {{ name: "scores" data_type: TYPE_UINT8 dims: [{classes}, {side}, {side}] '
+        f'output {{ name: "scores" data_type: TYPE_FP16 dims: [{classes}, {side}, {side}] '
         f"label_filename: {_quoted(LABELS)} }}",
         f"dynamic_batching {{ preferred_batch_size: {preferred} max_queue_delay_microseconds: {QUEUE_DELAY_US} }}",
         "instance_group { count: 1 kind: KIND_AUTO }",

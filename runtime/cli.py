@@ -11,8 +11,9 @@ from typing import Any
 
 import click
 
-from histostream.runtime.choices import BACKENDS, BF16, PRECISIONS, WINDOWS
+from histostream.runtime.choices import AUTO, BACKENDS, RUN_PRECISIONS, WINDOWS
 from histostream.wsi.console import GroupedCommand, memory_mib, one_line_errors, option_group, read_settings
+from histostream.wsi.option_types import DEVICES_METAVAR, DeviceList, WordList
 from histostream.wsi.outputs.sinks import sink_names
 
 PATH = click.Path(path_type=Path)
@@ -41,31 +42,25 @@ class _OrView(GroupedCommand):
         return super().parse_args(ctx, args)
 
 
-def _words(_: click.Context, __: click.Parameter, text: str) -> tuple[str, ...]:
-    """Split a text at commas."""
-    return tuple(word.strip() for word in text.split(",") if word.strip())
-
-
 @click.command(cls=_OrView, context_settings={"show_default": True})
 @click.version_option(package_name="histostream")
 @click.argument("slides", nargs=-1, required=True)
 @_model("--model", "bundle", type=PATH, help="Model bundle; default: nuclei.")
-@_model(
-    "--backend", default="auto", type=click.Choice(BACKENDS), help="Library that runs the network, and on which device."
-)
+@_model("--backend", default="auto", type=click.Choice(BACKENDS), help="Library that runs the network.")
 @_model(
     "--precision",
     default="auto",
-    type=click.Choice(("auto", *PRECISIONS, BF16)),
+    type=click.Choice(RUN_PRECISIONS),
     help="Graph of the model to run; int8 is the fastest on a CPU, bf16 needs OpenVINO.",
 )
 @_model(
-    "--devices",
-    metavar="0,1,...",
-    default="",
-    show_default=False,
-    callback=_words,
-    help="GPUs that share slides, or the columns of one slide; each has its own process.",
+    "--device",
+    "devices",
+    aliases=("--devices",),
+    type=DeviceList(),
+    metavar=DEVICES_METAVAR,
+    default="auto",
+    help="What runs the network. Several GPUs share slides, or the columns of one slide.",
 )
 @_model("--threads", type=int, help="CPU threads; default: all cores.")
 @_model("--batch", type=int, help="Tiles per inference; default: depends on the device.")
@@ -74,8 +69,13 @@ def _words(_: click.Context, __: click.Parameter, text: str) -> tuple[str, ...]:
 @_slide("--tissue/--no-tissue", default=True, help="Skip glass, or analyse it too.")
 @_slide("--force-upsampling", is_flag=True, help="Enlarge slides coarser than the model.")
 @_slide("--strict", is_flag=True, help="Stop a slide at a damaged block; default: skip the block.")
-@_tiles("--overlap", "overlap_px", type=int, metavar="PX", help="Pixels that tiles share; default 64.")
-@_tiles("--blend", default="hann", type=click.Choice(WINDOWS), help="How overlapping tiles are joined.")
+@_tiles("--overlap", "overlap_px", type=int, metavar="PX", help="Pixels that tiles share; default: 64.")
+@_tiles(
+    "--blend",
+    default=AUTO,
+    type=click.Choice((AUTO, *WINDOWS)),
+    help="How overlapping tiles are joined; auto: hann, unless the model gives labels.",
+)
 @_tiles("--crf", is_flag=True, help="Refine the labels by a dense CRF with the model's parameters.")
 @_tiles(
     "--crf-params",
@@ -94,7 +94,7 @@ def _words(_: click.Context, __: click.Parameter, text: str) -> tuple[str, ...]:
     "--rasters",
     default="",
     show_default=False,
-    callback=_words,
+    type=WordList(sink_names("rasters")),
     metavar=",".join(sink_names("rasters")),
     help="Write the label map as OME-TIFF (rgb: its colours, for QuPath), OME-Zarr or DICOM too.",
 )
@@ -109,8 +109,8 @@ def _words(_: click.Context, __: click.Parameter, text: str) -> tuple[str, ...]:
     "--objects",
     default="",
     show_default=False,
+    type=WordList(sink_names("objects")),
     metavar=",".join(sink_names("objects")),
-    callback=_words,
     help="Write a table of objects: area, perimeter, eccentricity.",
 )
 @_outputs("--min-area", "min_area_um2", default=0.0, metavar="UM2", help="Leave smaller objects out.")

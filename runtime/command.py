@@ -31,8 +31,11 @@ from histostream.runtime.process_memory import return_buffers_at_once
 from histostream.runtime.slide_job import SlideInput, SlideJob
 from histostream.wsi.console import show_only_our_warnings
 from histostream.wsi.errors import HistoError
+from histostream.wsi.option_types import CPU
 from histostream.wsi.optional import require
 from histostream.wsi.report.figures import rough_duration, size
+
+GPU_BACKENDS = ("cuda", "tensorrt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +73,17 @@ class Request:
             raise HistoError("--workers has no effect without --ray: add --ray")
         if self.cluster is not None and self.devices:
             raise HistoError(
-                "--devices and --ray exclude each other, because --ray takes all devices of the cluster: leave one out"
+                "--device and --ray exclude each other, because --ray takes all devices of the cluster: leave one out"
             )
+        if CPU in self.devices and self.backend in GPU_BACKENDS:
+            raise HistoError(f"--backend {self.backend} needs a GPU: leave --device cpu out, or use --backend cpu")
+
+    def on_device(self) -> Request:
+        """Return the request with the backend of its device; a single CPU needs no process of its own."""
+        if set(self.devices) != {CPU}:
+            return self
+        backend = CPU if self.backend == "auto" else self.backend
+        return replace(self, backend=backend, devices=self.devices if len(self.devices) > 1 else ())
 
 
 def run(**options: Any) -> int:
@@ -85,6 +97,11 @@ def run(**options: Any) -> int:
     messages: Messages = JsonMessages() if request.log_json else TextMessages()
     try:
         request.check()
+    except HistoError as error:
+        messages.error(str(error))
+        return 2
+    try:
+        request = request.on_device()
         bundle = request.bundle or default_bundle()
         run_options = Options(threads=request.threads, **options)
         slides = find_inputs(request.slides)

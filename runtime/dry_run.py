@@ -13,7 +13,7 @@ import numpy as np
 
 from histostream.runtime.bundle.card import ModelCard
 from histostream.runtime.engines.base import Engine
-from histostream.runtime.layout import lay_out
+from histostream.runtime.layout import lay_out, open_for_model
 from histostream.runtime.options import Options
 from histostream.runtime.slide_job import SlideJob
 from histostream.wsi.errors import HistoError, printable
@@ -21,12 +21,11 @@ from histostream.wsi.outputs.journal import Journal
 from histostream.wsi.outputs.sinks import find_sink
 from histostream.wsi.outputs.sinks.pyramid import LABEL_BYTES
 from histostream.wsi.report.figures import rough_duration, size
-from histostream.wsi.slides.reader import open_slide
 from histostream.wsi.slides.sources.base import is_remote
 
 # Bytes of probabilities.tif per analysed pixel and class, measured on CMU-1-Small-Region.svs with the
 # nucleus model: tests/robustness/results/outputs-cpu.json. Other tissue differs.
-SCORE_BYTES = 0.54
+SCORE_BYTES = 1.7
 # Time for reading, blending and writing in addition to the network: benchmarks/results/stream-cpu.json has 1.04.
 OVERHEAD = 1.1
 
@@ -144,7 +143,7 @@ def _plan_slide(job: SlideJob, card: ModelCard, seconds_per_tile: float) -> Slid
     if job.is_done(card):
         return SlidePlan(source, folder, "done")
     is_begun = not job.restart and Journal(job.folder).read() is not None
-    with open_slide(Path(job.slide.source)) as slide:
+    with open_for_model(Path(job.slide.source), card) as slide:
         layout = lay_out(slide, card, options)
         view, grid = layout.view, layout.grid
         tiles, tiles_in_all = len(grid), len(grid.xs) * len(grid.ys)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from histostream.runtime.bundle.card import ModelCard
+from histostream.runtime.crf.params import CrfError
 from histostream.runtime.options import Options
-from histostream.runtime.stream.blend import check_blend, exact_overlap_px
+from histostream.runtime.stream.blend import aligned_overlap_px, check_blend, exact_overlap_px
 from histostream.wsi.errors import SlideError
 from histostream.wsi.outputs.sinks.overview import overview_size
+from histostream.wsi.slides.channels import open_channels
 from histostream.wsi.slides.damage import Damage, Undamaged
-from histostream.wsi.slides.reader import SlideReader
+from histostream.wsi.slides.reader import SlideReader, open_slide
 from histostream.wsi.slides.resolution import SlideView, at_mpp, thumbnail
 from histostream.wsi.tiling.grid import TileGrid
 from histostream.wsi.tiling.tissue import RegionOfInterest, find_tissue, read_roi
@@ -45,6 +48,17 @@ class SlideLayout:
     overview: NDArray[np.uint8]
 
 
+def open_for_model(path: Path, card: ModelCard) -> SlideReader:
+    """Open a slide with the channels that a model takes.
+
+    Raises
+    ------
+    SlideError
+        If it cannot be opened, or does not have these channels.
+    """
+    return open_slide(path) if card.takes_colors else open_channels(path, card.names_of_channels)
+
+
 def lay_out(slide: SlideReader, card: ModelCard, options: Options, damage: Damage | None = None) -> SlideLayout:
     """Choose the level of a slide that is read, and the tiles that are run.
 
@@ -63,7 +77,13 @@ def lay_out(slide: SlideReader, card: ModelCard, options: Options, damage: Damag
         If the overlap or the blending does not fit the model.
     SlideError
         If the slide cannot be read or has no resolution, or the region of interest holds no tissue.
+    CrfError
+        If a CRF is requested for a model of other channels than RGB or grey.
     """
+    if options.crf is not None and not card.takes_colors:
+        raise CrfError(
+            f"--crf compares colours, and this model takes {', '.join(card.names_of_channels)}; leave --crf out"
+        )
     view = at_mpp(slide, card.mpp, slide_mpp=options.mpp, force=options.force_upsampling)
     readable = view if damage is None else replace(view, slide=Undamaged(slide, damage))
     overview = thumbnail(readable, max(overview_size(view.width, view.height)))
@@ -102,7 +122,7 @@ def plan_grid(
     grid = lay_tiles(view.width, view.height, card, options)
     roi = None if options.roi is None else read_roi(options.roi, view)
     keep = None if roi is None else roi.tiles(grid)
-    if options.tissue:
+    if options.tissue and card.takes_colors:  # tissue is found by its colour
         tissue = find_tissue(view, preview=picture).tiles(grid)
         keep = tissue if keep is None else keep & tissue
     if keep is None:
@@ -128,10 +148,24 @@ def lay_tiles(width: int, height: int, card: ModelCard, options: Options) -> Til
     BlendError
         If the overlap or the blending does not fit the model.
     """
-    overlap_px = options.overlap_px
-    if overlap_px is None:
-        exact = options.blend == "exact" and not card.tile_statistics
-        overlap_px = exact_overlap_px(card) if exact else min(DEFAULT_OVERLAP_PX, card.tile_px // 4)
-    overlap_px = -(-overlap_px // card.align_px) * card.align_px
-    check_blend(options.blend, card, overlap_px)
+    blend, overlap_px = options.for_model(card).blend, _overlap_px(card, options)
+    check_blend(blend, card, overlap_px)
     return TileGrid.cover(width, height, tile_px=card.tile_px, overlap_px=overlap_px, align_px=card.align_px)
+
+
+def _overlap_px(card: ModelCard, options: Options) -> int:
+    """Return the overlap that is asked for, or the default one, as the tiles can have it.
+
+    Tiles begin at multiples of the alignment. So an overlap is rounded up, or down where it would then be too much.
+    """
+    exact = options.for_model(card).blend == "exact" and not card.tile_statistics
+    wanted = options.overlap_px
+    if wanted is None:
+        if exact:
+            return exact_overlap_px(card)
+        wanted = max(min(DEFAULT_OVERLAP_PX, card.tile_px // 4), 2 * card.border_px)
+    most = card.tile_px - 1 if exact or card.border_px else card.tile_px // 2
+    rounded = aligned_overlap_px(card, wanted)
+    if wanted > most:
+        return wanted  # `check_blend` says what is possible
+    return rounded if rounded <= most or rounded < card.align_px else rounded - card.align_px

@@ -65,6 +65,8 @@ class TextMessages:
             emoji=False,
             soft_wrap=True,  # one line, also in a narrow terminal
         )
+        if reason := card.unblendable:
+            self._console.print(f"{reason}: tiles are cropped, not blended", highlight=False, soft_wrap=True)
 
     def progress(self, slide: str) -> Report:
         """Return the function that takes the progress of a slide: (pixels done, pixels in all)."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from histostream.runtime.bundle.card import ModelCard
+from histostream.runtime.choices import AUTO
 from histostream.runtime.crf.options import CrfOptions
 from histostream.wsi.errors import HistoError
 from histostream.wsi.outputs.sinks import OPTIONS as SINK_OPTIONS
@@ -31,7 +33,8 @@ class Options:
     overlap_px
         Pixels that neighbouring tiles share; None: 64, or what ``blend="exact"`` needs.
     blend
-        Window of the weighted sum: hann, gaussian, linear, mean, crop or exact.
+        Window of the weighted sum: hann, gaussian, linear, mean, crop or exact; auto: hann, unless the model gives
+        labels, or no scores at the border of a tile.
     mpp
         Resolution of the slide's level 0 in um per pixel, where the file has none or a wrong one.
     roi
@@ -77,7 +80,7 @@ class Options:
     """
 
     overlap_px: int | None = None
-    blend: str = "hann"
+    blend: str = AUTO
     mpp: float | None = None
     roi: Path | None = None
     tissue: bool = True
@@ -102,6 +105,10 @@ class Options:
         if self.overlap_px is not None and self.overlap_px < 0:
             raise OptionError(f"overlap_px={self.overlap_px}: use 0 or more")
         self._check_files()
+
+    def for_model(self, card: ModelCard) -> Options:
+        """Return the options with what is left to the model."""
+        return replace(self, blend=card.default_blend) if self.blend == AUTO else self
 
     def result_options(self) -> dict[str, Any]:
         """Return the options that decide the bits of the result, as JSON values.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from histostream.runtime.choices import AUTO
 from histostream.runtime.engines.base import Engine
 from histostream.runtime.layout import lay_tiles
 from histostream.runtime.options import Options
@@ -14,7 +15,7 @@ from histostream.wsi.outputs.label_rows import LabelRows
 from histostream.wsi.tiling.grid import Strip
 
 
-def segment_pixels(pixels: NDArray[np.uint8], engine: Engine, *, blend: str = "hann") -> NDArray[np.uint8]:
+def segment_pixels(pixels: NDArray[np.uint8], engine: Engine, *, blend: str = AUTO) -> NDArray[np.uint8]:
     """Segment an image that is in memory, at the model's resolution.
 
     Parameters
@@ -46,8 +47,8 @@ def segment_pixels(pixels: NDArray[np.uint8], engine: Engine, *, blend: str = "h
     return np.concatenate([row.labels for row in rows])
 
 
-def score_pixels(pixels: NDArray[np.uint8], engine: Engine, *, blend: str = "hann") -> NDArray[np.uint8]:
-    """Return the blended scores of an image that is in memory, (H, W, K) uint8.
+def score_pixels(pixels: NDArray[np.uint8], engine: Engine, *, blend: str = AUTO) -> NDArray[np.uint16]:
+    """Return the blended scores of an image that is in memory, (H, W, K) uint16, ``round(65535 p)``.
 
     Parameters and errors are those of `segment_pixels`.
     """
@@ -57,7 +58,7 @@ def score_pixels(pixels: NDArray[np.uint8], engine: Engine, *, blend: str = "han
 
 def _pixel_rows(pixels: NDArray[np.uint8], engine: Engine, blend: str, *, probabilities: bool) -> list[LabelRows]:
     height, width = pixels.shape[:2]
-    options = Options(blend=blend, probabilities=probabilities)
+    options = Options(blend=blend, probabilities=probabilities).for_model(engine.card)
     grid = lay_tiles(width, height, engine.card, options)
     stream = HostStream(engine, grid, options, StageSeconds())
     strip = Strip(0, 0, pixels)

@@ -287,7 +287,7 @@ def fingerprint(
     values = {
         "slide": asdict(version),
         "model": card.digest(),
-        "options": {**options.result_options(), **requested},
+        "options": {**options.for_model(card).result_options(), **requested},
         "histostream": metadata.version("histostream"),
     }
     as_read_back: dict[str, Any] = json.loads(json.dumps(values))  # tuples become lists

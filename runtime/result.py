@@ -18,10 +18,10 @@ from histostream.runtime.record import SUMMARY_FILE, RunRecord, read_run, read_s
 from histostream.runtime.report.picture import read_picture
 from histostream.wsi.errors import HistoError, SlideError
 from histostream.wsi.optional import require
-from histostream.wsi.outputs.label_rows import ClassInfo
+from histostream.wsi.outputs.label_rows import ClassInfo, background_label
 from histostream.wsi.outputs.raster import Raster
-from histostream.wsi.outputs.sinks.overview import BACKGROUND
 from histostream.wsi.outputs.sinks.summary import SummaryRecord
+from histostream.wsi.slides.channels import open_channels
 from histostream.wsi.slides.reader import SlideReader, open_slide
 from histostream.wsi.slides.resolution import SlideView
 from histostream.wsi.slides.slide_locator import SlideLocator
@@ -90,7 +90,7 @@ class SlideResult:
     @property
     def classes(self) -> tuple[ClassInfo, ...]:
         """The classes, in label order."""
-        return tuple(ClassInfo(entry.name, entry.color) for entry in self.summary.classes)
+        return tuple(ClassInfo(entry.name, entry.color, entry.role) for entry in self.summary.classes)
 
     @property
     def areas(self) -> dict[str, float]:
@@ -120,7 +120,10 @@ class SlideResult:
 
     @cached_property
     def probabilities(self) -> Raster | None:
-        """``round(255 p)`` of each class, (H, W, K) uint8; None if they were not written."""
+        """``round(65535 p)`` of each class, (H, W, K) uint16; None if they were not written.
+
+        Versions before 0.2 wrote ``round(255 p)`` as uint8; the array's ``dtype`` says which.
+        """
         path = self.folder / "probabilities.tif"
         return Raster(path) if path.name in self.run.outputs else None
 
@@ -145,7 +148,11 @@ class SlideResult:
         slide = self.run.slide
         version = SlideVersion(slide.bytes or 0, slide.modified)
         locator = SlideLocator(slide.source, version, slide.sha256)
-        return open_slide(locator.find(None if slides is None else Path(slides)))
+        path = locator.find(None if slides is None else Path(slides))
+        channels = self.run.model.card.channels or 3
+        if channels in (1, 3):
+            return open_slide(path)
+        return open_channels(path, tuple(f"channel {i + 1}" for i in range(channels)))
 
     def region(
         self,
@@ -231,6 +238,7 @@ class SlideResult:
         um = self.mpp * step
         left, top = ((start - start % step) * self.mpp for start in (x, y))
         high, wide = labels.shape
+        background = background_label(self.classes)
         ax.imshow(
             self._painted(pixels, labels, opacity),
             extent=(left, left + wide * um, top + high * um, top),
@@ -241,8 +249,8 @@ class SlideResult:
             ax.legend(
                 handles=[
                     Patch(color=c.hex, label=f"{c.name}  {self.areas[c.name]:.3g} mm²")
-                    for c in self.classes
-                    if c.name != BACKGROUND
+                    for label, c in enumerate(self.classes)
+                    if label != background
                 ],
                 loc="upper left",
                 bbox_to_anchor=(1, 1),
@@ -293,9 +301,10 @@ class SlideResult:
     def _painted(self, pixels: NDArray[np.uint8], labels: NDArray[np.uint8], opacity: float) -> NDArray[np.uint8]:
         colors = np.zeros((256, 3), np.float32)
         strength = np.zeros(256, np.float32)
+        background = background_label(self.classes)
         for label, entry in enumerate(self.classes):
             colors[label] = entry.color
-            strength[label] = opacity * (entry.name != BACKGROUND)
+            strength[label] = opacity * (label != background)
         share = strength[labels][..., None]
         mixed = pixels * (1 - share) + colors[labels] * share
         return np.rint(mixed).astype(np.uint8)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histostream.runtime.bundle.card import ModelCard, default_bundle
+from histostream.runtime.choices import AUTO
 from histostream.runtime.cohort.inputs import find_inputs
 from histostream.runtime.cohort.worker import Worker
 from histostream.runtime.engines.base import Engine
@@ -137,7 +138,7 @@ class Segmenter:
             raise ResultError(outcome.reason)
         return SlideResult.read(job.folder)
 
-    def segment(self, pixels: NDArray[np.uint8], *, blend: str = "hann") -> NDArray[np.uint8]:
+    def segment(self, pixels: NDArray[np.uint8], *, blend: str = AUTO) -> NDArray[np.uint8]:
         """Segment an image that is in memory, at the model's resolution.
 
         Parameters

@@ -25,7 +25,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 from histostream.runtime.bundle.card import ModelCard
 from histostream.runtime.crf.options import check_memory
 from histostream.runtime.engines.base import Engine, to_channels
-from histostream.runtime.layout import SlideLayout, lay_out
+from histostream.runtime.layout import SlideLayout, lay_out, open_for_model
 from histostream.runtime.options import OptionError, Options
 from histostream.runtime.process_memory import peak_memory_mib
 from histostream.runtime.record import (
@@ -73,7 +73,6 @@ from histostream.wsi.outputs.sinks.summary import Summary
 from histostream.wsi.outputs.sinks.tiff import LabelTiff, ProbabilityTiff
 from histostream.wsi.records import to_json
 from histostream.wsi.slides.damage import Damage
-from histostream.wsi.slides.reader import open_slide
 from histostream.wsi.slides.resolution import SlideView
 from histostream.wsi.slides.staging import SlideVersion, sha256_of, version_of
 from histostream.wsi.tiling.grid import TileGrid
@@ -247,11 +246,13 @@ class SlideRun:
             As `segment_slide`.
         """
         started, clock = datetime.now(UTC), time.perf_counter()
-        path, card, options = path or Path(job.slide.source), engine.card, job.options
+        path, card = path or Path(job.slide.source), engine.card
+        options = job.options.for_model(card)
+        job = replace(job, options=options)
         seconds = StageSeconds()
         with ExitStack() as stack:
             version = version_of(job.slide.source)
-            slide = stack.enter_context(open_slide(path))
+            slide = stack.enter_context(open_for_model(path, card))
             folder = stack.enter_context(OutputFolder(job.out, job.folder.name, job.dead_processes))
             journal = Journal(folder.path)
             stack.push(lambda kind, *_: None if kind is None or journal.has_strips() else journal.remove())

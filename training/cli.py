@@ -11,6 +11,7 @@ import click
 
 from histostream.training.choices import PRECISIONS
 from histostream.wsi.console import one_line_errors, show_only_our_warnings
+from histostream.wsi.option_types import DEVICE_METAVAR, Device
 
 COMMAND = "histo-train"
 
@@ -25,7 +26,7 @@ _one_line_errors = one_line_errors(
 
 @click.group(invoke_without_command=True, context_settings={"show_default": True})
 @click.version_option(package_name="histostream")
-@click.option("--method", "method_name", default="imems", help="Which paper to train.")
+@click.option("--method", "method_name", default="imems", help="Method to train, as imems.")
 @click.option(
     "--data",
     "source",
@@ -70,8 +71,8 @@ _one_line_errors = one_line_errors(
     metavar="KEY=VALUE",
     help="Change the recipe, e.g. schedule.steps=900 or method.base_width=32; may be repeated.",
 )
-@click.option("--device", default="auto", help="auto, cpu, cuda or cuda:0.")
-@click.option("--precision", type=click.Choice(PRECISIONS), default="fp32")
+@click.option("--device", default="auto", type=Device(), metavar=DEVICE_METAVAR, help="What runs the networks.")
+@click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", help="Of the networks in training.")
 @click.option("--compile", "compiled", is_flag=True, help="Compile the networks (torch.compile).")
 @click.option("--deterministic", is_flag=True, help="The same bits again on a GPU; slower.")
 @click.option(
@@ -146,7 +147,7 @@ def main(
 @click.option("--masks", type=click.IntRange(0), default=0, help="Label maps, the first of the set; 0: all.")
 @click.option("--swap", default="", metavar="A=B", help="Exchange two classes, by name or number.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Another seed, other images.")
-@click.option("--device", default="auto", help="auto, cpu, cuda or cuda:0.")
+@click.option("--device", default="auto", type=Device(), metavar=DEVICE_METAVAR, help="What runs the networks.")
 @one_line_errors(
     COMMAND,
     out_of_memory="paint smaller images, or --device cpu",

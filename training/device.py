@@ -81,7 +81,7 @@ def open_device(compute: Compute) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ComputeError(f"device {name!r}: use auto, cpu, cuda or cuda:0") from error
+        raise ComputeError(f"device {name!r}: use auto, cpu, cuda, or cuda:0 and up") from error
     distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if device.type == "cuda":
         device = _cuda(device, distributed)

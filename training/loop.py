@@ -235,11 +235,13 @@ class _Trainer:
         training = [parts.samples[i] for i in parts.split.train]
         self._counted = class_weights.count_pixels(training, len(self._classes))
         self._weights = class_weights.weights_of(recipe.class_weights, self._classes, self._counted)
-        state: State = method.build(recipe.config, len(self._classes), self._channels)
+        with preflight.memory_named(recipe):
+            state: State = method.build(recipe.config, len(self._classes), self._channels)
         if self._weights:
             state = dataclasses.replace(state, class_weights=torch.tensor(self._weights, device=device))
         self._state = state
-        devices.prepare(self._state, device, compute)
+        with preflight.memory_named(recipe):
+            devices.prepare(self._state, device, compute)
         self._align_px: int = method.align_px(recipe.config)
         self._judge = Judge(
             method, state, parts, recipe.augmentation, self._classes, align_px=self._align_px, device=device

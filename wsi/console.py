@@ -9,7 +9,7 @@ import stat
 import sys
 import tomllib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,24 @@ def memory_mib(text: str) -> int:
     return int(float(match[1]) * unit / MIB)
 
 
-class GroupedOption(click.Option):
+class AliasedOption(click.Option):
+    """An option that also takes older names, which ``--help`` does not list."""
+
+    def __init__(self, *args: Any, aliases: Sequence[str] = (), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.aliases = tuple(aliases)
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        """Add all names to the parser of a command line."""
+        listed = self.opts
+        self.opts = [*listed, *self.aliases]
+        try:
+            super().add_to_parser(parser, ctx)
+        finally:
+            self.opts = listed
+
+
+class GroupedOption(AliasedOption):
     """An option that ``--help`` lists under the title ``group``."""
 
     def __init__(self, *args: Any, group: str, **kwargs: Any) -> None:
@@ -136,7 +153,8 @@ def _settings(command: click.Command) -> dict[str, click.Parameter]:
         if isinstance(parameter, click.Argument):
             parameters[str(parameter.name)] = parameter
         elif not parameter.is_eager:
-            parameters[max(parameter.opts, key=len).lstrip("-")] = parameter
+            for name in (max(parameter.opts, key=len), *getattr(parameter, "aliases", ())):
+                parameters[name.lstrip("-")] = parameter
     return parameters
 
 

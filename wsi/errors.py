@@ -16,7 +16,7 @@ class HistoError(Exception):
     Attributes
     ----------
     exit_status
-        With which a command ends: 1, or 2 where the command itself was wrong, not what it was given.
+        With which a command ends: 1, or 2 if the call itself was wrong.
     """
 
     exit_status = 1

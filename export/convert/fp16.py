@@ -118,7 +118,9 @@ class _Fp16Conversion:
             self._add(copy.deepcopy(node))
         outputs = {value.name for value in self.source.graph.output}
         if self.half & outputs:
-            raise GraphError(f"the output {self.half & outputs} would be FP16; make it uint8")
+            raise GraphError(
+                f"the output {self.half & outputs} would be FP16 inside the graph; end it in `add_rounding`"
+            )
         model = copy.deepcopy(self.source)
         for field in ("node", "initializer", "value_info"):
             model.graph.ClearField(field)

@@ -45,7 +45,7 @@ def freeze_statistics(model: onnx.ModelProto, tiles: NDArray[np.uint8]) -> onnx.
 
     Returns
     -------
-    A graph with the same input and output and no statistics (``receptive_field(...).whole_tile == ()``), or
+    A graph with the same input and output and no statistics (``receptive_field(...).is_local``), or
     ``model`` itself if it has none.
 
     Raises
@@ -59,7 +59,7 @@ def freeze_statistics(model: onnx.ModelProto, tiles: NDArray[np.uint8]) -> onnx.
     if tiles.dtype != np.uint8 or tiles.shape[1:] != one_tile or not len(tiles):
         needed = f"(N, {', '.join(map(str, one_tile))})"
         raise GraphError(f"tiles are {tiles.dtype} {tiles.shape}: give uint8 {needed} with N of 1 or more")
-    if not receptive_field(model).whole_tile:
+    if receptive_field(model).is_local:
         return model
     if two.shapes[two.tiles][0] != 2:
         raise GraphError(f"input {two.tiles!r} has a fixed N: export with a dynamic one")
@@ -67,7 +67,8 @@ def freeze_statistics(model: onnx.ModelProto, tiles: NDArray[np.uint8]) -> onnx.
     if pooled.functions:
         pooled = inliner.inline_local_functions(pooled)
     frozen = _with_constants(pooled, _run(pooled, _pool(pooled), tiles))
-    left = receptive_field(frozen).whole_tile
+    field = receptive_field(frozen)
+    left = field.whole_tile + field.unknown
     if left:
         raise GraphError(
             f"node {left[0]!r} depends on the whole tile and cannot be frozen; export without --freeze-statistics"

@@ -54,8 +54,10 @@ def with_dynamic_batch(
             continue
         if node.op_type == "Reshape" and target[0] not in (-1, 0):
             if target[0] == batch and (-1 not in target or input_shape[:1] == [batch]):
-                # Of two unknowns only one can be -1; 0 takes the dimension of the input.
+                # Of two unknowns only one can be -1; 0 takes the dimension of the input, unless allowzero is set.
                 new = np.array([0 if -1 in target else -1, *target[1:]])
+                for attribute in [a for a in node.attribute if a.name == "allowzero" and -1 in target]:
+                    node.attribute.remove(attribute)
                 _replace_input(graph, node, 1, new)
                 changed.append(node.name)
             else:

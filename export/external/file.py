@@ -19,10 +19,19 @@ from google.protobuf.message import DecodeError, Message
 from onnx import TensorProto, helper
 
 from histostream.export.graph.from_torch import OPSET
-from histostream.export.graph.model import INVALID, GraphError, first_line, open_session, opset_of, unused_name
+from histostream.export.graph.model import (
+    INVALID,
+    GraphError,
+    attribute,
+    first_line,
+    open_session,
+    opset_of,
+    unused_name,
+)
 from histostream.export.graph.operators import STANDARD_DOMAINS
 
 OLDEST_OPSET = 13  # the nodes that wrapping adds have the same meaning from this operator set on
+ASYMMETRIC_OPSET = 11  # until then Resize and Upsample map positions without an offset of half a pixel
 MAX_BYTES = 2**31 - 1  # of one ONNX file: protobuf's limit
 MAX_NODES = 100_000  # after local functions are inlined; large networks have some thousands
 MAX_DEPTH = 100  # of nested functions; exporters need a few
@@ -211,7 +220,10 @@ def convert(model: onnx.ModelProto) -> onnx.ModelProto:
     if opset >= OPSET:
         return model
     try:
-        return onnx.version_converter.convert_version(model, OPSET)
+        converted = onnx.version_converter.convert_version(model, OPSET)
+        if opset < ASYMMETRIC_OPSET:
+            _keep_coordinates(converted.graph)
+        return converted
     except (RuntimeError, ValueError, *INVALID) as error:
         if opset >= OLDEST_OPSET:
             return model
@@ -219,6 +231,14 @@ def convert(model: onnx.ModelProto) -> onnx.ModelProto:
             f"operator set {opset} cannot be converted to {OPSET} ({first_line(error)}); "
             f"export the model again with operator set {OLDEST_OPSET} or later"
         ) from error
+
+
+def _keep_coordinates(graph: onnx.GraphProto) -> None:
+    """Make every Resize what it was before operator set 11, which the converter does not do."""
+    for node in graph.node:
+        if node.op_type == "Resize" and attribute(node, "coordinate_transformation_mode", None) is None:
+            attributes = (("coordinate_transformation_mode", "asymmetric"), ("nearest_mode", "floor"))
+            node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes)
 
 
 def either(names: Sequence[str]) -> str:

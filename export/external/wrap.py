@@ -1,52 +1,48 @@
-"""Wrap a segmentation network from elsewhere, as ONNX, so that it keeps the tile contract."""
+"""Wrap a segmentation network from elsewhere so that it keeps the tile contract."""
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
 
 from histostream.export.bundle import Export, Network, Options, Say, check_options, write_bundle
+from histostream.export.external.activation import LABELS, Activation, Evidence, choose_activation
+from histostream.export.external.description import DescriptionError, ExternalModel
 from histostream.export.external.dynamic_batch import with_dynamic_batch
-from histostream.export.external.file import OLDEST_OPSET, check_operators, convert, either, open_file, prune, read_onnx
+from histostream.export.external.file import OLDEST_OPSET, convert, prune
+from histostream.export.external.formats import open_network
+from histostream.export.external.metadata import read_metadata, with_defaults
 from histostream.export.external.network import (
-    FLOATS,
-    ExternalModel,
     ExternalNetwork,
-    OutputFormat,
-    Reference,
-    Scores,
+    InputFormat,
     Tiles,
-    choose_activation,
     choose_tensors,
-    normalised,
+    takes_bytes,
     trial_tiles,
 )
-from histostream.export.graph.model import (
-    INVALID,
-    GraphError,
-    check_graph,
-    first_line,
-    open_session,
-    opset_of,
-    unused_name,
-    value_names,
-)
-from histostream.export.graph.shapes import resize_scale
-from histostream.wsi.outputs.label_rows import ClassInfo
+from histostream.export.external.output import OutputFormat
+from histostream.export.external.processing import try_out, with_processing
+from histostream.export.external.reference import Reference
+from histostream.export.external.scoring import Scoring, choose_scoring
+from histostream.export.graph.model import GraphError, open_session, opset_of
+from histostream.export.receptive_field.measure import receptive_field
+from histostream.export.receptive_field.perturbation import receptive_field_of
+from histostream.export.tiles import collect_tiles
+from histostream.wsi.outputs.label_rows import BACKGROUND, ClassInfo
 
-# White, then Okabe and Ito's colours, which people with any colour vision tell apart.
+REAL_TILES = 2  # of either kind that `collect_tiles` gives, to find the activation on
+MAX_REPEATED = 8  # at most 1 / MAX_REPEATED of a tile may repeat its last row and column
+WHITE = (255, 255, 255)
+# Okabe and Ito's colours, which people with any colour vision tell apart.
 PALETTE = (
-    (255, 255, 255),
     (230, 159, 0),
     (86, 180, 233),
     (0, 158, 115),
@@ -56,7 +52,6 @@ PALETTE = (
     (204, 121, 167),
     (0, 0, 0),
 )
-PREFIX = "histostream/"  # of the names of nodes and values that are added
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,23 +61,77 @@ class WrappedModel:
     Attributes
     ----------
     model
-        The graph: input ``tiles`` uint8 (N, tile_px, tile_px, C), output ``scores`` uint8 (N, K, tile_px, tile_px), N
-        dynamic, all weights inside.
+        The graph: input ``tiles`` uint8 (N, tile_px, tile_px, C), output ``scores`` float16 (N, K, tile_px, tile_px),
+        N dynamic, all weights inside.
     reference
-        The unchanged file in ONNX Runtime on the CPU, with pre- and post-processing in NumPy; same input and output.
+        The unchanged file in ONNX Runtime on the CPU, with pre- and post-processing in NumPy: the same input, and
+        scores in float32 that are not rounded.
     options
-        As given, with "auto" and the names of the tensors resolved.
+        As given, with the defaults of the file's metadata and the names of the tensors.
+    source, output, scoring
+        What was found out about input and output, and how scores are made of it.
     opset
         Operator set of ``model``.
-    notes
+    decisions
+        What was decided for the user and why, a line each.
+    changes
         What was changed inside the network, for the record.
+    mpp
+        Resolution, um per pixel.
+    note
+        As the file's metadata say; "" if they do not.
     """
 
     model: onnx.ModelProto
-    reference: Callable[[Tiles], Scores]
+    reference: Callable[[Tiles], NDArray[np.float32]]
     options: ExternalModel
+    source: InputFormat
+    output: OutputFormat
+    scoring: Scoring
     opset: int
-    notes: tuple[str, ...]
+    decisions: tuple[str, ...]
+    changes: tuple[str, ...]
+    mpp: float
+    note: str = ""
+
+    @property
+    def border_px(self) -> int:
+        """Pixels at each side of a tile that have no scores of their own."""
+        border = self.output.border_px
+        return border and border + max(self.source.tile_px - self.source.side, 0)
+
+    def classes(self) -> tuple[ClassInfo, ...]:
+        """Return the classes with their colours: as given, else of a palette, and white for the background."""
+        names, background = self.scoring.classes, self.scoring.background
+        given = dict(zip(self.options.classes, self.options.colors, strict=False))
+        palette = iter(range(len(names)))
+        classes = []
+        for label, name in enumerate(names):
+            color = WHITE if label == background else PALETTE[next(palette) % len(PALETTE)]
+            classes.append(ClassInfo(name, given.get(name, color), BACKGROUND if label == background else ""))
+        return tuple(classes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return how it was wrapped, for the card."""
+        source, scoring = self.source, self.scoring
+        return {
+            "wrapped_with": {
+                "input": source.name,
+                "output": self.options.output_name,
+                "layout": source.layout,
+                "order": source.order,
+                "mean": source.mean,
+                "std": source.std,
+                "scale": source.scale,
+                "activation": scoring.activation,
+                "threshold": scoring.threshold,
+                "background_below": scoring.background_below,
+                "network_px": source.side,
+                "border_px": self.output.border_px,
+            },
+            "decisions": list(self.decisions),
+            "changes": list(self.changes),
+        }
 
 
 def wrap_onnx(
@@ -91,7 +140,7 @@ def wrap_onnx(
     external: ExternalModel,
     options: Options | None = None,
     *,
-    mpp: float,
+    mpp: float | None = None,
     note: str = "",
     say: Say = lambda text: None,
 ) -> Export:
@@ -100,227 +149,227 @@ def wrap_onnx(
     Parameters
     ----------
     path
-        An ONNX file, with its external data beside it.
+        An ONNX file, with its external data beside it, or a file of ``torch.export.save``.
     out
         Folder to write; an existing bundle there is replaced once the new one is complete.
     external
-        Properties of the network that the file does not contain; its ``tile_px`` counts, not that of ``options``.
+        Properties of the network; its ``tile_px`` counts, not that of ``options``.
     options
         How to export it.
     mpp
-        Resolution that the network was trained at, in um per pixel.
+        Resolution that the network was trained at, in um per pixel; None: as the file's metadata say.
     note
-        What the network is for and where it fails, for the card.
+        What the network is for and where it fails, for the card; "": as the file's metadata say.
     say
-        Called with each line of progress.
+        Called with each line of progress, and each decision that was made for the user.
 
     Raises
     ------
+    DescriptionError
+        If ``external`` cannot be, or does not fit the network, or more needs to be said.
     GraphError
-        If the file is not ONNX, does not fit ``external``, or may not be deployed.
+        If the file is no such network, or may not be deployed.
     HistoError
         As `write_bundle`.
     """
     options = options or Options()
     check_options(out, options)
-    return write_bundle(external_network(path, external, mpp=mpp, note=note), out, options, say=say)
+    network = external_network(path, external, mpp=mpp, note=note, calibrate=options.calibrate, say=say)
+    return write_bundle(network, out, options, say=say)
 
 
-def external_network(path: Path, options: ExternalModel, *, mpp: float, note: str = "") -> Network:
+def external_network(
+    path: Path,
+    options: ExternalModel,
+    *,
+    mpp: float | None = None,
+    note: str = "",
+    calibrate: Path | None = None,
+    say: Say = lambda text: None,
+) -> Network:
     """Wrap a network for `write_bundle`; parameters and errors as `wrap_onnx`."""
-    if not 0 < mpp < math.inf:
-        raise GraphError(f"mpp={mpp!r} is not a positive number; pass --mpp in um per pixel")
-    wrapped = wrap_graph(path, options)
+    wrapped = wrap_graph(path, options, mpp=mpp, calibrate=calibrate)
+    for line in wrapped.decisions:
+        say(line)
     return Network(
         model=wrapped.model,
         reference=wrapped.reference,
         method="foreign",
-        classes=tuple(ClassInfo(name, PALETTE[k % len(PALETTE)]) for k, name in enumerate(options.classes)),
-        mpp=mpp,
-        channels=options.channels,
-        tile_px=options.tile_px,
-        score_kind="probability",
+        classes=wrapped.classes(),
+        mpp=wrapped.mpp,
+        channels=wrapped.source.channels,
+        tile_px=wrapped.source.tile_px,
+        score_kind="label" if wrapped.scoring.activation == LABELS else "probability",
         training={
             "file": path.name,
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "wrapped_with": {k: v for k, v in asdict(wrapped.options).items() if v is not None},
-            "changes": list(wrapped.notes),
+            **wrapped.as_dict(),
         },
-        note=note,
+        note=note or wrapped.note,
+        channel_names=wrapped.options.channel_names,
+        border_px=wrapped.border_px,
     )
 
 
-def wrap_graph(path: Path, options: ExternalModel) -> WrappedModel:
+def wrap_graph(path: Path, options: ExternalModel, *, mpp: float | None, calibrate: Path | None = None) -> WrappedModel:
     """Turn a segmentation network into a graph that keeps the tile contract.
 
     The network's nodes keep their names; added nodes begin with ``histostream/``. The result is tried on two tiles: it
     must compute what the file does, and give the same scores for two tiles together as for each alone. That takes about
-    seven inferences of a tile on the CPU.
+    ten inferences of a tile on the CPU.
+
+    Parameters
+    ----------
+    path, options, mpp
+        As for `wrap_onnx`.
+    calibrate
+        Slide or folder on whose tiles the output is looked at; None: the synthetic slide.
 
     Raises
     ------
-    GraphError
-        If the file is not ONNX, does not fit the options, or may not be deployed.
+    DescriptionError, GraphError
+        As `wrap_onnx`.
     """
-    original = read_onnx(path)
-    check_operators(original)
-    session = open_file(path, original)
+    original, session = open_network(path)
+    defaults = read_metadata(original)
     options = choose_tensors(session, options)
+    options, decisions = with_defaults(options, defaults, takes_bytes=takes_bytes(session, options))
+    decisions += [f"metadata left out: {text}" for text in defaults.ignored]
+    if not options.classes:
+        raise DescriptionError("the file's metadata do not name the classes: pass --classes with a name for each label")
+    mpp, line = _resolution(mpp, defaults.mpp)
+    decisions += line
     model = prune(original, str(options.input_name), str(options.output_name))
     if len(session.get_inputs()) > 1:  # the file's session would need all of them
         session = open_session(model)
-    network = ExternalNetwork.inspect(session, options)
-    options = replace(options, layout=network.layout)
-    tiles = trial_tiles(options)
-    output = network.run(normalised(tiles[:1], options))
-    output_format = OutputFormat.inspect(output, options)
-    options = replace(options, activation=choose_activation(model, output, output_format, options))
-    reference = Reference(network, output_format, options)
+    source = InputFormat.inspect(session, options)
+    network = ExternalNetwork(session, source, str(options.output_name))
+    trial = network.run(source.normalised(trial_tiles(source.tile_px, source.channels)))
+    output = OutputFormat.inspect(model, trial, options, source.layout, source.side)
+    activation = _choose_activation(model, network, output, options, trial, mpp, calibrate)
+    scoring, lines = choose_scoring(options, output, activation)
+    if activation.name != LABELS:
+        decisions.append(f"activation {activation.name}: {activation.why}")
+    decisions += lines
+    reference = Reference(network, output, scoring)
+    graph, changes = _build(model, reference)
+    field = receptive_field(graph)
+    if field.unknown:
+        field = receptive_field_of(graph, output.border_px)
+    reference, line = _with_whole_strides(reference, field.align_px)
+    if line:
+        decisions += line
+        graph, changes = _build(model, reference)
+    return WrappedModel(
+        graph,
+        reference,
+        options,
+        reference.network.source,
+        output,
+        scoring,
+        opset_of(graph),
+        tuple(decisions),
+        changes,
+        mpp,
+        defaults.note,
+    )
+
+
+def _resolution(mpp: float | None, of_file: float | None) -> tuple[float, list[str]]:
+    if mpp is not None:
+        if not 0 < mpp < math.inf:
+            raise DescriptionError(f"mpp={mpp!r} is not a positive number; pass --mpp in um per pixel")
+        return mpp, []
+    if of_file is None:
+        raise DescriptionError("the file's metadata do not say the resolution: pass --mpp in um per pixel")
+    return of_file, [f"resolution from the file's metadata: {of_file:g} um/px"]
+
+
+def _choose_activation(
+    model: onnx.ModelProto,
+    network: ExternalNetwork,
+    output: OutputFormat,
+    options: ExternalModel,
+    trial: NDArray[Any],
+    mpp: float,
+    calibrate: Path | None,
+) -> Activation:
+    """Look at the output on real tiles, besides those that were tried, and choose what makes probabilities of it."""
+    if output.labels:
+        if options.activation not in ("auto", "none"):
+            raise DescriptionError(
+                f"the output is labels, so --activation {options.activation} cannot be: leave it out, or export the "
+                "model without its arg-max"
+            )
+        return Activation(LABELS, "the output is labels")
+    source = network.source
+    tiles = collect_tiles(
+        calibrate,
+        tile_px=source.tile_px,
+        channels=source.channels,
+        mpp=mpp,
+        classes=options.classes,
+        count=REAL_TILES,
+    )
+    real = np.concatenate([tiles.gate, tiles.calibration])
+    outputs = [
+        output.channels_first(part) for part in (trial, *(network.run(source.normalised(t[None])) for t in real))
+    ]
+    text = f"{len(real)} tiles of {tiles.source} and {len(trial)} of noise"
+    evidence = Evidence.gather(model, network.output_name, np.concatenate(outputs), text)
+    is_added = bool(options.background_below) or 1 < output.channels < len(options.classes)
+    return choose_activation(options.activation, evidence, output.channels, background_is_added=is_added)
+
+
+def _build(model: onnx.ModelProto, reference: Reference) -> tuple[onnx.ModelProto, tuple[str, ...]]:
+    """Return the wrapped graph, and what was changed inside the network."""
+    source = reference.network.source
+    tiles = trial_tiles(source.tile_px, source.channels)
     expected = reference(tiles)
 
     def wrapped(candidate: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
-        dynamic, changed, fixed = with_dynamic_batch(candidate, network.input_shape(options))
-        graph = _with_processing(dynamic, network, output_format, options)
-        try:
-            check_graph(graph)
-        except INVALID as error:
-            raise GraphError(f"the graph is not valid ONNX ({first_line(error)}); export the model again") from error
-        _try_out(graph, tiles, expected, fixed)
+        dynamic, changed, fixed = with_dynamic_batch(candidate, source.shape)
+        graph = with_processing(dynamic, source, reference.output_format, reference.scoring)
+        try_out(graph, tiles, expected, fixed)
         return graph, tuple(f"{name}: freed of the fixed batch" for name in changed)
 
     converted = convert(model)
     try:
-        result, notes = wrapped(converted)
+        return wrapped(converted)
     except GraphError:
         if converted is model or opset_of(model) < OLDEST_OPSET:
             raise
         # The converter between operator sets has gaps.
-        result, notes = wrapped(model)
-    return WrappedModel(result, reference, options, opset_of(result), notes)
+        return wrapped(model)
 
 
-def _with_processing(
-    network: onnx.ModelProto, source: ExternalNetwork, output: OutputFormat, options: ExternalModel
-) -> onnx.ModelProto:
-    """Put pre- and post-processing around a network."""
-    model = copy.deepcopy(network)
-    graph = model.graph
-    _reserve_names(graph)
-    result, side = graph.output[0].name, options.tile_px
-    before, after = _Nodes(graph, "in"), _Nodes(graph, "out")
+def _with_whole_strides(reference: Reference, align_px: int) -> tuple[Reference, list[str]]:
+    """Give tiles a size that is a multiple of the network's strides, where its own size is none.
 
-    x = before.add("Cast", "tiles", to=TensorProto.FLOAT)  # first: TensorRT transposes no uint8
-    per_channel, axis = (1, 1, 1, options.channels), 3
-    if options.layout == "nchw":
-        x = before.add("Transpose", x, perm=[0, 3, 1, 2])
-        per_channel, axis = (1, options.channels, 1, 1), 1
-    if options.order == "bgr":
-        x = before.add("Gather", x, before.constant("order", np.array([2, 1, 0])), axis=axis)
-    mean, std = np.array(options.mean), np.array(options.std)
-    scale, offset = (v.reshape(per_channel) for v in (options.scale / std, -mean / std))
-    x = before.add("Mul", x, before.constant("scale", scale.astype(np.float32)))
-    x = before.add("Add", x, before.constant("offset", offset.astype(np.float32)))
-    kind = helper.np_dtype_to_tensor_dtype(np.dtype(FLOATS[source.type]))
-    if kind != TensorProto.FLOAT:
-        before.add("Cast", x, to=kind)
-    before.nodes[-1].output[0] = graph.input[0].name
+    A network with convolutions without padding gets larger tiles, whose last rows and columns it does not see; its
+    output does not cover them anyway. Another network gets smaller tiles, which are extended to its size.
 
-    y = result if output.float32 else after.add("Cast", result, to=TensorProto.FLOAT)
-    if output.layout == "nhwc":
-        y = after.add("Transpose", y, perm=[0, 3, 1, 2])
-    if (output.height, output.width) != (side, side):
-        scales = [1, 1, resize_scale(output.height, side), resize_scale(output.width, side)]
-        y = after.add(
-            "Resize",
-            y,
-            "",
-            after.constant("scales", np.array(scales, np.float32)),
-            mode="linear",
-            coordinate_transformation_mode="half_pixel",
-        )
-    if options.activation == "softmax":
-        y = after.add("Softmax", y, axis=1)
-    elif options.activation == "sigmoid":
-        y = after.add("Sigmoid", y)
-    if output.channels == 1:
-        without = after.add("Sub", after.constant("one", np.float32(1)), y)
-        y = after.add("Concat", without, y, axis=1)
-    full = after.constant("full", np.float32(255))
-    y = after.add("Mul", y, full)
-    y = after.add("Add", y, after.constant("half", np.float32(0.5)))  # the cast cuts off
-    y = after.add("Clip", y, after.constant("least", np.float32(0)), full)
-    after.add("Cast", y, to=TensorProto.UINT8)
-    after.nodes[-1].output[0] = "scores"
-
-    nodes = [*before.nodes, *graph.node, *after.nodes]
-    used = {name for node in nodes for name in node.input}
-    weights = [t for t in graph.initializer if t.name in used]  # less what was replaced
-    del graph.node[:], graph.input[:], graph.output[:], graph.value_info[:], graph.initializer[:]
-    graph.node.extend(nodes)
-    graph.initializer.extend(weights)
-    for values, name, shape in (
-        (graph.input, "tiles", (side, side, options.channels)),
-        (graph.output, "scores", (len(options.classes), side, side)),
-    ):
-        values.append(helper.make_tensor_value_info(name, TensorProto.UINT8, ["N", *shape]))
-    return model
-
-
-class _Nodes:
-    """Nodes to add to a graph, in order, with unique names."""
-
-    def __init__(self, graph: onnx.GraphProto, stage: str) -> None:
-        self.nodes: list[onnx.NodeProto] = []
-        self._graph, self._stage = graph, f"{PREFIX}{stage}/"
-
-    def add(self, kind: str, *inputs: str, **attributes: Any) -> str:
-        """Add a node of one output and return the output's name."""
-        taken = {node.name for node in self.nodes}
-        name = unused_name(f"{self._stage}{kind.lower()}", taken)
-        self.nodes.append(helper.make_node(kind, inputs, [name], name=name, **attributes))
-        return name
-
-    def constant(self, name: str, value: Any) -> str:
-        """Add a constant and return its name."""
-        self._graph.initializer.append(numpy_helper.from_array(value, f"{self._stage}{name}"))
-        return f"{self._stage}{name}"
-
-
-def _reserve_names(graph: onnx.GraphProto) -> None:
-    """Rename values and nodes of the network whose names are needed for added ones."""
-    used = value_names(graph)
-    taken = {n for n in used if n in ("tiles", "scores") or n.startswith(PREFIX)}
-    new = {name: unused_name(f"{name.removeprefix(PREFIX)}_", used | {"tiles", "scores"}) for name in taken}
-    for node in graph.node:
-        node.name = node.name.removeprefix(PREFIX)
-        for names in (node.input, node.output):
-            names[:] = [new.get(name, name) for name in names]
-    for value in (*graph.input, *graph.output, *graph.initializer):
-        value.name = new.get(value.name, value.name)
-    for tensor in graph.sparse_initializer:
-        tensor.values.name = new.get(tensor.values.name, tensor.values.name)
-
-
-def _try_out(model: onnx.ModelProto, tiles: Tiles, expected: Scores, fixed: list[str]) -> None:
-    """Refuse a wrapped network that computes something else, or scores two tiles together unlike each alone."""
-    session = open_session(model)
-    advice = "export the network with a dynamic batch axis"
-
-    def scores(batch: Tiles) -> NDArray[np.int16]:
-        try:
-            (out,) = session.run(["scores"], {"tiles": batch})
-        except Exception as error:  # ONNX Runtime's own exceptions have no common base
-            raise GraphError(f"a batch of {len(batch)} tiles fails ({first_line(error)}); {advice}") from error
-        return np.asarray(out, np.int16)
-
-    alone = np.concatenate([scores(tiles[:1]), scores(tiles[1:])])
-    difference = np.abs(alone - expected).mean() if alone.shape == expected.shape else math.inf
-    if difference > 1:  # of 255; the parity check is stricter
+    Raises
+    ------
+    GraphError
+        If the size can be chosen, or the strides leave too little of the tile.
+    """
+    source, output = reference.network.source, reference.output_format
+    side = source.side
+    if side % align_px == 0:
+        return reference, []
+    smaller, larger = side // align_px * align_px, -(-side // align_px) * align_px
+    if not source.has_fixed_side and not output.border_px:
+        sizes = " or ".join(f"--tile {size}" for size in (smaller, larger) if size)
+        raise DescriptionError(f"the network's strides need tiles of a multiple of {align_px} px: pass {sizes}")
+    tile_px = larger if output.border_px else smaller
+    if abs(tile_px - side) * MAX_REPEATED > side:
         raise GraphError(
-            f"wrapped, the network computes something else ({difference:.1f} of 255 on average): "
-            "export it again with operator set 18"
+            f"the network takes {side} px, on which its strides are not whole (multiples of {align_px} px would be): "
+            "export it for another size, as 512 px"
         )
-    together = scores(tiles)
-    if together.shape != alone.shape or np.abs(together - alone).max() > 1:
-        culprits = f" (perhaps at the Reshape {either(fixed)})" if fixed else ""
-        raise GraphError(f"two tiles together score unlike each alone{culprits}; {advice}")
+    network = replace(reference.network, source=replace(source, tile_px=tile_px))
+    how = "the rest is not covered by its output" if output.border_px else "the last row and column are repeated"
+    return replace(reference, network=network), [
+        f"the network takes {side} px, no multiple of its strides ({align_px} px): tiles of {tile_px} px; {how}"
+    ]

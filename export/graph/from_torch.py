@@ -26,7 +26,7 @@ OPSET = 18
 def export_onnx(module: nn.Module, *, channels: int, tile_px: int) -> onnx.ModelProto:
     """Export a module that keeps the tile contract.
 
-    Input ``tiles`` uint8 (N, tile_px, tile_px, channels), output ``scores`` uint8
+    Input ``tiles`` uint8 (N, tile_px, tile_px, channels), output ``scores`` float16
     (N, K, tile_px, tile_px); N is dynamic.
 
     Raises
@@ -60,7 +60,7 @@ def to_onnx(module: nn.Module, arguments: tuple[Any, ...], inputs: dict[str, Ten
         As `export_onnx`.
     """
     batch = torch.export.Dim("N", min=1)
-    with _quiet():
+    with quiet_exporter():
         try:
             program = torch.onnx.export(
                 module.eval(),
@@ -119,7 +119,7 @@ def _forget_sources(model: onnx.ModelProto) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """Silence the exporter's progress text and its own deprecation warnings."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level

@@ -9,7 +9,6 @@ _GROUPS = tomllib.loads(resources.files(__package__).joinpath("operators.toml").
 
 STANDARD_DOMAINS = ("", "ai.onnx")
 FORBIDDEN = frozenset(_GROUPS["forbidden"])
-SHAPE_ARITHMETIC = frozenset(_GROUPS["shape_arithmetic"])
 POINTWISE = frozenset(_GROUPS["pointwise"])
 REDUCTIONS = frozenset(_GROUPS["reductions"])
 FREEZABLE = frozenset(_GROUPS["freezable"])

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, inliner, numpy_helper, reference, shape_inference
 
 from histostream.export.graph.model import GraphError
-from histostream.export.graph.operators import SHAPE_ARITHMETIC
+from histostream.export.graph.operators import FORBIDDEN, STANDARD_DOMAINS
 
 Shape = tuple[int, ...]
 TILES = "tiles"
@@ -112,25 +112,29 @@ def _types_left_out(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
 
 
 def _computed_shapes(model: onnx.ModelProto) -> dict[str, NDArray[Any]]:
-    """Return the value of every shape that the graph computes from known shapes and constants."""
+    """Return the value of every shape, and of everything small that the graph computes from shapes and constants."""
     known, shapes = small_constants(model), known_shapes(model)
     constants: dict[str, NDArray[Any]] = {}
     for node in model.graph.node:
-        value = None
+        values: list[NDArray[Any]] = []
         if node.op_type == "Shape" and node.input[0] in shapes:
             ends = {a.name: a.i for a in node.attribute}
             part = shapes[node.input[0]][ends.get("start", 0) : ends.get("end")]
-            value = np.array(part, np.int64)
+            values = [np.array(part, np.int64)]
         elif node.op_type == "Size" and node.input[0] in shapes:
-            value = np.array(math.prod(shapes[node.input[0]]), np.int64)
+            values = [np.array(math.prod(shapes[node.input[0]]), np.int64)]
         elif (
-            node.op_type in SHAPE_ARITHMETIC
+            node.domain in STANDARD_DOMAINS
+            and node.op_type not in FORBIDDEN
+            and any(node.input)
             and all(name in known for name in node.input if name)
-            and math.prod(shapes.get(node.output[0], (1,))) <= MAX_ELEMENTS
+            and all(math.prod(shapes.get(name, (1,))) <= MAX_ELEMENTS for name in node.output)
         ):
-            value = _evaluated(node, known, model.opset_import)
-        if value is not None and value.size <= MAX_ELEMENTS:
-            constants[node.output[0]] = known[node.output[0]] = value
+            values = _evaluated(node, known, model.opset_import)
+        if values and all(value.size <= MAX_ELEMENTS for value in values):
+            named = {name: value for name, value in zip(node.output, values, strict=True) if name}
+            constants |= named
+            known |= named
     return constants
 
 
@@ -138,14 +142,18 @@ def _evaluated(
     node: onnx.NodeProto,
     known: dict[str, NDArray[Any]],
     opsets: Sequence[onnx.OperatorSetIdProto],
-) -> NDArray[Any]:
+) -> list[NDArray[Any]]:
+    """Return the outputs of a node whose inputs are constants; none if onnx has no reference for it."""
     inputs = {name: known[name] for name in node.input if name}
-    values = [
+    typed = [
         helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), None)
         for name, value in inputs.items()
     ]
-    out = helper.make_empty_tensor_value_info(node.output[0])
-    graph = helper.make_graph([node], "shape", values, [out])
-    session = reference.ReferenceEvaluator(helper.make_model(graph, opset_imports=opsets))
-    (value,) = cast("list[Any]", session.run(None, inputs))
-    return np.asarray(value)
+    outputs = [helper.make_empty_tensor_value_info(name) for name in node.output]
+    graph = helper.make_graph([node], "shape", typed, outputs)
+    try:
+        session = reference.ReferenceEvaluator(helper.make_model(graph, opset_imports=opsets))
+        values = cast("list[Any]", session.run(None, inputs))
+    except Exception:  # an operator without a reference: the node stays as it is
+        return []
+    return [np.asarray(value) for value in values]

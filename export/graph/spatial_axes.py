@@ -44,11 +44,15 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """The layouts of a node's outputs, and the inputs that they need; an output without a layout is a statistic."""
+    """The layouts of a node's outputs, and the inputs that they need; an output without a layout is a statistic.
+
+    ``whole_tile``: an output depends on the whole tile. ``unknown``: so it may, because no rule covers the node.
+    """
 
     layouts: dict[str, Layout | None]
     needs: tuple[Need, ...] = ()
     whole_tile: bool = False
+    unknown: bool = False
 
 
 class UnknownEffectError(Exception):

@@ -1,4 +1,4 @@
-"""Compute the receptive field of a deployed graph: halo, alignment, and statistics of the tile.
+"""Compute the receptive field of a graph by rules: halo, alignment, and statistics of the tile.
 
 It is computed from the ONNX graph, so it works for networks of this project and from elsewhere. In a forward pass, each
 node states where the height and the width of the tile lie in its outputs; in a backward pass, which interval of its
@@ -28,6 +28,8 @@ from histostream.export.graph.spatial_axes import (
 )
 from histostream.export.receptive_field.rules import RULES
 
+COMPUTED, MEASURED = "computed", "measured"
+
 
 @dataclass(frozen=True, slots=True)
 class ReceptiveField:
@@ -41,13 +43,26 @@ class ReceptiveField:
     align_px
         Positions of tiles must be multiples of it, so that their poolings agree.
     whole_tile
-        Names of the nodes through which an output pixel depends on the whole tile, or that have no rule; empty if the
-        result is local.
+        Names of the nodes through which an output pixel depends on the whole tile.
+    unknown
+        Names of the nodes that no rule covers. `perturbation.receptive_field_of` measures what they do.
+    source
+        "computed" by rules, or "measured" by perturbation.
+    position
+        Whether the result depends on where in its tile a pixel lies, as with aligned corners; it is always measured.
     """
 
     halo_px: int
     align_px: int
     whole_tile: tuple[str, ...]
+    unknown: tuple[str, ...] = ()
+    source: str = COMPUTED
+    position: bool = False
+
+    @property
+    def is_local(self) -> bool:
+        """Whether overlapping tiles agree where they are a halo away from their edges, as far as is known."""
+        return not (self.whole_tile or self.position) and (not self.unknown or self.source == MEASURED)
 
 
 def receptive_field(model: onnx.ModelProto) -> ReceptiveField:
@@ -55,8 +70,8 @@ def receptive_field(model: onnx.ModelProto) -> ReceptiveField:
 
     The result is exact for convolutions, pooling, resizing and shuffling by constant amounts. Channels are not
     followed, so it is too large if a block of pixels is folded into channels that are never mixed; and by less than one
-    pixel of the coarser map for a linear Resize with ``align_corners``, whose phase drifts across the tile. Nodes
-    without a rule are listed in ``whole_tile``.
+    pixel of the coarser map for a linear Resize with ``align_corners``, whose phase drifts across the tile. Behind a
+    node without a rule, listed in ``unknown``, it is a lower bound.
 
     Parameters
     ----------
@@ -68,19 +83,26 @@ def receptive_field(model: onnx.ModelProto) -> ReceptiveField:
     GraphError
         If height or width are not fixed.
     """
-    traced = trace(model)
-    output = model.graph.output[0].name
+    return computed_field(trace(model))
+
+
+def computed_field(traced: Trace) -> ReceptiveField:
+    """Compute halo, alignment and whole-tile nodes as `receptive_field`, of a graph that was followed already."""
+    output = traced.model.graph.output[0].name
     used = _ancestors(traced, output)
-    layouts = [layout for name in used if (layout := traced.layouts.get(name))]
-    align_px = math.lcm(*(axis.stride.numerator for layout in layouts for axis in layout))
+    align_px, beyond = _alignment(traced, used)
+    steps = [step for step in traced.steps if used.intersection(step.node.output)]
     whole = [
-        label(step.node) for step in traced.steps if step.effect.whole_tile and used.intersection(step.node.output)
+        label(step.node)
+        for step in steps
+        if (step.effect.whole_tile and not step.effect.unknown) or beyond.intersection(step.node.output)
     ]
     last = traced.layouts.get(output)
     if last and any(axis != SpatialAxis(2 + i, traced.spatial_axes[i].size) for i, axis in enumerate(last)):
         # The output is not on the grid of the tile, so its positions are not those of the slide.
         ends = [label(step.node) for step in traced.steps if output in step.node.output]
         whole += [name for name in ends if name not in whole]
+    unknown = tuple(label(step.node) for step in steps if step.effect.unknown)
     halo_px = 0
     for direction in range(2):
         middle = traced.spatial_axes[direction].size // 2 // align_px * align_px
@@ -88,7 +110,25 @@ def receptive_field(model: onnx.ModelProto) -> ReceptiveField:
             needed = _needed_positions(traced, output, position, direction)
             if needed is not None:
                 halo_px = max(halo_px, position - needed[0], needed[1] - position)
-    return ReceptiveField(halo_px, align_px, tuple(whole))
+    return ReceptiveField(halo_px, align_px, tuple(whole), unknown)
+
+
+def _alignment(traced: Trace, used: set[str]) -> tuple[int, set[str]]:
+    """Return the common multiple of the strides that overlapping tiles can keep, and the tensors of longer strides.
+
+    Tiles that share at most half of their pixels cannot begin at multiples of more than half a tile.
+    """
+    longest = {
+        name: math.lcm(*(axis.stride.numerator for axis in layout))
+        for name in used
+        if (layout := traced.layouts.get(name))
+    }
+    most = max(min(axis.size for axis in traced.spatial_axes) // 2, 1)
+    align_px = 1
+    for stride in sorted(set(longest.values())):
+        if math.lcm(align_px, stride) <= most:
+            align_px = math.lcm(align_px, stride)
+    return align_px, {name for name, stride in longest.items() if align_px % stride}
 
 
 def label(node: onnx.NodeProto) -> str:
@@ -109,9 +149,10 @@ class Trace:
     """The nodes of a graph that depend on the tile, and the layout of every tensor that they make.
 
     A tensor without an entry does not depend on the pixels; a tensor with the entry None is a statistic, which has no
-    position in the tile.
+    position in the tile. The shapes in ``model`` are known and its N is fixed.
     """
 
+    model: onnx.ModelProto
     tiles: str
     spatial_axes: Layout  # of the input
     steps: tuple[Step, ...]
@@ -152,7 +193,7 @@ def trace(model: onnx.ModelProto, batch: int = 1) -> Trace:
         effect = _effect(Op(node, opset, shapes, layouts, constants), subgraph)
         layouts.update(effect.layouts)
         steps.append(Step(node, effect))
-    return Trace(tiles, axes, tuple(steps), layouts, shapes)
+    return Trace(model, tiles, axes, tuple(steps), layouts, shapes)
 
 
 def _ancestors(traced: Trace, output: str) -> set[str]:
@@ -176,7 +217,7 @@ def _needed_positions(traced: Trace, output: str, position: int, direction: int)
 
 def _effect(op: Op, subgraph: bool) -> Effect:
     if subgraph:
-        return Effect(dict.fromkeys(op.outputs), whole_tile=True)
+        return Effect(dict.fromkeys(op.outputs), whole_tile=True, unknown=True)
     if not op.spatial_inputs:
         return Effect(dict.fromkeys(op.outputs))
     rule = RULES.get(op.node.op_type) if op.node.domain in STANDARD_DOMAINS else None
@@ -187,11 +228,11 @@ def _effect(op: Op, subgraph: bool) -> Effect:
 
 
 def _unknown_effect(op: Op) -> Effect:
-    """Treat a node without a rule as pointwise if it keeps the shape, and list it as a whole-tile node."""
+    """Treat a node without a rule as pointwise if it keeps the shape; what it depends on is not known."""
     first = op.spatial_inputs[0]
     out = op.shapes.get(op.outputs[0])
     if out is None or out != op.shapes.get(first):
-        return Effect(dict.fromkeys(op.outputs), whole_tile=True)
+        return Effect(dict.fromkeys(op.outputs), whole_tile=True, unknown=True)
     layouts = {**dict.fromkeys(op.outputs), op.outputs[0]: op.layouts[first]}
     needs = (Need(first, op.outputs[0], (same, same)),)
-    return Effect(layouts, needs, whole_tile=True)
+    return Effect(layouts, needs, whole_tile=True, unknown=True)

@@ -25,6 +25,8 @@ from histostream.export.graph.spatial_axes import (
 )
 
 MAX_DENOMINATOR = 4096  # of the scale of a Resize, which is a float32 in the file
+MAX_BINS = 8  # PSPNet divides the tile into 1, 2, 3 and 6 bins per side, its followers into up to 8
+MAX_LOCAL_STRIDE = 4  # of a pooling into so few positions; a pyramid of features goes down by 2 to 4 at a time
 
 
 def _mapped(op: Op, axes: Sequence[SpatialAxis], windows: Sequence[Window] = (same, same)) -> Effect:
@@ -168,13 +170,26 @@ def _convolution(weight: int) -> Callable[[Op], Effect]:
         strides = op.attribute("strides", None) or [1]
         if {*sizes, *strides} == {1} and not any(op.attribute("pads", None) or []):
             return _mapped(op, op.spatial_axes)  # also if the height shares its axis
-        return _slid(op, sizes)
+        return _statistic(op) if _sees_all(op, max_bins=1) else _slid(op, sizes)
 
     return rule
 
 
 def _pooled(op: Op) -> Effect:
-    return _slid(op, op.attribute("kernel_shape", None))
+    return _statistic(op) if _sees_all(op, max_bins=MAX_BINS) else _slid(op, op.attribute("kernel_shape", None))
+
+
+def _sees_all(op: Op, *, max_bins: int) -> bool:
+    """Whether the windows divide the height or the width of the tile into at most so many bins.
+
+    Exporters write a pooling over the whole tile, or over a part of it that is given as a share, with the kernel that
+    fits one size of tile. Its stride is no phase that tiles could keep.
+    """
+    for spatial in op.unshared_axes:
+        bins = op.out_shape()[spatial.axis]
+        if bins == 1 < spatial.size or (bins <= max_bins and spatial.size > MAX_LOCAL_STRIDE * bins):
+            return True
+    return False
 
 
 def _slid(op: Op, sizes: Sequence[int]) -> Effect:
@@ -192,10 +207,15 @@ def _conv_transpose(op: Op) -> Effect:
 
 def _resampled_axes(op: Op, strides: Sequence[Fraction]) -> list[SpatialAxis]:
     """Return the axes of the output, one position of which is so many positions of the input."""
-    return [
-        SpatialAxis(spatial.axis, op.out_shape()[spatial.axis], spatial.stride * stride)
-        for spatial, stride in zip(op.unshared_axes, strides, strict=True)
-    ]
+    axes = []
+    for spatial, factor in zip(op.unshared_axes, strides, strict=True):
+        size, stride = op.out_shape()[spatial.axis], spatial.stride * factor
+        nearest = Fraction(round(stride)) if stride > 1 else Fraction(1, round(1 / stride))
+        # A tile of 513 px has maps of 257, 129 and 65: those of strides 2, 4 and 8, although no factor is whole.
+        if abs(nearest * size - spatial.stride * spatial.size) < spatial.stride:
+            stride = nearest
+        axes.append(SpatialAxis(spatial.axis, size, stride))
+    return axes
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,7 +290,14 @@ def _resize(op: Op) -> Effect:
     mode = "linear" if mode == "bilinear" else mode
     antialias = bool(op.attribute("antialias", 0))
     scales = _resize_scales(op, 1 if upsample else 2)
-    resamplings = [_Resampling(scales(spatial), mode, coordinates, rounding, antialias) for spatial in op.unshared_axes]
+    resamplings = []
+    for spatial in op.unshared_axes:
+        scale, origin = scales(spatial), coordinates
+        steps = op.out_shape()[spatial.axis] - 1, spatial.size - 1
+        if coordinates == "align_corners" and min(steps) > 0 and 0 in (steps[0] % steps[1], steps[1] % steps[0]):
+            # 33 positions, 16 px apart, are 32 steps: as many as 512 steps of 1 px, so that nothing drifts.
+            scale, origin = Fraction(*steps), "asymmetric"
+        resamplings.append(_Resampling(scale, mode, origin, rounding, antialias))
     return _mapped(op, _resampled_axes(op, [1 / r.scale for r in resamplings]), [r.window for r in resamplings])
 
 
@@ -460,21 +487,27 @@ def _reshaped_axis(spatial: SpatialAxis, shape: Shape, out: Shape) -> tuple[Spat
 
 
 def _matmul(op: Op) -> Effect:
-    """Return a local effect if the summed axis is neither the height nor the width."""
-    if len(op.spatial_inputs) != 1:
+    """Return a local effect if the height and the width are among the axes that stay: not summed, and not paired."""
+    rank = len(op.out_shape())
+    if min(len(op.shape(name)) for name in op.node.input[:2]) < 2:
         raise UnknownEffectError
-    a, b = (op.shape(name) for name in op.node.input[:2])
-    name = op.spatial_inputs[0]
-    first = name == op.node.input[0]
-    rank = len(a) if first else len(b)
-    if min(len(a), len(b)) < 2:
+    layouts = []
+    for i, name in enumerate(op.node.input[:2]):
+        if layout := op.layouts.get(name):
+            added = rank - len(op.shape(name))
+            layouts.append(tuple(replace(spatial, axis=spatial.axis + added) for spatial in layout))
+            if any(spatial.axis == rank - (1, 2)[i] for spatial in layouts[-1]):
+                return _statistic(op)
+    (height, width), *others = layouts
+    if others and others[0] != (height, width):
+        if all(spatial.axis >= rank - 2 for layout in layouts for spatial in layout):
+            return _statistic(op)  # every position meets every other one, as in attention
         raise UnknownEffectError
-    layout = cast("Layout", op.layouts[name])
-    if any(spatial.axis == rank - (1 if first else 2) for spatial in layout):
-        return _statistic(op)
-    height, width = (replace(s, axis=s.axis + len(op.out_shape()) - rank) for s in layout)
+    if others and max(height.axis, width.axis) >= rank - 2:
+        raise UnknownEffectError
     out = op.node.output[0]
-    return Effect({out: (height, width)}, (Need(name, out, (same, same)),))
+    needs = tuple(Need(name, out, (same, same)) for name in op.spatial_inputs)
+    return Effect({out: (height, width)}, needs)
 
 
 def _gemm(op: Op) -> Effect:

@@ -14,17 +14,27 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
+import numpy as np
+from numpy.typing import NDArray
+
 from histostream.runtime.choices import BF16, PRECISIONS
 from histostream.wsi.errors import HistoError, reason
 from histostream.wsi.files import write_whole
-from histostream.wsi.outputs.label_rows import ClassInfo
+from histostream.wsi.outputs.label_rows import ROLES, ClassInfo
 
-SCHEMA = 1
+SCHEMA = 2
+OLD_SCHEMA = 1  # its scores are bytes, round(255 s), which loses labels where classes are close
 ENGINES = "engines"  # the only folder in a bundle: TensorRT engines
-SCORE_KINDS = ("probability", "embedding")
+SCORE_KINDS = ("probability", "embedding", "label")
+HALO_SOURCES = ("computed", "measured")
 MAX_TILE_PX = 8192  # 0.2 GB of RGB pixels; networks in use take 128 to 2048
 MAX_MPP = 1e6  # um per pixel: a pixel of a metre
+MAX_CHANNELS = 64
 MAX_NAME = 200  # characters of a class or a method; the legend shows about 25
+
+
+# Of the tile contract: float16 in [0, 1], or the bytes of schema 1.
+Scores = NDArray[np.float16] | NDArray[np.uint8]
 
 
 class CardError(HistoError, ValueError):
@@ -40,11 +50,12 @@ class ModelCard:
     method
         Name of the method that trained it.
     classes
-        Name and display colour of each class, in label order.
+        Name and display colour of each class, in label order; and the role "background" of one, unless its name says
+        so.
     mpp
         Resolution that the network expects, in micrometres per pixel.
     channels
-        3 for RGB, 1 for grey.
+        3 for RGB, 1 for grey, or any other number.
     tile_px
         Side of the network's input.
     align_px
@@ -52,10 +63,11 @@ class ModelCard:
     halo_px
         Half the receptive field: the pixels beyond its own position that an output pixel depends on.
     tile_statistics
-        Whether the result depends on statistics of the whole tile (instance or group norm).
+        Whether the result depends on more than the pixels within the halo: on statistics of the whole tile (instance or
+        group norm, pooling over the tile), or on where in its tile a pixel lies (aligned corners).
     score_kind
-        "probability": scores are round(255 p); "embedding": iMEMS's embedding, 0..255. The label
-        is the arg-max of both.
+        "probability"; "embedding": iMEMS's embedding divided by 255; "label": 1 for the label that the network gives,
+        else 0. The label is the arg-max of all.
     files
         SHA-256 of each file, by name: the ONNX files of `PRECISIONS` and ``engines/...``.
     opset
@@ -72,6 +84,14 @@ class ModelCard:
     crf
         Parameters of the dense CRF that ``histo-export tune-crf`` found; thetas in pixels of
         ``mpp``. Empty if it was not run.
+    channel_names
+        Name of each channel; empty for RGB and grey.
+    border_px
+        Pixels at each side of a tile for which the network gives no scores; those there repeat the nearest.
+    halo_source
+        "computed" from the graph; "measured" by perturbation, if a node of the graph has no rule.
+    schema
+        Version of the tile contract.
     further
         Unknown keys of ``card.json``, written again as they are.
     """
@@ -92,6 +112,10 @@ class ModelCard:
     training: dict[str, Any] = field(default_factory=dict)
     note: str = ""
     crf: dict[str, float] = field(default_factory=dict)
+    channel_names: tuple[str, ...] = ()
+    border_px: int = 0
+    halo_source: str = "computed"
+    schema: int = SCHEMA
     further: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -102,17 +126,24 @@ class ModelCard:
                 f"a line of up to {MAX_NAME} characters",
             ),
             ("mpp", 0 < self.mpp < MAX_MPP, "a positive number"),
-            ("channels", self.channels in (1, 3), "1 or 3"),
+            ("channels", 1 <= self.channels <= MAX_CHANNELS, f"1 to {MAX_CHANNELS}"),
+            (
+                "channel_names",
+                len(self.channel_names) in (0, self.channels) and all(map(_is_name, self.channel_names)),
+                f"{self.channels} names, one for each channel",
+            ),
             ("align_px", self.align_px > 0, "a positive number"),
             (
                 "tile_px",
-                self.tile_px > 0 and self.tile_px % max(self.align_px, 1) == 0,
-                "a positive multiple of align_px",
+                self.tile_px >= self.align_px,
+                "align_px or more",
             ),
             ("tile_px", self.tile_px <= MAX_TILE_PX, f"at most {MAX_TILE_PX}"),
             ("halo_px", self.halo_px >= 0, "0 or more"),
+            ("border_px", self.border_px >= 0 and 2 * self.border_px < self.tile_px, "less than half a tile"),
             ("classes", 2 <= len(self.classes) <= 254, "2 to 254 classes"),
             ("score_kind", self.score_kind in SCORE_KINDS, f"one of {SCORE_KINDS}"),
+            ("halo_source", self.halo_source in HALO_SOURCES, f"one of {HALO_SOURCES}"),
         ):
             if not valid:
                 raise CardError(f"card: {name}={_short(getattr(self, name))} is not {wanted}")
@@ -126,14 +157,48 @@ class ModelCard:
         """The precisions that the bundle has a graph of."""
         return tuple(name for name, file in PRECISIONS.items() if file in self.files)
 
+    @property
+    def names_of_channels(self) -> tuple[str, ...]:
+        """The names of the channels; of RGB, grey and unnamed ones too."""
+        known = {1: ("grey",), 3: ("red", "green", "blue")}.get(self.channels)
+        return self.channel_names or known or tuple(f"channel {i + 1}" for i in range(self.channels))
+
+    @property
+    def takes_colors(self) -> bool:
+        """Whether the input is RGB or grey, one of which is made of the other."""
+        return self.channels in (1, 3)
+
+    @property
+    def score_dtype(self) -> np.dtype[np.generic]:
+        """The type of the scores."""
+        return np.dtype(np.uint8 if self.schema == OLD_SCHEMA else np.float16)
+
+    @property
+    def unblendable(self) -> str | None:
+        """Why overlapping tiles of the model cannot be averaged; None if they can."""
+        if self.score_kind == "label":
+            return "this model gives labels, which cannot be averaged"
+        if self.border_px:
+            return f"this model gives no scores within {self.border_px} px of a tile's border"
+        return None
+
+    @property
+    def default_blend(self) -> str:
+        """The blending that suits the model: hann, unless its scores cannot be averaged."""
+        if self.unblendable is None:
+            return "hann"
+        return "exact" if self.border_px and not self.tile_statistics and 2 * self.halo_px < self.tile_px else "crop"
+
     def digest(self) -> str:
         """Return the SHA-256 of the card's content that describes the network.
 
         An engine names the card that it was built for by this digest, so engines in the bundle do
-        not change it. Parameters of the CRF and unknown keys do not belong to the network.
+        not change it. Parameters of the CRF, where the halo comes from and unknown keys do not belong to the network.
         """
-        content = {"schema": SCHEMA, **asdict(self)}
-        del content["crf"], content["further"]
+        content = _content(self)
+        del content["crf"], content["halo_source"], content["further"]
+        if self.schema == OLD_SCHEMA:  # as engines of that time have it
+            del content["channel_names"], content["border_px"]
         for name in ("files", "parity"):
             content[name] = {k: v for k, v in content[name].items() if not k.startswith(f"{ENGINES}/")}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -172,9 +237,11 @@ def read_card(bundle: Path) -> ModelCard:
         ) from error
     except (OSError, ValueError, RecursionError, MemoryError) as error:
         raise CardError(f"{path}: cannot be read ({reason(error)}); export the model again") from error
-    schema = content.pop("schema", None) if isinstance(content, dict) else None
-    if schema != SCHEMA or isinstance(schema, bool):
-        raise CardError(f"{path}: schema {_short(schema)}, this version reads {SCHEMA}; export the model again")
+    schema = content.get("schema") if isinstance(content, dict) else None
+    if schema not in (OLD_SCHEMA, SCHEMA) or isinstance(schema, bool):
+        raise CardError(
+            f"{path}: schema {_short(schema)}, this version reads {OLD_SCHEMA} and {SCHEMA}; export the model again"
+        )
     try:
         return _parse(content)
     except (TypeError, KeyError, ValueError, OverflowError) as error:
@@ -189,7 +256,7 @@ def write_card(card: ModelCard, bundle: Path) -> None:
     OutputError
         If it cannot be written.
     """
-    content = {"schema": SCHEMA, **asdict(card)}
+    content = _content(card)
     content |= content.pop("further")
     text = json.dumps(content, indent=1, allow_nan=False)
     write_whole(bundle / "card.json", text + "\n")
@@ -225,13 +292,26 @@ def read_file(bundle: Path, card: ModelCard, name: str) -> bytes:
     return content
 
 
+def _content(card: ModelCard) -> dict[str, Any]:
+    """Return the content of ``card.json``; an empty role is left out, as in older cards."""
+    content = {"schema": card.schema, **asdict(card)}
+    content["classes"] = [{k: v for k, v in entry.items() if k != "role" or v} for entry in content["classes"]]
+    return content
+
+
 def _parse(content: dict[str, Any]) -> ModelCard:
     """Make a card of untrusted JSON."""
     types = get_type_hints(ModelCard)
     further = {name: content.pop(name) for name in list(content) if name not in types or name == "further"}
     del types["further"]
-    for name in ("precision", "crf"):  # which older cards do not have
-        content.setdefault(name, {})
+    for name, default in (
+        ("precision", {}),
+        ("crf", {}),
+        ("channel_names", []),
+        ("border_px", 0),
+        ("halo_source", "computed"),
+    ):  # which older cards do not have
+        content.setdefault(name, default)
     for name, hint in types.items():
         kind: Any = get_origin(hint) or hint
         kind = {tuple: list, float: (int, float)}.get(kind, kind)
@@ -242,16 +322,30 @@ def _parse(content: dict[str, Any]) -> ModelCard:
     for file, digest in content["files"].items():
         if not isinstance(digest, str):
             raise TypeError(f"sha256 {_short(digest)} of {_short(file)} has the wrong type")
-    classes = tuple(ClassInfo(_class_name(c["name"]), _color(c["color"])) for c in content.pop("classes"))
-    return ModelCard(classes=classes, further=further, **content)
+    classes = tuple(
+        ClassInfo(_class_name(c["name"]), _color(c["color"]), _role(c.get("role", ""))) for c in content.pop("classes")
+    )
+    names = tuple(content.pop("channel_names"))
+    return ModelCard(classes=classes, channel_names=names, further=further, **content)
+
+
+def _is_name(value: Any) -> bool:
+    """Whether a value can be shown as a name."""
+    # Line breaks and tabs are harmless; control sequences of terminals and surrogates are not.
+    return isinstance(value, str) and "".join(value.split()).isprintable() and 0 < len(value) <= MAX_NAME
 
 
 def _class_name(value: Any) -> str:
     name = str(value)
-    # Line breaks and tabs are harmless; control sequences of terminals and surrogates are not.
-    if not "".join(name.split()).isprintable() or len(name) > MAX_NAME:
+    if name and not _is_name(name):
         raise ValueError(f"{_short(name)} is no name for a class: use up to {MAX_NAME} printable characters")
     return name
+
+
+def _role(value: Any) -> str:
+    if value not in ROLES:
+        raise ValueError(f"role {_short(value)} of a class is not one of {ROLES}")
+    return str(value)
 
 
 def _color(values: Any) -> tuple[int, int, int]:

@@ -30,6 +30,7 @@ from histostream.runtime.bundle.card import ModelCard, read_card
 from histostream.runtime.cohort.worker import CONCURRENCY, Report, Worker, pick_worker
 from histostream.runtime.engines.opener import open_engine
 from histostream.runtime.errors import EngineError
+from histostream.runtime.layout import open_for_model
 from histostream.runtime.outcome import FAILED, STOPPED, Outcome
 from histostream.runtime.process_memory import return_buffers_at_once
 from histostream.runtime.slide_job import SlideJob
@@ -39,7 +40,6 @@ from histostream.wsi.errors import HistoError, StoppedError
 from histostream.wsi.outputs.memory_needs import BAND_ALIGN_PX
 from histostream.wsi.records import to_json
 from histostream.wsi.slides.damage import Damage
-from histostream.wsi.slides.reader import open_slide
 from histostream.wsi.slides.resolution import at_mpp
 from histostream.wsi.tiling.grid import TileGrid
 
@@ -326,7 +326,7 @@ def check_devices(devices: tuple[str, ...]) -> None:
         if device != CPU and devices.count(device) > 1:
             raise EngineError(f"device {device} is named twice: name each once")
     if not devices:
-        raise EngineError("no device is named: write --devices 0,1")
+        raise EngineError("no device is named: write --device 0,1")
 
 
 def _ended(process: _Process) -> str:
@@ -374,7 +374,7 @@ def _work(pipe: Connection, bundle: Path, device: str, engine_options: dict[str,
         except HistoError as error:
             send(number, "failed", str(error))
         except MemoryError:
-            send(number, "failed", "out of memory; use a smaller --batch or fewer --devices")
+            send(number, "failed", "out of memory; use a smaller --batch or fewer --device")
         except Exception:  # the user sees only what the parent prints
             send(number, "failed", traceback.format_exc(limit=-3))
 
@@ -397,7 +397,7 @@ def _run_band(
     """Run one band into its journal."""
     plan, counts = job.plan, Counts()
     counts.report = lambda done, total: report(counts.tiles, done, counts.pixels_before)
-    with open_slide(plan.path) as slide:
+    with open_for_model(plan.path, engine.card) as slide:
         options, damage = plan.options, Damage(slide)
         view = at_mpp(slide, engine.card.mpp, slide_mpp=options.mpp, force=options.force_upsampling)
         context = RunContext(

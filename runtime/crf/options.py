@@ -64,7 +64,7 @@ class CrfOptions:
             align_px=self.cell_px,
             margin_px=self.halo_px,
             # Twice, because rows are copied when more are added.
-            bytes_per_column=2 * rows * (channels + classes + 1),
+            bytes_per_column=2 * rows * (channels + 2 * classes + 1),
             bytes_at_once=self.cell_bytes(classes),
         )
 

@@ -9,16 +9,18 @@ interruptions.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from histostream.runtime.crf import dense_crf
 from histostream.runtime.crf.options import CrfOptions
-from histostream.wsi.outputs.label_rows import NOT_ANALYSED, LabelRows
+from histostream.wsi.outputs.label_rows import NOT_ANALYSED, SCORE_MAX, LabelRows
 from histostream.wsi.tiling.grid import Strip, Tile, TileGrid
 from histostream.wsi.tiling.strips import WHITE
+
+Value = TypeVar("Value", np.uint8, np.uint16)
 
 
 class CrfStage:
@@ -57,9 +59,9 @@ class CrfStage:
         self._grid, self._columns, self._options = grid, columns, options
         self._probabilities = probabilities
         width, top = grid.x1 - grid.x0, max(start - options.halo_px, 0)
-        self._image = _RowBuffer(width, (channels,), WHITE, top)
-        self._scores = _RowBuffer(width, (classes,), 0, top)
-        self._labels = _RowBuffer(width, (), NOT_ANALYSED, top)
+        self._image = _RowBuffer(width, (channels,), WHITE, top, np.uint8)
+        self._scores = _RowBuffer(width, (classes,), 0, top, np.uint16)
+        self._labels = _RowBuffer(width, (), NOT_ANALYSED, top, np.uint8)
         self._refined_end = start  # slide row up to which labels are refined
         self.cells = self.skipped = 0
 
@@ -116,7 +118,7 @@ class CrfStage:
         may_change = labels != NOT_ANALYSED
         if options.uncertain is not None:
             scores = self._scores.get(top, end, a - grid.x0, b - grid.x0)
-            may_change &= _margin(scores) < round(255 * options.uncertain)
+            may_change &= _margin(scores) < round(SCORE_MAX * options.uncertain)
         if not may_change.any():
             self.skipped += 1
             return
@@ -137,13 +139,13 @@ def widened(grid: TileGrid, options: CrfOptions) -> TileGrid:
     return grid.band(max(grid.x0 - halo, 0), min(grid.x1 + halo, grid.width))
 
 
-def to_probabilities(scores: NDArray[np.uint8], outside: NDArray[np.bool_]) -> NDArray[np.float32]:
+def to_probabilities(scores: NDArray[np.uint16], outside: NDArray[np.bool_]) -> NDArray[np.float32]:
     """Turn scores into probabilities: the share of each class in the sum of scores.
 
     Parameters
     ----------
     scores
-        (H, W, K) uint8, of any kind whose arg-max is the label.
+        (H, W, K) uint16, of any kind whose arg-max is the label.
     outside
         (H, W), pixels that were not analysed; their classes get equal probabilities.
 
@@ -159,21 +161,21 @@ def to_probabilities(scores: NDArray[np.uint8], outside: NDArray[np.bool_]) -> N
     return p
 
 
-def _margin(scores: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _margin(scores: NDArray[np.uint16]) -> NDArray[np.uint16]:
     """Return the difference of the two largest scores of each pixel (H, W, K)."""
     best = np.partition(scores, scores.shape[2] - 2, axis=2)
     return np.asarray(best[..., -1] - best[..., -2])
 
 
-class _RowBuffer:
+class _RowBuffer(Generic[Value]):
     """Rows of a band from row ``top`` on, (rows, width, *depth); pixels that were not set are ``fill``."""
 
-    def __init__(self, width: int, depth: tuple[int, ...], fill: int, top: int = 0) -> None:
+    def __init__(self, width: int, depth: tuple[int, ...], fill: int, top: int, dtype: type[Value]) -> None:
         self._fill = fill
         self._top = top
-        self._array = np.empty((0, width, *depth), np.uint8)
+        self._array: NDArray[Value] = np.empty((0, width, *depth), dtype)
 
-    def put(self, y: int, x: int, values: NDArray[np.uint8]) -> None:
+    def put(self, y: int, x: int, values: NDArray[Value]) -> None:
         """Set the values at row ``y`` and column ``x``; rows above the buffer are ignored."""
         first = max(self._top - y, 0)
         values, y = values[first:], y + first
@@ -183,7 +185,7 @@ class _RowBuffer:
         at = y - self._top
         self._array[at : at + len(values), x : x + values.shape[1]] = values
 
-    def get(self, y0: int, y1: int, x0: int, x1: int) -> NDArray[np.uint8]:
+    def get(self, y0: int, y1: int, x0: int, x1: int) -> NDArray[Value]:
         """Return rows ``y0:y1`` and columns ``x0:x1``."""
         self._extend(y1)
         return self._array[y0 - self._top : y1 - self._top, x0:x1]
@@ -198,5 +200,5 @@ class _RowBuffer:
     def _extend(self, bottom: int) -> None:
         missing = bottom - self._top - len(self._array)
         if missing > 0:
-            rows = np.full((missing, *self._array.shape[1:]), self._fill, np.uint8)
+            rows = np.full((missing, *self._array.shape[1:]), self._fill, self._array.dtype)
             self._array = np.concatenate([self._array, rows])

@@ -272,5 +272,5 @@ def open_device(index: int) -> CudaPythonDevice:
         raise DeviceError(f"the NVIDIA driver does not start ({status.name}); use --backend cpu")
     status, count = driver.cuDeviceGetCount()
     if status != driver.CUresult.CUDA_SUCCESS or not 0 <= index < count:
-        raise DeviceError(f"there is no GPU {index}: the driver sees {count or 0}; --devices counts from 0")
+        raise DeviceError(f"there is no GPU {index}: the driver sees {count or 0}; --device counts from 0")
     return CudaPythonDevice(driver, index)

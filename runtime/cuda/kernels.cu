@@ -11,10 +11,13 @@
 // here to know how to launch it. No includes, so NVRTC needs no toolkit.
 
 typedef unsigned char u8;
+typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
-#define OUTSIDE 255  // label where no tile was analysed; wsi/sink.py
+#define OUTSIDE 255      // label where no tile was analysed; label_rows.NOT_ANALYSED
+#define SCORE_BITS 14    // a score of 1 is 1 << SCORE_BITS in the sums; fixed_point.SCORE_BITS
+#define SCORE_MAX 65535  // and this in the shares; label_rows.SCORE_MAX
 
 // Index into 0:size of position i >= 0, mirrored at the first and last pixel; strips._mirrored.
 __device__ inline int mirrored(int i, int size) {
@@ -23,6 +26,21 @@ __device__ inline int mirrored(int i, int size) {
     const int period = 2 * (size - 1);
     i %= period;
     return i < period - i ? i : period - i;
+}
+
+// floor(s * 2^14 + 1/2) of a float16 number, given as its bits; NaN and negative numbers are 0, more than 1 is 1.
+__device__ inline u32 integer_of_half(u16 bits) {
+    if (bits > 0x7c00) return 0;
+    if (bits >= 0x3c00) return 1u << SCORE_BITS;
+    const int exponent = bits >> 10 ? bits >> 10 : 1;  // a number without exponent is subnormal
+    const u32 digits = (bits >> 10 ? 1024u : 0u) + (bits & 1023u);
+    const int shift = 25 - SCORE_BITS - exponent;
+    return shift <= 0 ? digits << -shift : (digits + (1u << (shift - 1))) >> shift;
+}
+
+// The same of round(255 s), a byte, which bundles of schema 1 give.
+__device__ inline u32 integer_of_byte(u8 byte) {
+    return (((u32)byte << SCORE_BITS) + 127u) / 255u;
 }
 
 // The first of the tiles at sorted places xs that column x belongs to is the one that owns it.
@@ -55,7 +73,7 @@ extern "C" __global__ void cut_tiles(
 
 // Add the weighted scores of a batch, n tiles of one row of the grid, to the sums.
 //
-//   scores   (n, classes, tile_px, tile_px)
+//   scores   (n, classes, tile_px, tile_px), float16, or bytes where bytes is not 0
 //   xs       left edge of each tile, ascending, in pixels of the slide
 //   places   each tile's column of the grid: its profile is row places[i] of wx
 //   wx       (columns, tile_px) weights along x;  wy  (tile_px) weights along y, of this row
@@ -66,10 +84,10 @@ extern "C" __global__ void cut_tiles(
 // One thread per pixel of each tile, as in cut_tiles. Where tiles of the batch overlap, the first
 // of them does the work of all, and the threads of the others end at once.
 extern "C" __global__ void add_scores(
-    const u8* __restrict__ scores, const int* __restrict__ xs, const int* __restrict__ places,
+    const void* __restrict__ scores, const int* __restrict__ xs, const int* __restrict__ places,
     const u32* __restrict__ wx, const u32* __restrict__ wy,
     u32* __restrict__ sums, u32* __restrict__ columns,
-    int n, int classes, int tile_px, int y, int left, int width)
+    int n, int classes, int tile_px, int y, int left, int width, int bytes)
 {
     const int tx = blockIdx.x * blockDim.x + threadIdx.x;
     const int ty = blockIdx.y * blockDim.y + threadIdx.y;
@@ -88,8 +106,13 @@ extern "C" __global__ void add_scores(
         across += w;
         const u32 weight = down * w;
         if (weight == 0) continue;
-        const u8* score = scores + (u64)i * classes * plane + (u64)ty * tile_px + at;
-        for (int k = 0; k < classes; ++k) sums[target + k * stride] += weight * score[k * plane];
+        const u64 score = (u64)i * classes * plane + (u64)ty * tile_px + at;
+        for (int k = 0; k < classes; ++k) {
+            const u64 place = score + k * plane;
+            const u32 value = bytes ? integer_of_byte(((const u8*)scores)[place])
+                                    : integer_of_half(((const u16*)scores)[place]);
+            sums[target + k * stride] += weight * value;
+        }
     }
     if (ty == 0) columns[x - left] += across;
 }
@@ -100,7 +123,7 @@ extern "C" __global__ void add_scores(
 //   columns  (slots, width): the column weights of row r of the grid are at r % slots
 //   ys       first row of each row of tiles;  wys  (rows of the grid, tile_px) weights along y
 //   labels   (count, x1 - x0): the class of the largest sum, the lower one where two are equal
-//   shares   (count, x1 - x0, classes): the sums divided by the weight, rounded; may be null
+//   shares   (count, x1 - x0, classes): the sums divided by the weight, 0 to SCORE_MAX, rounded; may be null
 //   first    first row of the grid that reaches below top;  last  the row of the grid just added
 //   weighed  whether tiles may be missing, so that a pixel without weight is OUTSIDE
 //   x0, x1   the columns of the sums that are wanted; the others only reach in from neighbours
@@ -109,7 +132,7 @@ extern "C" __global__ void add_scores(
 extern "C" __global__ void finish_rows(
     u32* __restrict__ sums, const u32* __restrict__ columns,
     const int* __restrict__ ys, const u32* __restrict__ wys,
-    u8* __restrict__ labels, u8* __restrict__ shares,
+    u8* __restrict__ labels, u16* __restrict__ shares,
     int classes, int tile_px, int width, int top, int count, int first, int last, int slots,
     int weighed, int x0, int x1)
 {
@@ -139,9 +162,9 @@ extern "C" __global__ void finish_rows(
             }
             if (weight == 0) label = OUTSIDE;
             if (shares) {
-                const u32 divisor = weight ? weight : 1;
+                const u64 divisor = (u64)(weight ? weight : 1) << SCORE_BITS;
                 for (int k = 0; k < classes; ++k)
-                    shares[out * classes + k] = (u8)((sum[k * stride] + divisor / 2) / divisor);
+                    shares[out * classes + k] = (u16)(((u64)sum[k * stride] * SCORE_MAX + divisor / 2) / divisor);
             }
         }
         labels[out] = (u8)label;

@@ -245,5 +245,5 @@ def open_device(index: int) -> PyCudaDevice:
     except driver.Error as error:
         raise DeviceError(f"the NVIDIA driver does not start ({reason(error)}); use --backend cpu") from error
     if not 0 <= index < count:
-        raise DeviceError(f"there is no GPU {index}: the driver sees {count}; --devices counts from 0")
+        raise DeviceError(f"there is no GPU {index}: the driver sees {count}; --device counts from 0")
     return PyCudaDevice(driver, index)

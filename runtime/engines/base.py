@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.runtime.bundle.card import ModelCard
+from histostream.runtime.bundle.card import ModelCard, Scores
 from histostream.runtime.errors import EngineError
 from histostream.runtime.finding import Finding
 
@@ -32,8 +32,8 @@ class Engine(Protocol):
     name: str
     batch: int
 
-    def infer(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Map tiles (N, H, W, C), raw pixels, to scores (N, K, H, W)."""
+    def infer(self, tiles: NDArray[np.uint8]) -> Scores:
+        """Map tiles (N, H, W, C), raw pixels, to scores (N, K, H, W) of type ``card.score_dtype``."""
 
     def close(self) -> None:
         """Release the device and its memory."""
@@ -116,18 +116,29 @@ def check_scores(card: ModelCard, name: str, scores: NDArray[Any], n: int) -> No
         If the type or shape is not that of the card.
     """
     wanted = (n, len(card.classes), card.tile_px, card.tile_px)
-    if scores.dtype != np.uint8 or scores.shape != wanted:
+    if scores.dtype != card.score_dtype or scores.shape != wanted:
         raise EngineError(
-            f"{name}: the network gives {scores.dtype} {scores.shape}, the card says uint8 "
+            f"{name}: the network gives {scores.dtype} {scores.shape}, the card says {card.score_dtype} "
             f"{wanted}; export the model again"
         )
 
 
 def to_channels(pixels: NDArray[np.uint8], channels: int) -> NDArray[np.uint8]:
-    """Turn grey pixels (..., 1) into RGB by repetition, or RGB into grey (ITU-R 601)."""
-    if pixels.shape[-1] == channels:
+    """Turn grey pixels (..., 1) into RGB by repetition, or RGB into grey (ITU-R 601).
+
+    Of two or more than three channels, the first, or the first three, are shown as RGB.
+
+    Raises
+    ------
+    ValueError
+        If there is no such conversion.
+    """
+    given = pixels.shape[-1]
+    if given == channels:
         return pixels
     if channels == 3:
-        return np.repeat(pixels, 3, axis=-1)
+        return np.repeat(pixels[..., :1], 3, axis=-1) if given < 3 else pixels[..., :3]
+    if (given, channels) != (3, 1):
+        raise ValueError(f"pixels of {given} channels are not those of a model for {channels}")
     grey = pixels.astype(np.float32) @ np.array((0.299, 0.587, 0.114), np.float32)
     return np.asarray(np.floor(grey + 0.5), np.uint8)[..., None]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.runtime.bundle.card import ModelCard, graph_file
+from histostream.runtime.bundle.card import ModelCard, Scores, graph_file
 from histostream.runtime.bundle.onnx_check import read_graph
 from histostream.runtime.engines.base import check_scores, check_tiles
 from histostream.runtime.engines.onnxruntime import (
@@ -42,11 +42,11 @@ class OnnxRuntimeEngine:
         self.name = name
         self._session = session
 
-    def infer(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def infer(self, tiles: NDArray[np.uint8]) -> Scores:
         """Map tiles (N, H, W, C) to scores (N, K, H, W)."""
         check_tiles(self.card, tiles)
         try:
-            scores: NDArray[np.uint8] = self._session.run(["scores"], {"tiles": tiles})[0]
+            scores: Scores = self._session.run(["scores"], {"tiles": tiles})[0]
         except Exception as error:  # ONNX Runtime's own exceptions have no common base
             if NO_MEMORY.search(str(error)):
                 raise MemoryError(f"{self.name}: {len(tiles)} tiles at once") from error

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.runtime.bundle.card import ModelCard, graph_file
+from histostream.runtime.bundle.card import ModelCard, Scores, graph_file
 from histostream.runtime.bundle.onnx_check import read_graph
 from histostream.runtime.cuda.base import Device, DeviceError, DeviceMemoryError, Stream, open_device
 from histostream.runtime.cuda.driver import gpu_count, has_driver
@@ -125,7 +125,7 @@ class OnnxRuntimeDeviceEngine:
         if other_stream:
             _wait_for(self.device, stream, self.stream)
 
-    def infer(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def infer(self, tiles: NDArray[np.uint8]) -> Scores:
         """Map tiles (N, H, W, C) to scores (N, K, H, W)."""
         return infer_arrays(self, tiles)
 
@@ -148,7 +148,7 @@ class OnnxRuntimeDeviceEngine:
             shape = (n, side, side, card.channels)
             binding.bind_input("tiles", self._memory_kind, index, np.uint8, shape, tiles)
             shape = (n, len(card.classes), side, side)
-            binding.bind_output("scores", self._memory_kind, index, np.uint8, shape, scores)
+            binding.bind_output("scores", self._memory_kind, index, card.score_dtype.type, shape, scores)
             options = onnxruntime.RunOptions()
             # Our stream orders the network and the work around it: the host need not wait.
             options.add_run_config_entry("disable_synchronize_execution_providers", "1")

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.runtime.bundle.card import ModelCard
+from histostream.runtime.bundle.card import ModelCard, Scores
 from histostream.runtime.cuda.base import Device, DeviceError, DeviceMemoryError, Stream
 from histostream.runtime.engines.base import Engine, check_tiles
 
@@ -84,10 +84,10 @@ def tile_bytes(card: ModelCard) -> int:
 
 def score_bytes(card: ModelCard) -> int:
     """Return the size of the scores of one tile."""
-    return card.tile_px**2 * len(card.classes)
+    return card.tile_px**2 * len(card.classes) * card.score_dtype.itemsize
 
 
-def infer_arrays(engine: DeviceEngine, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def infer_arrays(engine: DeviceEngine, tiles: NDArray[np.uint8]) -> Scores:
     """Run an engine on tiles in host memory, batch by batch, with copies to the device and back.
 
     Parameters
@@ -106,7 +106,8 @@ def infer_arrays(engine: DeviceEngine, tiles: NDArray[np.uint8]) -> NDArray[np.u
     device.activate()
     batch = max(1, min(engine.batch, engine.max_batch))
     tiles_at, scores_at = engine.buffers(batch)
-    scores = np.empty((len(tiles), len(card.classes), card.tile_px, card.tile_px), np.uint8)
+    shape = len(tiles), len(card.classes), card.tile_px, card.tile_px
+    scores: Scores = np.empty(shape, card.score_dtype)
     up, down = device.pinned(batch * tile_bytes(card)), device.pinned(batch * score_bytes(card))
     try:
         for first in range(0, len(tiles), batch):
@@ -118,7 +119,7 @@ def infer_arrays(engine: DeviceEngine, tiles: NDArray[np.uint8]) -> NDArray[np.u
             size = n * score_bytes(card)
             device.download(down[:size], scores_at, stream)
             stream.synchronize()
-            scores[first : first + n] = down[:size].reshape(n, *scores.shape[1:])
+            scores[first : first + n] = down[:size].view(card.score_dtype).reshape(n, *shape[1:])
     finally:
         with suppress(DeviceError):  # a failed inference matters more
             stream.synchronize()

@@ -20,6 +20,7 @@ from histostream.wsi.optional import either_engine, engine_command, install_comm
 
 CPU_PROVIDER, CUDA_PROVIDER = "CPUExecutionProvider", "CUDAExecutionProvider"
 ERRORS_ONLY, FATAL_ONLY = 3, 4  # ONNX Runtime's severity of messages on stderr
+ONNX_NAMES = {np.dtype(np.float16): "float16", np.dtype(np.uint8): "uint8"}
 NO_MEMORY = re.compile(r"out of memory|failed to allocate|bad_alloc", re.IGNORECASE)
 # A convolution of one channel by 2, as ONNX: the check runs where the package onnx is not installed.
 TINY_MODEL = bytes.fromhex(
@@ -127,7 +128,7 @@ def check_contract(session: Any, card: ModelCard, path: Path) -> None:
     inputs = [(i.name, i.type, i.shape[1:]) for i in session.get_inputs()]
     outputs = [(o.name, o.type, o.shape[1:2]) for o in session.get_outputs()]
     wanted_in = [("tiles", "tensor(uint8)", [card.tile_px, card.tile_px, card.channels])]
-    wanted_out = [("scores", "tensor(uint8)", [len(card.classes)])]
+    wanted_out = [("scores", f"tensor({ONNX_NAMES[card.score_dtype]})", [len(card.classes)])]
     if inputs != wanted_in or outputs != wanted_out:
         signature = printable(f"takes {inputs} and gives {outputs}")
         raise EngineError(

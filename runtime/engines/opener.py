@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
-from histostream.runtime.bundle.card import CardError, ModelCard, graph_file, read_card
-from histostream.runtime.choices import BF16, ENGINES, PRECISIONS
+from histostream.runtime.bundle.card import OLD_SCHEMA, CardError, ModelCard, graph_file, read_card
+from histostream.runtime.choices import ENGINES, RUN_PRECISIONS
 from histostream.runtime.engines.base import Engine, EngineModule
 from histostream.runtime.errors import EngineError
 from histostream.wsi.errors import HistoError, reason
@@ -58,8 +58,8 @@ def open_engine(
     names = ENGINES.names()
     if backend not in ("auto", *names):
         raise EngineError(f"no backend is called {backend!r}: use auto, {', '.join(names)}")
-    if precision not in ("auto", BF16, *PRECISIONS):
-        raise EngineError(f"no precision is called {precision!r}: use {', '.join(PRECISIONS)}")
+    if precision not in RUN_PRECISIONS:
+        raise EngineError(f"no precision is called {precision!r}: use {', '.join(RUN_PRECISIONS)}")
     modules = _load(names if backend == "auto" else [backend])
     candidates = {
         name: module
@@ -70,6 +70,13 @@ def open_engine(
         offering = [name for name, module in _load(names).items() if precision in module.PRECISIONS]
         raise EngineError(f"precision {precision} is not offered by {backend}: pass --backend {' or '.join(offering)}")
     card = read_card(bundle)
+    if card.schema == OLD_SCHEMA:
+        log.warning(
+            "%s: its scores have 8 bits, which changes labels where classes are close; "
+            "histo-export upgrade %s makes it a bundle of today",
+            bundle,
+            bundle,
+        )
     if precision != "auto" and graph_file(precision) not in card.files:
         raise CardError(
             f"{bundle}: has no {precision} graph, but {', '.join(card.precisions) or 'none'}; "

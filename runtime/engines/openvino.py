@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.runtime.bundle.card import ModelCard, graph_file
+from histostream.runtime.bundle.card import ModelCard, Scores, graph_file
 from histostream.runtime.bundle.onnx_check import read_graph
 from histostream.runtime.choices import BF16
 from histostream.runtime.engines.base import check_scores, check_tiles
@@ -34,7 +34,7 @@ class OpenVinoEngine:
         self.name = name
         self._compiled = compiled
 
-    def infer(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def infer(self, tiles: NDArray[np.uint8]) -> Scores:
         """Map tiles (N, H, W, C) to scores (N, K, H, W)."""
         check_tiles(self.card, tiles)
         try:
@@ -42,7 +42,8 @@ class OpenVinoEngine:
         except RuntimeError as error:
             raise EngineError(f"{self.name}: inference failed ({reason(error)}); use --backend cpu") from error
         check_scores(self.card, self.name, scores, len(tiles))
-        return np.array(scores, np.uint8)  # a copy: OpenVINO reuses its output buffer
+        copy: Scores = np.array(scores)  # a copy: OpenVINO reuses its output buffer
+        return copy
 
     def close(self) -> None:
         """Drop the compiled model."""

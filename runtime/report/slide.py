@@ -12,7 +12,8 @@ from histostream.runtime.choices import PRECISIONS
 from histostream.runtime.options import Options
 from histostream.runtime.record import RunRecord
 from histostream.runtime.report.picture import PICTURE_PX, Picture, read_picture
-from histostream.wsi.outputs.sinks.overview import BACKGROUND, scale_bar
+from histostream.wsi.outputs.label_rows import background_label
+from histostream.wsi.outputs.sinks.overview import scale_bar
 from histostream.wsi.outputs.sinks.summary import SummaryRecord
 from histostream.wsi.records import to_json
 from histostream.wsi.report.json_view import JsonView
@@ -73,7 +74,8 @@ def slide_report(run: RunRecord, summary: SummaryRecord, overview: Path) -> str:
     """
     texts = _texts()
     picture = read_picture(overview, summary.width_px or 0, summary.height_px or 0, PICTURE_PX)
-    painted = [entry for entry in summary.classes if entry.name != BACKGROUND]
+    background = background_label(summary.classes)
+    painted = [entry for label, entry in enumerate(summary.classes) if label != background]
     precision = run.model.engine.rpartition(" ")[2]  # the name of an engine ends with its precision
     return render(
         __package__,

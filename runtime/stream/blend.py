@@ -1,7 +1,7 @@
 """Fixed-point blending: the scores of overlapping tiles become one label per pixel.
 
-Scores are uint8, window weights are small integers, sums are uint32. The order of summands does not
-change the sum of integers, so the label map is bit-identical for every batch size, thread count, tile
+Scores become integers of 14 bits (`fixed_point`), window weights are integers of 8 bits, sums are uint32. The order of
+summands does not change the sum of integers, so the label map is bit-identical for every batch size, thread count, tile
 order and column band.
 
 A window is the outer product of two profiles. A profile falls off only towards neighbours: at the
@@ -14,23 +14,28 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.runtime.bundle.card import ModelCard
+from histostream.runtime.bundle.card import ModelCard, Scores
 from histostream.runtime.choices import WINDOWS
+from histostream.runtime.stream.fixed_point import ONE, to_integers
 from histostream.wsi.errors import HistoError
-from histostream.wsi.outputs.label_rows import NOT_ANALYSED, LabelRows
+from histostream.wsi.outputs.label_rows import NOT_ANALYSED, SCORE_MAX, LabelRows
 from histostream.wsi.tiling.grid import Tile, TileGrid
 
 Pixels = NDArray[np.uint8]
 
-# Largest weight of a profile. Nine tiles can meet in a pixel (a last tile is shifted in), so
-# 9 * 255 * FULL^2 has to fit uint32: FULL < 1368.
-FULL = 1024
+# Largest weight of a profile that falls off. Where the last tile is shifted in, three tiles meet along an axis, and
+# their weights sum to at most 2 * FULL + 1, so (2 * FULL + 1)^2 * 2^14 has to fit uint32: FULL < 256. It is even, so
+# that two halves sum to it. A flat profile weighs 1.
+FULL = 254
 PIECE_BYTES = 1 << 19  # bytes of one plane of sums that are finished at a time: they stay in a core's cache
 GAUSSIAN_SIGMA = 0.125  # of the tile's side; as in MONAI's sliding window and nnU-Net
 
 
 class BlendError(HistoError, ValueError):
     """A blending mode does not fit the model or the overlap."""
+
+
+AVERAGING = ("hann", "gaussian", "linear", "mean")  # windows in which overlapping tiles are averaged
 
 
 def check_blend(mode: str, card: ModelCard, overlap_px: int) -> None:
@@ -44,18 +49,27 @@ def check_blend(mode: str, card: ModelCard, overlap_px: int) -> None:
     """
     if mode not in WINDOWS:
         raise BlendError(f"no blending is called {mode!r}: use {', '.join(WINDOWS)}")
+    reason = card.unblendable
+    if reason and mode in AVERAGING:
+        raise BlendError(f"--blend {mode}: {reason}; leave --blend out, or use crop")
+    if overlap_px < 2 * card.border_px:
+        least = aligned_overlap_px(card, 2 * card.border_px)
+        raise BlendError(f"--overlap {overlap_px}: {reason}; leave --overlap out, or use at least {least}")
+    if overlap_px >= card.tile_px:
+        raise BlendError(f"--overlap {overlap_px} leaves nothing of a tile; use 0 to {card.tile_px // 2}")
     if mode == "exact":
         if card.tile_statistics:
             raise BlendError(
-                "--blend exact: this model's result depends on statistics of the whole tile "
-                "(instance or group normalisation), so no overlap makes tiles agree; use hann"
+                "--blend exact: this model's result depends on the whole tile (instance or group normalisation, "
+                "pooling over the tile) or on the position in it (aligned corners), so no overlap makes tiles agree; "
+                "use hann"
             )
         if overlap_px < 2 * card.halo_px:
             raise BlendError(
                 f"--blend exact needs --overlap of at least {exact_overlap_px(card)} "
                 f"(twice the halo of {card.halo_px} px), not {overlap_px}"
             )
-    elif overlap_px > card.tile_px // 2:
+    elif overlap_px > card.tile_px // 2 and not card.border_px:
         raise BlendError(f"--overlap {overlap_px} is more than half a tile; use 0 to {card.tile_px // 2}")
 
 
@@ -67,13 +81,18 @@ def exact_overlap_px(card: ModelCard) -> int:
     BlendError
         If the halo leaves nothing of the tile.
     """
-    overlap_px = -(-2 * card.halo_px // card.align_px) * card.align_px
+    overlap_px = aligned_overlap_px(card, 2 * card.halo_px)
     if overlap_px >= card.tile_px:
         raise BlendError(
             f"--blend exact: the halo of {card.halo_px} px leaves nothing of a tile of "
             f"{card.tile_px} px; export the model with larger tiles"
         )
     return overlap_px
+
+
+def aligned_overlap_px(card: ModelCard, least_px: int) -> int:
+    """Return the smallest overlap of ``least_px`` or more with which tiles begin at multiples of the alignment."""
+    return least_px + (card.tile_px - least_px) % card.align_px
 
 
 def profile(mode: str, tile_px: int, overlap_px: int) -> NDArray[np.uint32]:
@@ -83,18 +102,18 @@ def profile(mode: str, tile_px: int, overlap_px: int) -> NDArray[np.uint32]:
 
     Returns
     -------
-    (tile_px,) uint32 in 1..FULL. For "crop" and "exact" it is flat: `Blender` limits those to the
-    write box.
+    (tile_px,) uint32 in 1..FULL; all 1 for "mean", and for "crop" and "exact", which `axis_profile` limits to the write
+    box.
 
     Examples
     --------
     >>> left, right = profile("linear", 8, 4)[-4:], profile("linear", 8, 4)[:4]
     >>> (left + right).tolist()
-    [1024, 1024, 1024, 1024]
+    [254, 254, 254, 254]
     """
-    flat = np.full(tile_px, FULL, np.uint32)
     if mode in ("mean", "crop", "exact") or overlap_px == 0:
-        return flat
+        return np.ones(tile_px, np.uint32)
+    flat = np.full(tile_px, FULL, np.uint32)
     if mode == "gaussian":
         t = (np.arange(tile_px) - (tile_px - 1) / 2) / (GAUSSIAN_SIGMA * tile_px)
         return np.asarray(np.maximum(np.rint(FULL * np.exp(-0.5 * t * t)), 1), np.uint32)
@@ -179,7 +198,7 @@ class Blender:
         # takes as long as the computation.
         self._window, self._product = np.empty((2, grid.tile_px, grid.tile_px), np.uint32)
 
-    def add(self, tile: Tile, scores: NDArray[np.uint8]) -> None:
+    def add(self, tile: Tile, scores: Scores) -> None:
         """Add the scores (K, tile_px, tile_px) of one tile of the current row."""
         wy = self._axis_profile(self._grid.ys, tile.row)
         wx = self._axis_profile(self._grid.xs, tile.column)
@@ -190,7 +209,8 @@ class Blender:
         np.outer(wy[ys], wx[xs], out=window)
         target = self._sums[:, y + ys.start : y + ys.stop, x + xs.start : x + xs.stop]
         for sums, plane in zip(target, scores, strict=True):
-            np.multiply(window, plane[ys, xs], out=product)
+            to_integers(plane[ys, xs], out=product)
+            np.multiply(window, product, out=product)
             sums += product
         self._columns[x : x + len(wx)] += wx
 
@@ -231,7 +251,7 @@ class Blender:
             scores = classes if self._probabilities else None
             return LabelRows.outside(grid.x0, self._top, right - left, count, classes=scores)
         labels = np.full((count, right - left), NOT_ANALYSED, np.uint8)
-        probabilities = np.zeros((*labels.shape, classes), np.uint8) if self._probabilities else None
+        probabilities = np.zeros((*labels.shape, classes), np.uint16) if self._probabilities else None
         for columns in parts:
             step = max(1, PIECE_BYTES // (4 * (columns.stop - columns.start)))
             for first in range(0, count, step):
@@ -242,7 +262,9 @@ class Blender:
                 )
         return LabelRows(grid.x0, self._top, labels, probabilities)
 
-    def _finish_piece(self, rows: slice, columns: slice, labels: Pixels, probabilities: Pixels | None) -> None:
+    def _finish_piece(
+        self, rows: slice, columns: slice, labels: Pixels, probabilities: NDArray[np.uint16] | None
+    ) -> None:
         """Write the labels, and the probabilities if there are any, of a piece of the ring into arrays."""
         sums = self._sums[:, rows, columns]
         labels[...] = _arg_max(sums)
@@ -251,9 +273,9 @@ class Blender:
         weight = self._weight(rows, columns)
         labels[weight == 0] = NOT_ANALYSED
         if probabilities is not None:
-            divisor = np.maximum(weight, 1)
+            divisor = np.maximum(weight, 1).astype(np.uint64) * ONE
             for k, plane in enumerate(sums):
-                probabilities[..., k] = (plane + divisor // 2) // divisor
+                probabilities[..., k] = (plane.astype(np.uint64) * SCORE_MAX + divisor // 2) // divisor
 
     def _covered(self, rows: slice, columns: slice) -> bool:
         """Whether one row of tiles covers every pixel of a piece of the ring."""

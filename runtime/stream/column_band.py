@@ -28,8 +28,7 @@ from histostream.runtime.stream.device import DeviceStream
 from histostream.wsi.errors import SlideError, StoppedError
 from histostream.wsi.geometry import Box
 from histostream.wsi.outputs.journal import BandJournal
-from histostream.wsi.outputs.label_rows import NOT_ANALYSED, LabelRows
-from histostream.wsi.outputs.sinks.overview import BACKGROUND
+from histostream.wsi.outputs.label_rows import NOT_ANALYSED, SCORE_MAX, LabelRows, background_label
 from histostream.wsi.tiling.grid import Strip, Tile, TileGrid
 from histostream.wsi.tiling.strips import cut, read_strips
 
@@ -264,8 +263,9 @@ class ColumnBand:
     def _leave_out(self, part: LabelRows, damaged: Iterable[Box]) -> None:
         """Set damaged blocks to the background, and pixels outside the region to `NOT_ANALYSED`."""
         context, (height, width) = self._context, part.labels.shape
-        names = [entry.name for entry in context.card.classes]
-        background = names.index(BACKGROUND) if BACKGROUND in names else NOT_ANALYSED
+        classes = context.card.classes
+        label = background_label(classes)
+        background = NOT_ANALYSED if label is None else label
         rows_box = Box(part.x, part.y, width, height)
         for box in damaged:
             block = _overlap(_in_view(box, context.view.scale), rows_box)
@@ -273,8 +273,8 @@ class ColumnBand:
             analysed = labels != NOT_ANALYSED
             labels[analysed] = background
             if part.probabilities is not None:
-                one_hot = 255 * (np.arange(len(names)) == background)
-                part.probabilities[block][analysed] = one_hot.astype(np.uint8)
+                one_hot = SCORE_MAX * (np.arange(len(classes)) == background)
+                part.probabilities[block][analysed] = one_hot.astype(np.uint16)
         if context.plan.roi is not None:
             part.labels[~context.plan.roi.inside(rows_box)] = NOT_ANALYSED
 

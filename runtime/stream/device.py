@@ -27,7 +27,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from histostream.runtime.bundle.card import ModelCard
+from histostream.runtime.bundle.card import OLD_SCHEMA, ModelCard
 from histostream.runtime.cuda.base import Bytes, DeviceError, DeviceMemoryError
 from histostream.runtime.engines.base import to_channels
 from histostream.runtime.engines.device_engine import DeviceEngine, score_bytes, tile_bytes
@@ -116,7 +116,7 @@ def plan_band(grid: TileGrid, card: ModelCard, *, channels: int, batch: int, pro
         column_weights=4 * _overlapping_rows(grid) * width,
         windows=4 * (tile_px * (len(grid.columns) + len(grid.ys)) + len(grid.ys)),
         labels=finished_px,
-        probabilities=finished_px * classes if probabilities else 0,
+        probabilities=2 * finished_px * classes if probabilities else 0,
         batch=batch * (tile_bytes(card) + score_bytes(card)),
         chunk=max(row_bytes, min(CHUNK_BYTES, strip_bytes)),
     )
@@ -433,6 +433,7 @@ class DeviceStream:
                 y,
                 self._left,
                 self._width,
+                int(card.schema == OLD_SCHEMA),
             ),
             self._compute,
         )
@@ -478,7 +479,7 @@ class DeviceStream:
         pixels = count * width
         self._device.download(self._labels_out[slot][:pixels], self._labels[slot], self._down)
         if self._probabilities:
-            size = pixels * len(self._engine.card.classes)
+            size = 2 * pixels * len(self._engine.card.classes)
             self._device.download(self._shares_out[slot][:size], self._shares[slot], self._down)
         self._downloaded[slot].record(self._down)
         self._pending.append((top, count, slot))
@@ -497,7 +498,7 @@ class DeviceStream:
             shares = None
             if classes is not None:
                 shape = (count, width, classes)
-                shares = self._shares_out[slot][: np.prod(shape)].reshape(shape).copy()
+                shares = self._shares_out[slot][: 2 * np.prod(shape)].view(np.uint16).reshape(shape).copy()
         return LabelRows(x0, top, labels, shares)
 
     def _alloc(self, nbytes: int) -> int:

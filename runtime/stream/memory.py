@@ -83,9 +83,9 @@ def bytes_per_column(grid: TileGrid, view: SlideView, classes: int, probabilitie
     strips = 3 * grid.tile_px * view.channels  # in use, ready, and being read
     sums = 4 * classes * grid.tile_px  # rows are finished in small pieces, see `blend`
     labels = 2 * grid.tile_px + BAND_ALIGN_PX
-    scores = classes * (grid.tile_px + BAND_ALIGN_PX) if probabilities else 0
+    scores = 2 * classes * (grid.tile_px + BAND_ALIGN_PX) if probabilities else 0
     # The journal's copies: those that wait, and the one that is written.
-    copies = (WAITING + 1) * grid.tile_px * (1 + (classes if probabilities else 0))
+    copies = (WAITING + 1) * grid.tile_px * (1 + (2 * classes if probabilities else 0))
     return SLACK * (native_rows * view.channels + strips + sums + labels + scores + copies)
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from histostream.runtime.result import ResultError
 from histostream.wsi.outputs.journal import JOURNAL, Record, watched_strips
-from histostream.wsi.outputs.label_rows import NOT_ANALYSED, LabelRows, SlideInfo
+from histostream.wsi.outputs.label_rows import NOT_ANALYSED, SCORE_MAX, LabelRows, SlideInfo
 from histostream.wsi.outputs.pyramid import level_sizes
 from histostream.wsi.outputs.raster import Raster
 from histostream.wsi.outputs.sinks.summary import Summary
@@ -82,9 +82,12 @@ class FinishedLabels:
         x0, y0, x1, y1 = tile_box(self.sizes, level, column, row)
         return self._labels.read(level, x0, y0, x1 - x0, y1 - y0)
 
-    def scores(self, x: int, y: int) -> list[int] | None:
-        """Return ``round(255 p)`` of each class at a pixel; None if the run did not write scores."""
-        return None if self._scores is None else [int(score) for score in self._scores[y, x]]
+    def scores(self, x: int, y: int) -> list[float] | None:
+        """Return the score of each class at a pixel, 0 to 1; None if the run did not write scores."""
+        if self._scores is None:
+            return None
+        largest = np.iinfo(self._scores.dtype).max
+        return [int(score) / largest for score in self._scores[y, x]]
 
     def _open(self, path: Path, channels: tuple[int, ...]) -> Raster:
         raster = Raster(path)
@@ -175,7 +178,7 @@ class UnfinishedLabels:
                         _paste(self._decode(strip), level, x0, y0, tile)
             return tile
 
-    def scores(self, x: int, y: int) -> list[int] | None:
+    def scores(self, x: int, y: int) -> list[float] | None:
         """Return the scores of a pixel; see `FinishedLabels.scores`."""
         with self._lock:
             strips = [strip for strips in self._strips for strip in strips]
@@ -183,7 +186,7 @@ class UnfinishedLabels:
             if strip.x0 <= x < strip.x1 and strip.y0 <= y < strip.y1:
                 part = self._read(strip, scores=True)
                 if part.probabilities is not None:
-                    return [int(p) for p in part.probabilities[y - strip.y0, x - strip.x0]]
+                    return [int(p) / SCORE_MAX for p in part.probabilities[y - strip.y0, x - strip.x0]]
         return None
 
     def _add(self, band: int, record: Record, end: int) -> None:

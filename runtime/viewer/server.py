@@ -57,7 +57,7 @@ from histostream.runtime.viewer.results import (
 )
 from histostream.runtime.viewer.slide import SlideTiles
 from histostream.wsi.errors import HistoError, SlideError
-from histostream.wsi.outputs.label_rows import NOT_ANALYSED
+from histostream.wsi.outputs.label_rows import NOT_ANALYSED, background_label
 from histostream.wsi.outputs.sinks.summary import SummaryRecord
 from histostream.wsi.records import from_json
 
@@ -275,7 +275,7 @@ class Viewer:
             "y": y,
             "label": label,
             "name": classes[label].name if label < len(classes) else None,
-            "scores": None if scores is None or label == NOT_ANALYSED else [s / 255 for s in scores],
+            "scores": None if scores is None or label == NOT_ANALYSED else scores,
         }
 
     def _compare(self, run: Run, other_run: Run) -> dict[str, Any]:
@@ -481,13 +481,15 @@ def _areas(summary: SummaryRecord, view: LabelView) -> list[dict[str, Any]]:
     pixels = [entry.pixels for entry in summary.classes if entry.pixels is not None]
     if len(pixels) != len(view.info.classes):
         raise ResultError("summary.json holds invalid values; run the slide again")
+    background = background_label(view.info.classes)
     total, pixel_mm2 = sum(pixels), (view.info.mpp / 1000) ** 2
     return [
         {
             "name": entry.name,
             "color": entry.hex,
+            "background": label == background,
             "area_mm2": count * pixel_mm2,
             "share": count / total if total else None,
         }
-        for entry, count in zip(view.info.classes, pixels, strict=True)
+        for label, (entry, count) in enumerate(zip(view.info.classes, pixels, strict=True))
     ]

@@ -16,7 +16,7 @@ PAGES = [
 ]
 FENCE = re.compile(r"^(?P<fence>`{3,})(?P<info>[^\n`]*)\n(?P<text>.*?)^(?P=fence)$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`([^`]+)`")
-# The line before a block whose commands no test runs, with the reason.
+# The line before a block that no test of the pages runs, with the reason.
 NOT_RUN = re.compile(r"^<!-- not run: .+ -->\n\Z", re.MULTILINE)
 PROGRAMS = ("histo-infer", "histo-train", "histo-export", "histo-bench", "make", "pip", "python", "ssh", "benchmarks/")
 

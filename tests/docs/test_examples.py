@@ -21,7 +21,7 @@ from tests.docs.pages import blocks
 
 # A block whose first line names a file of the example package is that file.
 FILE = re.compile(r"# (histo_example/\w+\.py|pyproject\.toml)\n")
-PAGES = [page for page in ALL_PAGES if any(block.info == "python" for block in blocks(page))]
+PAGES = [page for page in ALL_PAGES if any(block.info == "python" and not block.not_run for block in blocks(page))]
 EXTENDING = REPOSITORY / "docs" / "extending.md"
 MODULES = [
     f"histostream.{source.relative_to(REPOSITORY).with_suffix('').as_posix().replace('/', '.')}"
@@ -55,7 +55,7 @@ def run_page(page: Path) -> None:
     """Run the Python blocks of a page one after another, in one namespace."""
     names: dict[str, Any] = {}
     for block in blocks(page):
-        if block.info == "python" and not FILE.match(block.text):
+        if block.info == "python" and not block.not_run and not FILE.match(block.text):
             run(block.text, page, block.line, names)
 
 

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations, parametrize
 
+from histostream.training.networks.tile_model import TileModel
 
-class TileNetwork(nn.Module):
-    """The tile contract: uint8 (N, H, W, C) in, uint8 (N, K, H, W) out; ``probs`` is in between."""
+
+class TileNetwork(TileModel):
+    """The tile contract: uint8 (N, H, W, C) in, float16 (N, K, H, W) out; ``probs`` is in between."""
 
     channels: int
     classes: int
@@ -21,9 +23,9 @@ class TileNetwork(nn.Module):
         """Map (N, C, H, W) in -1..1 to probabilities (N, K, H, W)."""
         raise NotImplementedError
 
-    def forward(self, tiles: Tensor) -> Tensor:
-        x = tiles.to(torch.float32).permute(0, 3, 1, 2)
-        return torch.clamp(self.probs(x / 127.5 - 1) * 255 + 0.5, 0, 255).to(torch.uint8)
+    def scores(self, images: Tensor) -> Tensor:
+        """Map (N, C, H, W) in 0..255 to probabilities."""
+        return self.probs(images / 127.5 - 1)
 
 
 def with_running_statistics(network: nn.Module) -> None:

@@ -42,7 +42,7 @@ MODES = {
     "plain": (),
     "probabilities": ("--probabilities",),
     "crf": ("--crf",),
-    "two processes": ("--devices", "cpu,cpu"),
+    "two processes": ("--device", "cpu,cpu"),
     "column bands": ("--max-memory", MIN_MEMORY),
 }
 MAPS = ("labels.tif", "probabilities.tif")

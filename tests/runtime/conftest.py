@@ -13,7 +13,7 @@ import pytest
 import tifffile
 from numpy.typing import NDArray
 
-from histostream.runtime.bundle.card import ModelCard
+from histostream.runtime.bundle.card import ModelCard, Scores
 from histostream.runtime.cohort.worker import CohortRecord, Executor
 from histostream.runtime.outcome import Outcome
 from histostream.runtime.slide_job import SlideJob
@@ -34,9 +34,23 @@ CARD = ModelCard(
 )
 
 
+def as_scores(values: NDArray[np.uint8], card: ModelCard = CARD) -> Scores:
+    """Return v / 256, which float16 and 14 bits hold exactly; or, of schema 1, the bytes themselves."""
+    if card.schema == 1:
+        return values
+    scores: Scores = (values / np.float32(256)).astype(np.float16)
+    return scores
+
+
+def as_shares(values: NDArray[np.uint8]) -> NDArray[np.uint16]:
+    """Return the file's value of a score v / 256: round(65535 v / 256)."""
+    shares: NDArray[np.uint16] = np.floor(values * (65535 / 256) + 0.5).astype(np.uint16)
+    return shares
+
+
 @dataclass
 class IdentityEngine:
-    """Scores are the pixels themselves: blending must give the slide back, exactly."""
+    """Scores are the pixels divided by 256: blending must give the slide back, exactly."""
 
     card: ModelCard = field(default_factory=lambda: CARD)
     name: str = "identity"
@@ -44,10 +58,10 @@ class IdentityEngine:
     tiles: int = 0
     batches: list[int] = field(default_factory=list)
 
-    def infer(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def infer(self, tiles: NDArray[np.uint8]) -> Scores:
         self.tiles += len(tiles)
         self.batches.append(len(tiles))
-        return np.ascontiguousarray(np.moveaxis(tiles, -1, 1))
+        return as_scores(np.ascontiguousarray(np.moveaxis(tiles, -1, 1)), self.card)
 
     def close(self) -> None:
         pass
@@ -57,11 +71,11 @@ class IdentityEngine:
 class PlaceDependentEngine(IdentityEngine):
     """Scores depend on the place in the tile, so that overlapping tiles disagree."""
 
-    def infer(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        scores = super().infer(tiles)
+    def infer(self, tiles: NDArray[np.uint8]) -> Scores:
+        super().infer(tiles)
         side = self.card.tile_px
         pattern = (np.add.outer(7 * np.arange(side), 13 * np.arange(side)) % 97).astype(np.uint8)
-        return np.asarray(scores // 2 + pattern, np.uint8)
+        return as_scores(np.moveaxis(tiles, -1, 1) // 2 + pattern, self.card)
 
 
 def identity_engine(tile_px: int = 64, align_px: int = 1) -> IdentityEngine:

@@ -24,12 +24,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
-from histostream.runtime.bundle.card import ModelCard
+from histostream.runtime.bundle.card import ModelCard, Scores
 from histostream.runtime.cuda.base import Device, DeviceMemoryError, Event, Graph, Stream
 from histostream.runtime.cuda.kernels import kernel_signature, kernel_signatures, kernel_source
 from histostream.runtime.engines.base import Engine
@@ -410,11 +411,11 @@ class HostDeviceEngine:
 
         def work() -> None:
             given = array_at(tiles, shape_in).copy()
-            array_at(scores, shape_out)[...] = self._engine.infer(given)
+            array_at(scores, shape_out, card.score_dtype)[...] = self._engine.infer(given)
 
         stream.queue(work)
 
-    def infer(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def infer(self, tiles: NDArray[np.uint8]) -> Scores:
         return infer_arrays(self, tiles)
 
     def close(self) -> None:
@@ -426,9 +427,9 @@ def _zero(pointer: int, nbytes: int) -> None:
     ctypes.memset(pointer, 0, nbytes)
 
 
-def array_at(pointer: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    size = int(np.prod(shape))
-    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(pointer)).reshape(shape)
+def array_at(pointer: int, shape: tuple[int, ...], dtype: DTypeLike = np.uint8) -> NDArray[Any]:
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(pointer)).view(dtype).reshape(shape)
 
 
 FAKE_DRIVER = """

@@ -206,7 +206,7 @@ def test_several_devices_share_slides_or_the_columns_of_one(tiny_bundle: Path, t
     for name, seed in (("a", 1), ("b", 2)):
         SyntheticSlide(1200, 400, mpp=0.5, seed=seed).write(tmp_path / f"{name}.tif")
     slides = [tmp_path / "a.tif", tmp_path / "b.tif"]
-    common = ["--model", tiny_bundle, "--devices", "cpu,cpu", "--no-tissue"]
+    common = ["--model", tiny_bundle, "--device", "cpu,cpu", "--no-tissue"]
     both = infer(*slides, *common, "--out", tmp_path / "both")
     assert both.returncode == 0, both.stderr
     assert "x 2 (cpu, cpu)" in both.stderr
@@ -216,9 +216,9 @@ def test_several_devices_share_slides_or_the_columns_of_one(tiny_bundle: Path, t
     assert alone.returncode == 0
     found = [(tmp_path / folder / "a" / "labels.tif").read_bytes() for folder in ("both", "one", "alone")]
     assert found[0] == found[1] == found[2]
-    wrong = infer(slides[0], "--model", tiny_bundle, "--devices", "0,0", "--out", tmp_path / "x")
-    assert wrong.returncode == 1
-    assert wrong.stderr.strip() == "histo-infer: device 0 is named twice: name each once"
+    wrong = infer(slides[0], "--model", tiny_bundle, "--device", "0,0", "--out", tmp_path / "x")
+    assert wrong.returncode == 2
+    assert "0,0: GPU 0 is named twice; name each once" in wrong.stderr
 
 
 @pytest.mark.full

@@ -16,13 +16,14 @@ import pytest
 import tifffile
 from numpy.typing import NDArray
 
+from histostream.runtime.bundle.card import Scores
 from histostream.runtime.options import Options
 from histostream.runtime.slide_run import segment_slide
 from histostream.wsi.errors import DamagedError, SlideError
 from histostream.wsi.outputs.label_rows import NOT_ANALYSED, ClassInfo
 from histostream.wsi.records import to_json
 from histostream.wsi.slides.reader import open_slide
-from tests.runtime.conftest import CARD, IdentityEngine, random_pixels
+from tests.runtime.conftest import CARD, IdentityEngine, as_shares, random_pixels
 
 ALL = Options(tissue=False, overlap_px=16, probabilities=True)
 CLASSES = tuple(ClassInfo(n, (9, 9, 9)) for n in ("tumour", "background", "stroma"))
@@ -76,8 +77,8 @@ def test_a_damaged_block_is_background_and_listed(
     hole[128:192, 192:256] = True
     assert (labels[hole] == 1).all()
     np.testing.assert_array_equal(labels[~hole], pixels.argmax(axis=-1)[~hole])
-    np.testing.assert_array_equal(scores[~hole], pixels[~hole])
-    np.testing.assert_array_equal(scores[hole], np.tile((0, 255, 0), (64 * 64, 1)))
+    np.testing.assert_array_equal(scores[~hole], as_shares(pixels[~hole]))
+    np.testing.assert_array_equal(scores[hole], np.tile((0, 65535, 0), (64 * 64, 1)))
     box = {"level": 0, "x": 192, "y": 128, "width": 64, "height": 64}
     assert to_json(result.run)["damaged"] == [box]
     assert json.loads((result.folder / "run.json").read_text())["damaged"] == [box]
@@ -108,7 +109,7 @@ def test_a_coarser_view_leaves_out_what_the_block_touches(damaged: Path, tmp_pat
 
 def test_damage_is_remembered_by_a_run_that_goes_on(damaged: Path, tmp_path: Path) -> None:
     class Failing(IdentityEngine):
-        def infer(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        def infer(self, tiles: NDArray[np.uint8]) -> Scores:
             if self.tiles > 42:  # after the damaged row
                 raise SlideError("planted")
             return super().infer(tiles)

@@ -19,11 +19,12 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 
 from histostream.runtime import Options, ResultError, Segmenter, SlideResult, segment_slide
+from histostream.runtime.bundle.card import Scores
 from histostream.runtime.cli import main
 from histostream.runtime.engines.base import Engine
 from histostream.wsi.errors import HistoError, SlideError
 from histostream.wsi.records import to_json
-from tests.runtime.conftest import CARD, IdentityEngine, identity_engine, random_pixels, write_slide
+from tests.runtime.conftest import CARD, IdentityEngine, as_shares, identity_engine, random_pixels, write_slide
 
 mpl.use("agg")
 ALL = Options(tissue=False, overlap_px=16, blend="crop", probabilities=True)
@@ -35,7 +36,7 @@ LABELS = PIXELS.argmax(axis=2)
 class Slow(IdentityEngine):
     """Takes its time over each batch."""
 
-    def infer(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def infer(self, tiles: NDArray[np.uint8]) -> Scores:
         time.sleep(0.02)
         return super().infer(tiles)
 
@@ -75,7 +76,7 @@ def result(segmenter: Segmenter, slide: Path, tmp_path: Path) -> SlideResult:
 def test_labels_scores_and_areas_are_those_of_the_slide(result: SlideResult, slide: Path) -> None:
     assert (result.labels[:] == LABELS).all()
     assert result.probabilities is not None
-    assert (result.probabilities[100:140, 600:] == PIXELS[100:140, 600:]).all()
+    assert (result.probabilities[100:140, 600:] == as_shares(PIXELS[100:140, 600:])).all()
     for label, name in enumerate(("red", "green", "blue")):
         share = (label == LABELS).mean()
         assert result.shares[name] == pytest.approx(share)

@@ -17,6 +17,7 @@ import tifffile
 from numpy.typing import NDArray
 
 from histostream.runtime import slide_run as infer
+from histostream.runtime.bundle.card import Scores
 from histostream.runtime.choices import WINDOWS
 from histostream.runtime.engines.base import to_channels
 from histostream.runtime.options import OptionError, Options
@@ -32,7 +33,7 @@ from histostream.wsi.records import to_json
 from histostream.wsi.slides.reader import open_slide
 from histostream.wsi.slides.resolution import at_mpp
 from histostream.wsi.tiling.grid import TileGrid
-from tests.runtime.conftest import PlaceDependentEngine, identity_engine, random_pixels, write_slide
+from tests.runtime.conftest import PlaceDependentEngine, as_shares, identity_engine, random_pixels, write_slide
 
 Noise = tuple[Path, NDArray[np.uint8]]
 ALL = Options(tissue=False, overlap_px=16, probabilities=True)
@@ -42,7 +43,7 @@ def labels_of(folder: Path) -> NDArray[np.uint8]:
     return np.asarray(tifffile.imread(folder / "labels.tif", level=0))
 
 
-def scores_of(folder: Path) -> NDArray[np.uint8]:
+def scores_of(folder: Path) -> NDArray[np.uint16]:
     return np.asarray(tifffile.imread(folder / "probabilities.tif", level=0))
 
 
@@ -50,7 +51,7 @@ def scores_of(folder: Path) -> NDArray[np.uint8]:
 def test_identity_gives_the_slide_back(noise_slide: Noise, tmp_path: Path, mode: str) -> None:
     path, pixels = noise_slide
     result = segment_slide(path, identity_engine(), tmp_path / "out", replace(ALL, blend=mode))
-    np.testing.assert_array_equal(scores_of(result.folder), pixels)
+    np.testing.assert_array_equal(scores_of(result.folder), as_shares(pixels))
     np.testing.assert_array_equal(labels_of(result.folder), pixels.argmax(axis=-1))
 
 
@@ -60,7 +61,7 @@ def test_identity_holds_for_odd_sizes(tmp_path: Path, width: int, height: int, a
     pixels = random_pixels(width, height)
     path = write_slide(tmp_path / "odd.tif", pixels)
     result = segment_slide(path, identity_engine(align_px=align_px), tmp_path / "out", ALL)
-    np.testing.assert_array_equal(scores_of(result.folder), pixels)
+    np.testing.assert_array_equal(scores_of(result.folder), as_shares(pixels))
 
 
 def test_labels_do_not_depend_on_batch_threads_or_bands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,12 +220,12 @@ def test_a_finer_slide_is_averaged_down_to_the_models_resolution(tmp_path: Path)
     pixels = np.repeat(np.repeat(random_pixels(90, 70), 2, axis=0), 2, axis=1)
     path = write_slide(tmp_path / "fine.tif", pixels, mpp=0.25)
     result = segment_slide(path, identity_engine(), tmp_path / "out", ALL)
-    np.testing.assert_array_equal(scores_of(result.folder), pixels[::2, ::2])
+    np.testing.assert_array_equal(scores_of(result.folder), as_shares(pixels[::2, ::2]))
 
 
 def test_a_failure_leaves_nothing_but_what_it_goes_on_with(noise_slide: Noise, tmp_path: Path) -> None:
     class Failing(PlaceDependentEngine):
-        def infer(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        def infer(self, tiles: NDArray[np.uint8]) -> Scores:
             if self.tiles > 10:
                 raise SlideError("planted")
             return super().infer(tiles)
@@ -291,4 +292,4 @@ def test_a_grey_slide_runs(tmp_path: Path) -> None:
     path = tmp_path / "grey.tif"
     tifffile.imwrite(path, grey, tile=(64, 64), photometric="minisblack")
     result = segment_slide(path, identity_engine(), tmp_path / "out", replace(ALL, mpp=0.5))
-    np.testing.assert_array_equal(scores_of(result.folder), np.repeat(grey[..., None], 3, axis=-1))
+    np.testing.assert_array_equal(scores_of(result.folder), as_shares(np.repeat(grey[..., None], 3, axis=-1)))

@@ -317,7 +317,7 @@ def test_the_reconstruction_is_a_mean_or_a_sum_over_an_images_pixels() -> None:
     assert float(mean) == 0.25
     assert float(apma_net.reconstruction_loss(total, rebuilt, images)) == 0.25 * 32
     with pytest.raises(ValueError, match="reconstruction_reduction='median'"):
-        apma_net.Config(reconstruction_reduction="median")
+        apma_net.Config(reconstruction_reduction="median")  # type: ignore[arg-type]
 
 
 def test_the_two_phases_ship_as_two_recipes() -> None:

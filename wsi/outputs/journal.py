@@ -24,7 +24,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any, Self, TypeVar
 
 import imagecodecs
 import numpy as np
@@ -33,15 +33,17 @@ from numpy.typing import NDArray
 from histostream.wsi.errors import OutputError
 from histostream.wsi.files import write_json, writing
 from histostream.wsi.geometry import Box
-from histostream.wsi.outputs.label_rows import ClassInfo, LabelRows
+from histostream.wsi.outputs.label_rows import SCORE_MAX, ClassInfo, LabelRows
 from histostream.wsi.records import from_json, to_json
 
 JOURNAL = ".journal"
 BEGUN = "begun.json"
-MAGIC = b"HSJ1"
+MAGIC = b"HSJ2"
+MAGIC_BYTES = b"HSJ1"  # of versions before 0.2, whose scores are bytes
 # Magic, CRC-32 of all that follows, and the lengths of description, labels and scores.
 HEADER = struct.Struct("<4sIIQQ")
 ZSTD_LEVEL = 1  # label maps: above 1 GB/s
+Value = TypeVar("Value", np.uint8, np.uint16)
 WAITING = 1  # strips that wait for the writing thread
 
 
@@ -355,14 +357,14 @@ def _encoded(record: Record) -> bytes:
     return MAGIC + struct.pack("<I", zlib.crc32(body)) + body
 
 
-def _compressed(array: NDArray[np.uint8]) -> bytes:
+def _compressed(array: NDArray[np.uint8] | NDArray[np.uint16]) -> bytes:
     return bytes(imagecodecs.zstd_encode(array.tobytes(), level=ZSTD_LEVEL))
 
 
 def _read_record(file: IO[bytes], with_scores: bool = True) -> Record | None:
     """Read the next record; None at the end, and where a record is not complete."""
     head = file.read(HEADER.size)
-    if len(head) < HEADER.size or head[:4] != MAGIC:
+    if len(head) < HEADER.size or head[:4] not in (MAGIC, MAGIC_BYTES):
         return None
     _, checksum, *sizes = HEADER.unpack(head)
     left = os.fstat(file.fileno()).st_size - file.tell()
@@ -378,10 +380,14 @@ def _read_record(file: IO[bytes], with_scores: bool = True) -> Record | None:
     classes = description["classes"] if with_scores else None
     if description["outside"]:
         return Record(LabelRows.outside(x, y, width, height, classes=classes), damaged)
-    probabilities = _decompressed(scores, (height, width, classes)) if classes else None
-    return Record(LabelRows(x, y, _decompressed(labels, (height, width)), probabilities), damaged)
+    probabilities = None
+    if classes and head[:4] == MAGIC:
+        probabilities = _decompressed(scores, (height, width, classes), np.uint16)
+    elif classes:
+        probabilities = _decompressed(scores, (height, width, classes), np.uint8) * np.uint16(SCORE_MAX // 255)
+    return Record(LabelRows(x, y, _decompressed(labels, (height, width), np.uint8), probabilities), damaged)
 
 
-def _decompressed(data: bytes, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    values = imagecodecs.zstd_decode(data, out=int(np.prod(shape)))
-    return np.frombuffer(values, np.uint8).reshape(shape)
+def _decompressed(data: bytes, shape: tuple[int, ...], dtype: type[Value]) -> NDArray[Value]:
+    values = imagecodecs.zstd_decode(data, out=int(np.prod(shape)) * np.dtype(dtype).itemsize)
+    return np.frombuffer(values, dtype).reshape(shape)

@@ -19,12 +19,12 @@ from typing import Any
 import imagecodecs
 import numpy as np
 import tifffile
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from histostream.wsi.files import remove, temporary_name, writing
 from histostream.wsi.outputs.label_rows import is_one_value
 
-Pixels = NDArray[np.uint8]
+Pixels = NDArray[Any]  # uint8, or uint16 for scores
 _ABSENT = -1
 MIN_PX = 512  # the coarsest level has no longer side
 DEFLATE_LEVEL = 5  # libdeflate, label maps: 200 Mpx/s, 4 % larger than level 6 with 140 Mpx/s
@@ -37,7 +37,7 @@ class TileCodec:
     Attributes
     ----------
     encode, decode
-        (tile_px, tile_px[, C]) uint8 to bytes, and back to that shape.
+        (tile_px, tile_px[, C]) to bytes, and back to that shape.
     tags
         Arguments of ``tifffile.TiffWriter.write`` that describe the encoded tiles.
     """
@@ -58,13 +58,15 @@ class PyramidLayout:
     mpp
         Side of a pixel of level 0, in um.
     halve
-        Makes the next level: (2H, 2W[, C]) uint8 to (H, W[, C]), `nearest` or `mean`.
+        Makes the next level: (2H, 2W[, C]) to (H, W[, C]), `nearest` or `mean`.
     tile_px
         Side of a tile.
     smallest_px
         Levels are added until neither side is longer.
     description
         Text of the first page, ASCII.
+    dtype
+        Type of a value: uint8 or uint16.
     """
 
     width: int
@@ -75,6 +77,7 @@ class PyramidLayout:
     tile_px: int = 512
     smallest_px: int = MIN_PX
     description: str = ""
+    dtype: DTypeLike = np.uint8
 
     def __post_init__(self) -> None:
         if self.tile_px < 16 or self.tile_px % 16:
@@ -110,9 +113,10 @@ def nearest(pixels: Pixels) -> Pixels:
 
 def mean(pixels: Pixels) -> Pixels:
     """Average each 2 x 2, halves rounded up."""
-    pixels = pixels.astype(np.uint16)
-    rows = pixels[::2] + pixels[1::2]
-    return ((rows[:, ::2] + rows[:, 1::2] + 2) >> 2).astype(np.uint8)
+    wide: Pixels = pixels.astype(np.uint16 if pixels.dtype == np.uint8 else np.uint32)
+    rows = wide[::2] + wide[1::2]
+    means: Pixels = ((rows[:, ::2] + rows[:, 1::2] + 2) >> 2).astype(pixels.dtype)
+    return means
 
 
 @dataclass
@@ -158,7 +162,7 @@ class PyramidWriter:
             self._scratch = self._scratch_path.open("w+b")
 
     def write(self, x: int, y: int, pixels: Pixels) -> None:
-        """Take the next rows of a column band, (H, W[, C]) uint8; see `label_rows.Sink` for the order.
+        """Take the next rows of a column band, (H, W[, C]); see `label_rows.Sink` for the order.
 
         Raises
         ------
@@ -189,7 +193,7 @@ class PyramidWriter:
         row, column
             Position in the grid of tiles.
         tile
-            (H, W[, C]) uint8; smaller than a tile only at the right and bottom border.
+            (H, W[, C]); smaller than a tile only at the right and bottom border.
         """
         with writing(self.path):
             self._put(self._levels[0], row, column, tile)
@@ -273,7 +277,9 @@ class PyramidWriter:
         key = pixel.tobytes()
         if key not in self._constant:
             side = self.layout.tile_px
-            self._constant[key] = self._append(self.codec.encode(np.full((side, side, *pixel.shape), pixel, np.uint8)))
+            self._constant[key] = self._append(
+                self.codec.encode(np.full((side, side, *pixel.shape), pixel, pixel.dtype))
+            )
         return self._constant[key]
 
     def _append(self, data: bytes) -> tuple[int, int]:
@@ -303,7 +309,7 @@ class PyramidWriter:
         side = self.layout.tile_px
         rows, columns = self._levels[level][2 * row : 2 * row + 2, 2 * column : 2 * column + 2].shape[:2]
         samples = () if self.layout.samples == 1 else (self.layout.samples,)
-        canvas = np.empty((rows * side, columns * side, *samples), np.uint8)
+        canvas = np.empty((rows * side, columns * side, *samples), self.layout.dtype)
         for r, c in product(range(rows), range(columns)):
             data = self._read(level, 2 * row + r, 2 * column + c)
             tile = self.codec.decode(data, (side, side, *samples))
@@ -337,7 +343,7 @@ def write_tiff(pyramid: PyramidWriter, path: Path, *, subifds: bool) -> None:
             file.write(
                 pyramid.tiles(level),
                 shape=(height, width, *samples),
-                dtype=np.uint8,
+                dtype=layout.dtype,
                 tile=(layout.tile_px, layout.tile_px),
                 subfiletype=int(level > 0),
                 subifds=len(sizes) - 1 if subifds and level == 0 else None,
@@ -350,16 +356,18 @@ def write_tiff(pyramid: PyramidWriter, path: Path, *, subifds: bool) -> None:
             )
 
 
-def deflate_codec(tags: dict[str, Any]) -> TileCodec:
-    """Return a lossless codec; ``tags`` describe the meaning of the values."""
+def deflate_codec(tags: dict[str, Any], dtype: DTypeLike = np.uint8) -> TileCodec:
+    """Return a lossless codec of values of a type; ``tags`` describe their meaning."""
+    item_bytes = np.dtype(dtype).itemsize
 
     def encode(tile: Pixels) -> bytes:
         return bytes(imagecodecs.deflate_encode(tile.tobytes(), level=DEFLATE_LEVEL))
 
     def decode(data: bytes, shape: tuple[int, ...]) -> Pixels:
         # With a known size it decodes twice as fast.
-        values = imagecodecs.deflate_decode(data, out=prod(shape))
-        return np.frombuffer(values, np.uint8).reshape(shape)
+        values = imagecodecs.deflate_decode(data, out=prod(shape) * item_bytes)
+        tile: Pixels = np.frombuffer(values, dtype).reshape(shape)
+        return tile
 
     return TileCodec(encode, decode, {"compression": "adobe_deflate", **tags})
 

@@ -41,14 +41,14 @@ class Raster:
         Height and width of each level, finest first; sides are halved and rounded up.
     mpp
         Micrometres per pixel of the finest level; None if the file does not store it.
+    dtype
+        uint8 for labels, and uint16 for scores; uint8 for scores of versions before 0.2.
 
     Raises
     ------
     SlideError
         If it is not such a file, or damaged.
     """
-
-    dtype = np.dtype(np.uint8)
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
@@ -61,7 +61,7 @@ class Raster:
             raise SlideError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error
         # In notebooks results are dropped without closing them.
         self._close = weakref.finalize(self, self._reader.close)
-        self.path, self.mpp = path, self._reader.mpp
+        self.path, self.mpp, self.dtype = path, self._reader.mpp, np.dtype(self._reader.dtype)
         self.levels = tuple((level.height, level.width) for level in self._reader.levels)
         # Reduced labels are every second pixel, reduced scores an average.
         self._exact = self._reader.channels == 1
@@ -84,7 +84,7 @@ class Raster:
         size = " x ".join(map(str, self.shape))
         return f"<{self.path.name}: {size} {self.dtype}, {len(self.levels)} levels>"
 
-    def __getitem__(self, index: Index | tuple[Index, ...]) -> NDArray[np.uint8]:
+    def __getitem__(self, index: Index | tuple[Index, ...]) -> NDArray[Any]:
         """Read pixels, ``raster[rows, columns]`` or ``raster[rows, columns, classes]``.
 
         Raises
@@ -107,7 +107,7 @@ class Raster:
         scalars = tuple(
             0 if axis < len(indices) and not isinstance(indices[axis], slice) else slice(None) for axis in (0, 1)
         )
-        cut: NDArray[np.uint8] = selected[(*scalars, *indices[2:])]
+        cut: NDArray[Any] = selected[(*scalars, *indices[2:])]
         return cut
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
@@ -115,7 +115,7 @@ class Raster:
             raise ValueError("the pixels are on disk: reading them makes a copy")
         return self[:].astype(dtype or self.dtype, copy=False)
 
-    def read(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+    def read(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[Any]:
         """Read a box of one level, in pixels of that level.
 
         Returns
@@ -130,7 +130,7 @@ class Raster:
             If the box does not lie inside the level.
         """
         if not width or not height:
-            return np.empty((height, width, *self.shape[2:]), np.uint8)
+            return np.empty((height, width, *self.shape[2:]), self.dtype)
         pixels = self._reader.read(level, x, y, width, height)
         return pixels[..., 0] if self.ndim == 2 else pixels
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol, Self, cast
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from histostream.wsi.errors import DamagedError, SlideError, reason
 from histostream.wsi.geometry import Box
@@ -61,7 +61,7 @@ class SlideReader(Protocol):
     mpp
         Micrometres per pixel of level 0, the mean of x and y; None if the file does not store it.
     channels
-        3 (RGB) or 1 (grey).
+        3 (RGB), 1 (grey), or the number that a model takes.
     decoded_blocks
         Number of blocks decoded since the slide was opened.
     """
@@ -168,7 +168,12 @@ def slide_suffixes() -> frozenset[str]:
 
 
 def read_from_blocks(
-    box: Box, block_px: tuple[int, int], channels: int, block: Callable[[int, int], Pixels], out: Pixels | None = None
+    box: Box,
+    block_px: tuple[int, int],
+    channels: int,
+    block: Callable[[int, int], Pixels],
+    out: Pixels | None = None,
+    dtype: DTypeLike = np.uint8,
 ) -> Pixels:
     """Assemble a box of a level from the blocks that it lies on; each is requested once.
 
@@ -184,13 +189,15 @@ def read_from_blocks(
         Returns the block at (row, column), (H, W, channels) uint8.
     out
         Array for the result; None makes a contiguous one.
+    dtype
+        Type of that array.
 
     Returns
     -------
-    (height, width, channels) uint8.
+    (height, width, channels) uint8, or of another ``dtype``.
     """
     block_w, block_h = block_px
-    out = np.empty((box.height, box.width, channels), np.uint8) if out is None else out
+    out = np.empty((box.height, box.width, channels), dtype) if out is None else out
     for row in range(box.y // block_h, (box.bottom - 1) // block_h + 1):
         for column in range(box.x // block_w, (box.right - 1) // block_w + 1):
             pixels = block(row, column)
@@ -246,6 +253,8 @@ class BlockReader:
     See `SlideReader` for the parameters.
     """
 
+    dtype: DTypeLike = np.uint8  # of the pixels; files of scores have 16 bits
+
     def __init__(
         self,
         path: Path,
@@ -262,7 +271,7 @@ class BlockReader:
         """Read a box of one level, (height, width, channels); see `SlideReader.read`."""
         check_box(self.levels[level], x, y, width, height)
         box = Box(x, y, width, height)
-        return read_from_blocks(box, self.block_px[level], self.channels, partial(self._block, level))
+        return read_from_blocks(box, self.block_px[level], self.channels, partial(self._block, level), dtype=self.dtype)
 
     def __enter__(self) -> Self:
         return self
@@ -299,6 +308,6 @@ class BlockReader:
         shape = pixels.shape
         if len(shape) != 3 or shape[0] < height or shape[1] < width or shape[2] != self.channels:
             raise ValueError(f"it is {shape} {pixels.dtype}, not {(height, width, self.channels)}")
-        if pixels.dtype != np.uint8:
+        if pixels.dtype != self.dtype:
             raise ValueError(f"its pixels are {pixels.dtype}")
         return pixels

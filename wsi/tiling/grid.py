@@ -25,7 +25,7 @@ class Tile:
         Position in the grid.
     read
         The pixels that the network gets. They extend beyond the right and bottom of the slide only
-        if it is smaller than a tile, or its size is not a multiple of ``align_px``.
+        if it is smaller than a tile, or where no multiple of ``align_px`` ends a tile at its border.
     write
         The pixels nearest to this tile's centre. The write boxes of a grid cover every pixel of the
         slide once.
@@ -104,12 +104,13 @@ class TileGrid:
         """
         if width < 1 or height < 1:
             raise ValueError(f"a slide of {width} x {height} px has no pixels to cover")
-        if tile_px < 1 or align_px < 1 or tile_px % align_px:
-            raise ValueError(f"tile_px={tile_px} is not a positive multiple of {align_px}")
+        if not 1 <= align_px <= tile_px:
+            raise ValueError(f"align_px={align_px} does not fit tile_px={tile_px}: use 1 to {tile_px}")
         if not 0 <= overlap_px < tile_px or (tile_px - overlap_px) % align_px:
+            least = tile_px % align_px
             raise ValueError(
                 f"overlap_px={overlap_px} does not fit tile_px={tile_px}: "
-                f"use a multiple of {align_px} from 0 to {tile_px - align_px}"
+                f"use {least} or a multiple of {align_px} more, below {tile_px}"
             )
         return cls(width, height, tile_px, overlap_px, align_px, 0, width)
 
@@ -163,8 +164,7 @@ class TileGrid:
         return int(self.keep[:, self.columns.start : self.columns.stop].sum())
 
     def _starts(self, size: int) -> tuple[int, ...]:
-        canvas = -(-size // self.align_px) * self.align_px
-        last = max(canvas - self.tile_px, 0)
+        last = max(-((self.tile_px - size) // self.align_px) * self.align_px, 0)
         stride = self.tile_px - self.overlap_px
         return (*range(0, last, stride), last)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.runtime.bundle.card import ModelCard
+from histostream.runtime.bundle.card import OLD_SCHEMA, ModelCard, Scores
 from histostream.runtime.cache import cache_folder
 from histostream.runtime.cuda.base import Device, DeviceError, DeviceMemoryError, Graph, Stream, open_device
 from histostream.runtime.engines.device_engine import BatchBuffers, infer_arrays, score_bytes
@@ -97,7 +97,7 @@ class TensorRtEngine:
         self._set(self._context, tiles, scores, n)
         self._execute(self._context, n, stream)
 
-    def infer(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def infer(self, tiles: NDArray[np.uint8]) -> Scores:
         """Map tiles (N, H, W, C) to scores (N, K, H, W)."""
         return infer_arrays(self, tiles)
 
@@ -267,9 +267,10 @@ def _check_contract(library: Library, engine: Any, card: ModelCard, path: Path) 
     """Refuse an engine whose tensors are not those of the card; a static engine may have any batch."""
     trt, side = library.module, card.tile_px
     uint8, mode = trt.DataType.UINT8, trt.TensorIOMode
+    score_type = uint8 if card.schema == OLD_SCHEMA else trt.DataType.HALF
     wanted = {
         ("tiles", mode.INPUT, uint8, (side, side, card.channels)),
-        ("scores", mode.OUTPUT, uint8, (len(card.classes), side, side)),
+        ("scores", mode.OUTPUT, score_type, (len(card.classes), side, side)),
     }
     names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     tensors = {

@@ -7,7 +7,6 @@ import { Pane } from "./pane.js";
 const POLL_MS = 2000; // while a run is writing
 const HASH_MS = 350; // Safari lets an address change 100 times in 30 s
 const OPACITIES = [60, 100, 0, 30];
-const BACKGROUND = "background"; // the class that is hidden at first
 const at = (id) => document.getElementById(id);
 
 const classes = new Map(); // by name: {color, shown}; the same for all runs
@@ -182,8 +181,8 @@ function card(run) {
   const several = new Set(runs.map((other) => other.in)).size > 1;
   const details = [several ? run.in : "", run.status === "done" ? "" : run.status, run.error ?? ""];
   link.append(element("p", details.filter(Boolean).join(", "), "status"));
-  for (const { name, color, area_mm2, share } of run.classes ?? []) {
-    if (name.toLowerCase() === BACKGROUND) continue;
+  for (const { name, color, background, area_mm2, share } of run.classes ?? []) {
+    if (background) continue;
     const line = element("p", ` ${name} ${area(area_mm2)} mm² (${percent(share)})`);
     const dot = element("i");
     dot.style.background = color;
@@ -217,8 +216,8 @@ function showRuns() {
   const [{ run }] = panes;
   if (!run.image) notice(`The slide is not shown: ${run.why}.`);
   for (const { run } of panes) {
-    for (const { name, color } of run.classes) {
-      if (!classes.has(name)) classes.set(name, { color, shown: name.toLowerCase() !== BACKGROUND });
+    for (const { name, color, background } of run.classes) {
+      if (!classes.has(name)) classes.set(name, { color, shown: !background }); // the background is hidden at first
     }
   }
   showClasses();

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from histostream.export.convert.fp16 import FP16_MAX, fp32_islands, name_nodes, to_fp16
 from histostream.export.convert.int8 import Quantizer, measure_ranges
 from histostream.export.convert.mixed_precision import JudgeConversion, find_mixed_precision, node_groups
-from histostream.export.parity import LIMITS, Judge, Limits, ParityReport, run_graph
+from histostream.export.parity import LIMITS, GraphOutput, Judge, Limits, ParityReport, run_graph
 from histostream.export.tiles import Tiles, collect_tiles
 
 TILE_PX = 128
@@ -47,7 +48,7 @@ def model() -> onnx.ModelProto:
 
 
 def fp16_judge(model: onnx.ModelProto, tiles: Tiles) -> JudgeConversion:
-    judge = Judge(tiles, run_graph(model, tiles.gate)[0])
+    judge = Judge(tiles, run_graph(model, tiles.gate).unrounded)
 
     def judged(fp32_nodes: Collection[str], *, quick: bool) -> ParityReport:
         return judge.judge(to_fp16(model, fp32_nodes, emulate=True))
@@ -74,10 +75,10 @@ def plant_overflow(model: onnx.ModelProto, tiles: Tiles, index: int) -> tuple[st
 @pytest.mark.full
 @pytest.mark.parametrize("index", [2, 9])
 def test_a_planted_overflow_is_found_and_kept_in_fp32(model: onnx.ModelProto, tiles: Tiles, index: int) -> None:
-    before, _ = run_graph(model, tiles.gate)
+    before = run_graph(model, tiles.gate).unrounded
     one, two = plant_overflow(model, tiles, index)
-    after, _ = run_graph(model, tiles.gate)
-    assert np.abs(before.astype(int) - after).max() <= 1  # in FP32 nothing has changed
+    after = run_graph(model, tiles.gate).unrounded
+    assert np.abs(before - after).max() <= 1 / 255  # in FP32 nothing has changed
     judged = fp16_judge(model, tiles)
     islands = fp32_islands(model)
     assert not judged(islands, quick=False).meets(LIMITS["fp16"])
@@ -108,7 +109,7 @@ def test_what_cannot_be_healed_does_not_pass(model: onnx.ModelProto, tiles: Tile
 
 @pytest.mark.full
 def test_int8_that_loses_too_much_is_healed_by_the_groups_that_lose_most(model: onnx.ModelProto, tiles: Tiles) -> None:
-    judge = Judge(tiles, run_graph(model, tiles.gate)[0])
+    judge = Judge(tiles, run_graph(model, tiles.gate).unrounded)
     islands = fp32_islands(model)
     with Quantizer(model, tiles.calibration) as quantizer:
 
@@ -161,26 +162,32 @@ def test_ranges_are_those_of_the_tensors_however_many_sessions_it_takes(
     assert one[scaled][1] == pytest.approx(pixels.max(), abs=1e-6)
 
 
+def output(scores: NDArray[np.float32], not_finite: int = 0) -> GraphOutput:
+    """Return what a graph with these scores gives."""
+    labels = scores.argmax(axis=1)
+    return GraphOutput(scores.astype(np.float16), scores, labels, labels, not_finite)
+
+
 def test_the_truth_decides_by_how_much_a_dice_changed(tiles: Tiles) -> None:
     assert tiles.truth is not None
-    reference = np.stack([255 * (tiles.truth == k).astype(np.uint8) for k in (0, 1)], axis=1)
+    reference = np.stack([(tiles.truth == k).astype(np.float32) for k in (0, 1)], axis=1)
     judge = Judge(tiles, reference)
-    assert judge.report(reference, 0, "perfect").meets(LIMITS["fp32"])
+    assert judge.report(output(reference), "perfect").meets(LIMITS["fp32"])
     worse = reference.copy()
     worse[:, :, :40] = reference[:, ::-1, :40]  # the classes swapped in some rows
-    report = judge.report(worse, 0, "worse")
+    report = judge.report(output(worse), "worse")
     assert report.dice_change > 0.1
     assert report.label_agreement == pytest.approx(1 - 40 / TILE_PX)
     assert not report.meets(LIMITS["int8"])
     # Without a truth the reference's labels stand for it.
-    blind = Judge(replace(tiles, truth=None), reference).report(worse, 0, "blind")
+    blind = Judge(replace(tiles, truth=None), reference).report(output(worse), "blind")
     low = min(d for d in blind.dice if d is not None)
     assert blind.dice_change == pytest.approx(1 - low)
 
 
 def test_scores_that_are_not_finite_never_pass(tiles: Tiles) -> None:
-    reference = np.zeros((len(tiles.gate), 2, TILE_PX, TILE_PX), np.uint8)
-    report = Judge(tiles, reference).report(reference, 3, "lost")
+    reference = np.zeros((len(tiles.gate), 2, TILE_PX, TILE_PX), np.float32)
+    report = Judge(tiles, reference).report(output(reference, not_finite=3), "lost")
     assert not report.meets(Limits(0.0, 1.0))
     assert "3 scores not finite" in str(report)
 

@@ -388,10 +388,26 @@ WHOLE: dict[str, tuple[str, list[str]]] = {
         f"{kernel('w', 32)}\n y = LayerNormalization <axis = -1> (x, w)",
         ["LayerNormalization"],
     ),
-    "an unknown operator": ("y = CumSum (x, axis)".replace("axis", "three"), ["CumSum"]),
-    "halves swapped": (
-        f"{ints('parts', 16, 16)}\n a, b = Split <axis = 2> (x, parts)\ny = Concat <axis = 2> (b, a)",
-        ["Concat"],
+    "pooling with the tile's kernel": (
+        "m = AveragePool <kernel_shape = [32, 32], strides = [32, 32]> (x)\n g = Sigmoid (m)\n y = Mul (x, g)",
+        ["AveragePool"],
+    ),
+    "convolution with the tile's kernel": (
+        f"{kernel('w', 2, 2, 32, 32)}\n m = Conv (x, w)\n y = Add (x, m)",
+        ["Conv"],
+    ),
+    "pooling into bins": (
+        "a = AveragePool <kernel_shape = [16, 16], strides = [16, 16]> (x)\n"
+        "b = AveragePool <kernel_shape = [11, 11], strides = [10, 10]> (x)\n"
+        f"{ints('to', 32, 32)}\n"
+        'u = Resize <mode = "linear", axes = [2, 3]> (a, , , to)\n'
+        'v = Resize <mode = "linear", axes = [2, 3]> (b, , , to)\n'
+        "y = Concat <axis = 1> (x, u, v)",
+        ["AveragePool", "AveragePool"],
+    ),
+    "rows pooled": (
+        "m = AveragePool <kernel_shape = [1, 32]> (x)\n y = Add (x, m)",
+        ["AveragePool"],
     ),
 }
 
@@ -399,12 +415,75 @@ WHOLE: dict[str, tuple[str, list[str]]] = {
 @pytest.mark.parametrize("name", WHOLE)
 def test_what_sees_the_whole_tile_is_named(name: str) -> None:
     body, kinds = WHOLE[name]
-    three = "three = Constant <value = int64 {3}> ()\n" if "three" in body else ""
-    model = graph(three + body)
-    for i, node in enumerate(model.graph.node):
-        node.name = f"{node.op_type}/{i}"
+    model = named(graph(body))
     found = receptive_field(model)
     assert [label.split("/")[0] for label in found.whole_tile] == kinds
+    assert (found.halo_px, found.align_px, found.unknown) == (0, 1, ())
+
+
+def named(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Name every node by its operator."""
+    for i, node in enumerate(model.graph.node):
+        node.name = f"{node.op_type}/{i}"
+    return model
+
+
+UNKNOWN = {
+    "a sum along the rows": ("three = Constant <value = int64 {3}> ()\n y = CumSum (x, three)", "CumSum"),
+    "halves swapped": (
+        f"{ints('parts', 16, 16)}\n a, b = Split <axis = 2> (x, parts)\ny = Concat <axis = 2> (b, a)",
+        "Concat",
+    ),
+    "einsum": (f'{kernel("w", 2, 2)}\n y = Einsum <equation = "kc,nchw->nkhw"> (w, x)', "Einsum"),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_a_node_without_a_rule_is_a_finding_of_its_own(name: str) -> None:
+    body, kind = UNKNOWN[name]
+    found = receptive_field(named(graph(body)))
+    assert [label.split("/")[0] for label in found.unknown] == [kind]
+    assert (found.whole_tile, found.is_local) == ((), False)
+
+
+def pyramid_of_poolings(levels: int, size_px: int) -> onnx.ModelProto:
+    """Return a graph that halves the tile so often, and enlarges it again."""
+    pools = "".join(f"p{i + 1} = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (p{i})\n" for i in range(levels))
+    back = f"s = Constant <value = float[4] {{1, 1, {2**levels}, {2**levels}}}> ()\n y = Resize (p{levels}, , s)"
+    return graph(f"p0 = Identity (x)\n{pools}{back}", size_px=size_px)
+
+
+@pytest.mark.parametrize(("levels", "size_px", "align_px"), [(5, 64, 32), (6, 64, 32), (6, 128, 64), (4, 512, 16)])
+def test_overlapping_tiles_can_keep_the_alignment(levels: int, size_px: int, align_px: int) -> None:
+    found = receptive_field(pyramid_of_poolings(levels, size_px))
+    assert found.align_px == align_px <= size_px // 2
+    assert bool(found.whole_tile) == (2**levels > align_px)
+
+
+def test_a_tile_of_33_px_has_whole_strides_where_corners_are_aligned() -> None:
+    # 33, 17, 9: strides of 1, 2 and 4, and from corner to corner 32, 16 and 8 steps.
+    down = "r = AveragePool <kernel_shape = [3, 3], strides = [2, 2], pads = [1, 1, 1, 1]> ({})\n"
+    body = (
+        f"{ints('to', 33, 33)}\n{down.format('x')}{down.format('r').replace('r =', 'q =')}"
+        'y = Resize <mode = "linear", axes = [2, 3], coordinate_transformation_mode = "align_corners"> (q, , , to)'
+    )
+    model = graph(body, size_px=33)
+    found = receptive_field(model)
+    assert (found.align_px, found.whole_tile) == (4, ())
+    assert found.halo_px == impulse_halo(model, 4, 33)
+
+
+def test_attention_inside_windows_is_local() -> None:
+    # (N, C, H, W) to windows (N H/8 W/8, 64, C), whose pixels are compared with each other, and back.
+    split, back = ints("split", 1, 2, 4, 8, 4, 8), ints("back", 1, 4, 4, 8, 8, 2)
+    model = graph(
+        f"{split}\n{back}\n{ints('windows', 16, 64, 2)}\n{ints('square', 1, 2, 32, 32)}\n"
+        "a = Reshape (x, split)\n b = Transpose <perm = [0, 2, 4, 3, 5, 1]> (a)\n q = Reshape (b, windows)\n"
+        "k = Transpose <perm = [0, 2, 1]> (q)\n m = MatMul (q, k)\n p = Softmax <axis = -1> (m)\n"
+        "v = MatMul (p, q)\n c = Reshape (v, back)\n d = Transpose <perm = [0, 5, 1, 3, 2, 4]> (c)\n"
+        "y = Reshape (d, square)"
+    )
+    assert receptive_field(model) == ReceptiveField(7, 8, ())
 
 
 @pytest.mark.parametrize(

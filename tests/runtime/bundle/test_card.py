@@ -41,6 +41,16 @@ def test_unknown_keys_are_written_again_and_are_no_part_of_the_digest(bundle: Pa
     assert (content["colour_space"], content["further"], content["crf"]) == ({"a": [1]}, "x", {"w1": 2.0})
 
 
+def test_a_role_is_kept_and_cards_without_one_keep_their_digest(bundle: Path) -> None:
+    card = read_card(bundle)
+    assert all("role" not in entry for entry in json.loads((bundle / "card.json").read_text())["classes"])
+    first, *others = card.classes
+    with_role = replace(card, classes=(replace(first, role="background"), *others))
+    write_card(with_role, bundle)
+    assert read_card(bundle) == with_role
+    assert with_role.digest() != card.digest()
+
+
 def test_a_changed_file_is_refused(bundle: Path) -> None:
     (bundle / "model.onnx").write_bytes(b"other weights")
     with pytest.raises(CardError, match=r"does not match card\.json"):
@@ -55,10 +65,10 @@ def test_a_missing_file_is_named(bundle: Path) -> None:
         read_file(bundle, read_card(bundle), "model.fp16.onnx")
 
 
-@pytest.mark.parametrize("schema", [None, 0, 2, "1"])
+@pytest.mark.parametrize("schema", [None, 0, 3, "1", True])
 def test_another_schema_is_refused(bundle: Path, schema: object) -> None:
     change(bundle, schema=schema)
-    with pytest.raises(CardError, match="this version reads 1; export the model again"):
+    with pytest.raises(CardError, match="this version reads 1 and 2; export the model again"):
         read_card(bundle)
 
 
@@ -69,12 +79,15 @@ def test_another_schema_is_refused(bundle: Path, schema: object) -> None:
         ({"files": {"/etc/passwd": "0"}}, "not the name of a file in the bundle"),
         ({"mpp": -1}, "mpp=-1 is not a positive number"),
         ({"mpp": "0.5"}, "mpp='0.5' has the wrong type"),
-        ({"channels": 4}, "channels=4 is not 1 or 3"),
-        ({"tile_px": 100, "align_px": 16}, "multiple of align_px"),
+        ({"channels": 65}, "channels=65 is not 1 to 64"),
+        ({"channel_names": ["dapi"]}, "is not 3 names, one for each channel"),
+        ({"tile_px": 15, "align_px": 16}, "align_px or more"),
+        ({"halo_source": "guessed"}, "halo_source='guessed'"),
         ({"align_px": 0}, "align_px=0"),
         ({"score_kind": "logits"}, "score_kind='logits'"),
         ({"classes": []}, "2 to 254 classes"),
         ({"classes": [{"name": "a"}, {"name": "b"}]}, "color"),
+        ({"classes": [{"name": "a", "color": [0, 0, 0], "role": "glass"}] * 2}, "role 'glass'"),
         ({"classes": [{"name": "a", "color": [0, 0, 900]}] * 2}, "0 to 255"),
     ],
 )

@@ -22,7 +22,7 @@ from histostream.runtime.process_memory import MemoryLimitError
 from histostream.runtime.slide_run import segment_slide
 from histostream.wsi.outputs.label_rows import NOT_ANALYSED
 from histostream.wsi.records import to_json
-from tests.runtime.conftest import identity_engine, write_slide
+from tests.runtime.conftest import as_shares, identity_engine, write_slide
 from tests.runtime.test_cli import infer as run_infer
 from tests.runtime.test_cli import one_clear_line
 
@@ -45,7 +45,7 @@ def tissue_like(width: int, height: int, seed: int = 0) -> NDArray[np.uint8]:
 
 def whole(pixels: NDArray[np.uint8], params: CrfParams = PARAMS) -> NDArray[np.intp]:
     """Return what the CRF says of a slide at once; the identity's scores are the pixels."""
-    p = to_probabilities(pixels, np.zeros(pixels.shape[:2], bool))
+    p = to_probabilities(as_shares(pixels), np.zeros(pixels.shape[:2], bool))
     return np.asarray(dense_crf(pixels, p, params).argmax(axis=0))
 
 
@@ -75,7 +75,7 @@ def test_the_stream_is_the_whole_slide_at_once(tmp_path: Path) -> None:
     assert (found == wanted)[borders].mean() >= 0.9999
     assert (wanted != pixels.argmax(axis=-1)).mean() > 0.02  # it does something
     scores = tifffile.imread(result.folder / "probabilities.tif", level=0)
-    np.testing.assert_array_equal(scores, pixels)  # the network's own
+    np.testing.assert_array_equal(scores, as_shares(pixels))  # the network's own
     said = to_json(result.run)["crf"]
     assert said == {"halo_px": 30, "cell_px": 128, "cells": 9, "cells_skipped": 0}
     assert to_json(result.run)["options"]["crf"]["params"]["theta_alpha"] == 6.0
@@ -159,7 +159,7 @@ def test_glass_stays_outside_and_its_cells_are_not_run(tmp_path: Path) -> None:
 
 
 def test_scores_become_probabilities() -> None:
-    scores = np.array([[[255, 0], [0, 0], [30, 10], [1, 1]]], np.uint8)
+    scores = np.array([[[65535, 0], [0, 0], [30000, 10000], [1, 1]]], np.uint16)
     outside = np.array([[False, False, False, True]])
     p = to_probabilities(scores, outside)
     np.testing.assert_allclose(p[:, 0], [[1, 0.5, 0.75, 0.5], [0, 0.5, 0.25, 0.5]])

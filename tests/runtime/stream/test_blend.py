@@ -19,7 +19,7 @@ from histostream.runtime.stream.blend import (
 )
 from histostream.wsi.outputs.label_rows import NOT_ANALYSED
 from histostream.wsi.tiling.grid import TileGrid
-from tests.runtime.conftest import CARD
+from tests.runtime.conftest import CARD, as_scores, as_shares
 
 SIZES = [(1, 1), (5, 300), (64, 64), (65, 63), (211, 157), (300, 130)]
 GRIDS = [(64, 0), (64, 16), (64, 31), (64, 32), (48, 7)]
@@ -36,8 +36,8 @@ def blended(
     mode: str,
     scores_of: NDArray[np.uint8] | None = None,
     order: int = 1,
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Blend with scores that are the pixels plus a pattern fixed to the tile."""
+) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
+    """Blend with scores that are the pixels (see `as_scores`) plus a pattern fixed to the tile."""
     source = pad(pixels, grid.tile_px)
     blender = Blender(grid, 3, mode, probabilities=True)
     labels, probabilities = [], []
@@ -45,7 +45,7 @@ def blended(
         for tile in grid.row(row)[::order]:
             box = tile.read
             scores = source[box.y : box.bottom, box.x : box.right].transpose(2, 0, 1)
-            blender.add(tile, scores if scores_of is None else scores // 2 + scores_of)
+            blender.add(tile, as_scores(scores if scores_of is None else scores // 2 + scores_of))
         part = blender.finish_row(row)
         assert part.probabilities is not None
         labels.append(part.labels)
@@ -62,7 +62,7 @@ def test_scores_that_are_the_pixels_give_the_slide_back(
     pixels = np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
     grid = TileGrid.cover(width, height, tile_px=tile_px, overlap_px=overlap_px)
     labels, probabilities = blended(grid, pixels, mode)
-    np.testing.assert_array_equal(probabilities, pixels)
+    np.testing.assert_array_equal(probabilities, as_shares(pixels))
     np.testing.assert_array_equal(labels, pixels.argmax(axis=-1))
 
 
@@ -88,9 +88,16 @@ def test_profiles_of_neighbours_sum_to_full_weight(mode: str, tile_px: int, over
 
 
 @pytest.mark.parametrize("mode", WINDOWS)
-def test_sums_of_nine_tiles_fit_the_accumulator(mode: str) -> None:
-    largest = int(profile(mode, 64, 32).max())
-    assert 9 * 255 * largest**2 < 2**32
+@pytest.mark.parametrize(("tile_px", "overlap_px"), [(64, 32), (64, 24), (33, 16), (16, 1), (512, 256)])
+def test_sums_fit_the_accumulator_wherever_tiles_meet(mode: str, tile_px: int, overlap_px: int) -> None:
+    """The last tile is shifted in by any amount, so three tiles can meet along an axis."""
+    base = profile(mode, tile_px, overlap_px).astype(np.int64)
+    for length in (tile_px, *range(2 * tile_px, 4 * tile_px, max(tile_px // 16, 1))):
+        starts = TileGrid.cover(length, 1, tile_px=tile_px, overlap_px=overlap_px).xs
+        total = np.zeros(starts[-1] + tile_px, np.int64)
+        for i, start in enumerate(starts):
+            total[start : start + tile_px] += axis_profile(mode, base.astype(np.uint32), starts, i)
+        assert int(total.max()) ** 2 * 2**14 < 2**32
 
 
 @pytest.mark.parametrize("mode", WINDOWS)
@@ -107,12 +114,12 @@ def test_left_out_tiles_are_outside_and_do_not_dim_their_neighbours(mode: str) -
         box = tile.write if mode in ("crop", "exact") else tile.read
         reached[box.y : box.bottom, box.x : box.right] = True
     np.testing.assert_array_equal(labels != NOT_ANALYSED, reached)
-    np.testing.assert_array_equal(probabilities[reached], pixels[reached])
+    np.testing.assert_array_equal(probabilities[reached], as_shares(pixels[reached]))
 
 
 def summed_at_once(
     grid: TileGrid, pixels: NDArray[np.uint8], mode: str, pattern: NDArray[np.uint8]
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
     """Blend as the definition says: sums over the whole slide, no ring, no shortcut."""
     source, base = pad(pixels, grid.tile_px), profile(mode, grid.tile_px, grid.overlap_px)
     sums, weight = np.zeros((*source.shape[:2], 3), np.int64), np.zeros(source.shape[:2], np.int64)
@@ -120,12 +127,13 @@ def summed_at_once(
         place = np.s_[tile.read.y : tile.read.bottom, tile.read.x : tile.read.right]
         wy = axis_profile(mode, base, grid.ys, tile.row).astype(np.int64)
         window = np.outer(wy, axis_profile(mode, base, grid.xs, tile.column))
-        sums[place] += window[..., None] * (source[place] // 2 + pattern.transpose(1, 2, 0))
+        # v / 256 is 64 v of 2**14
+        sums[place] += window[..., None] * 64 * (source[place] // 2 + pattern.transpose(1, 2, 0)).astype(np.int64)
         weight[place] += window
     sums, weight = sums[: grid.height, : grid.width], weight[: grid.height, : grid.width]
-    divisor = np.maximum(weight, 1)[..., None]
+    divisor = np.maximum(weight, 1)[..., None] * 2**14
     labels = np.where(weight == 0, NOT_ANALYSED, sums.argmax(axis=-1))
-    return labels.astype(np.uint8), ((sums + divisor // 2) // divisor).astype(np.uint8)
+    return labels.astype(np.uint8), ((65535 * sums + divisor // 2) // divisor).astype(np.uint16)
 
 
 @pytest.mark.parametrize("mode", WINDOWS)
@@ -152,7 +160,7 @@ def test_rows_without_tiles_take_no_memory_until_tiles_come_again() -> None:
     nothing = []
     for row in range(len(grid.ys)):
         if keep[row].any():
-            blender.add(grid.tile(3, 2), np.full((3, 64, 64), 9, np.uint8))
+            blender.add(grid.tile(3, 2), np.full((3, 64, 64), 0.1, np.float16))
         part = blender.finish_row(row)
         assert part.probabilities is not None
         assert (part.probabilities.max() > 0) == ((part.labels != NOT_ANALYSED).any())
@@ -164,12 +172,12 @@ def test_equal_scores_go_to_the_lower_class() -> None:
     grid = TileGrid.cover(8, 8, tile_px=8, overlap_px=0)
     for classes in (2, 4):
         blender = Blender(grid, classes, "hann")
-        blender.add(grid.tile(0, 0), np.full((classes, 8, 8), 90, np.uint8))
+        blender.add(grid.tile(0, 0), np.full((classes, 8, 8), 0.4, np.float16))
         assert (blender.finish_row(0).labels == 0).all()
 
 
 def test_exact_blending_is_refused_where_it_cannot_be_exact() -> None:
-    with pytest.raises(BlendError, match="statistics"):
+    with pytest.raises(BlendError, match="depends on the whole tile"):
         check_blend("exact", replace(CARD, tile_statistics=True), 32)
     with pytest.raises(BlendError, match="at least 40"):
         check_blend("exact", replace(CARD, halo_px=20), 32)

@@ -16,6 +16,7 @@ import tifffile
 from numpy.typing import NDArray
 
 from histostream.runtime import layout, slide_run
+from histostream.runtime.bundle.card import Scores
 from histostream.runtime.choices import WINDOWS
 from histostream.runtime.cuda.base import DeviceMemoryError
 from histostream.runtime.engines.base import Engine
@@ -35,11 +36,19 @@ from histostream.wsi.slides.reader import open_slide
 from histostream.wsi.slides.resolution import at_mpp
 from histostream.wsi.tiling.grid import TileGrid
 from histostream.wsi.tiling.strips import read_strips
-from tests.runtime.conftest import CARD, IdentityEngine, PlaceDependentEngine, random_pixels, write_slide
+from tests.runtime.conftest import (
+    CARD,
+    IdentityEngine,
+    PlaceDependentEngine,
+    as_scores,
+    as_shares,
+    random_pixels,
+    write_slide,
+)
 from tests.runtime.host_device import HostDevice, HostDeviceEngine
 
 ALL = Options(tissue=False, overlap_px=16, probabilities=True)
-Both = tuple[NDArray[np.uint8], NDArray[np.uint8]]
+Both = tuple[NDArray[np.uint8], NDArray[np.uint8] | NDArray[np.uint16]]
 
 
 class ManyClasses(PlaceDependentEngine):
@@ -49,11 +58,11 @@ class ManyClasses(PlaceDependentEngine):
         names = tuple(ClassInfo(f"c{k}", (k, k, k)) for k in range(classes))
         super().__init__(replace(CARD, classes=names, channels=channels, align_px=align_px))
 
-    def infer(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def infer(self, tiles: NDArray[np.uint8]) -> Scores:
         side = self.card.tile_px
         planes = [tiles[..., k % tiles.shape[-1]] // (2 + k // 3) for k in range(len(self.card.classes))]
         pattern = (np.add.outer(7 * np.arange(side), 13 * np.arange(side)) % 97).astype(np.uint8)
-        return np.asarray(np.stack(planes, 1) + pattern, np.uint8)
+        return as_scores(np.stack(planes, 1) + pattern, self.card)
 
 
 def results(folder: Path, probabilities: bool = True) -> Both:
@@ -96,7 +105,7 @@ def test_identity_gives_the_slide_back(tmp_path: Path, mode: str) -> None:
     options = replace(ALL, blend=mode)
     labels, shares = results(segment_slide(path, on_device, tmp_path, options).folder)
     on_device.close()
-    np.testing.assert_array_equal(shares, pixels)
+    np.testing.assert_array_equal(shares, as_shares(pixels))
     np.testing.assert_array_equal(labels, pixels.argmax(axis=-1))
 
 

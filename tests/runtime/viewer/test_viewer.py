@@ -137,7 +137,7 @@ def test_a_place_has_its_label_and_scores(server: ViewServer, out: Path) -> None
         said = ask(server, f"/api/place/{FINE}?x={x}&y={y}").json
         assert said["label"] == labels[y, x]
         assert said["name"] == ("red", "green", "blue")[labels[y, x]]
-        assert [round(255 * score) for score in said["scores"]] == scores[y, x].tolist()
+        assert [round(65535 * score) for score in said["scores"]] == scores[y, x].tolist()
     assert ask(server, "/api/place/0/same?x=3&y=4").json["scores"] is None
 
 

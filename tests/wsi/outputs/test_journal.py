@@ -33,7 +33,7 @@ X0, X1, HEIGHT = 512, 812, 90
 def strip(y: int, height: int = 30, scores: bool = True) -> LabelRows:
     rng = np.random.default_rng(y)
     labels = rng.integers(0, 3, (height, X1 - X0), dtype=np.uint8)
-    shared = rng.integers(0, 256, (height, X1 - X0, 3), dtype=np.uint8) if scores else None
+    shared = rng.integers(0, 65536, (height, X1 - X0, 3), dtype=np.uint16) if scores else None
     return LabelRows(X0, y, labels, shared)
 
 

@@ -24,7 +24,7 @@ RNG = np.random.default_rng(0)
 LABELS = np.kron(RNG.integers(0, 3, (-(-HEIGHT // 5), -(-WIDTH // 5)), np.uint8), np.ones((5, 5), np.uint8))[
     :HEIGHT, :WIDTH
 ]
-SCORES = RNG.integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
+SCORES = RNG.integers(0, 65536, (HEIGHT, WIDTH, 3), np.uint16)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,17 @@ import pytest
 from histostream.wsi.tiling.grid import TileGrid
 
 SIZES = [(1, 1), (16, 16), (17, 33), (64, 20), (100, 63), (129, 200)]
-TILES = [(16, 0, 1), (16, 4, 1), (16, 15, 1), (32, 16, 16), (32, 0, 32), (48, 16, 8)]
+TILES = [
+    (16, 0, 1),
+    (16, 4, 1),
+    (16, 15, 1),
+    (32, 16, 16),
+    (32, 0, 32),
+    (48, 16, 8),
+    (33, 17, 16),
+    (33, 1, 16),
+    (20, 8, 6),
+]
 
 
 @pytest.fixture(params=SIZES, ids=str)
@@ -74,7 +84,7 @@ def test_only_kept_tiles_are_visited() -> None:
 
 @pytest.mark.parametrize(
     ("width", "tile_px", "overlap_px", "align_px"),
-    [(0, 16, 0, 1), (9, 0, 0, 1), (9, 16, 16, 1), (9, 16, -1, 1), (9, 20, 0, 16), (9, 32, 8, 16)],
+    [(0, 16, 0, 1), (9, 0, 0, 1), (9, 16, 16, 1), (9, 16, -1, 1), (9, 20, 0, 16), (9, 32, 8, 16), (9, 16, 0, 17)],
 )
 def test_grids_that_make_no_sense_are_refused(width: int, tile_px: int, overlap_px: int, align_px: int) -> None:
     with pytest.raises(ValueError, match="px"):

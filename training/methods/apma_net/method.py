@@ -481,9 +481,9 @@ class Deployed(TileModel):
         self.domain = domain
 
     def scores(self, images: Tensor) -> Tensor:
-        """Return 255 times the probability of each class."""
+        """Return the probability of each class."""
         logits: Tensor = self.generator(self.scale(images, self.domain))[0]
-        return logits.softmax(dim=1) * 255
+        return logits.softmax(dim=1)
 
 
 def deployed(state: State) -> nn.Module:

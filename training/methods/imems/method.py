@@ -334,7 +334,7 @@ def paint(state: State, images: Tensor) -> dict[str, Tensor]:
 
 
 class Deployed(TileModel):
-    """The generator behind the tile contract; of an embedding, the scores are its own units, 0..255."""
+    """The generator behind the tile contract; an embedding, 0..255, is divided by 255."""
 
     def __init__(self, generator: nn.Module, *, embedding: bool) -> None:
         super().__init__()
@@ -342,9 +342,9 @@ class Deployed(TileModel):
         self.embedding = embedding
 
     def scores(self, images: Tensor) -> Tensor:
-        """Return the embedding, or 255 times the probability of each class."""
+        """Return the embedding, divided by 255, or the probability of each class."""
         y: Tensor = self.generator(images / HALF_RANGE - 1)
-        return (y + 1) * HALF_RANGE if self.embedding else y.softmax(dim=1) * 255
+        return (y + 1) / 2 if self.embedding else y.softmax(dim=1)
 
 
 def deployed(state: State) -> nn.Module:

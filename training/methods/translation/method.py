@@ -123,8 +123,8 @@ class Config:
         check_fields(self)
         if self.unique_channels >= self.code_channels:
             raise ValueError(
-                f"unique_channels={self.unique_channels}: the code has {self.code_channels} "
-                f"channels, use 1 to {self.code_channels - 1}"
+                f"unique_channels={self.unique_channels}: the code has {self.code_channels} channels "
+                f"(width={self.width}, depth={self.depth}), use 1 to {self.code_channels - 1}"
             )
         if self.fixed_px and (self.image_px % self.stride_px or self.image_px < self.least_px):
             raise ValueError(
@@ -675,9 +675,9 @@ class Deployed(TileModel):
         self.tile_px = config.fixed_px
 
     def scores(self, images: Tensor) -> Tensor:
-        """Return 255 times the probability of each class."""
+        """Return the probability of each class."""
         code, maps = self.encoder(scaled(images, self.config))
-        return with_background(segment(self.segmenter, code, maps).sigmoid()) * 255
+        return with_background(segment(self.segmenter, code, maps).sigmoid())
 
 
 def deployed(state: State) -> nn.Module:
@@ -689,7 +689,7 @@ def deployed(state: State) -> nn.Module:
     return fold_spectral_norm(Deployed(encoder, segmenter, state.config)).eval()
 
 
-class Explained(TileModel):
+class Explained(nn.Module):
     """The image without its target, x_PA: uint8 (N, H, W, C) in, uint8 (N, C, H, W) out."""
 
     def __init__(self, encoder: nn.Module, common: nn.Module, config: Config) -> None:
@@ -699,10 +699,12 @@ class Explained(TileModel):
         self.config = config
         self.tile_px = config.fixed_px
 
-    def scores(self, images: Tensor) -> Tensor:
+    def forward(self, tiles: Tensor) -> Tensor:
         """Return the grey levels of what is common to both domains."""
+        images = tiles.to(torch.float32).permute(0, 3, 1, 2)
         code, maps = self.encoder(scaled(images, self.config))
-        return _grey(self.common(code[:, : -self.config.unique_channels], maps), self.config)
+        grey = _grey(self.common(code[:, : -self.config.unique_channels], maps), self.config)
+        return torch.clamp(grey + 0.5, 0, 255).to(torch.uint8)
 
 
 def explained(state: State) -> nn.Module:

@@ -119,7 +119,10 @@ class Config:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.first_fraction > self.max_fraction:
-            raise ValueError(f"first_fraction={self.first_fraction}: use up to max_fraction={self.max_fraction}")
+            raise ValueError(
+                f"first_fraction={self.first_fraction}, max_fraction={self.max_fraction}: "
+                "the first is at most the second"
+            )
 
 
 class Domains(nn.Module):
@@ -612,9 +615,9 @@ class Deployed(TileModel):
         self.register_buffer("std", std.detach().clone()[:, None, None])
 
     def scores(self, images: Tensor) -> Tensor:
-        """Return 255 times the probability of each class."""
+        """Return the probability of each class."""
         logits = self.segmenter((images - self.mean) / self.std)
-        return torch.cat([-logits, logits], dim=1).sigmoid() * 255
+        return torch.cat([-logits, logits], dim=1).sigmoid()
 
 
 def deployed(state: State) -> nn.Module:

@@ -18,14 +18,13 @@ from numpy.typing import NDArray
 
 from histostream.wsi.files import temporary_name
 from histostream.wsi.optional import require
-from histostream.wsi.outputs.label_rows import LabelRows, SlideInfo
+from histostream.wsi.outputs.label_rows import LabelRows, SlideInfo, background_label
 from histostream.wsi.outputs.memory_needs import MemoryNeeds
 from histostream.wsi.outputs.objects.components import Components
 from histostream.wsi.outputs.objects.simplify import simplify
 from histostream.wsi.outputs.objects.slide_object import ObjectFile, SlideObject
 from histostream.wsi.outputs.objects.store import Shape, Store
 from histostream.wsi.outputs.sinks import SinkKind
-from histostream.wsi.outputs.sinks.overview import BACKGROUND
 
 DECIMALS = 2  # of coordinates, in pixels of level 0
 GROUP_POINTS = 1 << 16  # simplified at a time
@@ -78,7 +77,8 @@ class Objects:
         self._info, self._downsample = info, downsample
         self._integer = float(downsample).is_integer()  # coordinates without decimals are shorter to read
         self._tolerance_px = simplify_um / info.mpp * downsample
-        labels = [k for k, entry in enumerate(info.classes) if entry.name != BACKGROUND]
+        self._background = background_label(info.classes)
+        labels = [label for label in range(len(info.classes)) if label != self._background]
         min_area_px = min_area_um2 / info.mpp**2
         self._components = Components(info.width, info.height, labels, min_area_px)
         self._counts = np.zeros(len(info.classes), np.int64)
@@ -100,8 +100,10 @@ class Objects:
         """Return the name of each class, how many objects it has in the files, and their mean area in um2."""
         return [
             (entry.name, int(count), round(float(area / count), 2) if count else None)
-            for entry, count, area in zip(self._info.classes, self._counts, self._areas_um2, strict=True)
-            if entry.name != BACKGROUND
+            for label, (entry, count, area) in enumerate(
+                zip(self._info.classes, self._counts, self._areas_um2, strict=True)
+            )
+            if label != self._background
         ]
 
     def write(self, part: LabelRows) -> None:

@@ -10,11 +10,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from histostream.wsi.files import remove, temporary_name, writing
-from histostream.wsi.outputs.label_rows import ClassInfo, LabelRows, SlideInfo
+from histostream.wsi.outputs.label_rows import ClassInfo, LabelRows, SlideInfo, background_label
 
 OVERVIEW_PX = 1600  # longer side; fits a screen, and a report page at 150 dpi
 PAINT = 0.7  # opacity where every pixel is of painted classes: the tissue stays visible
-BACKGROUND = "background"  # the class that is not painted
 # Samples a side of each overview pixel: 64 levels of opacity, and most pixels need no counting.
 SAMPLES = 8
 LEGEND_PX = 200
@@ -62,7 +61,8 @@ class Overview:
                 "pass (h, w, 3) of `overview_size`"
             )
         self.path, self._info, self._thumbnail = path, info, thumbnail
-        self._painted = [k for k, entry in enumerate(info.classes) if entry.name != BACKGROUND]
+        background = background_label(info.classes)
+        self._painted = [label for label in range(len(info.classes)) if label != background]
         self._step = max(1, min(info.width // width, info.height // height) // SAMPLES)
         self._counts = np.zeros((height, width, len(self._painted)), np.uint32)
         self._total = np.zeros((height, width), np.uint32)
@@ -144,10 +144,10 @@ def scale_bar(mpp: float, longest_px: int = LEGEND_PX - 24) -> tuple[int, str]:
 
 
 def _draw_legend(draw: ImageDraw.ImageDraw, left: int, classes: tuple[ClassInfo, ...]) -> None:
-    font = ImageFont.load_default(13)
+    font, background = ImageFont.load_default(13), background_label(classes)
     for i, entry in enumerate(classes):
         y = 10 + LINE_PX * i
-        painted = entry.name != BACKGROUND
+        painted = i != background
         fill = entry.color if painted else (255, 255, 255)
         draw.rectangle((left, y, left + 14, y + 14), fill=fill, outline="black")
         text = entry.name if painted else f"{entry.name} (not painted)"

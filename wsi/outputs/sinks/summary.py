@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histostream.wsi.files import json_text, remove, write_temporary
-from histostream.wsi.outputs.label_rows import NOT_ANALYSED, LabelRows, SlideInfo
+from histostream.wsi.outputs.label_rows import BACKGROUND, NOT_ANALYSED, LabelRows, SlideInfo, background_label
 from histostream.wsi.records import to_json
 
 COUNTED_PX = 1 << 18  # pixels counted at a time: they stay in a core's cache for all classes
@@ -30,6 +30,8 @@ class ClassSummary:
         Its value in the label map.
     name, color
         As shown to people; red, green, blue, 0 to 255.
+    role
+        "background" for the class that is not painted and has no objects, else "".
     pixels, area_mm2
         Its area in the label map.
     share
@@ -39,6 +41,7 @@ class ClassSummary:
     label: int | None = None
     name: str = ""
     color: tuple[int, int, int] = (0, 0, 0)
+    role: str = ""
     pixels: int | None = None
     area_mm2: float | None = None
     share: float | None = None
@@ -115,11 +118,12 @@ class Summary:
         """Return the summary of the rows so far."""
         info, pixel_mm2 = self._info, (self._info.mpp / 1000) ** 2
         analysed = int(self._counts[:NOT_ANALYSED].sum())
-        classes = []
+        classes, background = [], background_label(info.classes)
         for label, entry in enumerate(info.classes):
             pixels = int(self._counts[label])
             share = pixels / analysed if analysed else None
-            classes.append(ClassSummary(label, entry.name, entry.color, pixels, pixels * pixel_mm2, share))
+            role = BACKGROUND if label == background else ""
+            classes.append(ClassSummary(label, entry.name, entry.color, role, pixels, pixels * pixel_mm2, share))
         return SummaryRecord(
             info.name,
             info.mpp,

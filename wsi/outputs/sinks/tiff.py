@@ -37,7 +37,7 @@ class LabelTiff(PyramidSink):
 
 
 class ProbabilityTiff(PyramidSink):
-    """The probability of each class, ``round(255 p)``, as K values a pixel.
+    """The probability of each class, ``round(65535 p)``, as K values of 16 bits a pixel.
 
     Reduced levels are averages of 2 x 2.
 
@@ -60,8 +60,9 @@ class ProbabilityTiff(PyramidSink):
             mean,
             tile_px,
             description=_description("probabilities", info),
+            dtype=np.uint16,
         )
-        super().__init__(PyramidWriter(path, layout, deflate_codec(tags)))
+        super().__init__(PyramidWriter(path, layout, deflate_codec(tags, np.uint16)))
 
     def write(self, part: LabelRows) -> None:
         """Take the next rows.

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histostream.wsi.errors import HistoError, SlideError, reason
+from histostream.wsi.slides.channels import refuse_channels
 from histostream.wsi.slides.image_header import check_plain_image
 from histostream.wsi.slides.reader import BlockReader, DeclinedError, Level, square_mpp
 from histostream.wsi.slides.tiff_check import check_tiff
@@ -80,6 +81,7 @@ def open_reader(path: Path) -> LargeImageReader:
     import large_image
 
     try:
+        refuse_channels(_file_of(path))
         source = open_source(path)
         _refuse_other_than_image(path, source.getMetadata())
         return LargeImageReader(path, source)

@@ -44,7 +44,8 @@ class TiffReader(BlockReader):
         base = (pages[0].imagewidth, pages[0].imagelength)
         levels = tuple(Level(p.imagewidth, p.imagelength, downsample_between(base, _size(p))) for p in pages)
         block_px = tuple((page.tilewidth, page.tilelength) for page in pages)
-        super().__init__(path, levels, block_px, _mpp(path, file, pages[0]), pages[0].samplesperpixel)
+        super().__init__(path, levels, block_px, slide_mpp(path, file, pages[0]), pages[0].samplesperpixel)
+        self.dtype = pages[0].dtype
         # tifffile makes these on first use, which would be a race between threads.
         self._decoders = [(p.decode, p.jpegtables, p.dataoffsets, p.databytecounts) for p in pages]
         self._handle = path.open("rb", buffering=0)
@@ -87,7 +88,7 @@ def open_reader(path: Path) -> TiffReader:
 
 
 def open_values(path: Path) -> TiffReader:
-    """Open a TIFF file whose bytes are values, not colours: label maps, scores.
+    """Open a TIFF file of values of 8 or 16 bits that are not colours: label maps, scores.
 
     It may have any number of channels; an index into a palette is returned as it is.
 
@@ -135,7 +136,7 @@ def _pages(file: Any, check: Callable[[Any], None]) -> list[Any]:
     for page in pages:
         _check_page(page)
         check(page)
-    if len({page.samplesperpixel for page in pages}) > 1:
+    if len({(page.samplesperpixel, page.dtype) for page in pages}) > 1:
         raise DeclinedError("its levels have different channels")
     return pages
 
@@ -143,7 +144,7 @@ def _pages(file: Any, check: Callable[[Any], None]) -> list[Any]:
 def _check_page(page: Any) -> None:
     if not page.is_tiled or page.imagedepth != 1 or page.planarconfig != 1:
         raise DeclinedError("not made of interleaved tiles")
-    if page.bitspersample != 8 or page.sampleformat != 1:
+    if page.bitspersample not in (8, 16) or page.sampleformat != 1:
         raise DeclinedError(f"its pixels have {page.bitspersample} bits")
     if page.compression not in COMPRESSIONS:
         raise DeclinedError(f"compression {int(page.compression)}")
@@ -152,6 +153,8 @@ def _check_page(page: Any) -> None:
 
 
 def _check_colours(page: Any) -> None:
+    if page.bitspersample != 8:
+        raise DeclinedError(f"its pixels have {page.bitspersample} bits")
     colours = (page.samplesperpixel, page.photometric)
     if colours not in ((1, GREY), (3, RGB)) and (*colours, page.compression) != (3, YCBCR, JPEG):
         raise DeclinedError(f"{colours[0]} channels of photometric kind {int(colours[1])}")
@@ -174,7 +177,7 @@ def _same_shape(first: Any, page: Any) -> bool:
     return bool(ratio > 1 and abs(first.imagelength / ratio - page.imagelength) < slack)
 
 
-def _mpp(path: Path, file: Any, page: Any) -> float | None:
+def slide_mpp(path: Path, file: Any, page: Any) -> float | None:
     """Return micrometres per pixel of level 0: of Aperio's description, OME-XML or the resolution tags."""
     if file.is_svs:
         match = re.search(r"\|\s*MPP\s*=\s*([0-9.]+)", page.description)

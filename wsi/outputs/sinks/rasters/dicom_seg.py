@@ -24,10 +24,9 @@ from numpy.typing import NDArray
 
 from histostream.wsi.errors import HistoError, SlideError, reason
 from histostream.wsi.outputs.dicom_header import generated_uid, slide_header, text
-from histostream.wsi.outputs.label_rows import ClassInfo, SlideInfo
+from histostream.wsi.outputs.label_rows import ClassInfo, SlideInfo, background_label
 from histostream.wsi.outputs.pyramid import PyramidLayout, PyramidWriter, TileCodec, nearest
 from histostream.wsi.outputs.sinks import SinkKind
-from histostream.wsi.outputs.sinks.overview import BACKGROUND
 from histostream.wsi.outputs.sinks.pyramid import LABEL_BYTES, PyramidSink, pyramid_needs
 from histostream.wsi.outputs.sinks.tiff import NOT_ANALYSED_COLOR, NOT_ANALYSED_NAME
 
@@ -146,11 +145,15 @@ def _header(info: SlideInfo, slide: Any, tile_px: int) -> Any:
 
     version = metadata.version("histostream")
     algorithm = AlgorithmIdentificationSequence("HistoStream", codes.DCM.ArtificialIntelligence, version)
+    background = background_label(info.classes)
     header = Segmentation(
         source_images=[slide],
         pixel_array=np.zeros((1, tile_px, tile_px), np.uint8),
         segmentation_type="LABELMAP",
-        segment_descriptions=[_segment(label + 1, entry, algorithm) for label, entry in enumerate(info.classes)],
+        segment_descriptions=[
+            _segment(label + 1, entry, algorithm, is_background=label == background)
+            for label, entry in enumerate(info.classes)
+        ],
         series_instance_uid=generated_uid(UNNAMED),
         series_number=1,
         sop_instance_uid=generated_uid(UNNAMED),
@@ -204,11 +207,11 @@ def _name(header: Any, digest: str) -> None:
     header.DimensionOrganizationSequence[0].DimensionOrganizationUID = organization
 
 
-def _segment(number: int, entry: ClassInfo, algorithm: Any) -> Any:
+def _segment(number: int, entry: ClassInfo, algorithm: Any, *, is_background: bool) -> Any:
     from highdicom.color import CIELabColor
     from highdicom.seg import SegmentDescription
 
-    category, kind = _codes(entry.name)
+    category, kind = _codes(entry.name, is_background=is_background)
     return SegmentDescription(
         segment_number=number,
         segment_label=text(entry.name) or f"class {number - 1}",
@@ -220,12 +223,12 @@ def _segment(number: int, entry: ClassInfo, algorithm: Any) -> Any:
     )
 
 
-def _codes(name: str) -> tuple[Any, Any]:
+def _codes(name: str, *, is_background: bool) -> tuple[Any, Any]:
     """Return category and type of a class: codes of SNOMED CT by the words of its name, or a private type."""
     from highdicom.sr import CodedConcept
     from pydicom.sr.codedict import codes
 
-    if name == BACKGROUND:
+    if is_background:
         return codes.DCM.Background, codes.DCM.Background
     words = set(name.lower().split())
     for known, (category, kind) in CODES.items():

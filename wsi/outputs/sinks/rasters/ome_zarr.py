@@ -23,10 +23,9 @@ import numpy as np
 
 from histostream.wsi.errors import printable
 from histostream.wsi.files import remove, temporary_name
-from histostream.wsi.outputs.label_rows import NOT_ANALYSED, SlideInfo
+from histostream.wsi.outputs.label_rows import NOT_ANALYSED, SlideInfo, background_label
 from histostream.wsi.outputs.pyramid import DEFLATE_LEVEL, PyramidLayout, PyramidWriter, deflate_codec, nearest
 from histostream.wsi.outputs.sinks import SinkKind
-from histostream.wsi.outputs.sinks.overview import BACKGROUND
 from histostream.wsi.outputs.sinks.pyramid import LABEL_BYTES, PyramidSink, pyramid_needs
 from histostream.wsi.outputs.sinks.tiff import NOT_ANALYSED_NAME
 
@@ -104,7 +103,8 @@ def image_metadata(info: SlideInfo, paths: Sequence[str]) -> dict[str, Any]:
 
 def label_metadata(info: SlideInfo, paths: Sequence[str]) -> dict[str, Any]:
     """Return `image_metadata` with the colours of the classes, and their names as properties."""
-    opaque = [0 if entry.name == BACKGROUND else 255 for entry in info.classes]
+    background = background_label(info.classes)
+    opaque = [0 if label == background else 255 for label in range(len(info.classes))]
     colors = [(*entry.color, a) for entry, a in zip(info.classes, opaque, strict=True)]
     return {
         **image_metadata(info, paths),
