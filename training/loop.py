@@ -523,7 +523,7 @@ class _Trainer:
         if start is not None:
             taken = checkpoint.start_from(start, self._state, self._recipe.method)
             self._record["start"] = to_jsonable(taken)
-            notes = taken.lines()
+            notes = taken.lines(self._recipe.mpp)
         last = self._folder / "last"
         if not (last / "checkpoint.safetensors").exists():
             return _Position(), notes

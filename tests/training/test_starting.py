@@ -67,6 +67,12 @@ def test_other_classes_take_all_but_the_head(found: DataSet, first: Path, tmp_pa
     assert set(checkpoint.read(tmp_path / "run" / "best").record["start"]["left"]) == head
 
 
+def test_another_resolution_of_the_start_is_told(found: DataSet, first: Path, tmp_path: Path) -> None:
+    plans: list[Plan] = []
+    loop.train(replace(recipe(), mpp=0.25), imems, found, tmp_path, start=first, announce=plans.append)
+    assert plans[0].notes[1] == "it was trained at 0.5 um per pixel, this run is at 0.25"
+
+
 def test_a_checkpoint_is_found_by_run_folder_and_file(first: Path, tmp_path: Path) -> None:
     last = first / "last"
     assert checkpoint.find_start(first) == first / "best"
@@ -108,7 +114,7 @@ def test_networks_of_another_width_are_refused_with_the_settings_that_fit(
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert "none of its weights fits the networks" in line
-    advised = line.partition("or set ")[2].split()
+    advised = line.partition("or pass ")[2].split()
     assert "method.base_width=4" in advised
     assert not (tmp_path / "run").exists()
     done = call(main, *base, *settings, *wide, *advised, "--out", tmp_path / "run", "--from", first)
