@@ -22,6 +22,7 @@ import importlib.util
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -142,8 +143,25 @@ CASES = {
         ("keras", "tensorflow", "tf2onnx"),
         lambda images: keras_unet("unet.keras", images),
         (),
-        Format(scale=1.0, channels_last=True, probabilities=True),
+        Format(scale=1.0, channels_last=True, output="probabilities"),
     ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class FileCase:
+    """A network that is there as a file of its own, ``--files FOLDER``; see `Case` for ``form``."""
+
+    classes: str
+    form: Format
+
+
+FILES = {
+    "mean-of-sigmoids": FileCase("background,nucleus", Format(output="foreground")),
+    "clamped-sigmoid": FileCase("background,nucleus", Format(output="foreground")),
+    "multilabel": FileCase("tumour,stroma", Format(output="sigmoids")),
+    "soft-20": FileCase(",".join(f"class {k}" for k in range(20)), Format(output="probabilities")),
+    "whole-tile-pool": FileCase("background,tumour,stroma", PLAIN),
 }
 
 
@@ -173,24 +191,32 @@ def tiles_of(pixels: Pixels, count: int, side: int) -> Pixels:
     return np.stack([pixels[y : y + side, x : x + side] for y, x in zip(ys, xs, strict=True)])
 
 
-def run_case(name: str, slide: Path, pixels: Pixels, export_options: Sequence[str] = ()) -> dict[str, Any]:
+def run_case(
+    name: str, slide: Path, pixels: Pixels, export_options: Sequence[str] = (), files: Path | None = None
+) -> dict[str, Any]:
     """Export, wrap and run a network, and compare its labels; the working directory is used.
 
     Parameters
     ----------
     name
-        Of `CASES`.
+        Of `CASES` or `FILES`.
     slide, pixels
         The slide, and its pixels (H, W, 3).
     export_options
         Added to the page's command.
+    files
+        Where the networks of `FILES` are.
     """
-    case = CASES[name]
+    case = CASES.get(name) or FILES[name]
     with _in_folder(name):
-        case.weights(tiles_of(pixels, 6, 256))
-        code, words = section_of(case)
-        Path("export.py").write_text(code, encoding="utf-8")
-        _run([sys.executable, "-W", "ignore", "export.py"])
+        if isinstance(case, Case):
+            case.weights(tiles_of(pixels, 6, 256))
+            code, words = section_of(case)
+            Path("export.py").write_text(code, encoding="utf-8")
+            _run([sys.executable, "-W", "ignore", "export.py"])
+        else:
+            shutil.copy(Path(files or "") / f"{name}.onnx", ".")
+            words = ["histo-export", "wrap", f"{name}.onnx", "--classes", case.classes, "--mpp", "0.5"]
         file = Path(words[2])
         started = time.perf_counter()
         wrapped = _run([*words, *export_options], statuses=(0, 1))
@@ -213,14 +239,8 @@ def run_case(name: str, slide: Path, pixels: Pixels, export_options: Sequence[st
             labels = read_labels(Path(mode) / slide.stem / "labels.tif")
             if not expected:
                 grid = json.loads((Path(mode) / slide.stem / "run.json").read_text())["grid"]
-                joined = reference_labels(
-                    pixels,
-                    Reference(file, case.form),
-                    labels != NOT_ANALYSED,
-                    grid["overlap_px"],
-                    card["align_px"],
-                    grid["tiles_inferred"],
-                )
+                reference = Reference(file, case.form)
+                joined = reference_labels(pixels, reference, labels != NOT_ANALYSED, grid, card["align_px"])
                 expected = dict(zip(("hann", "crop"), joined, strict=True))
                 result["grid"] = grid
             result[mode] = agreement(labels, expected[mode])
@@ -258,24 +278,27 @@ def _run(words: list[str], statuses: tuple[int, ...] = (0,)) -> subprocess.Compl
 @click.command()
 @click.argument("slide", type=click.Path(path_type=Path, exists=True))
 @click.option("--out", type=click.Path(path_type=Path), help="Result file; earlier results of other cases are kept.")
-@click.option("--case", "names", multiple=True, type=click.Choice(tuple(CASES)), help="Only this one; may be repeated.")
+@click.option("--case", "names", multiple=True, type=click.Choice((*CASES, *FILES)), help="Only this; may be repeated.")
+@click.option("--files", type=click.Path(path_type=Path, exists=True), help="Folder of networks: soft-20.onnx, ...")
 @click.option("--quick", is_flag=True, help="Write the FP32 graph alone, which is what a CPU runs by default.")
 @click.option("--keep", type=click.Path(path_type=Path), help="Folder for all files; default: a temporary one.")
-def main(slide: Path, out: Path | None, names: tuple[str, ...], quick: bool, keep: Path | None) -> None:
+def main(
+    slide: Path, out: Path | None, names: tuple[str, ...], files: Path | None, quick: bool, keep: Path | None
+) -> None:
     """Compare the labels of wrapped networks on SLIDE with those of ONNX Runtime run directly."""
-    slide, out = slide.resolve(), None if out is None else out.resolve()
+    slide, out, files = slide.resolve(), out and out.resolve(), files and files.resolve()
     pixels = read_pixels(slide)
     earlier = json.loads(out.read_text()) if out is not None and out.exists() else {}
     results: dict[str, Any] = dict(earlier.get("networks", {}))
     failed = []
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(keep or folder):
-        for name in names or CASES:
-            if absent := missing(CASES[name]):
+        for name in names or (*CASES, *(FILES if files else ())):
+            if absent := missing(CASES[name]) if name in CASES else []:
                 results[name] = {"left_out": f"not installed: {', '.join(absent)}"}
                 click.echo(f"{name}: {results[name]['left_out']}")
                 continue
             try:
-                result = results[name] = run_case(name, slide, pixels, QUICK if quick else ())
+                result = results[name] = run_case(name, slide, pixels, QUICK if quick else (), files)
             except (RuntimeError, ValueError) as error:
                 results[name] = {"error": re.sub(r"\s+", " ", str(error))[-1000:]}
                 click.echo(f"{name}: {error}")

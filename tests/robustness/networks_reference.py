@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-TILE_PX = 512
 NOT_ANALYSED = 255
 Pixels = NDArray[np.uint8]
 Labels = NDArray[np.uint8]
@@ -30,15 +29,16 @@ class Format:
         Its input is (pixel * scale - mean) / std.
     channels_last
         Whether input and output are NHWC, not NCHW.
-    probabilities
-        Whether it gives probabilities, not logits.
+    output
+        What it gives: "logits", "probabilities", "foreground" (the probability of the second of two classes), or
+        "sigmoids" (of classes none of which is the background: below 0.5 in all of them is background).
     """
 
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
     scale: float = 1 / 255
     channels_last: bool = False
-    probabilities: bool = False
+    output: str = "logits"
 
 
 def read_pixels(slide: Path) -> Pixels:
@@ -80,7 +80,11 @@ class Reference:
         y: Scores = output.transpose(2, 0, 1) if form.channels_last else output
         if y.shape[1:] != tile.shape[:2]:
             y = enlarge(y, tile.shape[0])
-        if form.probabilities:
+        if form.output == "foreground":
+            return np.concatenate([1 - y, y])
+        if form.output == "sigmoids":
+            return np.concatenate([np.full_like(y[:1], 0.5), y])
+        if form.output == "probabilities":
             return y
         e = np.exp(y - y.max(axis=0))
         return np.asarray(e / e.sum(axis=0), np.float64)
@@ -97,33 +101,33 @@ def enlarge(planes: Scores, side: int) -> Scores:
     return enlarged
 
 
-def starts_of(size: int, overlap: int, align: int) -> list[int]:
+def starts_of(size: int, tile: int, overlap: int, align: int) -> list[int]:
     """Return where tiles begin along an axis: even steps, the last one moved to the border, a multiple of align."""
-    last = max(-(-size // align) * align - TILE_PX, 0)
-    return [*range(0, last, TILE_PX - overlap), last]
+    last = max(-(-size // align) * align - tile, 0)
+    return [*range(0, last, tile - overlap), last]
 
 
-def ramps(starts: list[int], number: int, overlap: int) -> Scores:
+def ramps(starts: list[int], number: int, tile: int, overlap: int) -> Scores:
     """Return the weights of a tile along an axis: they rise and fall as a Hann window where it meets a neighbour."""
-    weights: Scores = np.ones(TILE_PX)
+    weights: Scores = np.ones(tile)
     rise: Scores = np.sin(np.pi * (np.arange(overlap) + 0.5) / (2 * overlap)) ** 2
     if number > 0:
         weights[:overlap] = rise
     if number + 1 < len(starts):
-        weights[TILE_PX - overlap :] = rise[::-1]
+        weights[tile - overlap :] = rise[::-1]
     return weights
 
 
-def nearest(starts: list[int], number: int, size: int) -> slice:
+def nearest(starts: list[int], number: int, tile: int, size: int) -> slice:
     """Return the pixels of an axis that are nearer to this tile's centre than to any other's."""
-    middle = [start + TILE_PX / 2 for start in starts]
+    middle = [start + tile / 2 for start in starts]
     first = 0 if number == 0 else int(np.ceil((middle[number - 1] + middle[number]) / 2))
     stop = size if number + 1 == len(starts) else int(np.ceil((middle[number] + middle[number + 1]) / 2))
     return slice(first, stop)
 
 
 def reference_labels(
-    pixels: Pixels, reference: Reference, analysed: NDArray[np.bool_], overlap: int, align: int, tiles: int
+    pixels: Pixels, reference: Reference, analysed: NDArray[np.bool_], grid: dict[str, int], align: int
 ) -> tuple[Labels, Labels]:
     """Label a slide twice: by blending with Hann windows, and by each pixel's nearest tile.
 
@@ -135,29 +139,30 @@ def reference_labels(
         The network.
     analysed
         (H, W), where ``histo-infer`` has labels: a tile with a pixel of none was left out, as glass.
-    overlap, align
-        Of the grid of tiles, in pixels.
-    tiles
-        How many tiles were inferred.
+    grid
+        Side and overlap of the tiles in pixels, and how many were inferred, as ``run.json`` has them.
+    align
+        Tiles begin at multiples of it, in pixels.
     """
     height, width = pixels.shape[:2]
-    ys, xs = starts_of(height, overlap, align), starts_of(width, overlap, align)
-    beyond = [(0, max(starts[-1] + TILE_PX - size, 0)) for starts, size in ((ys, height), (xs, width))]
+    tile, overlap, tiles = grid["tile_px"], grid["overlap_px"], grid["tiles_inferred"]
+    ys, xs = starts_of(height, tile, overlap, align), starts_of(width, tile, overlap, align)
+    beyond = [(0, max(starts[-1] + tile - size, 0)) for starts, size in ((ys, height), (xs, width))]
     padded = np.pad(pixels, (*beyond, (0, 0)), mode="reflect")
     sums: Scores | None = None
     alone = np.full((height, width), NOT_ANALYSED, np.uint8)
     count = 0
     for i, y in enumerate(ys):
         for j, x in enumerate(xs):
-            if not analysed[y : y + TILE_PX, x : x + TILE_PX].all():
+            if not analysed[y : y + tile, x : x + tile].all():
                 continue
             count += 1
-            scores = reference.scores(padded[y : y + TILE_PX, x : x + TILE_PX])
+            scores = reference.scores(padded[y : y + tile, x : x + tile])
             if sums is None:
                 sums = np.zeros((len(scores), *padded.shape[:2]))
-            window = np.outer(ramps(ys, i, overlap), ramps(xs, j, overlap))
-            sums[:, y : y + TILE_PX, x : x + TILE_PX] += scores * window
-            rows, columns = nearest(ys, i, height), nearest(xs, j, width)
+            window = np.outer(ramps(ys, i, tile, overlap), ramps(xs, j, tile, overlap))
+            sums[:, y : y + tile, x : x + tile] += scores * window
+            rows, columns = nearest(ys, i, tile, height), nearest(xs, j, tile, width)
             inside = scores[:, rows.start - y : rows.stop - y, columns.start - x : columns.stop - x]
             alone[rows, columns] = inside.argmax(axis=0)
     if sums is None or count != tiles:

@@ -23,15 +23,15 @@ def test_the_code_and_the_command_of_each_network_stand_on_the_page(name: str) -
 
 
 def test_tiles_cover_a_slide_and_their_windows_sum_to_one() -> None:
-    starts = networks_reference.starts_of(1500, 64, 32)
+    starts = networks_reference.starts_of(1500, 512, 64, 32)
     assert starts == [0, 448, 896, 992]  # the last one ends at the next multiple of 32 after 1500
-    assert networks_reference.starts_of(300, 64, 1) == [0]
-    windows = [networks_reference.ramps(starts[:3], number, 64) for number in range(3)]
+    assert networks_reference.starts_of(300, 512, 64, 1) == [0]
+    windows = [networks_reference.ramps(starts[:3], number, 512, 64) for number in range(3)]
     total = np.zeros(1408)
     for start, window in zip(starts, windows, strict=False):
         total[start : start + 512] += window
     assert np.allclose(total, 1)
-    parts = [networks_reference.nearest(starts, number, 1500) for number in range(4)]
+    parts = [networks_reference.nearest(starts, number, 512, 1500) for number in range(4)]
     assert [part.start for part in parts] == [0, 480, 928, 1200]
     assert [part.stop for part in parts] == [480, 928, 1200, 1500]
 
