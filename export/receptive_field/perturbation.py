@@ -91,6 +91,7 @@ class _Perturbation:
         self._pixels, self._others = _noise(shape, 0), _noise(shape, 1)
         self._spreading = _runner(_spreading(traced))
         self._as_it_is = None if statistics else _runner(_to_floats(traced))
+        self._unchanged = None if self._as_it_is is None else self._as_it_is(self._pixels)
 
     def halo(self, align_px: int) -> int | None:
         """Return how far the outside is seen inside a kept quarter; None: everywhere in it.
@@ -118,7 +119,7 @@ class _Perturbation:
         if first and self._as_it_is is not None:
             other = self._others.copy()
             other[kept] = self._pixels[kept]
-            touched |= self._as_it_is(other) != self._as_it_is(self._pixels)
+            touched |= self._as_it_is(other) != self._unchanged
         inside = touched.any(axis=(0, 1))[rows, columns]
         inside = inside if rows.start else inside[::-1, ::-1]  # the outside lies before the first row and column
         height, width = (n - n // BORDER for n in inside.shape)
