@@ -25,7 +25,7 @@ from histostream.benchmarks.stages import BenchError
 from histostream.benchmarks.timing import paired_ratio, time_in_turns
 from histostream.export.tiles import collect_tiles
 from histostream.export.trained import load_deployed, read_checkpoint
-from histostream.runtime.bundle.card import ModelCard, read_card
+from histostream.runtime.bundle.card import ModelCard, Scores, read_card
 from histostream.runtime.choices import BACKENDS, PRECISIONS
 from histostream.runtime.engines.onnxruntime import quiet
 from histostream.runtime.engines.opener import open_engine
@@ -36,7 +36,7 @@ from histostream.wsi.errors import HistoError, reason
 
 Pixels = NDArray[np.uint8]
 Plain = dict[str, Any]
-Call = Callable[[Pixels], Pixels]
+Call = Callable[[Pixels], Scores]
 Say = Callable[[str], None]
 BASELINE = "torch eager fp32"
 # Instructions without which a processor computes bfloat16 several times slower than single precision.
@@ -244,14 +244,14 @@ def _torch_contender(
     run = torch.compile(on_device) if compiled else on_device
     kind = "fp32" if half is None else f"autocast {str(half).removeprefix('torch.')}"
 
-    def call(tiles: Pixels) -> Pixels:
+    def call(tiles: Pixels) -> Scores:
         with (
             torch.inference_mode(),
             torch.autocast(device, dtype=half or torch.bfloat16, enabled=half is not None),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")  # of the compiler, about this machine
-            scores: Pixels = run(torch.from_numpy(tiles).to(device)).cpu().numpy()
+            scores: Scores = run(torch.from_numpy(tiles).to(device)).cpu().numpy()
         return scores
 
     suffix = ", compiled" if compiled else ""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from histostream.export.convert.fp16 import fp32_islands, multiply_accumulates, name_nodes, to_fp16
 from histostream.export.convert.freeze import freeze_statistics
 from histostream.export.convert.int8 import Quantizer
-from histostream.export.convert.mixed_precision import find_mixed_precision
+from histostream.export.convert.mixed_precision import find_mixed_precision, node_groups
 from histostream.export.graph.model import opset_of
 from histostream.export.parity import LIMITS, Judge, ParityError, ParityReport, run_graph
 from histostream.export.receptive_field.measure import MEASURED, ReceptiveField, label, receptive_field
@@ -345,14 +345,17 @@ class _BundleWriter:
         def judge(fp32_nodes: Collection[str], *, quick: bool) -> ParityReport:
             return (self.quick_judge if quick else self.judge).judge(trial(fp32_nodes))
 
+        name, islands = PRECISIONS[precision], fp32_islands(self.model)
+        if not node_groups(self.model, islands):
+            self.say(f"{precision}: {name} is left out: no layer of the network can be in lower precision")
+            return
         conversion = find_mixed_precision(
             self.model,
             judge,
             LIMITS[precision],
-            fp32_islands(self.model),
+            islands,
             say=lambda text: self.say(f"{precision}: {text}"),
         )
-        name = PRECISIONS[precision]
         if not conversion.passed:
             self.failures.append(
                 f"{precision}: {conversion.report}; no choice of FP32 nodes meets the limits; {name} was not written"

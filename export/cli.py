@@ -80,7 +80,7 @@ def _bundle_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option(
                 "--precision",
                 "precisions",
-                type=WordList(PRECISIONS),
+                type=WordList(tuple(PRECISIONS)),
                 default=",".join(PRECISIONS),
                 metavar=",".join(PRECISIONS),
                 help="Which graphs to write; fp32 is always written.",
@@ -172,24 +172,26 @@ def main(
 
 @main.command()
 @click.argument("model", type=PATH)
-@click.option("--classes", callback=_words, default="", metavar="LIST", help="Names in label order.")
-@click.option("--colors", callback=_colors, default="", metavar="LIST", help="Of the classes, as ffffff,e69f00.")
+@click.option("--classes", callback=_words, default="", metavar="NAME,NAME,...", help="Names in label order.")
+@click.option("--colors", callback=_colors, default="", metavar="ffffff,e69f00,...", help="Of the classes.")
 @click.option("--background", metavar="NAME", help="The class that is not painted, if its name does not say so.")
 @click.option("--mpp", type=float, help="Resolution that it was trained at, um per pixel.")
 @click.option(
     "--mean",
     callback=_numbers,
-    metavar="LIST",
-    help="Of each channel, scaled; or one number for all.  [default: 0]",
+    metavar="R,G,B",
+    help="Of each channel, scaled, or one number for all; default: 0.",
 )
-@click.option("--std", callback=_numbers, metavar="LIST", help="Of each channel, scaled.  [default: 1]")
+@click.option("--std", callback=_numbers, metavar="R,G,B", help="Of each channel, scaled; default: 1.")
 @click.option(
     "--scale",
     callback=_fraction,
     metavar="NUMBER",
-    help="Factor of the raw pixels, 0 to 255.  [default: 1/255; 1 if it takes uint8]",
+    help="Factor of the raw pixels, 0 to 255; default: 1/255, or 1 if it takes uint8.",
 )
-@click.option("--channel-names", callback=_words, default="", metavar="LIST", help="Of its channels, if not RGB.")
+@click.option(
+    "--channel-names", callback=_words, default="", metavar="NAME,NAME,...", help="Of its channels, if not RGB."
+)
 @click.option("--layout", default="auto", type=click.Choice(("auto", "nchw", "nhwc")), help="Of its input.")
 @click.option(
     "--activation",
@@ -198,13 +200,13 @@ def main(
     help="What makes probabilities of its output; none: it gives them.",
 )
 @click.option(
-    "--threshold", type=float, metavar="P", help="Of two classes, the second from this probability on.  [default: 0.5]"
+    "--threshold", type=float, metavar="P", help="Of two classes, the second from this probability on; default: 0.5."
 )
 @click.option(
     "--background-below",
     type=float,
     metavar="P",
-    help="Add a background class, where every score is below; 0: none.  [default: 0.5 for independent sigmoids]",
+    help="Add a background class, where every score is below; 0: none; default: 0.5 for independent sigmoids.",
 )
 @click.option("--bgr", is_flag=True, help="Its channels are blue, green, red.")
 @click.option("--resize-output", is_flag=True, help="Enlarge an output coarser than its input.")

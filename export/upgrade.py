@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -97,7 +98,7 @@ def with_float_scores(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
     taken = value_names(graph)
     added: list[NodeProto] = []
 
-    def add(kind: str, *inputs: str, **attributes: object) -> str:
+    def add(kind: str, *inputs: str, **attributes: Any) -> str:
         unused = unused_name(f"scores/{kind.lower()}", taken)
         taken.add(unused)
         added.append(helper.make_node(kind, inputs, [unused], unused, **attributes))

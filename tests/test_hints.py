@@ -46,6 +46,7 @@ OTHER_PROGRAMS = {
     "--nproc-per-node": "torchrun",
     "--standalone": "torchrun",
     "--porcelain": "git",
+    "--saved-model": "tf2onnx",
 }
 OPTION = re.compile(r"(?<![\w/{-])--[a-z][a-z-]*[a-z]")
 DECLARED = re.compile(r"--[a-z-]+(/--[a-z-]+)?(=.*)?")
@@ -53,7 +54,22 @@ DECLARED = re.compile(r"--[a-z-]+(/--[a-z-]+)?(=.*)?")
 VALUE = re.compile(r"(?<![\w/{-])(--[a-z][a-z-]*[a-z])[ =]([\w.:+-][\w.,:+-]*)")
 GAP = "\N{WHITE SQUARE}"  # what an f-string fills in
 NUMBERS = ("integer", "integer range", "float", "memory_mib")
-SENTENCE = {"also", "and", "counts", "exclude", "has", "is", "needs", "of", "or", "starts", "takes", "to"}
+SENTENCE = {
+    "also",
+    "and",
+    "counts",
+    "exclude",
+    "has",
+    "is",
+    "needs",
+    "of",
+    "or",
+    "out",
+    "starts",
+    "takes",
+    "that",
+    "to",
+}
 
 
 def options_of(command: click.Command) -> dict[str, list[click.Parameter]]:

@@ -57,11 +57,6 @@ def divide(data: DataSet, schedule: Schedule) -> Parts:
         If a part would be empty.
     """
     parts = _divide(data, schedule)
-    if schedule.select == "last" and not schedule.validation and not data.validation:
-        # Nothing is chosen: the group that validation has at least trains, too.
-        split = parts.split
-        train = tuple(sorted((*split.train, *split.validation)))
-        parts = replace(parts, split=replace(split, train=train, validation=()))
     return parts if schedule.labelled == 1 else _with_fewer_labels(parts, schedule)
 
 
@@ -94,15 +89,19 @@ def _with_fewer_labels(parts: Parts, schedule: Schedule) -> Parts:
 def _divide(data: DataSet, schedule: Schedule) -> Parts:
     samples = (*data.train, *data.validation, *data.test)
     share, seed = schedule.validation, schedule.seed
+    chooses = schedule.select != "last" or share > 0 or bool(data.validation)
+    least = 1 if chooses else 0
     if schedule.folds:
-        split = splits.fold(samples, folds=schedule.folds, fold=schedule.fold, validation=share, seed=seed)
+        split = splits.fold(
+            samples, folds=schedule.folds, fold=schedule.fold, validation=share, seed=seed, least_validation=least
+        )
     elif schedule.test or not (data.validation or data.test):
-        split = splits.split(samples, validation=share, test=schedule.test, seed=seed)
+        split = splits.split(samples, validation=share, test=schedule.test, seed=seed, least_validation=least)
     else:
         train, validation = len(data.train), len(data.validation)
         split = Split(tuple(range(train)), tuple(range(train, train + validation)), ())
         if not validation:
-            split = splits.split(data.train, validation=share, test=0.0, seed=seed)
+            split = splits.split(data.train, validation=share, test=0.0, seed=seed, least_validation=least)
         split = replace(split, test=tuple(range(train + validation, len(samples))))
     return Parts(samples, split, data.pools)
 

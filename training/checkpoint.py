@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from histostream.training.data import listed
+from histostream.training.data import listed, same_mpp
 from histostream.training.state import State
 from histostream.wsi.errors import HistoError
 from histostream.wsi.files import whole_file, write_whole
@@ -132,8 +132,8 @@ class Start:
     ----------
     checkpoint, sha256
         Folder of the earlier run's checkpoint, and hash of its file.
-    method, step
-        Of the earlier run.
+    method, step, mpp
+        Of the earlier run; the resolution is in micrometres per pixel.
     loaded
         Number of tensors that fitted by name and shape.
     left
@@ -147,13 +147,16 @@ class Start:
     sha256: str
     method: str
     step: int
+    mpp: float
     loaded: int
     left: tuple[str, ...]
     reshaped: tuple[str, ...] = ()
 
-    def lines(self) -> tuple[str, ...]:
-        """Say what was loaded, and what was not."""
+    def lines(self, mpp: float) -> tuple[str, ...]:
+        """Say what was loaded, and what was not, for a run at ``mpp`` micrometres per pixel."""
         told = [f"starts from {self.checkpoint} ({self.method}, step {self.step}): {self.loaded} tensors loaded"]
+        if not same_mpp(self.mpp, mpp):
+            told.append(f"it was trained at {self.mpp:g} um per pixel, this run is at {mpp:g}")
         if self.reshaped:
             told.append(f"not loaded, of another shape there: {listed(self.reshaped)}")
         absent = [name for name in self.left if not any(text.startswith(f"{name} ") for text in self.reshaped)]
@@ -206,7 +209,9 @@ def start_from(start: Path, state: State, method: str) -> Start:
         ]
     if not kernels:  # a bias alone fits many networks
         raise CheckpointError(f"{folder}: none of its weights fits the networks; {_differences(header, state, method)}")
-    return Start(str(folder), sha256_of(path), header.method, header.step, loaded, tuple(left), tuple(reshaped))
+    return Start(
+        str(folder), sha256_of(path), header.method, header.step, header.mpp, loaded, tuple(left), tuple(reshaped)
+    )
 
 
 def find_start(start: Path) -> Path:
@@ -249,7 +254,7 @@ def _differences(header: Checkpoint, state: State, method: str) -> str:
     names = [name for name in header.config if name in own and header.config[name] != own[name]]
     if not names:
         return "start from a run of the same networks"
-    return "start from a run of the same networks, or set " + " ".join(
+    return "start from a run of the same networks, or pass " + " ".join(
         f"--set method.{name}={_toml(header.config[name])}" for name in names
     )
 

@@ -65,6 +65,8 @@ class Progress:
         Learning rates by the name of the optimiser.
     validation_seconds
         Of a step with a validation: what that took.
+    waited
+        Number of validations since the best one.
     """
 
     step: int
@@ -76,6 +78,7 @@ class Progress:
     rates: dict[str, float] = field(default_factory=dict)
     class_dice: dict[str, float | None] = field(default_factory=dict)
     validation_seconds: float | None = None
+    waited: int = 0
 
     def row(self) -> dict[str, float | None]:
         """Return the values by the names of the log's columns."""
@@ -232,11 +235,13 @@ class _Trainer:
         training = [parts.samples[i] for i in parts.split.train]
         self._counted = class_weights.count_pixels(training, len(self._classes))
         self._weights = class_weights.weights_of(recipe.class_weights, self._classes, self._counted)
-        state: State = method.build(recipe.config, len(self._classes), self._channels)
+        with preflight.memory_named(recipe):
+            state: State = method.build(recipe.config, len(self._classes), self._channels)
         if self._weights:
             state = dataclasses.replace(state, class_weights=torch.tensor(self._weights, device=device))
         self._state = state
-        devices.prepare(self._state, device, compute)
+        with preflight.memory_named(recipe):
+            devices.prepare(self._state, device, compute)
         self._align_px: int = method.align_px(recipe.config)
         self._judge = Judge(
             method, state, parts, recipe.augmentation, self._classes, align_px=self._align_px, device=device
@@ -402,6 +407,7 @@ class _Trainer:
             {name: optimizer.param_groups[0]["lr"] for name, optimizer in self._state.optimizers.items()},
             {name: dice[i] if dice else None for i, name in enumerate(names)},
             seconds,
+            self._at.waited,
         )
 
     def _step(self, batch: Batch) -> dict[str, float]:
@@ -517,7 +523,7 @@ class _Trainer:
         if start is not None:
             taken = checkpoint.start_from(start, self._state, self._recipe.method)
             self._record["start"] = to_jsonable(taken)
-            notes = taken.lines()
+            notes = taken.lines(self._recipe.mpp)
         last = self._folder / "last"
         if not (last / "checkpoint.safetensors").exists():
             return _Position(), notes

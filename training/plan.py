@@ -50,8 +50,9 @@ class Plan:
         Steps that are done, and of all steps.
     batch, crop_px
         Crops of a step, and their side; 0: whole images.
-    validations
-        Number of validations that are to come.
+    validations, patience
+        Number of validations that are to come, and of those after which the run ends if none of them
+        is better; 0: it does not.
     notes
         Further remarks: what the run started from, and what changed.
     """
@@ -74,6 +75,7 @@ class Plan:
     batch: int
     crop_px: int
     validations: int
+    patience: int = 0
     notes: tuple[str, ...] = ()
 
     @property
@@ -90,11 +92,9 @@ class Plan:
         """Return the plan as lines of text; ``source`` names the data as the user did."""
         parts = [f"{count} {name}" for name, count in self.parts.items() if count or name != "test"]
         parts += [f"{count} without labels ({name})" for name, count in self.pools.items()]
-        crops = f"crops of {self.crop_px} px" if self.crop_px else "whole images"
         shares = [f"{name} {percent(share)}" for name, share in self.shares.items()]
         weights = zip(self.shares, self.weights, strict=True) if self.weights else ()
         networks = [f"{name} {_amount(count)}" for name, count in self.parameters.items() if count]
-        every = f"{self.steps} steps, a batch of {self.batch} {crops}"
         lines = {
             "data": f"{source}: {self.images} images, {self.kind}, {self.extent}, trained at {self.mpp:g} um per pixel",
             "classes": f"{listed(shares, MAX_CLASSES)} of the pixels of {self.counted} training images",
@@ -102,11 +102,19 @@ class Plan:
             "parts": f"{', '.join(parts)}: {self.division}",
             "networks": f"{', '.join(networks)} parameters; {', '.join(self.deployed)} will be exported",
             "device": self.machine,
-            "training": f"{every}, {self.validations} validations"
-            if not self.start
-            else f"goes on after step {self.start} of {every}, {self.validations} validations to come",
+            "training": self._length(),
         }
         return [f"{name:<9} {text}" for name, text in lines.items() if text] + [f"note      {n}" for n in self.notes]
+
+    def _length(self) -> str:
+        crops = f"crops of {self.crop_px} px" if self.crop_px else "whole images"
+        every = f"{self.steps} steps, a batch of {self.batch} {crops}"
+        if self.start >= self.steps:
+            return f"is finished: {every}"
+        if self.start:
+            return f"goes on after step {self.start} of {every}, {self.validations} validations to come"
+        ends = f" (the run ends after {self.patience} in a row that are not better)" if self.patience else ""
+        return f"{every}, {self.validations} validations{ends}"
 
 
 def make_plan(
@@ -147,6 +155,7 @@ def make_plan(
         batch=schedule.batch,
         crop_px=schedule.crop_px,
         validations=validations(schedule, start, steps, images),
+        patience=schedule.patience,
         notes=tuple(notes),
     )
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from types import ModuleType
 
 import numpy as np
 import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from histostream.training.augment import object_zoom
 from histostream.training.batches import Parts, typical_object_px
@@ -25,9 +29,9 @@ from histostream.training.data import (
     class_count,
     listed,
 )
+from histostream.training.device import is_out_of_memory
 from histostream.training.methods import hook
 from histostream.training.recipe import Recipe, RecipeError, read_recipe
-from histostream.wsi.errors import HistoError
 
 log = logging.getLogger(__name__)
 
@@ -146,7 +150,9 @@ def _problem(recipe: Recipe, method: ModuleType, height: int, width: int) -> str
     align, least = method.align_px(recipe.config), hook(method, "least_px")(recipe.config)
     only = hook(method, "only_px")(recipe.config)
     if only:
-        return "" if (height, width) == (only, only) else f"the networks are built for {only} px: use {only}"
+        named = [f.name for f in dataclasses.fields(recipe.config) if getattr(recipe.config, f.name) == only]
+        built = f"the networks are built for {only} px ({', '.join(f'method.{name}' for name in named)}): use the same"
+        return "" if (height, width) == (only, only) else built
     if not height % align and not width % align and min(height, width) >= least:
         return ""
     first = -(-least // align) * align
@@ -161,6 +167,12 @@ def _check_images(recipe: Recipe, method: ModuleType, parts: Parts) -> None:
     judged = [parts.samples[i] for i in (*parts.split.validation, *parts.split.test)]
     for (height, width), name in _sizes(recipe, judged, parts, align).items():
         if min(height, width) < least:
+            zoomed = recipe.augmentation.object_px
+            if zoomed:
+                raise RecipeError(
+                    f"augmentation.object_px={zoomed:g}: {name} would have {width} x {height} px, the networks take "
+                    f"{least} px or more; set it higher, or to 0"
+                )
             raise DataError(f"{name}: {width} x {height} px; the networks take {least} px or more: leave it out")
     if recipe.schedule.crop_px:
         return
@@ -207,35 +219,68 @@ def _check_labels(recipe: Recipe, data: DataSet, parts: Parts) -> None:
             )
 
 
-def check_memory(recipe: Recipe, method: ModuleType, classes: int, channels: int) -> int:
-    """Refuse networks whose weights alone need more memory than there is; return their number of parameters.
+def check_memory(recipe: Recipe, method: ModuleType, classes: int, channels: int) -> None:
+    """Refuse networks whose weights alone need more memory than there is, before they are made.
 
-    They are built without storage (torch's meta device), so that this takes no memory itself.
+    Networks that are no larger than by default are not looked at. Others are built without storage (torch's
+    meta device), as far as there is memory for.
 
     Raises
     ------
     RecipeError
         If they need more.
-    DataError
-        If the method does not take so many classes or channels.
     """
+    if not (larger := _enlarged(recipe)):
+        return
+    count, there = 0, _memory()
+
+    def add(_module: nn.Module, _name: str, weight: nn.Parameter | None) -> None:
+        nonlocal count
+        count += 0 if weight is None else weight.numel()
+        if COPIES * 4 * count > there:
+            raise MemoryError
+
+    counting = register_module_parameter_registration_hook(add)
     try:
         with torch.device("meta"):
-            state = method.build(recipe.config, classes, channels)
-    except HistoError:
-        raise
-    except (RuntimeError, OverflowError, TypeError, MemoryError) as error:
-        if isinstance(error, OverflowError | MemoryError) or "overflow" in str(error):
-            raise RecipeError("the networks are larger than any memory; set a smaller width or depth") from error
-        return 0  # a method from elsewhere that needs storage to build its networks: not known
-    count: int = sum(weight.numel() for module in state.modules.values() for weight in module.parameters())
-    needed, there = COPIES * 4 * count, _memory()
-    if needed > there:
+            method.build(recipe.config, classes, channels)
+    except (MemoryError, OverflowError) as error:
         raise RecipeError(
-            f"the networks have {count / 1e6:,.0f} million parameters, which take {needed / GIB:,.1f} GiB in training; "
-            f"there are {there / GIB:.1f} GiB: set a smaller width or depth"
-        )
-    return count
+            f"{larger}: the weights alone take more than the {there / GIB:.1f} GiB of memory; set smaller ones"
+        ) from error
+    except (RuntimeError, NotImplementedError, TypeError, ValueError):
+        return  # a method from elsewhere whose networks cannot be built so; what is wrong, the build itself says
+    finally:
+        counting.remove()
+
+
+@contextmanager
+def memory_named(recipe: Recipe) -> Iterator[None]:
+    """Turn a lack of memory while networks are made into an error that says so.
+
+    Raises
+    ------
+    RecipeError
+        If there is none left.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
+        larger = _enlarged(recipe) or "the widths and depths of the method"
+        raise RecipeError(f"{larger}: there is no memory for the networks; set smaller ones") from error
+
+
+def _enlarged(recipe: Recipe) -> str:
+    """Return the whole numbers of a method's configuration that are larger than by default, "" without any."""
+    larger = [
+        f"method.{field.name}={value}"
+        for field in dataclasses.fields(recipe.config)
+        if isinstance(field.default, int) and type(value := getattr(recipe.config, field.name)) is int
+        if value > field.default
+    ]
+    return ", ".join(larger)
 
 
 def _memory() -> int:
@@ -243,7 +288,7 @@ def _memory() -> int:
     sizes = [int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))] if hasattr(os, "sysconf") else [1 << 62]
     if torch.cuda.is_available():
         sizes += [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
-    return int(max(sizes))
+    return max(sizes)
 
 
 def _warn_of_absent_classes(names: Sequence[str], parts: Parts) -> None:

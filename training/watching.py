@@ -71,6 +71,11 @@ class Watch:
                 f"step {progress.step}: validation loss {progress.validation_loss:.4f}, "
                 f"Dice {progress.validation_dice:.3f}, {progress.seconds:.0f} s{pace.left_text()}"
             )
+            if pace.ends(progress):
+                self._print(
+                    f"ends early: {progress.waited} validations in a row were not better than an earlier one "
+                    "(schedule.patience)"
+                )
 
     def answer(self, count: int) -> None:
         """Say at once what a signal does; a second one ends the process, whatever it does."""
@@ -117,6 +122,10 @@ class _Pace:
             self.saved = progress.step
         self._first = self._first or (progress.step, spent)
         self._last = (progress.step, spent)
+
+    def ends(self, progress: loop.Progress) -> bool:
+        """Whether the run ends with this step, before its last one."""
+        return 0 < self._plan.patience <= progress.waited and progress.step < progress.steps
 
     def seconds_of_step(self) -> float | None:
         """Return the mean duration of a step; None before the second one is done."""

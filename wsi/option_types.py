@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import click
@@ -29,7 +29,7 @@ class WordList(click.ParamType):  # type: ignore[type-arg]
 
     name = "list"
 
-    def __init__(self, choices: Sequence[str] = ()) -> None:
+    def __init__(self, choices: Iterable[str] = ()) -> None:
         self.choices = tuple(choices)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:

@@ -35,6 +35,7 @@ from histostream.training.augment import Augmentation, draw_crop
 from histostream.training.batches import typical_object_px
 from histostream.training.data import Sample
 from histostream.training.datasets.folder import read_folder
+from histostream.training.networks.tile_model import TileModel
 from histostream.training.networks.unet import UNet
 from histostream.training.splits import split
 from histostream.wsi.outputs.label_rows import ClassInfo
@@ -51,7 +52,7 @@ AUGMENTATION = Augmentation(
 )
 
 
-class NormedUNet(nn.Module):
+class NormedUNet(TileModel):
     """A U-Net with a normalisation after each 3x3 convolution, behind the tile contract."""
 
     def __init__(self, norm: str) -> None:
@@ -64,10 +65,10 @@ class NormedUNet(nn.Module):
                     layer = nn.InstanceNorm2d(width, affine=True) if norm == "instance" else nn.GroupNorm(8, width)
                     setattr(parent, name, nn.Sequential(conv, layer))
 
-    def forward(self, tiles: Tensor) -> Tensor:
-        """Map uint8 (N, H, W, 3) to uint8 probabilities (N, 2, H, W)."""
-        x = tiles.to(torch.float32).permute(0, 3, 1, 2) / 127.5 - 1
-        return torch.clamp(self.network(x).softmax(1) * 255 + 0.5, 0, 255).to(torch.uint8)
+    def scores(self, images: Tensor) -> Tensor:
+        """Map (N, 3, H, W), 0..255, to probabilities (N, 2, H, W)."""
+        probabilities: Tensor = self.network(images / 127.5 - 1).softmax(1)
+        return probabilities
 
 
 def train(network: NormedUNet, samples: list[Sample], steps: int) -> None:

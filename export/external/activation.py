@@ -129,7 +129,9 @@ def choose_activation(asked: str, evidence: Evidence, channels: int, *, backgrou
         if not evidence.within:
             hint = "" if channels == 1 else "; pass --activation sigmoid if its classes are independent"
             hint = "" if logits == "sigmoid" else hint
-            return Activation(logits, f"{evidence.range_text}, so it is logits{hint}", logits == "sigmoid")
+            return Activation(
+                logits, f"{evidence.range_text}, so it is logits{hint}", channels > 1 and logits == "sigmoid"
+            )
         if evidence.high - evidence.low >= MIN_SPREAD:
             return Activation("none", f"{evidence.range_text}, so it is probabilities", independent)
         raise DescriptionError(
@@ -147,4 +149,4 @@ def choose_activation(asked: str, evidence: Evidence, channels: int, *, backgrou
             + ("sigmoid" if channels == 1 else "softmax or --activation sigmoid")
         )
     independent = independent if asked == "none" else asked == "sigmoid"
-    return Activation(asked, "--activation", independent and channels > 1)
+    return Activation(asked, "as --activation says", independent and channels > 1)

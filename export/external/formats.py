@@ -11,8 +11,7 @@ import onnx
 from histostream.export.external.file import check_operators, open_file, read_onnx
 from histostream.export.graph.model import GraphError
 
-SIDE = 512
-# Each of these was tried; docs/export.md has them with more words.
+# Those of torch are run by the tests; docs/networks.md has more of each library.
 TORCHSCRIPT = (
     'python -c "import torch; torch.onnx.export(torch.jit.load({name!r}).eval(), (torch.zeros(1, 3, 512, 512),), '
     "'model.onnx', dynamo=False)\""
@@ -21,7 +20,7 @@ STATE_DICT = (
     "net = YourNetwork(); net.load_state_dict(torch.load({name!r}, weights_only=True)); "
     "torch.onnx.export(net.eval(), (torch.zeros(1, 3, 512, 512),), 'model.onnx', dynamo=True)"
 )
-KERAS = "keras.models.load_model({name!r}).export('model.onnx', format='onnx')"
+KERAS = "keras.saving.load_model({name!r}).export('model.onnx', format='onnx')"
 TENSORFLOW = "python -m tf2onnx.convert --saved-model {name!r} --output model.onnx"
 HDF5 = b"\x89HDF\r\n\x1a\n"
 PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")

@@ -22,7 +22,7 @@ KEYS = {
     "mean": ("mean", "image_mean", "pixel_mean", "img_mean"),
     "std": ("std", "image_std", "pixel_std", "img_std"),
     "mpp": ("mpp", "microns_per_pixel", "um_per_pixel", "spacing_um_px"),
-    "channel_names": ("channel_names", "channels"),
+    "channel_names": ("channel_names",),
     "note": ("description", "note"),
 }
 MAX_TEXT = 20_000  # characters of an entry that is read
@@ -82,8 +82,17 @@ def read_metadata(model: onnx.ModelProto) -> FileDefaults:
     return FileDefaults(**values, ignored=tuple(ignored))
 
 
-def with_defaults(options: ExternalModel, defaults: FileDefaults) -> tuple[ExternalModel, list[str]]:
+def with_defaults(
+    options: ExternalModel, defaults: FileDefaults, *, takes_bytes: bool = False
+) -> tuple[ExternalModel, list[str]]:
     """Fill in what the user did not say.
+
+    Parameters
+    ----------
+    options, defaults
+        What the user and the file say.
+    takes_bytes
+        Whether the network takes uint8, so that it has a use for the mean itself.
 
     Returns
     -------
@@ -94,7 +103,7 @@ def with_defaults(options: ExternalModel, defaults: FileDefaults) -> tuple[Exter
     if not options.classes and defaults.classes:
         taken["classes"] = defaults.classes
         lines.append(f"classes from the file's metadata: {', '.join(defaults.classes)}")
-    if options.mean is None and options.std is None and (defaults.mean or defaults.std):
+    if not takes_bytes and options.mean is None and options.std is None and (defaults.mean or defaults.std):
         taken |= {"mean": defaults.mean, "std": defaults.std}
         lines.append(f"mean and std from the file's metadata: {_text(defaults.mean)} and {_text(defaults.std)}")
     if not options.channel_names and defaults.channel_names:
@@ -116,6 +125,8 @@ def _literal(text: str) -> Any:
             return read(text)
         except (ValueError, SyntaxError):
             continue
+    if text.strip()[:1] in ("[", "{", "("):
+        raise ValueError("is neither JSON nor a literal")
     return text
 
 

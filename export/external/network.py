@@ -227,6 +227,11 @@ def choose_tensors(session: Any, options: ExternalModel) -> ExternalModel:
     )
 
 
+def takes_bytes(session: Any, options: ExternalModel) -> bool:
+    """Whether the input is uint8."""
+    return any(i.type == "tensor(uint8)" for i in session.get_inputs() if i.name == options.input_name)
+
+
 def size_text(sides: Iterable[int | None]) -> str:
     """Return a size as text; None stands for any length."""
     return " x ".join("any" if side is None else str(side) for side in sides)

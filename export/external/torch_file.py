@@ -27,7 +27,7 @@ from histostream.export.graph.model import GraphError, open_session
 from histostream.wsi.errors import reason
 
 GRAPH, MODEL = re.compile(r"[^/]+/models/([^/]+)\.json"), "model"
-ADVICE = "export the network to ONNX instead (docs/export.md)"
+ADVICE = "export the network to ONNX instead (docs/networks.md)"
 TARGET = re.compile(r"torch\.ops\.aten\.(?!__)[a-z0-9_]+\.[A-Za-z0-9][A-Za-z0-9_]*")
 ARITHMETIC = re.compile(r"_operator\.(getitem|add|sub|mul|floordiv|truediv|mod|neg|eq|ne|lt|le|gt|ge)")
 FORBIDDEN = ("torch.ops.aten.from_file.",)  # reads a file

@@ -20,13 +20,21 @@ from histostream.export.external.dynamic_batch import with_dynamic_batch
 from histostream.export.external.file import OLDEST_OPSET, convert, prune
 from histostream.export.external.formats import open_network
 from histostream.export.external.metadata import read_metadata, with_defaults
-from histostream.export.external.network import ExternalNetwork, InputFormat, Tiles, choose_tensors, trial_tiles
+from histostream.export.external.network import (
+    ExternalNetwork,
+    InputFormat,
+    Tiles,
+    choose_tensors,
+    takes_bytes,
+    trial_tiles,
+)
 from histostream.export.external.output import OutputFormat
 from histostream.export.external.processing import try_out, with_processing
 from histostream.export.external.reference import Reference
 from histostream.export.external.scoring import Scoring, choose_scoring
 from histostream.export.graph.model import GraphError, open_session, opset_of
 from histostream.export.receptive_field.measure import receptive_field
+from histostream.export.receptive_field.perturbation import receptive_field_of
 from histostream.export.tiles import collect_tiles
 from histostream.wsi.outputs.label_rows import BACKGROUND, ClassInfo
 
@@ -222,15 +230,17 @@ def wrap_graph(path: Path, options: ExternalModel, *, mpp: float | None, calibra
     DescriptionError, GraphError
         As `wrap_onnx`.
     """
+    if mpp is not None and not 0 < mpp < math.inf:
+        raise DescriptionError(f"mpp={mpp!r} is not a positive number; pass --mpp in um per pixel")
     original, session = open_network(path)
     defaults = read_metadata(original)
-    options, decisions = with_defaults(options, defaults)
+    options = choose_tensors(session, options)
+    options, decisions = with_defaults(options, defaults, takes_bytes=takes_bytes(session, options))
     decisions += [f"metadata left out: {text}" for text in defaults.ignored]
     if not options.classes:
         raise DescriptionError("the file's metadata do not name the classes: pass --classes with a name for each label")
     mpp, line = _resolution(mpp, defaults.mpp)
     decisions += line
-    options = choose_tensors(session, options)
     model = prune(original, str(options.input_name), str(options.output_name))
     if len(session.get_inputs()) > 1:  # the file's session would need all of them
         session = open_session(model)
@@ -245,7 +255,10 @@ def wrap_graph(path: Path, options: ExternalModel, *, mpp: float | None, calibra
     decisions += lines
     reference = Reference(network, output, scoring)
     graph, changes = _build(model, reference)
-    reference, line = _with_whole_strides(reference, receptive_field(graph).align_px)
+    field = receptive_field(graph)
+    if field.unknown:
+        field = receptive_field_of(graph, output.border_px)
+    reference, line = _with_whole_strides(reference, field.align_px)
     if line:
         decisions += line
         graph, changes = _build(model, reference)
@@ -266,8 +279,6 @@ def wrap_graph(path: Path, options: ExternalModel, *, mpp: float | None, calibra
 
 def _resolution(mpp: float | None, of_file: float | None) -> tuple[float, list[str]]:
     if mpp is not None:
-        if not 0 < mpp < math.inf:
-            raise DescriptionError(f"mpp={mpp!r} is not a positive number; pass --mpp in um per pixel")
         return mpp, []
     if of_file is None:
         raise DescriptionError("the file's metadata do not say the resolution: pass --mpp in um per pixel")

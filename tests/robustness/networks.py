@@ -20,9 +20,9 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,28 +34,34 @@ from typing import Any
 
 import click
 import numpy as np
-from numpy.typing import NDArray
 
 from histostream.runtime.hardware import hardware
 from histostream.wsi.files import json_text
 from tests.conftest import REPOSITORY
 from tests.docs.pages import blocks
+from tests.robustness.networks_reference import (
+    NOT_ANALYSED,
+    Format,
+    Labels,
+    Pixels,
+    Reference,
+    agreement,
+    read_pixels,
+    reference_labels,
+)
 from tests.robustness.networks_weights import Fit, keras_unet, nnunet_fold, segformer, state_dict
 
 PAGE = REPOSITORY / "docs" / "networks.md"
-TILE_PX = 512
 LEAST_AGREEMENT = 0.999
 QUICK = ("--precision", "fp32", "--tensorrt", "off")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+PLAIN = Format()  # pixels divided by 255
 UNIT = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-Pixels = NDArray[np.uint8]
-Labels = NDArray[np.uint8]
-Scores = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A network: the section of the page, what it needs, and how the reference prepares pixels and reads scores.
+    """A network: the section of the page, what it needs, and what the reference has to know.
 
     Attributes
     ----------
@@ -67,23 +73,15 @@ class Case:
         Writes the trained weights that the code loads, into the working directory.
     edits
         Words of the section that are replaced, for networks that share one.
-    mean, std, scale
-        The network's input is (pixel * scale - mean) / std.
-    channels_last
-        Whether input and output are NHWC, not NCHW.
-    probabilities
-        Whether the network gives probabilities, not logits.
+    form
+        What the network takes and gives, for the reference.
     """
 
     section: str
     packages: tuple[str, ...]
     weights: Callable[[Pixels], None]
     edits: tuple[tuple[str, str], ...] = ()
-    mean: tuple[float, ...] = UNIT[0]
-    std: tuple[float, ...] = UNIT[1]
-    scale: float = 1 / 255
-    channels_last: bool = False
-    probabilities: bool = False
+    form: Format = PLAIN
 
 
 def _smp(architecture: str, encoder: str) -> Case:
@@ -98,13 +96,13 @@ def _smp(architecture: str, encoder: str) -> Case:
         ("segmentation_models_pytorch",),
         lambda images: state_dict(build, "unet.pt", fit, images),
         (('Unet("resnet34"', f'{architecture}("{encoder}"'),),
-        *IMAGENET,
+        Format(*IMAGENET),
     )
 
 
 def _monai(images: Pixels) -> None:
     def build() -> Any:
-        from monai.networks.nets import UNet
+        from monai.networks.nets.unet import UNet
 
         return UNet(2, 3, 3, (16, 32, 64, 128), (2, 2, 2), num_res_units=2)
 
@@ -127,9 +125,13 @@ CASES = {
     "smp-pspnet": _smp("PSPNet", "resnet34"),
     "smp-fpn": _smp("FPN", "mobilenet_v2"),
     "monai-unet": Case("MONAI", ("monai",), _monai),
-    "torchvision-lraspp": Case("torchvision", ("torchvision",), _lraspp, (), *IMAGENET),
+    "torchvision-lraspp": Case("torchvision", ("torchvision",), _lraspp, (), Format(*IMAGENET)),
     "transformers-segformer": Case(
-        "transformers", ("transformers",), lambda images: segformer("segformer", Fit(*IMAGENET), images), (), *IMAGENET
+        "transformers",
+        ("transformers",),
+        lambda images: segformer("segformer", Fit(*IMAGENET), images),
+        (),
+        Format(*IMAGENET),
     ),
     "nnunet-fold": Case(
         "nnU-Net",
@@ -140,10 +142,26 @@ CASES = {
         "Keras",
         ("keras", "tensorflow", "tf2onnx"),
         lambda images: keras_unet("unet.keras", images),
-        scale=1.0,
-        channels_last=True,
-        probabilities=True,
+        (),
+        Format(scale=1.0, channels_last=True, output="probabilities"),
     ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class FileCase:
+    """A network that is there as a file of its own, ``--files FOLDER``; see `Case` for ``form``."""
+
+    classes: str
+    form: Format
+
+
+FILES = {
+    "mean-of-sigmoids": FileCase("background,nucleus", Format(output="foreground")),
+    "clamped-sigmoid": FileCase("background,nucleus", Format(output="foreground")),
+    "multilabel": FileCase("tumour,stroma", Format(output="sigmoids")),
+    "soft-20": FileCase(",".join(f"class {k}" for k in range(20)), Format(output="probabilities")),
+    "whole-tile-pool": FileCase("background,tumour,stroma", PLAIN),
 }
 
 
@@ -165,16 +183,6 @@ def section_of(case: Case) -> tuple[str, list[str]]:
     return text, words
 
 
-def read_pixels(slide: Path) -> Pixels:
-    """Read a whole slide at level 0, as OpenSlide's users do."""
-    import openslide
-
-    with openslide.OpenSlide(slide) as reader:
-        image = reader.read_region((0, 0), 0, reader.dimensions)
-    pixels: Pixels = np.asarray(image)[..., :3]
-    return pixels
-
-
 def tiles_of(pixels: Pixels, count: int, side: int) -> Pixels:
     """Return tiles from the middle of a slide outwards, (count, side, side, 3)."""
     height, width = pixels.shape[:2]
@@ -183,147 +191,32 @@ def tiles_of(pixels: Pixels, count: int, side: int) -> Pixels:
     return np.stack([pixels[y : y + side, x : x + side] for y, x in zip(ys, xs, strict=True)])
 
 
-class Reference:
-    """A network as its library exported it, run by ONNX Runtime, tile by tile.
-
-    Parameters
-    ----------
-    file
-        The exported file.
-    case
-        How pixels are prepared.
-    """
-
-    def __init__(self, file: Path, case: Case) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", "0"))
-        self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        self._case = case
-
-    def scores(self, tile: Pixels) -> Scores:
-        """Return the probabilities (K, side, side) of a tile (side, side, 3)."""
-        case = self._case
-        x = (tile.astype(np.float64) * case.scale - np.array(case.mean)) / np.array(case.std)
-        x = x if case.channels_last else x.transpose(2, 0, 1)
-        (name,) = (source.name for source in self._session.get_inputs())
-        output = self._session.run(None, {name: np.ascontiguousarray(x[None], np.float32)})[0][0].astype(np.float64)
-        y = output.transpose(2, 0, 1) if case.channels_last else output
-        if y.shape[1:] != tile.shape[:2]:
-            y = enlarged(y, tile.shape[0])
-        if case.probabilities:
-            return y
-        e = np.exp(y - y.max(axis=0))
-        shares: Scores = e / e.sum(axis=0)
-        return shares
-
-
-def enlarged(planes: Scores, side: int) -> Scores:
-    """Enlarge planes (K, h, w) to (K, side, side), linearly between the centres of pixels, as torch does."""
-    import torch
-
-    y = torch.nn.functional.interpolate(
-        torch.from_numpy(planes)[None], size=(side, side), mode="bilinear", align_corners=False
-    )
-    return np.asarray(y[0].numpy(), np.float64)
-
-
-def starts_of(size: int, overlap: int, align: int) -> list[int]:
-    """Return where tiles begin along an axis: even steps, the last one moved to the border, a multiple of align."""
-    last = max(-(-size // align) * align - TILE_PX, 0)
-    return [*range(0, last, TILE_PX - overlap), last]
-
-
-def ramps(starts: list[int], number: int, overlap: int) -> Scores:
-    """Return the weights of a tile along an axis: they rise and fall as a Hann window where it meets a neighbour."""
-    weights = np.ones(TILE_PX)
-    rise = np.sin(np.pi * (np.arange(overlap) + 0.5) / (2 * overlap)) ** 2
-    if number > 0:
-        weights[:overlap] = rise
-    if number + 1 < len(starts):
-        weights[TILE_PX - overlap :] = rise[::-1]
-    return weights
-
-
-def nearest(starts: list[int], number: int, size: int) -> slice:
-    """Return the pixels of an axis that are nearer to this tile's centre than to any other's."""
-    middle = [start + TILE_PX / 2 for start in starts]
-    first = 0 if number == 0 else int(np.ceil((middle[number - 1] + middle[number]) / 2))
-    stop = size if number + 1 == len(starts) else int(np.ceil((middle[number] + middle[number + 1]) / 2))
-    return slice(first, stop)
-
-
-def reference_labels(
-    pixels: Pixels, reference: Reference, analysed: NDArray[np.bool_], overlap: int, align: int
-) -> tuple[Labels, Labels]:
-    """Label a slide twice: by blending with Hann windows, and by each pixel's nearest tile.
-
-    Parameters
-    ----------
-    pixels
-        (H, W, 3), the slide.
-    reference
-        The network.
-    analysed
-        (H, W), where ``histo-infer`` found tissue: tiles whose centre it left out are left out.
-    overlap, align
-        Of the grid of tiles, in pixels.
-    """
-    height, width = pixels.shape[:2]
-    ys, xs = starts_of(height, overlap, align), starts_of(width, overlap, align)
-    beyond = [(0, max(starts[-1] + TILE_PX - size, 0)) for starts, size in ((ys, height), (xs, width))]
-    padded = np.pad(pixels, (*beyond, (0, 0)), mode="reflect")
-    sums: Scores | None = None
-    alone = np.full((height, width), 255, np.uint8)
-    for i, y in enumerate(ys):
-        for j, x in enumerate(xs):
-            if not analysed[min(y + TILE_PX // 2, height - 1), min(x + TILE_PX // 2, width - 1)]:
-                continue
-            scores = reference.scores(padded[y : y + TILE_PX, x : x + TILE_PX])
-            if sums is None:
-                sums = np.zeros((len(scores), *padded.shape[:2]))
-            window = np.outer(ramps(ys, i, overlap), ramps(xs, j, overlap))
-            sums[:, y : y + TILE_PX, x : x + TILE_PX] += scores * window
-            rows, columns = nearest(ys, i, height), nearest(xs, j, width)
-            inside = scores[:, rows.start - y : rows.stop - y, columns.start - x : columns.stop - x]
-            alone[rows, columns] = inside.argmax(axis=0)
-    if sums is None:
-        raise ValueError("no tile of the slide was analysed")
-    return np.asarray(sums[:, :height, :width].argmax(axis=0), np.uint8), alone
-
-
-def agreement(labels: Labels, expected: Labels) -> dict[str, Any]:
-    """Compare two label maps where both have a label."""
-    both = (labels != 255) & (expected != 255)
-    same = labels[both] == expected[both]
-    shares = np.bincount(expected[both], minlength=1) / both.sum()
-    return {
-        "pixels": int(both.sum()),
-        "differing": int((~same).sum()),
-        "agreement": float(same.mean()),
-        "shares": [round(float(share), 4) for share in shares],
-    }
-
-
-def run_case(name: str, slide: Path, pixels: Pixels, export_options: Sequence[str] = ()) -> dict[str, Any]:
+def run_case(
+    name: str, slide: Path, pixels: Pixels, export_options: Sequence[str] = (), files: Path | None = None
+) -> dict[str, Any]:
     """Export, wrap and run a network, and compare its labels; the working directory is used.
 
     Parameters
     ----------
     name
-        Of `CASES`.
+        Of `CASES` or `FILES`.
     slide, pixels
         The slide, and its pixels (H, W, 3).
     export_options
         Added to the page's command.
+    files
+        Where the networks of `FILES` are.
     """
-    case = CASES[name]
+    case = CASES.get(name) or FILES[name]
     with _in_folder(name):
-        case.weights(tiles_of(pixels, 6, 256))
-        code, words = section_of(case)
-        Path("export.py").write_text(code, encoding="utf-8")
-        _run([sys.executable, "-W", "ignore", "export.py"])
+        if isinstance(case, Case):
+            case.weights(tiles_of(pixels, 6, 256))
+            code, words = section_of(case)
+            Path("export.py").write_text(code, encoding="utf-8")
+            _run([sys.executable, "-W", "ignore", "export.py"])
+        else:
+            shutil.copy(Path(files or "") / f"{name}.onnx", ".")
+            words = ["histo-export", "wrap", f"{name}.onnx", "--classes", case.classes, "--mpp", "0.5"]
         file = Path(words[2])
         started = time.perf_counter()
         wrapped = _run([*words, *export_options], statuses=(0, 1))
@@ -346,9 +239,8 @@ def run_case(name: str, slide: Path, pixels: Pixels, export_options: Sequence[st
             labels = read_labels(Path(mode) / slide.stem / "labels.tif")
             if not expected:
                 grid = json.loads((Path(mode) / slide.stem / "run.json").read_text())["grid"]
-                joined = reference_labels(
-                    pixels, Reference(file, case), labels != 255, grid["overlap_px"], card["align_px"]
-                )
+                reference = Reference(file, case.form)
+                joined = reference_labels(pixels, reference, labels != NOT_ANALYSED, grid, card["align_px"])
                 expected = dict(zip(("hann", "crop"), joined, strict=True))
                 result["grid"] = grid
             result[mode] = agreement(labels, expected[mode])
@@ -386,24 +278,27 @@ def _run(words: list[str], statuses: tuple[int, ...] = (0,)) -> subprocess.Compl
 @click.command()
 @click.argument("slide", type=click.Path(path_type=Path, exists=True))
 @click.option("--out", type=click.Path(path_type=Path), help="Result file; earlier results of other cases are kept.")
-@click.option("--case", "names", multiple=True, type=click.Choice(tuple(CASES)), help="Only this one; may be repeated.")
+@click.option("--case", "names", multiple=True, type=click.Choice((*CASES, *FILES)), help="Only this; may be repeated.")
+@click.option("--files", type=click.Path(path_type=Path, exists=True), help="Folder of networks: soft-20.onnx, ...")
 @click.option("--quick", is_flag=True, help="Write the FP32 graph alone, which is what a CPU runs by default.")
 @click.option("--keep", type=click.Path(path_type=Path), help="Folder for all files; default: a temporary one.")
-def main(slide: Path, out: Path | None, names: tuple[str, ...], quick: bool, keep: Path | None) -> None:
+def main(
+    slide: Path, out: Path | None, names: tuple[str, ...], files: Path | None, quick: bool, keep: Path | None
+) -> None:
     """Compare the labels of wrapped networks on SLIDE with those of ONNX Runtime run directly."""
-    slide, out = slide.resolve(), None if out is None else out.resolve()
+    slide, out, files = slide.resolve(), out and out.resolve(), files and files.resolve()
     pixels = read_pixels(slide)
     earlier = json.loads(out.read_text()) if out is not None and out.exists() else {}
     results: dict[str, Any] = dict(earlier.get("networks", {}))
     failed = []
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(keep or folder):
-        for name in names or CASES:
-            if absent := missing(CASES[name]):
+        for name in names or (*CASES, *(FILES if files else ())):
+            if absent := missing(CASES[name]) if name in CASES else []:
                 results[name] = {"left_out": f"not installed: {', '.join(absent)}"}
                 click.echo(f"{name}: {results[name]['left_out']}")
                 continue
             try:
-                result = results[name] = run_case(name, slide, pixels, QUICK if quick else ())
+                result = results[name] = run_case(name, slide, pixels, QUICK if quick else (), files)
             except (RuntimeError, ValueError) as error:
                 results[name] = {"error": re.sub(r"\s+", " ", str(error))[-1000:]}
                 click.echo(f"{name}: {error}")

@@ -38,12 +38,14 @@ def as_scores(values: NDArray[np.uint8], card: ModelCard = CARD) -> Scores:
     """Return v / 256, which float16 and 14 bits hold exactly; or, of schema 1, the bytes themselves."""
     if card.schema == 1:
         return values
-    return (values / np.float32(256)).astype(np.float16)
+    scores: Scores = (values / np.float32(256)).astype(np.float16)
+    return scores
 
 
 def as_shares(values: NDArray[np.uint8]) -> NDArray[np.uint16]:
     """Return the file's value of a score v / 256: round(65535 v / 256)."""
-    return np.floor(values * (65535 / 256) + 0.5).astype(np.uint16)
+    shares: NDArray[np.uint16] = np.floor(values * (65535 / 256) + 0.5).astype(np.uint16)
+    return shares
 
 
 @dataclass

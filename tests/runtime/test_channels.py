@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ FOUR = replace(CARD, channels=4, channel_names=NAMES, classes=tuple(ClassInfo(n,
 def slide(tmp_path: Path) -> Path:
     pixels = np.random.default_rng(0).integers(0, 256, (217, 301, 4), np.uint8)
     path = tmp_path / "four.tif"
-    resolution = {"resolution": (2e4, 2e4), "resolutionunit": "CENTIMETER"}
+    resolution: dict[str, Any] = {"resolution": (2e4, 2e4), "resolutionunit": "CENTIMETER"}
     tifffile.imwrite(path, pixels, tile=(64, 64), photometric="minisblack", planarconfig="contig", **resolution)
     return path
 

@@ -20,6 +20,7 @@ import tifffile
 from numpy.typing import NDArray
 
 from histostream.runtime import slide_run as infer
+from histostream.runtime.bundle.card import Scores
 from histostream.runtime.crf.options import CrfOptions
 from histostream.runtime.crf.params import CrfParams
 from histostream.runtime.options import Options
@@ -45,7 +46,7 @@ class Breaking(PlaceDependentEngine):
 
     after: int = 0
 
-    def infer(self, tiles: Array) -> Array:
+    def infer(self, tiles: Array) -> Scores:
         if self.tiles + len(tiles) > self.after:
             raise Broken
         return super().infer(tiles)

@@ -17,6 +17,7 @@ import tifffile
 from numpy.typing import NDArray
 
 from histostream.runtime import slide_run as infer
+from histostream.runtime.bundle.card import Scores
 from histostream.runtime.choices import WINDOWS
 from histostream.runtime.engines.base import to_channels
 from histostream.runtime.options import OptionError, Options
@@ -224,7 +225,7 @@ def test_a_finer_slide_is_averaged_down_to_the_models_resolution(tmp_path: Path)
 
 def test_a_failure_leaves_nothing_but_what_it_goes_on_with(noise_slide: Noise, tmp_path: Path) -> None:
     class Failing(PlaceDependentEngine):
-        def infer(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        def infer(self, tiles: NDArray[np.uint8]) -> Scores:
             if self.tiles > 10:
                 raise SlideError("planted")
             return super().infer(tiles)

@@ -99,13 +99,16 @@ def test_folds_of_single_images_are_equal_and_differ_by_seed() -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: splits.split(alone(3), validation=0.5, test=0.5, seed=0), "3 images are too few"),
-        (lambda: splits.split(alone(3), validation=0.2, test=0.1, seed=0), "test=0.1"),
-        (lambda: splits.split(alone(1), validation=0.2, test=0.0, seed=0), "too few"),
-        (lambda: splits.split([], validation=0.2, test=0.0, seed=0), "0 images are too few"),
+        (
+            lambda: splits.split(alone(3), validation=0.5, test=0.5, seed=0),
+            "test=0.5: of 3 images none is left to train on; set smaller",
+        ),
+        (lambda: splits.split(alone(3), validation=0.2, test=0.1, seed=0), "test=0.1: .* set 0, or 0.334 or more"),
+        (lambda: splits.split(alone(1), validation=0.2, test=0.0, seed=0), "1 images cannot be divided"),
+        (lambda: splits.split([], validation=0.2, test=0.0, seed=0), "0 images cannot be divided"),
         (
             lambda: splits.split(pictures(list("aaabbb")), validation=0.3, test=0.3, seed=0),
-            "6 images of 2 groups are too few",
+            "6 images of 2 groups cannot be divided",
         ),
         (
             lambda: splits.fold(pictures(list("aabbc")), folds=4, fold=0, validation=0.1, seed=0),
@@ -114,7 +117,7 @@ def test_folds_of_single_images_are_equal_and_differ_by_seed() -> None:
         (lambda: splits.fold(alone(5), folds=1, fold=0, validation=0.1, seed=0), "folds=1"),
         (lambda: splits.fold(alone(5), folds=5, fold=5, validation=0.1, seed=0), "numbered 0 to 4"),
         (lambda: splits.fold(alone(5), folds=5, fold=-1, validation=0.1, seed=0), "fold=-1"),
-        (lambda: splits.fold(alone(5), folds=5, fold=0, validation=0.9, seed=0), "nothing to train"),
+        (lambda: splits.fold(alone(5), folds=5, fold=0, validation=0.9, seed=0), "5 images none is left to train on"),
     ],
 )
 def test_an_impossible_division_is_refused(make: Callable[[], Split], words: str) -> None:

@@ -190,9 +190,9 @@ def test_the_documented_file_is_read(root: Path) -> None:
     example, further = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
     assert tomllib.loads(example).keys() | tomllib.loads(further).keys() == set(_layout.KEYS)
     (root / "dataset.toml").write_text(further, encoding="utf-8")
-    found = _layout.read_layout(root)
-    assert (found.reading.intensity, found.reading.transparent) == ((0.0, 4095.0), (255, 255, 255))
-    assert (found.threshold, found.ignored_value) == (128.0, 255)
+    layout = _layout.read_layout(root)
+    assert (layout.reading.intensity, layout.reading.transparent) == ((0.0, 4095.0), (255, 255, 255))
+    assert (layout.threshold, layout.ignored_value) == (128.0, 255)
     for i, path in enumerate(sorted((root / "images").iterdir())):
         path.rename(path.with_name(f"P0{4 + i}_1.png"))
         labels = root / "labels" / path.name

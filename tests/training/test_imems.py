@@ -149,7 +149,7 @@ def test_the_papers_network_has_the_papers_shape() -> None:
 
 def test_an_unknown_discriminator_is_named() -> None:
     with pytest.raises(ValueError, match="'vgg'"):
-        imems.Config(discriminator="vgg")
+        imems.Config(discriminator="vgg")  # type: ignore[arg-type]
 
 
 def algorithm(name: str) -> imems.Config:
@@ -183,7 +183,7 @@ def test_contradicting_settings_are_named() -> None:
     with pytest.raises(ValueError, match="second_task='image': it goes with target='labels'"):
         imems.Config(second_task="image")
     with pytest.raises(ValueError, match="target='image'"):
-        imems.Config(target="image")
+        imems.Config(target="image")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="segmentation_weight"):
         imems.Config(segmentation_weight=1.5)
 

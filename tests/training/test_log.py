@@ -10,6 +10,7 @@ import pytest
 
 from histostream.training.log import Log
 from histostream.wsi import files
+from histostream.wsi.errors import OutputError
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -79,6 +80,6 @@ def test_a_log_is_rewritten_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files, "sync", full)
-    with pytest.raises(files.OutputError, match="no room to write"):
+    with pytest.raises(OutputError, match="no room to write"):
         write(path, 4, 4, start=3)
     assert path.read_bytes() == before

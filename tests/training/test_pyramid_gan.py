@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -1015,7 +1015,7 @@ def test_comparators_of_as_many_levels_start_from_the_same_segmenters() -> None:
         ({"synthetic_from": 1.5}, "synthetic_from=1.5: use 0 to 1"),
         ({"pseudo_positives": 0.6}, "use 0 to 0.5"),
         ({"dropout": 1.0}, "dropout=1.0"),
-        ({"pseudo_from": 0.5, "pseudo_to": 0.2}, "pseudo_from=0.5: use up to pseudo_to=0.2"),
+        ({"pseudo_from": 0.5, "pseudo_to": 0.2}, "pseudo_from=0.5, pseudo_to=0.2: the first"),
     ],
 )
 def test_settings_that_cannot_be_are_named(more: dict[str, Any], said: str) -> None:
@@ -1175,7 +1175,7 @@ def test_labels_are_kept_of_whole_patients_or_of_images() -> None:
         train=tuple(replace(s, group=f"patient {i % 2}") for i, s in enumerate(drawn.train)),  # type: ignore[type-var]
     )
 
-    def kept(share: float, by: str, seed: int = 0) -> set[str]:
+    def kept(share: float, by: Literal["patient", "image"], seed: int = 0) -> set[str]:
         schedule = Schedule(validation=0, select="last", labelled=share, labelled_by=by, seed=seed)
         parts = divide(found, schedule)
         names = {parts.samples[i].name for i in parts.split.train}
@@ -1192,7 +1192,7 @@ def test_labels_are_kept_of_whole_patients_or_of_images() -> None:
     assert len({frozenset(kept(0.3, "image", seed)) for seed in range(5)}) > 1
     assert Schedule().labelled_by == "patient"
     with pytest.raises(ValueError, match="labelled_by='slide': use 'patient' or 'image'"):
-        Schedule(labelled_by="slide")
+        Schedule(labelled_by="slide")  # type: ignore[arg-type]
 
 
 @pytest.mark.full

@@ -31,7 +31,7 @@ from histostream.training.loop import TrainError
 from histostream.training.methods.imems import method as imems
 from histostream.training.methods.imems.method import Config
 from histostream.training.recipe import Recipe
-from histostream.training.schedule import Schedule
+from histostream.training.schedule import Decay, Schedule
 from histostream.training.state import State
 
 STEPS = 12
@@ -358,7 +358,7 @@ def test_every_validation_leaves_a_sheet_of_pictures(found: DataSet, tmp_path: P
 
 
 @pytest.mark.parametrize("name", ["none", "cosine", "poly"])
-def test_learning_rates_fall_as_named(name: str) -> None:
+def test_learning_rates_fall_as_named(name: Decay) -> None:
     schedule = Schedule(decay=name, warmup=5)
     rates = [schedule.rate(step, 100) for step in range(100)]
     assert rates[0] == pytest.approx(0.2, rel=0.02)

@@ -828,7 +828,7 @@ def test_the_baselines_reconstruction_has_no_long_skips(batch: Batch) -> None:
         ({"image_px": 50}, "image_px=50: use a multiple of 16, 32 or more"),
         ({"image_px": 16}, "image_px=16: use a multiple of 16, 32 or more"),
         ({"image_px": 64, "depth": 5, "discriminator_stages": 5, "width": 2}, "128 or more"),
-        ({"unique_channels": 64}, "unique_channels=64: the code has 64 channels, use 1 to 63"),
+        ({"unique_channels": 64}, r"unique_channels=64: the code has 64 channels \(width=4, depth=4\), use 1 to 63"),
         ({"lambda_cyc": -1.0}, "lambda_cyc=-1.0: use 0"),
         ({"width": 0}, "width=0: use a whole number, 1 to 4096"),
         ({"labelled_share": 1.5}, "labelled_share=1.5"),

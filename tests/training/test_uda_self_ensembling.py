@@ -129,7 +129,7 @@ def test_more_than_two_classes_are_refused() -> None:
         ({"lambda_adv": -1.0}, "lambda_adv=-1.0: use 0"),
         ({"ema": 1.0}, "ema=1.0"),
         ({"ramp_epochs": 0}, "ramp_epochs=0"),
-        ({"first_fraction": 0.6}, "first_fraction=0.6: use up to max_fraction=0.5"),
+        ({"first_fraction": 0.6}, "first_fraction=0.6, max_fraction=0.5: the first"),
     ],
 )
 def test_settings_that_cannot_be_are_named(setting: dict[str, Any], said: str) -> None:

@@ -15,11 +15,11 @@ from histostream.training.datasets._layout import Layout
 
 MAX_LABEL = 254  # 255 is "not annotated" in label maps
 MAX_COLORS = 32  # of a label image in colour; more are soft edges or a photograph
-MANY_OBJECTS = 16  # values, each of one blob, that are objects and no classes in whatever number of images
+MANY_OBJECTS = 10  # values, each of one blob, that are objects and no classes in whatever number of images
 FEW_OBJECTS = 5  # the same, where their number differs from image to image
 ONE_BLOB = 0.9  # least share of the values that are one blob each
 SOFT_PX = 64  # grey levels about 0 and 255 in which the values of a soft mask lie
-SOFT_SHARE = 0.9  # of its pixels, at least
+SOFT_SHARE = 0.75  # of its pixels, at least
 
 
 @dataclass(frozen=True, slots=True)

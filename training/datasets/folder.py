@@ -191,7 +191,11 @@ def _sources(path: Path, layout: Layout) -> list[_Source]:
     elif labels_beside(_images_in(path)):
         return [_source(path, ".", "")]
     else:
-        raise DataError(f"{path}: no folder 'images' in it; see docs/data.md")
+        names = sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+        raise DataError(
+            f"{path}: no folder 'images' in it, but {listed(names) or 'no folder at all'}; put images into images/ and "
+            "labels into labels/, or name a known set as glas:PATH (docs/data.md)"
+        )
     if layout.splits:
         raise DataError(f"{layout.file}: [splits] and folders of parts ({sources[0].part}); leave one out")
     return sources

@@ -87,7 +87,7 @@ def draw(
     title, unit
         What is drawn, and the name of the vertical axis.
     steps
-        (N,) steps, rising.
+        (N,) steps, rising; the last one ends the horizontal axis.
     lines
         Name and (N,) values of each line; nan where there is none.
     limits
@@ -103,7 +103,7 @@ def draw(
     known = [line for line in known if len(line[1])]
     if not known:
         return None
-    last = max(float(xs[-1]) for _, xs, _ in known)
+    last = float(steps[-1])
     averaged = max(1, math.ceil(max(len(xs) for _, xs, _ in known) / BINS))
     binned = [(name, *_binned(xs, values, averaged)) for name, xs, values in known]
     all_values = np.concatenate([values for *_, values in known])
@@ -201,8 +201,11 @@ def _path(points: Sequence[tuple[float, float]]) -> str:
 
 
 def _number(value: float) -> str:
-    """Return a number with four digits, a very small one as 5e-5."""
-    return f"{value:.4g}".replace("e-0", "e-").replace("e+0", "e")
+    """Return a number with four digits, a small or a large one as 1.5e-4."""
+    if value and not 1e-3 <= abs(value) < 1e5:
+        mantissa, exponent = f"{value:.3e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:.4g}"
 
 
 def _count(value: float, last: float) -> str:

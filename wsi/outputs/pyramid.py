@@ -24,7 +24,7 @@ from numpy.typing import DTypeLike, NDArray
 from histostream.wsi.files import remove, temporary_name, writing
 from histostream.wsi.outputs.label_rows import is_one_value
 
-Pixels = NDArray[np.uint8] | NDArray[np.uint16]
+Pixels = NDArray[Any]  # uint8, or uint16 for scores
 _ABSENT = -1
 MIN_PX = 512  # the coarsest level has no longer side
 DEFLATE_LEVEL = 5  # libdeflate, label maps: 200 Mpx/s, 4 % larger than level 6 with 140 Mpx/s
@@ -113,9 +113,10 @@ def nearest(pixels: Pixels) -> Pixels:
 
 def mean(pixels: Pixels) -> Pixels:
     """Average each 2 x 2, halves rounded up."""
-    wide = pixels.astype(np.uint16 if pixels.dtype == np.uint8 else np.uint32)
+    wide: Pixels = pixels.astype(np.uint16 if pixels.dtype == np.uint8 else np.uint32)
     rows = wide[::2] + wide[1::2]
-    return ((rows[:, ::2] + rows[:, 1::2] + 2) >> 2).astype(pixels.dtype)
+    means: Pixels = ((rows[:, ::2] + rows[:, 1::2] + 2) >> 2).astype(pixels.dtype)
+    return means
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx.shape_inference
 import onnxruntime
@@ -15,7 +17,7 @@ from histostream.export.external.dynamic_batch import with_dynamic_batch
 @pytest.mark.parametrize("target", [(1, -1, 12), (1, 3, -1), (1, -1), (1, 3, 4, 12)], ids=str)
 def test_a_reshape_to_a_batch_of_one_takes_two_tiles(target: tuple[int, ...], allowzero: int | None) -> None:
     """torch.onnx.export writes allowzero=1, with which a 0 is a length of zero and not that of the input."""
-    attributes = {} if allowzero is None else {"allowzero": allowzero}
+    attributes: dict[str, Any] = {} if allowzero is None else {"allowzero": allowzero}
     graph = helper.make_graph(
         [
             helper.make_node("Reshape", ["x", "target"], ["tokens"], name="tokens", **attributes),

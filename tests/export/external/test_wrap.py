@@ -15,7 +15,7 @@ import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -23,6 +23,7 @@ from histostream.export.external.description import DescriptionError, ExternalMo
 from histostream.export.external.wrap import WrappedModel, wrap_graph
 from histostream.export.graph.model import GraphError, check_graph
 from histostream.wsi.synthetic import SyntheticSlide
+from tests.export.external.graphs import convolution, graph_file
 
 SIDE = 64
 THREE = ("glass", "stroma", "tumour")
@@ -83,7 +84,8 @@ def assert_the_laws_hold(wrapped: WrappedModel) -> NDArray[np.float16]:
         assert [d.dim_value for d in kind.shape.dim][1:] == shape
     found, wanted = run(wrapped, tiles), wrapped.reference(tiles)
     assert found.shape == wanted.shape == (3, *shape)
-    assert (found.dtype, wanted.dtype) == (np.float16, np.float32)
+    assert found.dtype == np.float16
+    assert wanted.dtype == np.float32
     assert np.ptp(wanted, axis=(0, 2, 3)).max() > 0.04  # a network that does something
     assert np.abs(found - wanted).max() <= 1 / 255
     assert (found.argmax(axis=1) == wanted.argmax(axis=1)).mean() >= 0.9999
@@ -287,31 +289,6 @@ def test_an_output_of_lower_resolution_is_interpolated_only_when_asked(tmp_path:
 # --- graphs made by hand ------------------------------------------------------------------------
 
 
-def graph_file(
-    path: Path,
-    nodes: list[onnx.NodeProto],
-    weights: dict[str, NDArray[Any]],
-    source: tuple[str, int, list[Any]],
-    results: list[tuple[str, int, list[Any]]],
-    **model: Any,
-) -> Path:
-    graph = helper.make_graph(
-        nodes,
-        "by hand",
-        [helper.make_tensor_value_info(*source)],
-        [helper.make_tensor_value_info(*result) for result in results],
-        [numpy_helper.from_array(value, name) for name, value in weights.items()],
-    )
-    model.setdefault("opset_imports", [helper.make_opsetid("", 18)])
-    onnx.save(helper.make_model(graph, ir_version=10, **model), path)
-    return path
-
-
-def convolution(kind: Any = np.float32, classes: int = 3, channels: int = 3) -> NDArray[Any]:
-    weights = np.random.default_rng(0).normal(size=(classes, channels, 3, 3))
-    return (2 * weights).astype(kind)
-
-
 def simple(path: Path, *, kind: int = TensorProto.FLOAT, batch: Any = "n", **model: Any) -> Path:
     """Write one convolution of three classes, NCHW."""
     node = helper.make_node("Conv", ["x", "w"], ["y"], name="conv", pads=[1, 1, 1, 1])
@@ -479,7 +456,7 @@ def test_options_that_cannot_be_are_refused(said: dict[str, Any], words: str) ->
         ({"mean": (0.5, 0.5)}, r"has 3 channels, --mean, --std or --channel-names 2"),
         ({"tile_px": 96}, r"takes 64 x 64 pixels, not 96 x 96; pass --tile 64"),
         ({"layout": "nhwc"}, r"takes 3 x 64 pixels, and tiles are square"),
-        ({"activation": "none"}, r"so it is not probabilities: use --activation softmax"),
+        ({"activation": "none"}, r"so it is not probabilities: pass --activation softmax"),
         ({"input_name": "image"}, r"no input 'image'; it has 'x'"),
     ],
 )

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from histostream.runtime.bundle.card import Scores
 from histostream.runtime.cohort.worker import LocalExecutor, Worker
 from histostream.runtime.cuda.base import DeviceMemoryError
 from histostream.runtime.options import Options
@@ -131,7 +132,7 @@ class Watched(PlaceDependentEngine):
     threads: set[int] = field(default_factory=set)
     spans: list[tuple[float, float]] = field(default_factory=list)
 
-    def infer(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def infer(self, tiles: NDArray[np.uint8]) -> Scores:
         self.threads.add(threading.get_ident())
         start = time.monotonic()
         time.sleep(self.pause_s)
@@ -180,7 +181,7 @@ class Hungry(IdentityEngine):
     most: int = 1
     error: Callable[[], Exception] = MemoryError
 
-    def infer(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def infer(self, tiles: NDArray[np.uint8]) -> Scores:
         if len(tiles) > self.most:
             raise self.error()
         return super().infer(tiles)
@@ -209,7 +210,7 @@ def test_out_of_memory_goes_on_with_smaller_batches(
 def test_a_fault_of_ours_does_not_take_the_others_along(slides: list[Path], tmp_path: Path) -> None:
     @dataclass
     class Faulty(PlaceDependentEngine):
-        def infer(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        def infer(self, tiles: NDArray[np.uint8]) -> Scores:
             if not self.tiles:
                 self.tiles = 1
                 raise KeyError("planted")

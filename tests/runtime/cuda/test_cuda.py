@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from histostream.runtime.bundle.card import read_card
+from histostream.runtime.bundle.card import Scores, read_card
 from histostream.runtime.cuda import kernels
 from histostream.runtime.cuda.base import BINDINGS, DeviceError, DeviceMemoryError, open_device
 from histostream.runtime.cuda.driver import gpu_count
@@ -531,7 +531,7 @@ def test_a_gpu_computes_what_the_host_computes(binding: str, tmp_path: Path) -> 
             device.upload(scores, pixels, stream)
             stream.synchronize()
 
-        def infer(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        def infer(self, tiles: NDArray[np.uint8]) -> Scores:
             return infer_arrays(self, tiles)
 
         def close(self) -> None:
@@ -570,7 +570,7 @@ def test_engines_of_a_gpu_agree_with_the_cpu(backend: str, tiny_bundle: Path, tm
     class OnHost:
         card, name, batch = engine.card, engine.name, engine.batch
 
-        def infer(self, tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        def infer(self, tiles: NDArray[np.uint8]) -> Scores:
             return engine.infer(tiles)
 
         def close(self) -> None:

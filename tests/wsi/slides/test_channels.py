@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,8 @@ def write(path: Path, pixels: NDArray[np.uint8], kind: str) -> Path:
             path, pixels, tile=(64, 64), planarconfig="contig", photometric="minisblack", compression="deflate"
         )
     elif kind == "OME planes":
-        metadata = {"axes": "CYX", "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5, "Channel": {"Name": list(NAMES)}}
+        metadata: dict[str, Any] = {"axes": "CYX", "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5}
+        metadata["Channel"] = {"Name": list(NAMES)}
         tifffile.imwrite(path, planes, ome=True, tile=(64, 64), photometric="minisblack", metadata=metadata)
     else:
         with tifffile.TiffWriter(path, ome=True) as file:  # a pyramid of planes

@@ -214,7 +214,9 @@ class Config:
                 "perceptual='vgg19': it needs vgg_weights=PATH, torchvision's vgg19; or set perceptual='none'"
             )
         if self.pseudo_to < self.pseudo_from:
-            raise ValueError(f"pseudo_from={self.pseudo_from}: use up to pseudo_to={self.pseudo_to}")
+            raise ValueError(
+                f"pseudo_from={self.pseudo_from}, pseudo_to={self.pseudo_to}: the first is at most the second"
+            )
 
     @property
     def batches(self) -> tuple[int, ...]:
@@ -404,7 +406,18 @@ class Progress(nn.Module):
 
 
 def build(config: Config, classes: int, channels: int = 3) -> State:
-    """Make the networks of all levels and their optimisers."""
+    """Make the networks of all levels and their optimisers.
+
+    Raises
+    ------
+    DataError
+        If the perceptual loss is to compare images that VGG19 does not take.
+    """
+    if config.perceptual != "none" and channels not in (1, 3):
+        raise DataError(
+            f"images of {channels} channels: VGG19, of the perceptual loss, takes RGB or grey; "
+            'set method.perceptual="none"'
+        )
     levels = range(config.levels - 1, -1, -1)
     modules: dict[str, nn.Module] = {"progress": Progress(config.levels, classes, channels)}
     # Segmenters come first: the comparators of one seed and as many levels start from the same.

@@ -26,7 +26,7 @@ from PIL import Image
 from histostream.training import checkpoint, preview
 from histostream.training.batches import padded
 from histostream.training.checkpoint import Checkpoint, CheckpointError
-from histostream.training.data import DataError, DataSet, Sample
+from histostream.training.data import DataError, DataSet, Sample, annotated
 from histostream.training.methods.pyramid_gan import method as pyramid_gan
 from histostream.training.methods.pyramid_gan.method import Config
 from histostream.training.methods.pyramid_gan.networks import GeneratorPyramid, one_hot_levels
@@ -202,7 +202,7 @@ def sample(
 def _check_labels(painter: Painter, name: str, samples: Sequence[Sample]) -> None:
     names = painter.class_names
     for item in samples:
-        if (highest := int(item.labels.max())) >= len(names):
+        if (highest := int(annotated(item.labels).max(initial=0))) >= len(names):
             raise DataError(
                 f"{name}: label {highest} in {item.name}; the model paints {len(names)} classes "
                 f"({', '.join(names)}): "
@@ -246,9 +246,12 @@ def _write(
         for k in range(per_mask):
             image = paint(painter, labels, (seed, number, k))
             row[f"painted {k + 1}"] = image
-            file = f"{number:05d}-{stem}_{k + 1}.png"
-            Image.fromarray(np.squeeze(image)).save(folder / "images" / file)
-            Image.fromarray(labels).save(folder / "labels" / file)
+            file = f"{number:05d}-{stem}_{k + 1}"
+            if image.shape[2] in (1, 3):
+                Image.fromarray(np.squeeze(image)).save(folder / "images" / f"{file}.png")
+            else:
+                np.save(folder / "images" / f"{file}.npy", image)
+            Image.fromarray(labels).save(folder / "labels" / f"{file}.png")
         if len(rows) < SHEET_ROWS:
             rows.append(row)
     preview.sheet(rows).save(folder / "sheet.png")

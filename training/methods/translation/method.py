@@ -123,8 +123,8 @@ class Config:
         check_fields(self)
         if self.unique_channels >= self.code_channels:
             raise ValueError(
-                f"unique_channels={self.unique_channels}: the code has {self.code_channels} "
-                f"channels, use 1 to {self.code_channels - 1}"
+                f"unique_channels={self.unique_channels}: the code has {self.code_channels} channels "
+                f"(width={self.width}, depth={self.depth}), use 1 to {self.code_channels - 1}"
             )
         if self.fixed_px and (self.image_px % self.stride_px or self.image_px < self.least_px):
             raise ValueError(

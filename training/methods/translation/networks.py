@@ -50,7 +50,7 @@ class Conv(nn.Conv2d):
             # Not random: the weights of a seed are the same without spectral normalisation.
             self.register_buffer("u", torch.ones(matrix.shape[0]))
             self.register_buffer("v", torch.ones(matrix.shape[1]))
-            for _ in range(FIRST_ITERATIONS):
+            for _ in range(0 if matrix.is_meta else FIRST_ITERATIONS):  # without storage there is nothing to do
                 self._iterate(matrix)
 
     def forward(self, x: Tensor) -> Tensor:

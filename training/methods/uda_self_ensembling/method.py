@@ -119,7 +119,10 @@ class Config:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.first_fraction > self.max_fraction:
-            raise ValueError(f"first_fraction={self.first_fraction}: use up to max_fraction={self.max_fraction}")
+            raise ValueError(
+                f"first_fraction={self.first_fraction}, max_fraction={self.max_fraction}: "
+                "the first is at most the second"
+            )
 
 
 class Domains(nn.Module):
