@@ -27,9 +27,11 @@ LOSSES = {  # of scores (N, 2, H, W), or the logit of class 1, and labels (N, H,
     "cross_entropy": losses.cross_entropy,
     "apma cross_entropy": lambda scores, labels: apma_net.segmentation_loss(apma_net.Config(), scores, labels),
     "apma dice": lambda scores, labels: apma_net.segmentation_loss(apma_net.Config(seg_loss="dice"), scores, labels),
-    "imems l1": lambda scores, labels: imems._painting_loss(imems.Config(), scores.tanh(), images(), labels)[1],
+    "imems l1": lambda scores, labels: imems._painting_loss(
+        State(imems.Config(), {}, {}), scores.tanh(), images(), labels
+    )[1],
     "imems l1 of labels": lambda scores, labels: imems._painting_loss(
-        imems.Config(target="labels", label_loss="l1"), scores, images(), labels
+        State(imems.Config(target="labels", label_loss="l1"), {}, {}), scores, images(), labels
     )[1],
     "uda dice": lambda scores, labels: uda.dice_loss(
         scores[:, 1:].sigmoid(), labels[:, None].float(), losses.known(labels)
