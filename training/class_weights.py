@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +28,8 @@ class ClassWeightsError(HistoError, ValueError):
     exit_status = 2
 
 
-class PixelCounts(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class PixelCounts:
     """Pixels of each class, (K,), in ``images`` images; pixels that are not annotated are left out."""
 
     pixels: NDArray[np.int64]

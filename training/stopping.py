@@ -31,7 +31,7 @@ class StopSignals:
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
-        """Inside, a request raises KeyboardInterrupt at once; outside, it only sets `requested`."""
+        """Inside, a request raises KeyboardInterrupt at once; outside, it is only noted."""
         self._interrupts = True
         try:
             if self.requested:
