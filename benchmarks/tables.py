@@ -257,6 +257,15 @@ def _spread(values: list[float], digits: int) -> str:
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
+def networks_cpu(result: Result) -> Rows:
+    """Tabulate how many labels of wrapped networks are those of ONNX Runtime, run directly."""
+    yield _head("network|tile, px|depends on the tile|labels that agree, blended|labels that agree, each tile's centre")
+    for name, run in result["networks"].items():
+        if "hann" in run:
+            agreements = [f"{run[mode]['agreement']:.4%}" for mode in ("hann", "crop")]
+            yield [name, str(run["grid"]["tile_px"]), "yes" if run["tile_statistics"] else "no", *agreements]
+
+
 TABLES: dict[str, Callable[[Result], Rows]] = {
     "accuracy-imems-glas-small": accuracy_imems,
     "accuracy-imems-nuclei-small": accuracy_imems,
@@ -278,6 +287,7 @@ TABLES: dict[str, Callable[[Result], Rows]] = {
     "kills-cpu": kills_cpu,
     "fuzz-cpu": fuzz_cpu,
     "size-cpu": size_cpu,
+    "networks-cpu": networks_cpu,
     "bench-cpu": bench_cpu,
     "export-cpu": export_cpu,
     "accuracy-nuclei": accuracy_nuclei,
