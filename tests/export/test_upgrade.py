@@ -83,7 +83,8 @@ def pixels() -> NDArray[np.uint8]:
 def labels_by_hand(weights: NDArray[np.float32]) -> NDArray[np.intp]:
     """Return the arg-max of the network's logits, which needs no softmax and no tiles."""
     logits = np.einsum("hwc,kc->hwk", pixels().astype(np.float64) / 255, weights[:, :, 0, 0].astype(np.float64))
-    return logits.argmax(axis=2)
+    labels: NDArray[np.intp] = logits.argmax(axis=2)
+    return labels
 
 
 def test_a_bundle_of_schema_1_runs_and_one_line_says_what_it_loses(

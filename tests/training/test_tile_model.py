@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -14,7 +16,8 @@ from histostream.training.networks.tile_model import rounded
 
 def in_the_stream(scores: NDArray[np.float16]) -> NDArray[np.intp]:
     """Return the label that the stream gives to a pixel of one tile: the arg-max of floor(s * 2**14 + 1/2)."""
-    return np.floor(scores.astype(np.float64) * 2**14 + 0.5).argmax(axis=1)
+    labels: NDArray[np.intp] = np.floor(scores.astype(np.float64) * 2**14 + 0.5).argmax(axis=1)
+    return labels
 
 
 def close_scores(classes: int, spread: float, level: float, seed: int = 0) -> NDArray[np.float32]:
@@ -59,7 +62,7 @@ def test_the_nodes_of_onnx_round_as_torch_does(classes: int) -> None:
     nodes: list[onnx.NodeProto] = []
     constants: list[TensorProto] = []
 
-    def add(kind: str, *inputs: str, **attributes: object) -> str:
+    def add(kind: str, *inputs: str, **attributes: Any) -> str:
         nodes.append(helper.make_node(kind, inputs, [f"{kind}{len(nodes)}"], **attributes))
         return str(nodes[-1].output[0])
 

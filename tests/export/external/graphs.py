@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from onnx import helper, numpy_helper
 def graph_file(
     path: Path,
     nodes: list[onnx.NodeProto],
-    weights: dict[str, NDArray[Any]],
-    source: tuple[str, int, list[Any]],
-    results: list[tuple[str, int, list[Any]]],
+    weights: Mapping[str, Any],
+    source: tuple[str, int, Sequence[Any]],
+    results: Sequence[tuple[str, int, Sequence[Any]]],
     **model: Any,
 ) -> Path:
     graph = helper.make_graph(

@@ -68,7 +68,7 @@ def logits(weights: str = "w", bias: str = "b", out: str = "l") -> Any:
     return node("Conv", ["x", weights, bias], [out], pads=[1, 1, 1, 1])
 
 
-def write(path: Path, nodes: list[Any], weights: dict[str, Array], k: int, side: int = 96, **model: Any) -> Path:
+def write(path: Path, nodes: list[Any], weights: dict[str, Any], k: int, side: int = 96, **model: Any) -> Path:
     shapes = ["N", 3, side, side], ["N", k, side, side]
     return graph_file(path, nodes, weights, ("x", FLOAT, shapes[0]), [("y", FLOAT, shapes[1])], **model)
 
@@ -159,7 +159,8 @@ def enlarged_as_before(path: Path) -> Path:
 
 
 def best(y: Array) -> Array:
-    return y.argmax(axis=1)
+    labels: Array = y.argmax(axis=1)
+    return labels
 
 
 def reached(y: Array) -> Array:

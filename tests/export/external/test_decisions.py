@@ -15,6 +15,7 @@ from onnx import TensorProto, helper
 
 from histostream.export.external.activation import Evidence, choose_activation
 from histostream.export.external.description import DescriptionError, ExternalModel, check_normalisation
+from histostream.export.external.reference import Reference
 from histostream.export.external.scoring import Scoring
 from histostream.export.external.wrap import WrappedModel, wrap_graph
 from histostream.export.graph.model import GraphError
@@ -101,6 +102,7 @@ def test_real_tiles_count_not_only_noise(tmp_path: Path) -> None:
 def test_a_later_tile_that_contradicts_is_refused_with_the_remedy(tmp_path: Path) -> None:
     path = network(tmp_path / "net.onnx", [node("Mul", ["l", "s"], ["y"])], k=1, s=np.array(0.001, np.float32))
     wrapped = wrap(path, ExternalModel(("background", "a"), activation="none", scale=1e-4))
+    assert isinstance(wrapped.reference, Reference)
     wild = replace(wrapped.reference, scoring=replace(wrapped.scoring, activation="none"))
     source = replace(wild.network.source, scale=1e6)
     wild = replace(wild, network=replace(wild.network, source=source))
@@ -151,6 +153,7 @@ def test_the_graph_makes_the_same_labels_as_the_reference_at_the_threshold(tmp_p
         wrapped = wrap(path, ExternalModel(("background", "a"), threshold=threshold))
         session = onnxruntime.InferenceSession(wrapped.model.SerializeToString(), providers=["CPUExecutionProvider"])
         labels = session.run(None, {"tiles": tiles})[0].argmax(axis=1)
+        assert isinstance(wrapped.reference, Reference)
         votes = wrapped.reference.network.run(wrapped.source.normalised(tiles))[:, 0]
         assert (votes == 0.5).mean() > 0.05
         np.testing.assert_array_equal(labels[votes == 0.5], ties)
@@ -168,6 +171,7 @@ def test_of_two_classes_the_one_that_is_no_background_has_the_threshold(
     tiles = np.random.default_rng(0).integers(0, 256, (2, SIDE, SIDE, 3), np.uint8)
     session = onnxruntime.InferenceSession(wrapped.model.SerializeToString(), providers=["CPUExecutionProvider"])
     labels = session.run(None, {"tiles": tiles})[0].argmax(axis=1)
+    assert isinstance(wrapped.reference, Reference)
     logits = wrapped.reference.network.run(wrapped.source.normalised(tiles))
     index = classes.index("a")
     p = 1 / (1 + np.exp(logits[:, 1 - index] - logits[:, index]))

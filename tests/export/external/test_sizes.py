@@ -243,7 +243,8 @@ class Unpadded(nn.Module):
         skip = torch.relu(self.one(x))
         y = self.up(torch.relu(self.two(functional.max_pool2d(skip, 2))))
         rim = (skip.shape[-1] - y.shape[-1]) // 2
-        return 40 * self.three(torch.cat([skip[..., rim:-rim, rim:-rim], y], dim=1))
+        out: Tensor = self.three(torch.cat([skip[..., rim:-rim, rim:-rim], y], dim=1))
+        return 40 * out
 
 
 def exported(network: nn.Module, path: Path, side: int, *, free: bool = False) -> Path:

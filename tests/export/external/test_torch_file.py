@@ -32,6 +32,8 @@ ABC = ("a", "b", "c")
 class Small(nn.Module):
     """Has parameters, a buffer, a constant, statistics and an enlargement."""
 
+    gain: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.one, self.norm, self.two = nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 3, 1)

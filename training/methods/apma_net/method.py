@@ -486,7 +486,7 @@ class Deployed(TileModel):
         return logits.softmax(dim=1)
 
 
-def deployed(state: State) -> nn.Module:
+def deployed(state: State) -> TileModel:
     """Return the module that export wraps: no discriminator, no reconstruction."""
     domain = TARGET if TARGET in pools(state.config) else "source"
     return Deployed(state.modules["generator"], state.modules["scale"], domain).eval()

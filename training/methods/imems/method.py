@@ -347,7 +347,7 @@ class Deployed(TileModel):
         return (y + 1) / 2 if self.embedding else y.softmax(dim=1)
 
 
-def deployed(state: State) -> nn.Module:
+def deployed(state: State) -> TileModel:
     """Return the module that export wraps: the generator only, dropout off."""
     generator = state.modules["generator"]
     if isinstance(generator, TwoDecoderUNet):

@@ -992,6 +992,6 @@ class Deployed(TileModel):
         return probability
 
 
-def deployed(state: State) -> nn.Module:
+def deployed(state: State) -> TileModel:
     """Return the module that export wraps: the segmenters, dropout off, batch statistics frozen."""
     return Deployed(segmenters(state)).eval()

@@ -680,7 +680,7 @@ class Deployed(TileModel):
         return with_background(segment(self.segmenter, code, maps).sigmoid())
 
 
-def deployed(state: State) -> nn.Module:
+def deployed(state: State) -> TileModel:
     """Return the module that export wraps, its convolutions made plain.
 
     No common decoder, no discriminator, no noise; of the residual decoder the segmentation alone.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ FIRST_ITERATIONS = 15  # of a new weight's power iteration, as PyTorch's spectra
 SLOPE = 0.2  # of the leaky ReLU; paper
 SCALES = 3  # of a discriminator; paper
 
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 Norm = Callable[[int, Tensor], Tensor]  # (number of the map in its decoder, map) -> normalised map
 
 
@@ -86,7 +88,7 @@ class Conv(nn.Conv2d):
             del self.u, self.v
 
 
-def fold_spectral_norm(module: nn.Module) -> nn.Module:
+def fold_spectral_norm(module: AnyModule) -> AnyModule:
     """Make plain convolutions of all normalised ones in a module; returns it."""
     for layer in module.modules():
         if isinstance(layer, Conv):

@@ -620,7 +620,7 @@ class Deployed(TileModel):
         return torch.cat([-logits, logits], dim=1).sigmoid()
 
 
-def deployed(state: State) -> nn.Module:
+def deployed(state: State) -> TileModel:
     """Return the module that export wraps: S only, its batch statistics frozen."""
     domains = _domains(state)
     module = Deployed(state.modules["segmenter"], domains.mean[TARGET], domains.std[TARGET])
