@@ -149,4 +149,4 @@ def choose_activation(asked: str, evidence: Evidence, channels: int, *, backgrou
             + ("sigmoid" if channels == 1 else "softmax or --activation sigmoid")
         )
     independent = independent if asked == "none" else asked == "sigmoid"
-    return Activation(asked, "as --activation says", independent and channels > 1)
+    return Activation(asked, "as was asked for", independent and channels > 1)
