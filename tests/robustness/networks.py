@@ -123,7 +123,6 @@ CASES = {
     "smp-unet": _smp("Unet", "resnet34"),
     "smp-deeplabv3plus": _smp("DeepLabV3Plus", "resnet18"),
     "smp-pspnet": _smp("PSPNet", "resnet34"),
-    "smp-fpn": _smp("FPN", "mobilenet_v2"),
     "monai-unet": Case("MONAI", ("monai",), _monai),
     "torchvision-lraspp": Case("torchvision", ("torchvision",), _lraspp, (), Format(*IMAGENET)),
     "transformers-segformer": Case(
