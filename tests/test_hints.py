@@ -65,6 +65,7 @@ SENTENCE = {
     "of",
     "or",
     "out",
+    "says",
     "starts",
     "takes",
     "that",
