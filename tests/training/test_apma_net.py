@@ -495,9 +495,9 @@ def test_the_deployed_network_has_the_targets_scale(batch: Batch) -> None:
         with torch.no_grad():
             scores = module(tiles)
             wanted = state.modules["generator"](scale(batch.images, domain))[0].softmax(dim=1)
-        assert scores.dtype == torch.uint8
+        assert scores.dtype == torch.float16
         assert scores.shape == (2, 2, 32, 32)
-        assert (scores.float() - 255 * wanted).abs().max() <= 0.501
+        assert (scores.float() - wanted).abs().max() <= 0.003  # what rounding may change
 
 
 def test_validation_has_the_scale_that_the_config_names(batch: Batch) -> None:

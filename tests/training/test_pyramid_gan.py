@@ -1050,8 +1050,8 @@ def test_the_pyramid_is_one_graph_of_all_levels(batch: Batch) -> None:
             wanted = state.modules[f"segmenter_{n}"].eval()(inside).softmax(dim=1)
             seen = F.interpolate(wanted, scale_factor=2, mode="bilinear")
         scores = module(tiles)
-    assert scores.dtype == torch.uint8
-    assert (scores.float() - 255 * wanted).abs().max() <= 0.501
+    assert scores.dtype == torch.float16
+    assert (scores.float() - wanted).abs().max() <= 0.003  # what rounding may change
     loss, labels = pyramid_gan.validate(state, batch.images, batch.labels)
     assert torch.equal(labels, wanted.argmax(dim=1))
     assert loss == pytest.approx(float(F.nll_loss(wanted.log(), batch.labels)), rel=1e-4)
@@ -1070,7 +1070,7 @@ def test_a_checkpoint_of_an_early_level_deploys_what_is_trained(batch: Batch) ->
         coarse = state.modules["segmenter_1"].eval()(F.pad(half, (0, 0, 0, 0, 0, 2)))
         wanted = up2(coarse.softmax(dim=1))
         scores = pyramid_gan.deployed(state)(batch.images.movedim(1, -1).contiguous())
-    assert (scores.float() - 255 * wanted).abs().max() <= 0.501
+    assert (scores.float() - wanted).abs().max() <= 0.003  # what rounding may change
     labels = pyramid_gan.validate(state, batch.images, batch.labels)[1]
     assert torch.equal(labels, wanted.argmax(dim=1))
     pyramid_gan.before_step(state, parts, 4, STEPS)

@@ -648,8 +648,8 @@ def test_an_images_result_does_not_depend_on_its_batch(norm: str) -> None:
     tiles = images.permute(0, 2, 3, 1).contiguous()
     module = translation.deployed(state)
     with torch.no_grad():
-        scores = module(tiles).int(), torch.cat([module(tile[None]) for tile in tiles]).int()
-        assert (scores[0] - scores[1]).abs().max() <= 1  # of 255: rounding
+        scores = module(tiles).float(), torch.cat([module(tile[None]) for tile in tiles]).float()
+        assert (scores[0] - scores[1]).abs().max() <= 0.003  # what rounding may change
         x_p = translation.scaled(images, state.config)
         torch.manual_seed(0)
         whole = translation.translate(state, x_p, x_p)
@@ -968,17 +968,14 @@ def test_the_deployed_scores_are_the_probabilities(classes: int) -> None:
     images = drawn(2)
     with torch.no_grad():
         scores = translation.deployed(state)(images.permute(0, 2, 3, 1).contiguous())
-    assert scores.dtype == torch.uint8
+    assert scores.dtype == torch.float16
     assert scores.shape == (2, classes, 48, 48)
     p = translation.probabilities(state, images)
-    assert (scores[:, 1:] - 255 * p).abs().max() <= 0.51
-    assert (scores[:, 0] - 255 * (1 - p.max(dim=1).values)).abs().max() <= 0.51
+    assert (scores[:, 1:] - p).abs().max() <= 0.003  # what rounding may change
+    assert (scores[:, 0] - (1 - p.max(dim=1).values)).abs().max() <= 0.003
     labels = translation.validate(state, images, torch.zeros(2, 48, 48).long())[1]
     assert torch.equal(labels > 0, (p > 0.5).any(dim=1))
-    best = translation.with_background(p).topk(2, dim=1).values
-    clear = best[:, 0] - best[:, 1] > 1 / 255  # else rounding may make them equal
-    assert clear.float().mean() > 0.5
-    assert torch.equal(scores.argmax(dim=1)[clear], labels[clear])
+    assert torch.equal(scores.argmax(dim=1), labels)
 
 
 # ----------------------------------------------------------------------------- recipes and runs
@@ -1168,7 +1165,7 @@ def test_a_bundle_gives_torchs_labels(run: Path, exported: tuple[Path, Export], 
     found = engine.infer(images.numpy())
     assert (found.argmax(axis=1) == labels).mean() >= least
     if precision == "fp32":
-        assert np.abs(found.astype(int) - scores).max() <= 1
+        assert np.abs(found.astype(np.float32) - scores).max() <= 0.003  # what rounding may change
 
 
 @pytest.mark.full

@@ -453,13 +453,13 @@ def test_the_deployed_graph_normalises_as_the_target(found: DataSet) -> None:
     uda.settle(state, parts)
     images = torch.from_numpy(np.stack([s.image for s in found.test]))
     scores = uda.deployed(state)(images)
-    assert scores.dtype == torch.uint8
+    assert scores.dtype == torch.float16
     assert scores.shape == (2, 2, 48, 48)
     state.modules["segmenter"].eval()
     x = uda._domains(state).normalised(images.permute(0, 3, 1, 2), uda.TARGET)
     p = state.modules["segmenter"](x).sigmoid()
-    wanted = torch.cat([1 - p, p], dim=1) * 255
-    assert (scores.float() - wanted).abs().max() <= 0.501
+    wanted = torch.cat([1 - p, p], dim=1)
+    assert (scores.float() - wanted).abs().max() <= 0.003  # what rounding may change
     other = uda._domains(state).normalised(images.permute(0, 3, 1, 2), uda.SOURCE)
     assert (state.modules["segmenter"](other).sigmoid() - p).abs().max() > 0.01
 
@@ -674,7 +674,7 @@ def check_bundle(run: Path, bundle: Path, precision: str, picture: StoredPicture
     assert engine.card.score_kind == "probability"
     image = np.pad(picture.image, ((0, 16), (0, 16), (0, 0)), mode="reflect")
     scores = load_deployed(run / "best", checkpoint.read(run / "best"))(torch.from_numpy(image[None]))
-    assert (scores.int().sum(dim=1) - 255).abs().max() <= 1  # 2 classes, each rounded
+    assert (scores.float().sum(dim=1) - 1).abs().max() <= 0.003  # what rounding may change
     wanted = scores[0].numpy().argmax(axis=0)
     assert 0.01 < wanted.mean() < 0.99
     least = {"fp32": 0.9999, "fp16": 0.999, "int8": 0.95}[precision]
