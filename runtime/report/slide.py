@@ -150,7 +150,8 @@ def _stages(run: RunRecord) -> list[Stage]:
 
 def _changed_options(run: RunRecord) -> list[tuple[str, str]]:
     """Return (name, value) of each option that differs from its default, as the page shows it."""
-    options, defaults = to_json(run.options), to_json(Options())
+    # Records have the blending that was used; the one of most models is not worth a line.
+    options, defaults = to_json(run.options), to_json(Options(blend="hann"))
     changed = {name: value for name, value in options.items() if name != "crf" and value != defaults.get(name)}
     requested = (run.inputs or {}).get("options", {})
     changed |= {name: requested[name] for name in ("backend", "precision") if requested.get(name, "auto") != "auto"}

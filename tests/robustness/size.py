@@ -79,18 +79,20 @@ CASES = {
 
 
 def identity_bundle(folder: Path) -> Path:
-    """Write a model whose scores are the pixels' red, green and blue."""
+    """Write a model whose scores are the pixels' red, green and blue, divided by 256."""
     tile_px = 512
     shape: list[str | int | None] = ["n", tile_px, tile_px, 3]
     graph = helper.make_graph(
         [
             helper.make_node("Cast", ["tiles"], ["values"], to=TensorProto.FLOAT),
             helper.make_node("Transpose", ["values"], ["planes"], perm=[0, 3, 1, 2]),
-            helper.make_node("Cast", ["planes"], ["scores"], to=TensorProto.UINT8),
+            helper.make_node("Mul", ["planes", "step"], ["parts"]),
+            helper.make_node("Cast", ["parts"], ["scores"], to=TensorProto.FLOAT16),
         ],
         "identity",
         [helper.make_tensor_value_info("tiles", TensorProto.UINT8, shape)],
-        [helper.make_tensor_value_info("scores", TensorProto.UINT8, ["n", 3, tile_px, tile_px])],
+        [helper.make_tensor_value_info("scores", TensorProto.FLOAT16, ["n", 3, tile_px, tile_px])],
+        [helper.make_tensor("step", TensorProto.FLOAT, [], [1 / 256])],
     )
     opset = 18
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)

@@ -93,7 +93,7 @@ def test_what_is_no_file_of_a_sane_size_is_one_line(name: str, slide: Path) -> N
 def test_a_value_outside_of_its_choices_is_refused_as_on_the_command_line(slide: Path) -> None:
     done = infer(slide, "--config", settings("blend = 'magic'"))
     assert done.exit_code == 2
-    assert "'magic' is not one of 'hann'" in done.stderr
+    assert "'magic' is not one of 'auto', 'hann'" in done.stderr
 
 
 def test_a_dry_run_says_what_a_run_does_and_writes_nothing(slide: Path, tiny_bundle: Path) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from histostream.runtime.bundle.card import Scores
+from histostream.runtime.bundle.card import ModelCard, Scores
 from histostream.runtime.cohort.worker import LocalExecutor, Worker
 from histostream.runtime.cuda.base import DeviceMemoryError
 from histostream.runtime.options import Options
@@ -147,11 +147,11 @@ def test_the_next_slide_is_read_while_this_one_is_on_the_device(
     engine = Watched(pause_s=0.2)
     reads: list[float] = []
 
-    def opened(path: Path) -> Any:
+    def opened(path: Path, card: ModelCard) -> Any:
         reads.append(time.monotonic())
         return open_slide(path)
 
-    monkeypatch.setattr("histostream.runtime.slide_run.open_slide", opened)
+    monkeypatch.setattr("histostream.runtime.slide_run.open_for_model", opened)
     crew = LocalExecutor(lambda: engine)
     assert statuses(tasks(slides, tmp_path / "out"), crew) == ["done"] * 3
     crew.close()

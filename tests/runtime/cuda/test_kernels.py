@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from histostream.runtime.bundle.card import Scores
 from histostream.runtime.choices import WINDOWS
 from histostream.runtime.cuda.base import DeviceError
 from histostream.runtime.cuda.kernels import compile_cubin, kernel_signatures, kernel_source
@@ -37,14 +38,16 @@ class ScoresFromTiles:
         names = tuple(ClassInfo(f"c{k}", (k, k, k)) for k in range(classes))
         self.card = replace(CARD, classes=names, tile_px=tile_px)
 
-    def infer(self, tiles: Bytes) -> Bytes:
-        return np.stack([self.one(tile) for tile in tiles])
+    def infer(self, tiles: Bytes) -> Scores:
+        scores: Scores = np.stack([self.one(tile) for tile in tiles])
+        return scores
 
-    def one(self, tile: Bytes) -> Bytes:
+    def one(self, tile: Bytes) -> NDArray[np.float16]:
         side = self.card.tile_px
         rng = np.random.default_rng(int(tile.astype(np.int64).sum()))
         # Few values, so that ties happen; and the extremes.
-        return rng.choice(np.array([0, 1, 127, 128, 254, 255], np.uint8), (len(self.card.classes), side, side))
+        values = np.array([0, 2**-24, 3e-5, 0.4999, 0.5, 0.9995, 1], np.float16)
+        return rng.choice(values, (len(self.card.classes), side, side))
 
     def close(self) -> None:
         pass

@@ -399,7 +399,7 @@ def test_strips_are_shown_as_they_are_finished(
             counted = [round(c["area_mm2"] / 0.25e-6) for c in run["classes"]]
             assert counted == [np.count_nonzero(expected == label) for label in range(3)]
             said = ask(server, "/api/place/0/slide?x=40&y=30").json
-            assert [round(255 * s) for s in said["scores"]] == pixels[30, 40].tolist()
+            assert [round(256 * s) for s in said["scores"]] == pixels[30, 40].tolist()
             assert ask(server, "/api/place/0/slide?x=1099&y=699").json["name"] is None
             assert strips.stat().st_size == size  # nothing was cut off
         segment_slide(slide, IdentityEngine(), out, ALL)
