@@ -267,22 +267,35 @@ def test_files_are_written_all_or_none(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["b.png"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch", "1,x"], "'--batch': 'x' is no number from 1"),
+        (["--batch", "0"], "'--batch': '0' is no number"),
+        (["--tile", "-64"], "'--tile': '-64' is no number"),
+        (["--backend", "cpu,abacus"], "'abacus' is none of auto, cpu"),
+        (["--precision", "fp8"], "'fp8' is none of auto, fp32"),
+        (["compare", "--method", "imens"], "did you mean 'imems'?"),
+    ],
+)
+def test_a_wrong_call_ends_with_status_2(arguments: list[str], message: str, tmp_path: Path) -> None:
+    done = bench(*arguments, "--out", tmp_path / "out")
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.output
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--batch", "1,x"], "--batch 1,x: 'x' is no number from 1"),
-        (["--batch", "0"], "--batch 0: '0' is no number"),
-        (["--tile", "-64"], "--tile -64: '-64' is no number"),
-        (["--backend", "cpu,abacus"], "'abacus' is none of auto, cpu"),
-        (["--precision", "fp8"], "'fp8' is none of auto, fp32"),
         (["--synthetic", "4096"], "--synthetic 4096: is not a size"),
         (["--repeats", "0"], "--repeats 0: use 1 or more"),
         (["--threads", "0"], "threads=0: use 1 or more"),
         (["--model", "nowhere"], "nowhere: not a model bundle"),
         (["--slide", "nowhere.svs"], "nowhere.svs: there is no such file"),
         (["compare", "--tiles", "0"], "--tiles 0: use 1 or more"),
-        (["compare", "--method", "imens"], "did you mean 'imems'?"),
         (["compare", "--checkpoint", "nowhere"], "nowhere"),
     ],
 )
