@@ -156,7 +156,7 @@ def test_ranges_are_those_of_the_tensors_however_many_sessions_it_takes(
     assert all(one[k][1] >= many[k][1] - 1e-4 for k in one)
     relus = [n.output[0] for n in model.graph.node if n.op_type == "Relu"]
     assert all(one[name][0] >= 0 for name in relus)
-    (scaled,) = [n.output[0] for n in model.graph.node if n.op_type == "Sub"]
+    scaled = next(n.output[0] for n in model.graph.node if n.op_type == "Sub")
     pixels = tiles.calibration / 127.5 - 1
     assert one[scaled][0] == pytest.approx(pixels.min(), abs=1e-6)
     assert one[scaled][1] == pytest.approx(pixels.max(), abs=1e-6)

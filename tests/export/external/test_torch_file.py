@@ -32,8 +32,6 @@ ABC = ("a", "b", "c")
 class Small(nn.Module):
     """Has parameters, a buffer, a constant, statistics and an enlargement."""
 
-    gain: Tensor
-
     def __init__(self) -> None:
         super().__init__()
         self.one, self.norm, self.two = nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 3, 1)
@@ -42,7 +40,7 @@ class Small(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.two(torch.relu(self.norm(self.one(x)))) - self.offset
-        return functional.interpolate(y, size=x.shape[2:], mode="bilinear") * self.gain
+        return functional.interpolate(y, size=x.shape[2:], mode="bilinear") * self.gain  # type: ignore[operator]
 
 
 class Several(Small):
