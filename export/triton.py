@@ -19,7 +19,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from histostream.runtime.bundle.card import CardError, ModelCard, read_file
+from histostream.runtime.bundle.card import OLD_SCHEMA, CardError, ModelCard, read_file
 from histostream.runtime.choices import PRECISIONS
 from histostream.wsi.errors import OutputError
 
@@ -134,6 +134,7 @@ def _config(name: str, card: ModelCard, file: str, max_batch: int) -> str:
         "classes": json.dumps([{"name": c.name, "color": c.color} for c in card.classes]),
         "card_sha256": card.digest(),
     }
+    scores = "TYPE_UINT8" if card.schema == OLD_SCHEMA else "TYPE_FP16"
     lines = [
         f"name: {_quoted(name)}",
         f"platform: {_quoted(platform)}",
@@ -141,7 +142,7 @@ def _config(name: str, card: ModelCard, file: str, max_batch: int) -> str:
         f"default_model_filename: {_quoted(file)}",
         f"max_batch_size: {max_batch}",
         f'input {{ name: "tiles" data_type: TYPE_UINT8 dims: [{side}, {side}, {card.channels}] }}',
-        f'output {{ name: "scores" data_type: TYPE_FP16 dims: [{classes}, {side}, {side}] '
+        f'output {{ name: "scores" data_type: {scores} dims: [{classes}, {side}, {side}] '
         f"label_filename: {_quoted(LABELS)} }}",
         f"dynamic_batching {{ preferred_batch_size: {preferred} max_queue_delay_microseconds: {QUEUE_DELAY_US} }}",
         "instance_group { count: 1 kind: KIND_AUTO }",

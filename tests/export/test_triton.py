@@ -69,7 +69,7 @@ def test_triton_s_own_schema_reads_every_field(bundle: tuple[Path, ModelCard], r
         (tiles,), (scores,) = config.input, config.output
         assert (tiles.name, tiles.data_type) == ("tiles", model_config_pb2.TYPE_UINT8)
         assert list(tiles.dims) == [card.tile_px, card.tile_px, card.channels]
-        assert (scores.name, scores.data_type) == ("scores", model_config_pb2.TYPE_UINT8)
+        assert (scores.name, scores.data_type) == ("scores", model_config_pb2.TYPE_FP16)
         assert list(scores.dims) == [len(card.classes), card.tile_px, card.tile_px]
         assert scores.label_filename == "labels.txt"
         assert list(config.dynamic_batching.preferred_batch_size) == [8, 16, 32]
@@ -107,7 +107,8 @@ def test_the_graph_that_is_served_has_exactly_the_tensors_of_the_config(tiny_bun
     ):
         assert [t.name for t in wanted] == [t.name for t in found]
         for tensor, graph in zip(wanted, found, strict=True):
-            assert graph.type == "tensor(uint8)"
+            types = {model_config_pb2.TYPE_UINT8: "tensor(uint8)", model_config_pb2.TYPE_FP16: "tensor(float16)"}
+            assert graph.type == types[tensor.data_type]
             assert isinstance(graph.shape[0], str)  # Triton's batch
             assert graph.shape[1:] == list(tensor.dims)
     tiles = np.zeros((2, *config.input[0].dims), np.uint8)
