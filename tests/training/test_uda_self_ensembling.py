@@ -675,7 +675,7 @@ def check_bundle(run: Path, bundle: Path, precision: str, picture: StoredPicture
     image = np.pad(picture.image, ((0, 16), (0, 16), (0, 0)), mode="reflect")
     scores = load_deployed(run / "best", checkpoint.read(run / "best"))(torch.from_numpy(image[None]))
     assert (scores.float().sum(dim=1) - 1).abs().max() <= 0.003  # what rounding may change
-    wanted = scores[0].numpy().argmax(axis=0)
+    wanted = scores[0].detach().numpy().argmax(axis=0)
     assert 0.01 < wanted.mean() < 0.99
     least = {"fp32": 0.9999, "fp16": 0.999, "int8": 0.95}[precision]
     assert (segment_pixels(image, engine) == wanted).mean() >= least
