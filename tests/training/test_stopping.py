@@ -246,7 +246,7 @@ def test_a_run_that_is_killed_around_a_checkpoint_logs_each_step_once(
 def test_the_command_that_a_stopped_run_names_goes_on_with_it(nuclei_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "my images"  # a name that has to be quoted
     folder.symlink_to(nuclei_folder)
-    more = ("--set", "schedule.steps=20", "--set", "schedule.validate_every=1000")
+    more = ("--set", "schedule.steps=120", "--set", "schedule.validate_every=1000")
     child = start(command(folder, tmp_path / "run", *more))
     wait_for(tmp_path / "run" / "log.csv", child)
     child.send_signal(signal.SIGINT)
@@ -260,11 +260,11 @@ def test_the_command_that_a_stopped_run_names_goes_on_with_it(nuclei_folder: Pat
     typed = line.partition("to go on: ")[2]
     done = subprocess.run(typed, shell=True, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert f"goes on after step {saved} of 20 steps" in done.stdout
+    assert f"goes on after step {saved} of 120 steps" in done.stdout
     assert call(main, *command(folder, tmp_path / "whole", *more)[3:]).returncode == 0
     assert same_run(tmp_path / "run", tmp_path / "whole")
     with (tmp_path / "run" / "log.csv").open(newline="") as file:
-        assert [row["step"] for row in csv.DictReader(file)] == [str(i + 1) for i in range(20)]
+        assert [row["step"] for row in csv.DictReader(file)] == [str(i + 1) for i in range(120)]
 
 
 def test_the_program_is_named_as_this_shell_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
