@@ -22,11 +22,7 @@ if TYPE_CHECKING:
 
 COMMAND = "histo-export"
 PATH = click.Path(path_type=Path)
-
-
-def _words(_: click.Context, __: click.Parameter, text: str) -> tuple[str, ...]:
-    """Split a comma-separated list."""
-    return tuple(word.strip() for word in text.split(",") if word.strip())
+NAMES: dict[str, Any] = {"type": WordList(), "default": "", "show_default": False}
 
 
 def _numbers(_: click.Context, __: click.Parameter, text: str | None) -> tuple[float, ...] | None:
@@ -50,10 +46,10 @@ def _fraction(_: click.Context, __: click.Parameter, text: str | None) -> float 
         raise click.BadParameter(f"{text!r} is not a number: write 1/255 or 0.0039") from error
 
 
-def _colors(context: click.Context, parameter: click.Parameter, text: str) -> tuple[tuple[int, ...], ...]:
-    """Read a comma-separated list of colours in hexadecimal; # may lead, but a shell may take it for a comment."""
+def _colors(_: click.Context, __: click.Parameter, words: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+    """Read colours in hexadecimal; # may lead, but a shell may take it for a comment."""
     colors = []
-    for word in _words(context, parameter, text):
+    for word in words:
         if not re.fullmatch("#?[0-9a-fA-F]{6}", word):
             raise click.BadParameter(f"{word!r} is not a colour: write six digits for each, as ffffff,e69f00")
         colors.append(tuple(bytes.fromhex(word.removeprefix("#"))))
@@ -172,8 +168,18 @@ def main(
 
 @main.command()
 @click.argument("model", type=PATH)
-@click.option("--classes", callback=_words, default="", metavar="NAME,NAME,...", help="Names in label order.")
-@click.option("--colors", callback=_colors, default="", metavar="ffffff,e69f00,...", help="Of the classes.")
+@click.option(
+    "--classes", type=WordList(), default="", show_default=False, metavar="NAME,NAME,...", help="Names in label order."
+)
+@click.option(
+    "--colors",
+    type=WordList(),
+    callback=_colors,
+    default="",
+    show_default=False,
+    metavar="ffffff,e69f00,...",
+    help="Of the classes.",
+)
 @click.option("--background", metavar="NAME", help="The class that is not painted, if its name does not say so.")
 @click.option("--mpp", type=float, help="Resolution that it was trained at, um per pixel.")
 @click.option(
@@ -190,7 +196,12 @@ def main(
     help="Factor of the raw pixels, 0 to 255; default: 1/255, or 1 if it takes uint8.",
 )
 @click.option(
-    "--channel-names", callback=_words, default="", metavar="NAME,NAME,...", help="Of its channels, if not RGB."
+    "--channel-names",
+    type=WordList(),
+    default="",
+    show_default=False,
+    metavar="NAME,NAME,...",
+    help="Of its channels, if not RGB.",
 )
 @click.option("--layout", default="auto", type=click.Choice(("auto", "nchw", "nhwc")), help="Of its input.")
 @click.option(

@@ -16,8 +16,7 @@ from histostream.training.data import DataError
 from histostream.training.datasets.folder import read_folder
 from histostream.training.image_files import read_image
 from histostream.wsi.errors import HistoError, SlideError
-from histostream.wsi.slides.channels import open_channels
-from histostream.wsi.slides.reader import open_slide
+from histostream.wsi.slides.channels import open_for_channels, takes_colors
 from histostream.wsi.slides.resolution import at_mpp
 from histostream.wsi.synthetic import CLASSES, SyntheticSlide
 from histostream.wsi.tiling.grid import Strip, TileGrid
@@ -101,7 +100,7 @@ def collect_tiles(
     """
     if source is None:
         pool = list(_demo_tiles(tile_px, mpp, 2 * count, classes))
-        if channels not in (1, 3):  # its colours in turn
+        if not takes_colors(channels):  # its colours in turn
             pool = [replace(t, pixels=t.pixels[..., np.arange(channels) % t.pixels.shape[-1]]) for t in pool]
         name = "synthetic slide"
     elif (source / "images").is_dir():
@@ -142,8 +141,7 @@ def _slide_tiles(path: Path, tile_px: int, channels: int, mpp: float, count: int
     if path.suffix.lower() in IMAGE_SUFFIXES:
         yield from (_LabelledTile(pixels, None) for pixels in _mirrored_tiles(read_image(path), tile_px))
         return
-    names = tuple(f"channel {i + 1}" for i in range(channels))
-    with open_slide(path) if channels in (1, 3) else open_channels(path, names) as slide:
+    with open_for_channels(path, channels) as slide:
         is_image = slide.mpp is None and path.suffix.lower() in (".tif", ".tiff")
         view = at_mpp(slide, mpp, slide_mpp=mpp if is_image else None)
         if view.width < tile_px or view.height < tile_px:
@@ -151,7 +149,7 @@ def _slide_tiles(path: Path, tile_px: int, channels: int, mpp: float, count: int
             yield from (_LabelledTile(p, None) for p in _mirrored_tiles(pixels, tile_px))
             return
         grid = TileGrid.cover(view.width, view.height, tile_px=tile_px, overlap_px=0, align_px=1)
-        tissue = grid.where(find_tissue(view).tiles(grid)) if channels in (1, 3) else ()
+        tissue = grid.where(find_tissue(view).tiles(grid)) if takes_colors(channels) else ()
         tiles = list(tissue) or list(grid)
         for i in _spread(len(tiles), CANDIDATES * count):
             box = tiles[i].read

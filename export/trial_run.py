@@ -18,6 +18,7 @@ from histostream.runtime.pixels import segment_pixels
 from histostream.runtime.slide_run import segment_slide
 from histostream.wsi.errors import HistoError
 from histostream.wsi.outputs.label_rows import NOT_ANALYSED
+from histostream.wsi.slides.channels import takes_colors
 
 
 class TrialError(HistoError, RuntimeError):
@@ -63,7 +64,7 @@ def run_on_two_tiles(bundle: Path, tile: NDArray[np.uint8]) -> None:
 
 def _labels(pixels: NDArray[np.uint8], engine: Engine, card: ModelCard) -> NDArray[np.uint8]:
     """Return the labels (H, W) of a slide with these pixels; it is a file if they are RGB or grey."""
-    if not card.takes_colors:
+    if not takes_colors(card.channels):
         return segment_pixels(pixels, engine)
     height, width = pixels.shape[:2]
     with tempfile.TemporaryDirectory(prefix="histo-trial-") as folder:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx import TensorProto
 
 from histostream.export.bundle import Export, Network, OptionError, Options, Say, write_bundle
-from histostream.export.graph.model import GraphError, unused_name, value_names
+from histostream.export.graph.model import GraphError, opset_of
+from histostream.export.graph.nodes import Nodes
 from histostream.export.graph.scores import add_rounding
 from histostream.export.parity import run_graph
 from histostream.runtime.bundle.card import OLD_SCHEMA, CardError, graph_file, read_card, write_card
@@ -95,26 +95,12 @@ def with_float_scores(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
             raise GraphError(f"{name}: its scores come from {found}, not from {kind}; export the model again")
         end.append(node)
         value = node.input[0]
-    taken = value_names(graph)
-    added: list[NodeProto] = []
-
-    def add(kind: str, *inputs: str, **attributes: Any) -> str:
-        unused = unused_name(f"scores/{kind.lower()}", taken)
-        taken.add(unused)
-        added.append(helper.make_node(kind, inputs, [unused], unused, **attributes))
-        return unused
-
-    def constant(key: str, content: object) -> str:
-        unused = unused_name(f"scores/{key}", taken)
-        taken.add(unused)
-        graph.initializer.append(numpy_helper.from_array(np.asarray(content), unused))
-        return unused
-
-    add_rounding(add("Mul", value, constant("whole", np.float32(1 / 255))), add, constant)
-    added[-1].output[0] = out.name
+    nodes = Nodes(graph, "scores", opset_of(model))
+    add_rounding(nodes.add("Mul", value, nodes.constant("whole", np.float32(1 / 255))), nodes.add, nodes.constant)
+    nodes.nodes[-1].output[0] = out.name
     for node in end:
         graph.node.remove(node)
-    graph.node.extend(added)
+    graph.node.extend(nodes.nodes)
     out.type.tensor_type.elem_type = TensorProto.FLOAT16
     used = {name for node in graph.node for name in node.input}
     unused_weights = [tensor for tensor in graph.initializer if tensor.name not in used]

@@ -15,9 +15,9 @@ from histostream.runtime.options import Options
 from histostream.runtime.stream.blend import aligned_overlap_px, check_blend, exact_overlap_px
 from histostream.wsi.errors import SlideError
 from histostream.wsi.outputs.sinks.overview import overview_size
-from histostream.wsi.slides.channels import open_channels
+from histostream.wsi.slides.channels import open_for_channels, takes_colors
 from histostream.wsi.slides.damage import Damage, Undamaged
-from histostream.wsi.slides.reader import SlideReader, open_slide
+from histostream.wsi.slides.reader import SlideReader
 from histostream.wsi.slides.resolution import SlideView, at_mpp, thumbnail
 from histostream.wsi.tiling.grid import TileGrid
 from histostream.wsi.tiling.tissue import RegionOfInterest, find_tissue, read_roi
@@ -56,7 +56,7 @@ def open_for_model(path: Path, card: ModelCard) -> SlideReader:
     SlideError
         If it cannot be opened, or does not have these channels.
     """
-    return open_slide(path) if card.takes_colors else open_channels(path, card.names_of_channels)
+    return open_for_channels(path, card.channels, card.channel_names)
 
 
 def lay_out(slide: SlideReader, card: ModelCard, options: Options, damage: Damage | None = None) -> SlideLayout:
@@ -80,10 +80,9 @@ def lay_out(slide: SlideReader, card: ModelCard, options: Options, damage: Damag
     CrfError
         If a CRF is requested for a model of other channels than RGB or grey.
     """
-    if options.crf is not None and not card.takes_colors:
-        raise CrfError(
-            f"--crf compares colours, and this model takes {', '.join(card.names_of_channels)}; leave --crf out"
-        )
+    if options.crf is not None and not takes_colors(card.channels):
+        taken = ", ".join(card.channel_names) or f"{card.channels} channels"
+        raise CrfError(f"--crf compares colours, and this model takes {taken}; leave --crf out")
     view = at_mpp(slide, card.mpp, slide_mpp=options.mpp, force=options.force_upsampling)
     readable = view if damage is None else replace(view, slide=Undamaged(slide, damage))
     overview = thumbnail(readable, max(overview_size(view.width, view.height)))
@@ -122,7 +121,7 @@ def plan_grid(
     grid = lay_tiles(view.width, view.height, card, options)
     roi = None if options.roi is None else read_roi(options.roi, view)
     keep = None if roi is None else roi.tiles(grid)
-    if options.tissue and card.takes_colors:  # tissue is found by its colour
+    if options.tissue and takes_colors(card.channels):  # tissue is found by its colour
         tissue = find_tissue(view, preview=picture).tiles(grid)
         keep = tissue if keep is None else keep & tissue
     if keep is None:

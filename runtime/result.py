@@ -21,8 +21,8 @@ from histostream.wsi.optional import require
 from histostream.wsi.outputs.label_rows import ClassInfo, background_label
 from histostream.wsi.outputs.raster import Raster
 from histostream.wsi.outputs.sinks.summary import SummaryRecord
-from histostream.wsi.slides.channels import open_channels
-from histostream.wsi.slides.reader import SlideReader, open_slide
+from histostream.wsi.slides.channels import open_for_channels
+from histostream.wsi.slides.reader import SlideReader
 from histostream.wsi.slides.resolution import SlideView
 from histostream.wsi.slides.slide_locator import SlideLocator
 from histostream.wsi.slides.staging import SlideVersion
@@ -149,10 +149,7 @@ class SlideResult:
         version = SlideVersion(slide.bytes or 0, slide.modified)
         locator = SlideLocator(slide.source, version, slide.sha256)
         path = locator.find(None if slides is None else Path(slides))
-        channels = self.run.model.card.channels or 3
-        if channels in (1, 3):
-            return open_slide(path)
-        return open_channels(path, tuple(f"channel {i + 1}" for i in range(channels)))
+        return open_for_channels(path, self.run.model.card.channels or 3)
 
     def region(
         self,

@@ -14,12 +14,13 @@ DEVICES_METAVAR = "auto|cpu|0,1,..."
 
 
 class WordList(click.ParamType):  # type: ignore[type-arg]
-    """A list of words with commas between them, as a tuple without repetitions.
+    """A list of words with commas between them, as a tuple.
 
     Parameters
     ----------
     choices
-        The words that are allowed; none: any.
+        The words that are allowed, of which each counts once; none: any, also repeated ones, so that names that must
+        differ are not merged.
 
     Examples
     --------
@@ -36,11 +37,13 @@ class WordList(click.ParamType):  # type: ignore[type-arg]
         """Split a text at its commas."""
         if isinstance(value, tuple):
             return value
-        words = tuple(dict.fromkeys(word.strip() for word in value.split(",") if word.strip()))
+        words = tuple(word.strip() for word in value.split(",") if word.strip())
+        if not self.choices:
+            return words
         for word in words:
-            if self.choices and word not in self.choices:
+            if word not in self.choices:
                 self.fail(f"{word!r} is none of {', '.join(self.choices)}", param, ctx)
-        return words
+        return tuple(dict.fromkeys(words))
 
 
 class CountList(click.ParamType):  # type: ignore[type-arg]

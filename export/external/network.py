@@ -19,8 +19,8 @@ from histostream.export.external.description import (
     check_normalisation,
 )
 from histostream.export.external.file import either
-from histostream.export.external.nodes import Nodes
 from histostream.export.graph.model import GraphError, first_line
+from histostream.export.graph.nodes import Nodes
 from histostream.export.graph.operators import MOVING
 
 TYPES: dict[str, type[np.generic]] = {

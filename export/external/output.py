@@ -12,8 +12,8 @@ from onnx import TensorProto
 
 from histostream.export.external.activation import last_operator
 from histostream.export.external.description import DescriptionError, ExternalModel
-from histostream.export.external.nodes import Nodes
 from histostream.export.graph.model import GraphError
+from histostream.export.graph.nodes import Nodes
 from histostream.export.graph.shapes import resize_scale
 
 

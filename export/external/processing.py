@@ -13,10 +13,10 @@ from onnx import TensorProto, helper
 
 from histostream.export.external.file import either
 from histostream.export.external.network import InputFormat, Tiles
-from histostream.export.external.nodes import Nodes, reserve_names
 from histostream.export.external.output import OutputFormat
 from histostream.export.external.scoring import Scoring
 from histostream.export.graph.model import INVALID, GraphError, check_graph, first_line, open_session, opset_of
+from histostream.export.graph.nodes import Nodes, reserve_names
 from histostream.export.graph.scores import add_rounding
 
 MAX_DIFFERENCE = 1 / 255  # of a score, on average; the parity check is stricter

@@ -11,8 +11,8 @@ from onnx import TensorProto
 
 from histostream.export.external.activation import LABELS, Activation
 from histostream.export.external.description import DescriptionError, ExternalModel
-from histostream.export.external.nodes import Nodes
 from histostream.export.external.output import OutputFormat
+from histostream.export.graph.nodes import Nodes
 from histostream.wsi.outputs.label_rows import BACKGROUND, is_background_name
 
 # The class that loses at a threshold is lowered by this, more than FP32 rounds: a score equal to the threshold reaches

@@ -158,17 +158,6 @@ class ModelCard:
         return tuple(name for name, file in PRECISIONS.items() if file in self.files)
 
     @property
-    def names_of_channels(self) -> tuple[str, ...]:
-        """The names of the channels; of RGB, grey and unnamed ones too."""
-        known = {1: ("grey",), 3: ("red", "green", "blue")}.get(self.channels)
-        return self.channel_names or known or tuple(f"channel {i + 1}" for i in range(self.channels))
-
-    @property
-    def takes_colors(self) -> bool:
-        """Whether the input is RGB or grey, one of which is made of the other."""
-        return self.channels in (1, 3)
-
-    @property
     def score_dtype(self) -> np.dtype[np.generic]:
         """The type of the scores."""
         return np.dtype(np.uint8 if self.schema == OLD_SCHEMA else np.float16)

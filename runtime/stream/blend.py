@@ -28,14 +28,12 @@ Pixels = NDArray[np.uint8]
 # that two halves sum to it. A flat profile weighs 1.
 FULL = 254
 PIECE_BYTES = 1 << 19  # bytes of one plane of sums that are finished at a time: they stay in a core's cache
+AVERAGING = ("hann", "gaussian", "linear", "mean")  # windows in which overlapping tiles are averaged
 GAUSSIAN_SIGMA = 0.125  # of the tile's side; as in MONAI's sliding window and nnU-Net
 
 
 class BlendError(HistoError, ValueError):
     """A blending mode does not fit the model or the overlap."""
-
-
-AVERAGING = ("hann", "gaussian", "linear", "mean")  # windows in which overlapping tiles are averaged
 
 
 def check_blend(mode: str, card: ModelCard, overlap_px: int) -> None:

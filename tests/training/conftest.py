@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from histostream.training import datasets
+from histostream.training.data import DataSet
 from histostream.wsi.synthetic import SyntheticSlide
 
 
@@ -28,3 +30,9 @@ def nuclei_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         instance = labels[y : y + 80, x : x + 80].astype(np.uint16)
         Image.fromarray(instance).save(folder / "labels_instance" / f"{i}.png")
     return folder
+
+
+@pytest.fixture(scope="module")
+def found(nuclei_folder: Path) -> DataSet:
+    """The data set of `nuclei_folder`."""
+    return datasets.open_dataset(str(nuclei_folder))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from histostream.training import checkpoint, datasets, loop
+from histostream.training import checkpoint, loop
 from histostream.training.checkpoint import CheckpointError
 from histostream.training.data import DataSet
 from histostream.training.methods import hook
@@ -25,11 +25,6 @@ from histostream.training.schedule import Schedule
 from histostream.training.state import State
 from tests.training.resuming import logged, weights_of
 from tests.training.test_running import method_that, recipe
-
-
-@pytest.fixture(scope="module")
-def found(nuclei_folder: Path) -> DataSet:
-    return datasets.open_dataset(str(nuclei_folder))
 
 
 def test_a_finished_run_that_gets_more_steps_is_the_run_that_had_them_from_the_beginning(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from histostream.training import datasets, events, loop
+from histostream.training import events, loop
 from histostream.training.cli import main
 from histostream.training.data import DataSet
 from histostream.training.methods.imems import method as imems
@@ -15,11 +15,6 @@ from histostream.wsi.errors import OutputError
 from tests.commands import call
 from tests.training.resuming import logged
 from tests.training.test_running import recipe
-
-
-@pytest.fixture(scope="module")
-def found(nuclei_folder: Path) -> DataSet:
-    return datasets.open_dataset(str(nuclei_folder))
 
 
 def test_without_the_package_the_command_says_how_to_install_it(

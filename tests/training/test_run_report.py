@@ -11,7 +11,7 @@ import html5lib
 import numpy as np
 import pytest
 
-from histostream.training import checkpoint, datasets, loop
+from histostream.training import checkpoint, loop
 from histostream.training.data import DataSet
 from histostream.training.methods.imems import method as imems
 from histostream.training.report import run as run_report
@@ -22,11 +22,6 @@ from tests.training.resuming import logged
 from tests.training.test_running import recipe
 
 MARKUP = "<img src=x onerror=alert(1)>\"'&amp;</style></title><script>alert(2)</script>{{ 7 * 7 }}"
-
-
-@pytest.fixture(scope="module")
-def found(nuclei_folder: Path) -> DataSet:
-    return datasets.open_dataset(str(nuclei_folder))
 
 
 def parsed(run: Path) -> Element:

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from histostream.training import checkpoint, datasets, loop
+from histostream.training import checkpoint, loop
 from histostream.training import device as compute
 from histostream.training.augment import Augmentation, warp
 from histostream.training.batches import Batches, divide
@@ -50,11 +50,6 @@ def recipe(**schedule: Any) -> Recipe:
     common: dict[str, Any] = {"steps": 4, "batch": 2, "crop_px": 32, "validate_every": 2}
     config = Config(base_width=4, depth=2, discriminator_width=4)
     return Recipe("imems", config, 0.5, Schedule(**{**common, **schedule}))
-
-
-@pytest.fixture(scope="module")
-def found(nuclei_folder: Path) -> DataSet:
-    return datasets.open_dataset(str(nuclei_folder))
 
 
 def command(folder: Path, run: Path, *more: str) -> list[str]:

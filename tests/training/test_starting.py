@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from histostream.runtime.bundle.card import default_bundle
-from histostream.training import checkpoint, datasets, loop
+from histostream.training import checkpoint, loop
 from histostream.training.checkpoint import CheckpointError
 from histostream.training.cli import main
 from histostream.training.data import DataSet, StoredSample
@@ -20,11 +20,6 @@ from histostream.training.plan import Plan
 from tests.commands import call
 from tests.training.resuming import weights_of
 from tests.training.test_running import TINY, recipe
-
-
-@pytest.fixture(scope="module")
-def found(nuclei_folder: Path) -> DataSet:
-    return datasets.open_dataset(str(nuclei_folder))
 
 
 @pytest.fixture(scope="module")

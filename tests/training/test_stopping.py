@@ -21,7 +21,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from histostream.training import checkpoint, datasets, loop
+from histostream.training import checkpoint, loop
 from histostream.training.cli import main
 from histostream.training.command import _own_command
 from histostream.training.data import DataSet, StoredSample
@@ -33,11 +33,6 @@ from tests.training.resuming import logged, weights_of
 from tests.training.test_running import command, environment, method_that, recipe, start, wait_for
 
 AT_ONCE_S = 1.0
-
-
-@pytest.fixture(scope="module")
-def found(nuclei_folder: Path) -> DataSet:
-    return datasets.open_dataset(str(nuclei_folder))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from histostream.training import datasets, loop
+from histostream.training import loop
 from histostream.training.batches import divide
 from histostream.training.cli import main
 from histostream.training.data import DataSet
@@ -20,11 +20,6 @@ from histostream.training.schedule import Schedule
 from histostream.training.watching import Watch
 from tests.commands import call
 from tests.training.test_running import TINY, recipe
-
-
-@pytest.fixture(scope="module")
-def found(nuclei_folder: Path) -> DataSet:
-    return datasets.open_dataset(str(nuclei_folder))
 
 
 def test_the_plan_is_printed_before_the_first_step(nuclei_folder: Path, found: DataSet, tmp_path: Path) -> None:

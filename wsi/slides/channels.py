@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from histostream.wsi.errors import HistoError, SlideError, reason
 from histostream.wsi.slides.image_header import check_claim
-from histostream.wsi.slides.reader import BlockReader, Level, downsample_between
+from histostream.wsi.slides.reader import BlockReader, Level, SlideReader, downsample_between, open_slide
 from histostream.wsi.slides.readers.tiff import slide_mpp
 from histostream.wsi.slides.tiff_check import check_tiff, is_tiff
 
@@ -59,6 +60,36 @@ class ChannelReader(BlockReader):
     def close(self) -> None:
         """Close the file."""
         self._handle.close()
+
+
+def takes_colors(channels: int) -> bool:
+    """Whether a model of so many channels takes RGB or grey, one of which is made of the other."""
+    return channels in (1, 3)
+
+
+def open_for_channels(path: Path, channels: int, names: Sequence[str] = ()) -> SlideReader:
+    """Open a slide with the channels that a model takes.
+
+    Parameters
+    ----------
+    path
+        The slide.
+    channels, names
+        Number of the model's channels, and their names; empty: they are numbered.
+
+    Raises
+    ------
+    SlideError
+        If it cannot be opened, or does not have these channels.
+    """
+    if takes_colors(channels):
+        return open_slide(path)
+    return open_channels(path, tuple(names) or numbered(channels))
+
+
+def numbered(channels: int) -> tuple[str, ...]:
+    """Return names for channels that have none."""
+    return tuple(f"channel {i + 1}" for i in range(channels))
 
 
 def open_channels(path: Path, channels: tuple[str, ...]) -> ChannelReader:

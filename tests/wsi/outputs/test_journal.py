@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import struct
 import subprocess
 import sys
 import textwrap
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -211,3 +214,18 @@ def test_a_watcher_sees_whole_strips_only_and_leaves_the_file_alone(tmp_path: Pa
     assert_same(seen, parts)
     assert list(watched_strips(tmp_path / "none", X0, X1, HEIGHT)) == []
     assert list(watched_strips(path, X0, X1 - 1, HEIGHT)) == []  # of another band
+
+
+def test_strips_of_versions_before_0_2_have_scores_of_bytes(tmp_path: Path) -> None:
+    """A record as version 0.1 wrote it: magic HSJ1, CRC-32, three lengths, JSON, labels, scores."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, (30, X1 - X0), dtype=np.uint8)
+    scores = rng.integers(0, 256, (30, X1 - X0, 3), dtype=np.uint8)
+    description = {"x": X0, "y": 0, "height": 30, "width": X1 - X0, "classes": 3, "outside": False, "damaged": []}
+    parts = [json.dumps(description).encode(), *(imagecodecs.zstd_encode(a.tobytes()) for a in (labels, scores))]
+    body = struct.pack("<IQQ", *map(len, parts)) + b"".join(parts)
+    path = tmp_path / "512.strips"
+    path.write_bytes(b"HSJ1" + struct.pack("<I", zlib.crc32(body)) + body)
+    ((record, _),) = watched_strips(path, X0, X1, HEIGHT)
+    np.testing.assert_array_equal(record.part.labels, labels)
+    np.testing.assert_array_equal(record.part.probabilities / 65535, scores / 255)  # type: ignore[operator]

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -112,3 +114,13 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(SlideError, match=said):
             Raster(tmp_path / name)
+
+
+def test_scores_of_versions_before_0_2_are_bytes(tmp_path: Path) -> None:
+    scores = (SCORES[:600, :700] >> 8).astype(np.uint8)
+    path = tmp_path / "probabilities.tif"
+    tags: dict[str, Any] = {"photometric": "minisblack", "planarconfig": "contig", "extrasamples": [0, 0]}
+    tifffile.imwrite(path, scores, tile=(512, 512), compression="adobe_deflate", **tags)
+    with Raster(path) as raster:
+        assert raster.dtype == np.uint8
+        np.testing.assert_array_equal(raster[:], scores)

@@ -1,4 +1,4 @@
-"""Nodes that are put around the graph of a network from elsewhere."""
+"""Nodes that are added to a graph: pre- and post-processing of a network, the end of an older bundle."""
 
 from __future__ import annotations
 
