@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,13 @@ import torch
 from numpy.typing import NDArray
 
 from histostream.training import checkpoint, loop
-from histostream.training.cli import main
 from histostream.training.command import _own_command
 from histostream.training.data import DataSet, StoredSample
 from histostream.training.methods.imems import method as imems
 from histostream.training.state import State
 from histostream.training.stopping import stop_signals
-from tests.commands import call
 from tests.training.resuming import logged, weights_of
-from tests.training.test_running import command, environment, method_that, recipe, start, wait_for
+from tests.training.test_running import command, environment, finish, method_that, recipe, start, wait_for
 
 AT_ONCE_S = 1.0
 
@@ -53,14 +52,18 @@ def stopped_after_signal(train: Callable[[], Any], sent: list[float]) -> float:
     return time.perf_counter() - sent[-1]
 
 
-def same_run(one: Path, other: Path) -> bool:
+def differences(one: Path, other: Path) -> list[str]:
+    """Return what differs between two runs: weights, logged steps, final scores."""
+    found = []
     for name in ("last", "best"):
         a, b = weights_of(one, name), weights_of(other, name)
-        if a.keys() != b.keys() or not all(torch.equal(a[k], b[k]) for k in a):
-            return False
-    rows = [[{**row, "seconds": ""} for row in logged(run)] for run in (one, other)]
-    scores = [checkpoint.read(run / "best").record["scores"] for run in (one, other)]
-    return rows[0] == rows[1] and scores[0] == scores[1]
+        found += [f"{name}: {key}" for key in a | b if key not in a or key not in b or not torch.equal(a[key], b[key])]
+    none: dict[str, str] = {}
+    for row, other_row in zip_longest(logged(one), logged(other), fillvalue=none):
+        if {**row, "seconds": ""} != {**other_row, "seconds": ""}:
+            found.append(f"log: {row} {other_row}")
+    scores, other_scores = (checkpoint.read(run / "best").record["scores"] for run in (one, other))
+    return found if scores == other_scores else [*found, f"scores: {scores} {other_scores}"]
 
 
 @pytest.mark.parametrize("step", [2, 4], ids=["in the middle", "at the end"])
@@ -89,7 +92,7 @@ def test_a_validation_that_is_interrupted_is_made_by_the_run_that_goes_on(
     assert logged(tmp_path)[-1]["validation_loss"] == ""
     assert "was stopped after step" in (tmp_path / "report.html").read_text()
     loop.train(recipe(), imems, found, tmp_path)
-    assert same_run(tmp_path, unbroken)
+    assert not differences(tmp_path, unbroken)
 
 
 def test_a_signal_during_the_final_scores_leaves_them_to_the_run_that_goes_on(
@@ -106,7 +109,7 @@ def test_a_signal_during_the_final_scores_leaves_them_to_the_run_that_goes_on(
     assert stopped_after_signal(lambda: loop.train(recipe(), method, found, tmp_path), sent) < AT_ONCE_S
     assert "scores" not in checkpoint.read(tmp_path / "best").record
     loop.train(recipe(), imems, found, tmp_path)
-    assert same_run(tmp_path, unbroken)
+    assert not differences(tmp_path, unbroken)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -208,7 +211,7 @@ def test_a_second_signal_stops_a_step_and_saves_nothing_of_it(found: DataSet, un
         loop.train(recipe(), method_that(step), found, tmp_path)
     assert checkpoint.read(tmp_path / "last").step == 2
     loop.train(recipe(), imems, found, tmp_path)
-    assert same_run(tmp_path, unbroken)
+    assert not differences(tmp_path, unbroken)
 
 
 @pytest.mark.parametrize("name", ["best", "last"])
@@ -233,7 +236,7 @@ def test_a_run_that_is_killed_around_a_checkpoint_logs_each_step_once(
         loop.train(recipe(), imems, found, tmp_path)
     monkeypatch.undo()
     loop.train(recipe(), imems, found, tmp_path)
-    assert same_run(tmp_path, unbroken)
+    assert not differences(tmp_path, unbroken)
 
 
 @pytest.mark.full
@@ -256,8 +259,8 @@ def test_the_command_that_a_stopped_run_names_goes_on_with_it(nuclei_folder: Pat
     done = subprocess.run(typed, shell=True, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert f"goes on after step {saved} of 120 steps" in done.stdout
-    assert call(main, *command(folder, tmp_path / "whole", *more)[3:]).returncode == 0
-    assert same_run(tmp_path / "run", tmp_path / "whole")
+    finish(command(folder, tmp_path / "whole", *more))  # a process of its own too: like is compared with like
+    assert not differences(tmp_path / "run", tmp_path / "whole")
     with (tmp_path / "run" / "log.csv").open(newline="") as file:
         assert [row["step"] for row in csv.DictReader(file)] == [str(i + 1) for i in range(120)]
 

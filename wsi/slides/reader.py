@@ -64,6 +64,9 @@ class SlideReader(Protocol):
         3 (RGB), 1 (grey), or the number that a model takes.
     decoded_blocks
         Number of blocks decoded since the slide was opened.
+    missing
+        Per level, (rows, columns) bool: the blocks that the file does not hold because nothing was scanned there. They
+        are read as white and are not damage. None where the file holds all blocks of the level.
     """
 
     path: Path
@@ -73,6 +76,7 @@ class SlideReader(Protocol):
     mpp: float | None
     channels: int
     decoded_blocks: int
+    missing: tuple[NDArray[np.bool_] | None, ...]
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
         """Read a box of one level.
@@ -264,6 +268,7 @@ class BlockReader:
         channels: int,
     ) -> None:
         self.path, self.levels, self.block_px, self.mpp, self.channels = path, levels, block_px, mpp, channels
+        self.missing: tuple[NDArray[np.bool_] | None, ...] = (None,) * len(levels)
         self.decoded_blocks = 0
         self._lock = threading.Lock()
 
