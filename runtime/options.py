@@ -15,6 +15,7 @@ from histostream.wsi.outputs.sinks import OPTIONS as SINK_OPTIONS
 from histostream.wsi.outputs.sinks import SinkKind, find_sink, sink_names
 from histostream.wsi.outputs.sinks.object_files import check_installed
 from histostream.wsi.records import to_json
+from histostream.wsi.slides.coordinates import COORDINATES
 from histostream.wsi.slides.staging import sha256_of
 
 FREE = ("batch", "threads", "max_memory_mib")  # options that do not change the result
@@ -39,6 +40,9 @@ class Options:
         Resolution of the slide's level 0 in um per pixel, where the file has none or a wrong one.
     roi
         GeoJSON file; only its polygons (level 0 pixels) are analysed.
+    coordinates
+        Where level 0 begins in ``roi`` and in files of objects: "qupath", at the corner of the area that was
+        scanned; "openslide", at the corner of OpenSlide's level 0, which may be larger (MIRAX).
     tissue
         Whether glass is left out.
     batch
@@ -83,6 +87,7 @@ class Options:
     blend: str = AUTO
     mpp: float | None = None
     roi: Path | None = None
+    coordinates: str = COORDINATES[0]
     tissue: bool = True
     batch: int | None = None
     threads: int | None = None
@@ -104,6 +109,8 @@ class Options:
                 raise OptionError(f"{name}={value}: use 1 or more")
         if self.overlap_px is not None and self.overlap_px < 0:
             raise OptionError(f"overlap_px={self.overlap_px}: use 0 or more")
+        if self.coordinates not in COORDINATES:
+            raise OptionError(f"coordinates={self.coordinates!r}: use {' or '.join(COORDINATES)}")
         self._check_files()
 
     def for_model(self, card: ModelCard) -> Options:

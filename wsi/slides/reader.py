@@ -68,6 +68,9 @@ class SlideReader(Protocol):
         3 (RGB), 1 (grey), or the number that a model takes.
     decoded_blocks
         Number of blocks decoded since the slide was opened.
+    bounds
+        The box that was scanned, in pixels of OpenSlide's level 0, where OpenSlide shows more than that; level 0 of
+        the reader is this box. None where both show the same.
     missing
         Per level, (rows, columns) bool: the blocks that the file does not hold because nothing was scanned there. They
         are read as white and are not damage. None where the file holds all blocks of the level.
@@ -80,6 +83,7 @@ class SlideReader(Protocol):
     mpp: float | None
     channels: int
     decoded_blocks: int
+    bounds: Box | None
     missing: tuple[NDArray[np.bool_] | None, ...]
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
@@ -290,6 +294,7 @@ class BlockReader:
         self.path, self.levels, self.block_px, self.mpp, self.channels = path, levels, block_px, mpp, channels
         self.missing: tuple[NDArray[np.bool_] | None, ...] = (None,) * len(levels)
         self.decoded_blocks = 0
+        self.bounds: Box | None = None
         self._lock = threading.Lock()
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> Pixels:

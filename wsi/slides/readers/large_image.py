@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histostream.wsi.errors import HistoError, SlideError, reason
+from histostream.wsi.geometry import Box
 from histostream.wsi.slides.channels import refuse_channels
 from histostream.wsi.slides.image_header import check_plain_image
 from histostream.wsi.slides.reader import BlockReader, DeclinedError, Level, square_mpp
@@ -38,6 +39,8 @@ class LargeImageReader(BlockReader):
         mm = (metadata.get("mm_x"), metadata.get("mm_y"))
         mpp = square_mpp(path, *(1000 * side if side else None for side in mm))
         super().__init__(path, levels, block_px, mpp, CHANNELS[metadata["bandCount"]])
+        bounds = getattr(source, "_bounds", None)  # of the OpenSlide source, which crops to them
+        self.bounds = Box(**bounds) if bounds else None
         self._source = source
         self._reopening = threading.Lock()
 
