@@ -20,7 +20,7 @@ from xml.sax.saxutils import escape
 import click
 
 from histostream.runtime.choices import RUN_PRECISIONS
-from histostream.wsi.console import fail
+from histostream.wsi.console import one_line_errors
 from histostream.wsi.errors import HistoError
 from histostream.wsi.files import replace_whole, temporary_name, writing
 
@@ -66,6 +66,13 @@ def _print_xml(context: click.Context, _: click.Parameter, asked: bool) -> None:
 @click.option("--precision", default="auto", type=click.Choice(RUN_PRECISIONS), help="Graph of the model to run.")
 @click.option("--label-map", type=PATH, help="Where labels.tif goes.")
 @click.option("--summary", type=PATH, help="Where summary.csv goes.")
+@one_line_errors(
+    COMMAND,
+    out_of_memory="give the container more memory, or draw a smaller region",
+    stopped="nothing is kept",
+    extra="cpu",
+    extras={},
+)
 def task(
     image: Path,
     output: Path,
@@ -79,27 +86,30 @@ def task(
     summary: Path | None,
 ) -> None:
     """Segment IMAGE, and write its outlines to OUTPUT as an annotation of large-image."""
+    from histostream.runtime.command import run
+
     wanted = {"annotations.json": output, "labels.tif": label_map, "summary.csv": summary}
     with tempfile.TemporaryDirectory(prefix="histo-infer-") as scratch:
-        out = Path(scratch, "out")
-        arguments = [f"--out={out}", "--annotations=dsa", f"--min-area={min_area}", f"--precision={precision}"]
-        arguments += [f"--mpp={mpp}"] if mpp else []
-        arguments += [f"--model={model}"] if model is not None else []
-        arguments += ["--no-tissue"] if glass == "analyse" else []
-        try:
-            if polygon := _polygon(region):
-                roi = Path(scratch, "region.geojson")
-                roi.write_text(json.dumps(polygon), encoding="utf-8")
-                arguments.append(f"--roi={roi}")
-            status = _run([*arguments, "--", str(image)])
-            results = [path.parent for path in out.glob("*/run.json")]
-            if len(results) == 1:
-                for name, target in wanted.items():
-                    if target is not None:
-                        _copy(results[0] / name, target)
-        except HistoError as error:
-            fail(COMMAND, str(error))
-            status = error.exit_status
+        out, roi = Path(scratch, "out"), None
+        if polygon := _polygon(region):
+            roi = Path(scratch, "region.geojson")
+            roi.write_text(json.dumps(polygon), encoding="utf-8")
+        status = run(
+            slides=(str(image),),
+            out=out,
+            bundle=model,
+            precision=precision,
+            roi=roi,
+            mpp=mpp or None,
+            tissue=glass == "skip",
+            annotations=("dsa",),
+            min_area_um2=min_area,
+        )
+        results = [path.parent for path in out.glob("*/run.json")]
+        if len(results) == 1:
+            for name, target in wanted.items():
+                if target is not None:
+                    _copy(results[0] / name, target)
     sys.exit(status)
 
 
@@ -138,17 +148,6 @@ def _polygon(region: str) -> dict[str, object] | None:
     x, y, width, height = sides
     corners = [[x, y], [x + width, y], [x + width, y + height], [x, y + height], [x, y]]
     return {"type": "Polygon", "coordinates": [corners]}
-
-
-def _run(arguments: list[str]) -> int:
-    """Run ``histo-infer``; return its exit status."""
-    from histostream.runtime.cli import main
-
-    try:
-        main.main(arguments, prog_name=TASK)
-    except SystemExit as ended:
-        return ended.code if isinstance(ended.code, int) else 1
-    return 0
 
 
 def _copy(source: Path, target: Path) -> None:
