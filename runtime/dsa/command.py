@@ -121,7 +121,7 @@ def task_xml() -> str:
     values = {
         "VERSION": package["Version"],
         "URL": pages[0] if pages else "",
-        "LICENSE": package.get("License-Expression") or package.get("License") or "",
+        "LICENSE": (package.get_all("License-Expression") or package.get_all("License") or [""])[0],
     }
     for name, value in values.items():
         text = text.replace(f"@{name}@", escape(str(value)))

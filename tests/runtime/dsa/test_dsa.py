@@ -73,7 +73,7 @@ def test_the_parameters_are_those_of_the_command() -> None:
         option = options[str(flag)]
         default, kind = entry.findtext("default"), option.type
         if default is not None:
-            assert str(option.default) == default or float(option.default) == float(default)
+            assert str(option.default) == default or float(str(option.default)) == float(default)
         if isinstance(kind, click.Choice):
             assert entry.tag == "string-enumeration"
             listed = [element.text for element in entry.findall("element")]
@@ -84,7 +84,7 @@ def test_the_parameters_are_those_of_the_command() -> None:
             assert (entry.tag == "double") == (kind is click.FLOAT)
         assert (entry.findtext("channel") == "output") == (entry.tag == "file")
     indexed = sorted(
-        (entry for entry in parameters if entry.find("index") is not None), key=lambda e: e.findtext("index")
+        (entry for entry in parameters if entry.find("index") is not None), key=lambda e: int(e.findtext("index", ""))
     )
     assert [entry.tag for entry in indexed] == ["image", "file"]
     assert [p.name for p in task.params if isinstance(p, click.Argument)] == ["image", "output"]

@@ -174,7 +174,7 @@ def written(
     band_px: int = 1 << 20,
     rows: int = 1 << 20,
     files: tuple[str, ...] = EVERY,
-    **options: float,
+    **options: Any,
 ) -> Path:
     info = SlideInfo("slide.svs", labels.shape[1], labels.shape[0], MPP, CLASSES)
     with OutputFolder(path, "slide") as folder:
