@@ -13,7 +13,7 @@ import click
 
 from histostream.runtime.choices import AUTO, BACKENDS, RUN_PRECISIONS, WINDOWS
 from histostream.wsi.console import GroupedCommand, memory_mib, one_line_errors, option_group, read_settings
-from histostream.wsi.option_types import DEVICES_METAVAR, DeviceList, WordList
+from histostream.wsi.option_types import DEVICES_METAVAR, DeviceList, IndexList, WordList
 from histostream.wsi.outputs.sinks import sink_names
 
 PATH = click.Path(path_type=Path)
@@ -65,6 +65,12 @@ class _OrView(GroupedCommand):
 @_model("--threads", type=int, help="CPU threads; default: all cores.")
 @_model("--batch", type=int, help="Tiles per inference; default: depends on the device.")
 @_slide("--mpp", type=float, help="Resolution of the slide at full size, um per pixel.")
+@_slide(
+    "--channels",
+    type=IndexList(),
+    metavar="0,1,2",
+    help="Channels of the slide to analyse, one for each of the model's; default: its colours.",
+)
 @_slide("--roi", type=PATH, help="GeoJSON polygons (full-size pixels) to analyse.")
 @_slide("--tissue/--no-tissue", default=True, help="Skip glass, or analyse it too.")
 @_slide("--force-upsampling", is_flag=True, help="Enlarge slides coarser than the model.")

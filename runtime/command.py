@@ -113,6 +113,11 @@ def run(**options: Any) -> int:
             return _plan(request, bundle, jobs)
         engine_message: list[str] = []
         executor = _open_executor(request, bundle, run_options, len(jobs), engine_message.append)
+        try:
+            run_options.for_model(executor.card)
+        except HistoError:
+            executor.close()
+            raise
     except HistoError as error:
         messages.error(str(error))
         return 1

@@ -48,15 +48,15 @@ class SlideLayout:
     overview: NDArray[np.uint8]
 
 
-def open_for_model(path: Path, card: ModelCard) -> SlideReader:
-    """Open a slide with the channels that a model takes.
+def open_for_model(path: Path, card: ModelCard, options: Options) -> SlideReader:
+    """Open a slide with the channels that a model takes, or that the options pick for it.
 
     Raises
     ------
     SlideError
         If it cannot be opened, or does not have these channels.
     """
-    return open_for_channels(path, card.channels, card.channel_names)
+    return open_for_channels(path, card.channels, card.channel_names, options.channels)
 
 
 def lay_out(slide: SlideReader, card: ModelCard, options: Options, damage: Damage | None = None) -> SlideLayout:

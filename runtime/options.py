@@ -37,6 +37,9 @@ class Options:
         labels, or no scores at the border of a tile.
     mpp
         Resolution of the slide's level 0 in um per pixel, where the file has none or a wrong one.
+    channels
+        For each of the model's channels the index of a channel of the slide, from 0; None: the slide's colours, or all
+        its channels in their order.
     roi
         GeoJSON file; only its polygons (level 0 pixels) are analysed.
     tissue
@@ -82,6 +85,7 @@ class Options:
     overlap_px: int | None = None
     blend: str = AUTO
     mpp: float | None = None
+    channels: tuple[int, ...] | None = None
     roi: Path | None = None
     tissue: bool = True
     batch: int | None = None
@@ -104,10 +108,23 @@ class Options:
                 raise OptionError(f"{name}={value}: use 1 or more")
         if self.overlap_px is not None and self.overlap_px < 0:
             raise OptionError(f"overlap_px={self.overlap_px}: use 0 or more")
+        if self.channels is not None and (not self.channels or min(self.channels) < 0):
+            raise OptionError(f"channels={self.channels}: name channels by their numbers, from 0")
         self._check_files()
 
     def for_model(self, card: ModelCard) -> Options:
-        """Return the options with what is left to the model."""
+        """Return the options with what is left to the model.
+
+        Raises
+        ------
+        OptionError
+            If another number of channels is picked than the model has.
+        """
+        if self.channels is not None and len(self.channels) != card.channels:
+            names = f" ({', '.join(card.channel_names)})" if card.channel_names else ""
+            raise OptionError(
+                f"--channels picks {len(self.channels)}, and the model takes {card.channels}{names}: pick one for each"
+            )
         return replace(self, blend=card.default_blend) if self.blend == AUTO else self
 
     def result_options(self) -> dict[str, Any]:

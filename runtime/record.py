@@ -53,6 +53,8 @@ class SlideRecord:
         Which reader opened it.
     mpp
         Micrometres per pixel of level 0, as the file says; None where it does not say.
+    mpp_source
+        Where the resolution of the run comes from: "--mpp", or the part of the file that says it, as "OME-XML".
     level, scale, downsample, width, height, result_mpp
         As in `SlideView`; the last three are size and resolution of the label map.
     sha256
@@ -64,6 +66,7 @@ class SlideRecord:
     modified: str = ""
     reader: str = ""
     mpp: float | None = None
+    mpp_source: str = ""
     level: int | None = None
     scale: float | None = None
     downsample: float | None = None

@@ -117,4 +117,6 @@ def stem_of(source: str) -> str:
         return name if source.endswith("/") else PurePosixPath(name).stem
     path = Path(source)
     is_folder = os.path.isdir(source)  # noqa: PTH112  (Path's raises where a parent is not to be searched)
-    return path.resolve().name if is_folder else path.stem
+    if is_folder:
+        return path.resolve().name
+    return path.name if path.suffix[1:].isdigit() else path.stem  # a DICOM file's name is often a UID, 1.2.840.1

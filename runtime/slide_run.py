@@ -73,6 +73,7 @@ from histostream.wsi.outputs.sinks.summary import Summary
 from histostream.wsi.outputs.sinks.tiff import LabelTiff, ProbabilityTiff
 from histostream.wsi.records import to_json
 from histostream.wsi.slides.damage import Damage
+from histostream.wsi.slides.reader import mpp_source
 from histostream.wsi.slides.resolution import SlideView
 from histostream.wsi.slides.staging import SlideVersion, sha256_of, version_of
 from histostream.wsi.tiling.grid import TileGrid
@@ -252,7 +253,7 @@ class SlideRun:
         seconds = StageSeconds()
         with ExitStack() as stack:
             version = version_of(job.slide.source)
-            slide = stack.enter_context(open_for_model(path, card))
+            slide = stack.enter_context(open_for_model(path, card, options))
             folder = stack.enter_context(OutputFolder(job.out, job.folder.name, job.dead_processes))
             journal = Journal(folder.path)
             stack.push(lambda kind, *_: None if kind is None or journal.has_strips() else journal.remove())
@@ -385,6 +386,7 @@ class SlideRun:
                 self.version.modified,
                 view.slide.name,
                 view.slide.mpp,
+                "--mpp" if options.mpp is not None else mpp_source(view.slide),
                 view.level,
                 view.scale,
                 view.downsample,

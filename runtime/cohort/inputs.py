@@ -16,12 +16,15 @@ from histostream.runtime.slide_job import SlideInput, stem_of
 from histostream.wsi.errors import HistoError, SlideError
 from histostream.wsi.outputs.folder import RUN_FILE
 from histostream.wsi.outputs.journal import JOURNAL
+from histostream.wsi.slides.dicom_series import is_dicom, series_among, series_files
 from histostream.wsi.slides.reader import slide_suffixes
 from histostream.wsi.slides.resolution import LIGHT_MPP, MAX_MPP
 from histostream.wsi.slides.sources.base import is_plain_name, is_remote, redact_url
 from histostream.wsi.slides.staging import list_files
 
 DICOM = ".dcm"
+# Files beside slides that are never opened to see whether they are DICOM; such files often have no suffix.
+NO_DICOM = frozenset({".csv", ".geojson", ".gz", ".jpeg", ".jpg", ".json", ".md", ".png", ".txt", ".xml", ".zip"})
 IMAGES = frozenset({".png", ".jpg", ".jpeg"})  # not taken from folders, where most are thumbnails and masks
 LIST = ".csv"
 RESULTS = frozenset({RUN_FILE, JOURNAL})  # one of them is in each folder of results, finished or not
@@ -39,7 +42,7 @@ def find_inputs(arguments: Sequence[str]) -> list[SlideInput]:
     An argument is one of
 
     - a slide file or its URL. It need not exist: the run reports a missing slide and goes on;
-    - a folder: one slide if it holds ``.dcm`` files (a DICOM series); otherwise every slide below it,
+    - a folder: one slide if it holds the files of a DICOM series; otherwise every slide below it, each series one,
       sorted. Hidden files, folders of results, and PNG and JPEG files are left out;
     - a pattern such as ``/data/**/*.svs``, if no file has exactly this name. Matching PNG and JPEG files
       are slides; a ``.dcm`` file stands for its folder, if the folder holds no other slides;
@@ -127,11 +130,19 @@ def _refuse_folder(error: OSError) -> None:
 
 
 def _slides_among(folder: str, names: Iterable[str]) -> list[str]:
-    """Return the slides among the files of one folder, or the folder if it is a DICOM series."""
+    """Return the slides among the files of one folder: the folder itself if it is one DICOM series.
+
+    Of several series, and of one beside other slides, the first file of each is returned.
+    """
     visible = sorted(name for name in names if not name.startswith("."))
     slides = [name for name in visible if _suffix(name) in slide_suffixes()]
-    if all(_suffix(name) != DICOM for name in visible):
-        return [os.path.join(folder, name) for name in slides]  # noqa: PTH118
+    sources = [os.path.join(folder, name) for name in slides]  # noqa: PTH118
+    others = [name for name in visible if name not in slides and _suffix(name) not in NO_DICOM]
+    series = [] if is_remote(folder) else series_among(Path(folder, name) for name in others)
+    if len(series) > 1 or (series and slides):
+        return sources + [str(files[0]) for files in series]
+    if not series and all(_suffix(name) != DICOM for name in visible):
+        return sources
     if slides:
         raise InputError(
             f"{folder}: holds DICOM files and other slides ({slides[0]}); "
@@ -149,11 +160,20 @@ def _matches(pattern: str) -> list[str]:
             sources |= dict.fromkeys(_sources_below(match))
         elif any(os.path.lexists(Path(folder, name)) for name in RESULTS):
             continue
-        elif _suffix(match) == DICOM and (folder in sources or not _has_other_slides(folder)):
-            sources[folder] = None
+        elif _suffix(match) == DICOM and (source := _series_of(match)) is not None:
+            sources[source] = None
         elif _suffix(match) in slide_suffixes() | IMAGES | {DICOM}:
             sources[match] = None
     return list(sources)
+
+
+def _series_of(file: str) -> str | None:
+    """Return the source of the DICOM series of a file; None if the file is none, and lies beside other slides."""
+    folder = str(Path(file).parent)
+    among = _slides_among(folder, os.listdir(folder)) if not _has_other_slides(folder) else []  # noqa: PTH208
+    if len(among) == 1:
+        return among[0]
+    return str(series_files(Path(file))[0]) if is_dicom(Path(file)) else None
 
 
 def _has_other_slides(folder: str) -> bool:
