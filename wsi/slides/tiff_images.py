@@ -25,7 +25,7 @@ from histostream.wsi.slides.pixel_size import UM_PER_TIFF_UNIT
 BESIDE = ("label", "macro", "thumbnail", "overview", "map")
 
 SAMPLED_TILES = 3  # of each of two pages that are compared: those of the most bytes, which show the most
-SPREAD_TILES = 9  # where all have as many
+SPREAD_TILES = 100  # where all have as many
 CELLS = 4  # along a side of a sample: so many means are compared
 SAME_MEANS = 6.0  # of 255: mean difference of two copies of one image, scaled down in different ways
 CHANCE = 2.0  # standard errors of the means of a copy that took every n-th pixel, which are allowed too
@@ -54,6 +54,10 @@ class TiffImage:
     def base(self) -> Any:
         """The page of level 0."""
         return self.pages[0]
+
+    def finer_than(self, page: Any) -> Any:
+        """Return the coarsest level that is finer than a page."""
+        return min((p for p in self.pages if p.imagewidth > page.imagewidth), key=lambda p: int(p.imagewidth))
 
     def __str__(self) -> str:
         size = f"{self.base.imagewidth} x {self.base.imagelength}"
@@ -84,8 +88,9 @@ def find_images(file: Any, *, compare: bool = True) -> list[TiffImage]:
             continue
         _add_page(images, page, same)
         for below in page.pages or ():
-            if images and below.is_tiled and _is_copy(images[-1].base, below) and same(images[-1].pages[-1], below):
-                images[-1].pages.append(below)
+            last = images[-1] if images else None
+            if last and below.is_tiled and _is_copy(last.base, below) and same(last.finer_than(below), below):
+                last.pages.append(below)
     for image in images:
         image.pages.sort(key=lambda page: -int(page.imagewidth))
     return images
@@ -205,7 +210,8 @@ class PageComparison:
             raise
         except Exception:  # the codecs' errors have no common base class; a damaged tile is found when it is read
             return None
-        return None if tile is None else np.asarray(tile[0])
+        box = _tile_box(page, index)  # beyond the border of the image a tile may hold anything
+        return None if tile is None else np.asarray(tile[0])[: box.height, : box.width]
 
 
 def _any_same(fine: Any, coarse: Any) -> bool:
@@ -215,7 +221,7 @@ def _any_same(fine: Any, coarse: Any) -> bool:
 def _add_page(images: list[TiffImage], page: Any, same: Callable[[Any, Any], bool]) -> None:
     """Add a page to the image before it, if it is a copy of that one at another size, else as another image."""
     last = images[-1] if images else None
-    if last is not None and _is_copy(last.base, page) and same(last.pages[-1], page):
+    if last is not None and _is_copy(last.base, page) and same(last.finer_than(page), page):
         last.pages.append(page)
     elif last is not None and not last.base.is_reduced and _is_copy(page, last.base) and same(page, last.base):
         last.pages.insert(0, page)  # written smallest first

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from histostream.wsi.errors import SlideError, reason
 from histostream.wsi.geometry import Box
 from histostream.wsi.slides.bands import Bands
-from histostream.wsi.slides.pixel_size import openslide_pixel_size
+from histostream.wsi.slides.pixel_size import PixelSize, openslide_pixel_size, tiff_pixel_size
 from histostream.wsi.slides.reader import BlockReader, DeclinedError, Level, downsample_between
-from histostream.wsi.slides.tiff_check import check_tiff
+from histostream.wsi.slides.tiff_check import check_tiff, is_tiff
 from histostream.wsi.slides.vendor import scanner_format
 
 ORDER = 20  # after the fast reader of TIFF, which declines such files
@@ -39,8 +39,8 @@ class OpenSlideReader(BlockReader):
 
     def __init__(self, path: Path, slide: Any) -> None:
         properties = slide.properties
-        self.bounds = _bounds(properties, slide.dimensions)
-        area = self.bounds or Box(0, 0, *slide.dimensions)
+        bounds = _bounds(properties, slide.dimensions)
+        area = bounds or Box(0, 0, *slide.dimensions)
         self._origin = area.x, area.y
         self._downsamples = tuple(slide.level_downsamples)
         levels = []
@@ -53,7 +53,8 @@ class OpenSlideReader(BlockReader):
             )
             levels.append(Level(width, height, downsample))
         block_px = _block_px(properties, levels[0])
-        super().__init__(path, tuple(levels), (block_px,) * len(levels), openslide_pixel_size(path, properties), 3)
+        super().__init__(path, tuple(levels), (block_px,) * len(levels), _pixel_size(path, properties), 3)
+        self.bounds = bounds
         regions = _regions(properties, self._origin)
         self.missing = tuple(_outside(regions, level, block_px) for level in levels)
         self._slide = slide
@@ -114,6 +115,17 @@ def open_reader(path: Path) -> OpenSlideReader:
             f"{path}: OpenSlide does not open this file of {vendor} ({reason(error)}); copy it again, with all files "
             "that belong to it, or export the slide as plain TIFF"
         ) from error
+
+
+def _pixel_size(path: Path, properties: Mapping[str, str]) -> PixelSize | None:
+    """Return the size of pixels by OpenSlide's properties, or by other text in the file, as in XML of Philips."""
+    found = openslide_pixel_size(path, properties)
+    if found is not None or not is_tiff(path):
+        return found
+    import tifffile
+
+    with tifffile.TiffFile(path, _multifile=False) as file:
+        return tiff_pixel_size(path, file, file.pages.first)
 
 
 def _bounds(properties: Mapping[str, str], size: tuple[int, int]) -> Box | None:
