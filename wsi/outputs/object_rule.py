@@ -58,6 +58,13 @@ class ObjectRule:
         if self.max_area_um2 is not None and not self.min_area_um2 < self.max_area_um2 < math.inf:
             raise ValueError(f"max_area_um2={self.max_area_um2}: use more than min_area_um2={self.min_area_um2}")
 
+    def __str__(self) -> str:
+        """Return the rule in words."""
+        most = "" if self.max_area_um2 is None else f" to {self.max_area_um2:g}"
+        counted = "counted" if self.counted else "not counted"
+        touching = ", large concave ones are several" if self.touching else ""
+        return f"objects of {self.min_area_um2:g}{most or ' or more'} um2, {counted}{touching}"
+
 
 NUCLEI = ObjectRule(min_area_um2=8.0, touching=True)  # a disc of 3.2 um: smaller regions are rarely nuclei
 NOT_COUNTED = ObjectRule(counted=False)
