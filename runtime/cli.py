@@ -102,7 +102,8 @@ class _OrView(GroupedCommand):
     show_default=False,
     type=WordList(sink_names("rasters")),
     metavar=",".join(sink_names("rasters")),
-    help="Write the label map as OME-TIFF (rgb: its colours, for QuPath), OME-Zarr or DICOM too.",
+    help="Write the label map as OME-TIFF (rgb: its colours, for QuPath), OME-Zarr or DICOM too; or the density of "
+    "objects.",
 )
 @_outputs("--geojson", is_flag=True, help="Write objects.geojson.gz, outlines for QuPath.")
 @_outputs(
@@ -119,7 +120,13 @@ class _OrView(GroupedCommand):
     metavar=",".join(sink_names("objects")),
     help="Write a table of objects: area, perimeter, eccentricity.",
 )
-@_outputs("--min-area", "min_area_um2", default=0.0, metavar="UM2", help="Leave smaller objects out.")
+@_outputs(
+    "--min-area",
+    "min_area_um2",
+    type=float,
+    metavar="UM2",
+    help="Leave smaller objects out, and out of the counts; default: as the model's card says (nuclei: 8).",
+)
 @_outputs(
     "--simplify",
     "simplify_um",

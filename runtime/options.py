@@ -11,6 +11,8 @@ from histostream.runtime.bundle.card import ModelCard
 from histostream.runtime.choices import AUTO
 from histostream.runtime.crf.options import CrfOptions
 from histostream.wsi.errors import HistoError
+from histostream.wsi.outputs.label_rows import ClassInfo
+from histostream.wsi.outputs.objects.counting import with_rules
 from histostream.wsi.outputs.sinks import OPTIONS as SINK_OPTIONS
 from histostream.wsi.outputs.sinks import SinkKind, find_sink, sink_names
 from histostream.wsi.outputs.sinks.object_files import check_installed
@@ -63,12 +65,13 @@ class Options:
     objects
         Tables of objects to write: "csv" (objects.csv), "parquet" (objects.parquet).
     min_area_um2
-        Smaller objects are left out of those files.
+        Smaller objects are neither counted nor in those files; None: as the model's card says.
     simplify_um
         How far outlines may deviate, to have fewer points; 0: they follow the pixels.
     rasters
         Further formats of the label map to write: "ome-tiff" (labels.ome.tif), "ome-tiff-rgb"
-        (labels.rgb.ome.tif, its colours), "ome-zarr" (labels.ome.zarr), "dicom-seg" (labels.dcm).
+        (labels.rgb.ome.tif, its colours), "ome-zarr" (labels.ome.zarr), "dicom-seg" (labels.dcm); and "density"
+        (density.tif), objects per mm2.
 
     Other packages may add values of ``annotations``, ``objects`` and ``rasters``; see
     `histostream.wsi.outputs.sinks`.
@@ -97,7 +100,7 @@ class Options:
     strict: bool = False
     annotations: tuple[str, ...] = ()
     objects: tuple[str, ...] = ()
-    min_area_um2: float = 0.0
+    min_area_um2: float | None = None
     simplify_um: float = 0.0
     rasters: tuple[str, ...] = ()
 
@@ -126,6 +129,22 @@ class Options:
                 f"--channels picks {len(self.channels)}, and the model takes {card.channels}{names}: pick one for each"
             )
         return replace(self, blend=card.default_blend) if self.blend == AUTO else self
+
+    def classes_of(self, card: ModelCard) -> tuple[ClassInfo, ...]:
+        """Return the classes of a model with the rules by which their objects are found and counted.
+
+        Classes whose card has no rule are counted where objects or their density are asked for.
+
+        Raises
+        ------
+        OptionError
+            If a class has no objects as large as ``min_area_um2``.
+        """
+        wanted = bool(self.annotations or self.objects or "density" in self.rasters)
+        try:
+            return with_rules(card.classes, self.min_area_um2, count_all=wanted)
+        except ValueError as error:
+            raise OptionError(f"--min-area does not fit the model's card: {error}") from error
 
     def result_options(self) -> dict[str, Any]:
         """Return the options that decide the bits of the result, as JSON values.
@@ -171,13 +190,13 @@ class Options:
                     raise OptionError(f"{option}={value!r}: use {' or '.join(sink_names(option))}")
         for name in ("min_area_um2", "simplify_um"):
             value = getattr(self, name)
-            if not 0 <= value < math.inf:
+            if value is not None and not 0 <= value < math.inf:
                 raise OptionError(f"{name}={value}: use 0 or more")
-            if value and not (self.annotations or self.objects):
-                raise OptionError(
-                    f"{name}={value} applies to files of objects, and none is written: "
-                    "pass --geojson, --annotations or --objects"
-                )
+        if self.simplify_um and not (self.annotations or self.objects):
+            raise OptionError(
+                f"simplify_um={self.simplify_um} applies to files of objects, and none is written: "
+                "pass --geojson, --annotations or --objects"
+            )
 
 
 def _content(path: Path) -> str:

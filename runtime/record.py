@@ -16,7 +16,7 @@ from histostream.runtime.options import Options
 from histostream.runtime.stream.context import DeviceRecord
 from histostream.wsi.outputs.folder import RUN_FILE
 from histostream.wsi.outputs.sinks.summary import SummaryRecord
-from histostream.wsi.records import OMIT, from_json
+from histostream.wsi.records import OMIT, from_json, to_json
 from histostream.wsi.slides.staging import SlideVersion
 
 SUMMARY_FILE = "summary.json"
@@ -170,16 +170,6 @@ class CrfRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class ObjectCount:
-    """How many objects of a class are in the files, and their mean area."""
-
-    name: str = ""
-    count: int | None = None
-    mean_um2: float | None = None
-    further: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
 class ResumedRecord:
     """How often the run was begun, and the megapixels that were done before the last begin."""
 
@@ -204,9 +194,8 @@ class RunRecord:
         The stage that the run waited for most.
     peak_memory_mib
         Of the process; None where the system does not say.
-    device, crf, objects, resumed
-        None where no GPU and no other device, no CRF and no file of objects was requested, and where
-        the run was not interrupted.
+    device, crf, resumed
+        None where no GPU and no other device and no CRF was requested, and where the run was not interrupted.
     started
         Time in ISO 8601.
     inputs
@@ -232,7 +221,6 @@ class RunRecord:
     peak_memory_mib: float | None = None
     device: DeviceRecord | None = field(default=None, metadata=OMIT)
     crf: CrfRecord | None = field(default=None, metadata=OMIT)
-    objects: tuple[ObjectCount, ...] | None = field(default=None, metadata=OMIT)
     resumed: ResumedRecord | None = field(default=None, metadata=OMIT)
     started: str = ""
     inputs: Mapping[str, Any] | None = field(default=None, metadata=OMIT)
@@ -290,6 +278,7 @@ def fingerprint(
     values = {
         "slide": asdict(version),
         "model": card.digest(),
+        "objects": to_json([entry.rule for entry in options.classes_of(card)]),
         "options": {**options.for_model(card).result_options(), **requested},
         "histostream": metadata.version("histostream"),
     }

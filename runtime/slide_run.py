@@ -34,7 +34,6 @@ from histostream.runtime.record import (
     DecodedBlocks,
     GridRecord,
     ModelRecord,
-    ObjectCount,
     ResumedRecord,
     RunRecord,
     SecondsRecord,
@@ -64,9 +63,11 @@ from histostream.runtime.stream.memory import plan_bands
 from histostream.wsi.errors import StoppedError
 from histostream.wsi.outputs.folder import OutputFolder
 from histostream.wsi.outputs.journal import Journal, JournalError, RunManifest, ViewInfo
-from histostream.wsi.outputs.label_rows import SlideInfo
+from histostream.wsi.outputs.label_rows import ClassInfo, SlideInfo
 from histostream.wsi.outputs.memory_needs import MemoryNeeds
+from histostream.wsi.outputs.objects.counting import counted_labels
 from histostream.wsi.outputs.sinks import find_sink
+from histostream.wsi.outputs.sinks.object_counts import ObjectCounts, count_needs
 from histostream.wsi.outputs.sinks.object_files import Objects, object_needs
 from histostream.wsi.outputs.sinks.overview import Overview
 from histostream.wsi.outputs.sinks.summary import Summary
@@ -164,11 +165,10 @@ class ManyDevices(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Outputs:
-    """The output folder of a run, and those of its sinks that also give numbers."""
+    """The output folder of a run, and the sink that also gives numbers."""
 
     folder: OutputFolder
     summary: Summary
-    objects: Objects | None
 
 
 @dataclass(slots=True, eq=False)
@@ -377,7 +377,6 @@ class SlideRun:
         waited = stages.pop("wait")
         several = [result.band for result in self._results if result.band is not None]
         decoded = view.slide.decoded_blocks - self.overview_blocks + sum(b.source_blocks_decoded for b in several)
-        objects = self.outputs.objects
         mpx_before = counts.pixels_before / 1e6
         return RunRecord(
             SlideRecord(
@@ -415,7 +414,6 @@ class SlideRun:
                 sum(result.cells for result in self._results),
                 sum(result.cells_skipped for result in self._results),
             ),
-            objects=tuple(ObjectCount(*entry) for entry in objects.by_class()) if objects else None,
             resumed=ResumedRecord(manifest.runs, round(mpx_before, 3)) if manifest.runs > 1 else None,
             started=self.started.isoformat(timespec="seconds"),
             inputs=self.inputs,
@@ -493,7 +491,7 @@ def _bands(context: RunContext, engine: Engine | ManyDevices) -> list[tuple[int,
 def _memory_needs(context: RunContext) -> MemoryNeeds:
     """Return the memory that the CRF and the chosen output files take."""
     options, view, tile_px = context.plan.options, context.view, context.plan.grid.tile_px
-    info = _slide_info(view, context.card)
+    info = _slide_info(view, options.classes_of(context.card))
     needs = MemoryNeeds()
     if options.crf is not None:
         needs += options.crf.needs(len(context.card.classes), view.channels, tile_px)
@@ -503,16 +501,18 @@ def _memory_needs(context: RunContext) -> MemoryNeeds:
         needs += object_needs(info)
         for kind in kinds:
             needs += kind.needs(info, tile_px)
+    elif counted_labels(info.classes):
+        needs += count_needs(info)
     return needs
 
 
-def _slide_info(view: SlideView, card: ModelCard) -> SlideInfo:
+def _slide_info(view: SlideView, classes: tuple[ClassInfo, ...]) -> SlideInfo:
     assert view.mpp is not None  # the card has a resolution, so the view has one
-    return SlideInfo(view.slide.path.name, view.width, view.height, view.mpp, card.classes)
+    return SlideInfo(view.slide.path.name, view.width, view.height, view.mpp, classes)
 
 
 def _add_sinks(folder: OutputFolder, layout: SlideLayout, card: ModelCard, options: Options) -> _Outputs:
-    info, path = _slide_info(layout.view, card), layout.view.slide.path
+    info, path = _slide_info(layout.view, options.classes_of(card)), layout.view.slide.path
     folder.add(LabelTiff(folder.path / "labels.tif", info))
     if options.probabilities:
         folder.add(ProbabilityTiff(folder.path / "probabilities.tif", info))
@@ -520,16 +520,19 @@ def _add_sinks(folder: OutputFolder, layout: SlideLayout, card: ModelCard, optio
         kind = find_sink("rasters", name)
         folder.add(kind.open(folder.path / kind.file, info, path))
     folder.add(Overview(folder.path / "overview.png", info, to_channels(layout.overview, 3)))
-    objects = None
+    counts: Objects | ObjectCounts | None = None
     if kinds := options.object_sinks():
-        objects = Objects(
+        counts = Objects(
             folder.path,
             info,
             path,
             kinds,
             downsample=layout.view.downsample,
-            min_area_um2=options.min_area_um2,
             simplify_um=options.simplify_um,
         )
-        folder.add(objects)
-    return _Outputs(folder, folder.add(Summary(folder.path, info)), objects)
+    elif counted_labels(info.classes):
+        counts = ObjectCounts(info)
+    if counts is not None:
+        folder.add(counts)  # before the summary, which takes the numbers over
+    counter = None if counts is None else counts.counter
+    return _Outputs(folder, folder.add(Summary(folder.path, info, counter)))

@@ -351,6 +351,14 @@ def _line(job: SlideJob, outcome: Outcome) -> dict[str, Any]:
     }
     for entry in summary.classes:
         line[f"{entry.name}_mm2"] = entry.area_mm2
+    for entry in summary.classes:
+        if entry.objects is not None:
+            line |= {
+                f"{entry.name}_objects": entry.objects,
+                f"{entry.name}_objects_per_mm2": entry.objects_per_mm2,
+                f"{entry.name}_mean_object_um2": entry.mean_object_um2,
+                f"{entry.name}_touching_share": entry.touching_share,
+            }
     for name, value in job.slide.further.items():
         line[f"{name} (given)" if name in line else name] = value
     return line
