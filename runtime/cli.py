@@ -15,6 +15,7 @@ from histostream.runtime.choices import AUTO, BACKENDS, RUN_PRECISIONS, WINDOWS
 from histostream.wsi.console import GroupedCommand, memory_mib, one_line_errors, option_group, read_settings
 from histostream.wsi.option_types import DEVICES_METAVAR, DeviceList, IndexList, WordList
 from histostream.wsi.outputs.sinks import sink_names
+from histostream.wsi.slides.coordinates import COORDINATES
 
 PATH = click.Path(path_type=Path)
 _model = option_group("Model and device")
@@ -72,6 +73,12 @@ class _OrView(GroupedCommand):
     help="Channels of the slide to analyse, one for each of the model's; default: its colours.",
 )
 @_slide("--roi", type=PATH, help="GeoJSON polygons (full-size pixels) to analyse.")
+@_slide(
+    "--coordinates",
+    default=COORDINATES[0],
+    type=click.Choice(COORDINATES),
+    help="Where pixels of --roi and outlines begin: at the scanned area (QuPath), or as OpenSlide counts (MIRAX).",
+)
 @_slide("--tissue/--no-tissue", default=True, help="Skip glass, or analyse it too.")
 @_slide("--force-upsampling", is_flag=True, help="Enlarge slides coarser than the model.")
 @_slide("--strict", is_flag=True, help="Stop a slide at a damaged block; default: skip the block.")

@@ -34,8 +34,11 @@ from histostream.wsi.errors import HistoError
 from histostream.wsi.option_types import CPU
 from histostream.wsi.optional import require
 from histostream.wsi.report.figures import rough_duration, size
+from histostream.wsi.slides.sources.base import redact_url
+from histostream.wsi.tiling.tissue import read_polygons
 
 GPU_BACKENDS = ("cuda", "tensorrt")
+MAX_NOTES = 3  # about names of slides; in some cohorts every slide has one
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +107,11 @@ def run(**options: Any) -> int:
         request = request.on_device()
         bundle = request.bundle or default_bundle()
         run_options = Options(threads=request.threads, **options)
-        slides = find_inputs(request.slides)
+        slides = find_inputs(request.slides, request.out)
+        _print_notes(slides, messages)
         run_options.check_installed()
+        if run_options.roi is not None:
+            read_polygons(run_options.roi)  # a file that cannot be used is an error of the call, not of each slide
         if request.crf:
             run_options = replace(run_options, crf=_crf_options(bundle, request))
         jobs = [_job(request, run_options, slide) for slide in slides]
@@ -147,6 +153,15 @@ def run(**options: Any) -> int:
         messages.error("stopped; what is finished is kept, and the same command continues from there")
         return 128 + stop.signal
     return 1 if counts[FAILED] else 3 if damaged else 0
+
+
+def _print_notes(slides: list[SlideInput], messages: Messages) -> None:
+    """Print what a user should know about paths and names of slides; ``cohort.csv`` has all of it."""
+    notes = [f"{redact_url(slide.source)}: {slide.note}" for slide in slides if slide.note and not slide.problem]
+    for note in notes[:MAX_NOTES]:
+        messages.error(note)
+    if len(notes) > MAX_NOTES:
+        messages.error(f"{len(notes) - MAX_NOTES} more slides have such a note; cohort.csv lists them")
 
 
 def _record(out: Path, jobs: list[SlideJob]) -> AbstractContextManager[CohortRecord | None]:

@@ -16,6 +16,7 @@ from histostream.runtime.stream.blend import aligned_overlap_px, check_blend, ex
 from histostream.wsi.errors import SlideError
 from histostream.wsi.outputs.sinks.overview import overview_size
 from histostream.wsi.slides.channels import open_for_channels, takes_colors
+from histostream.wsi.slides.coordinates import origin_px
 from histostream.wsi.slides.damage import Damage, Undamaged
 from histostream.wsi.slides.reader import SlideReader
 from histostream.wsi.slides.resolution import SlideView, at_mpp, thumbnail
@@ -119,7 +120,8 @@ def plan_grid(
         If there is no tissue in the region of interest.
     """
     grid = lay_tiles(view.width, view.height, card, options)
-    roi = None if options.roi is None else read_roi(options.roi, view)
+    origin = origin_px(view.bounds, options.coordinates)
+    roi = None if options.roi is None else read_roi(options.roi, view, origin)
     keep = None if roi is None else roi.tiles(grid)
     if options.tissue and takes_colors(card.channels):  # tissue is found by its colour
         tissue = find_tissue(view, preview=picture).tiles(grid)

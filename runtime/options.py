@@ -17,6 +17,7 @@ from histostream.wsi.outputs.sinks import OPTIONS as SINK_OPTIONS
 from histostream.wsi.outputs.sinks import SinkKind, find_sink, sink_names
 from histostream.wsi.outputs.sinks.object_files import check_installed
 from histostream.wsi.records import to_json
+from histostream.wsi.slides.coordinates import COORDINATES
 from histostream.wsi.slides.staging import sha256_of
 
 FREE = ("batch", "threads", "max_memory_mib")  # options that do not change the result
@@ -44,6 +45,9 @@ class Options:
         its channels in their order.
     roi
         GeoJSON file; only its polygons (level 0 pixels) are analysed.
+    coordinates
+        Where level 0 begins in ``roi`` and in files of objects: "qupath", at the corner of the area that was
+        scanned; "openslide", at the corner of OpenSlide's level 0, which may be larger (MIRAX).
     tissue
         Whether glass is left out.
     batch
@@ -90,6 +94,7 @@ class Options:
     mpp: float | None = None
     channels: tuple[int, ...] | None = None
     roi: Path | None = None
+    coordinates: str = COORDINATES[0]
     tissue: bool = True
     batch: int | None = None
     threads: int | None = None
@@ -113,6 +118,8 @@ class Options:
             raise OptionError(f"overlap_px={self.overlap_px}: use 0 or more")
         if self.channels is not None and (not self.channels or min(self.channels) < 0):
             raise OptionError(f"channels={self.channels}: name channels by their numbers, from 0")
+        if self.coordinates not in COORDINATES:
+            raise OptionError(f"coordinates={self.coordinates!r}: use {' or '.join(COORDINATES)}")
         self._check_files()
 
     def for_model(self, card: ModelCard) -> Options:

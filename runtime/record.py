@@ -14,6 +14,7 @@ from typing import Any
 from histostream.runtime.bundle.card import ModelCard
 from histostream.runtime.options import Options
 from histostream.runtime.stream.context import DeviceRecord
+from histostream.wsi.geometry import Box
 from histostream.wsi.outputs.folder import RUN_FILE
 from histostream.wsi.outputs.sinks.summary import SummaryRecord
 from histostream.wsi.records import OMIT, from_json, to_json
@@ -59,6 +60,8 @@ class SlideRecord:
         As in `SlideView`; the last three are size and resolution of the label map.
     sha256
         Of the file's content.
+    bounds
+        As in `SlideReader`; None where the slide is all that OpenSlide shows.
     """
 
     path: str = ""
@@ -75,6 +78,7 @@ class SlideRecord:
     result_mpp: float | None = None
     sha256: str = ""
     source: str = ""
+    bounds: Box | None = field(default=None, metadata=OMIT)
     further: Mapping[str, Any] = field(default_factory=dict)
 
 

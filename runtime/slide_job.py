@@ -24,13 +24,17 @@ class SlideInput:
     source
         Local path or URL; that of a remote DICOM series ends with ``/``.
     name
-        Name of the folder of its results.
+        Name of the folder of its results. Empty where `name_folders` is to find one.
     mpp
         Micrometres per pixel of level 0; None: as the file says.
     roi
         Path of a GeoJSON file with the regions to analyse.
     further
         Other columns of the list that names the slide.
+    note
+        What a user should know about the name or the path; empty if they are as given.
+    problem
+        Why the slide cannot be run at all; empty if it can be tried.
     """
 
     source: str
@@ -38,6 +42,8 @@ class SlideInput:
     mpp: float | None = None
     roi: str | None = None
     further: Mapping[str, str] = field(default_factory=dict, hash=False)
+    note: str = ""
+    problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +92,7 @@ class SlideJob:
     @property
     def location(self) -> str:
         """Where the slide is, for records: an absolute path, or a URL without its signature."""
-        return self.source if is_remote(self.slide.source) else str(Path(self.slide.source).absolute())
+        return absolute_source(self.slide.source)
 
     def is_done(self, card: ModelCard) -> bool:
         """Whether nothing is to be done: the folder holds the result of the same inputs.
@@ -102,6 +108,11 @@ class SlideJob:
         return run is not None and run.inputs == fingerprint(
             version_of(self.slide.source), card, self.options, self.requested
         )
+
+
+def absolute_source(source: str) -> str:
+    """Return a slide's absolute path, or its URL without the signature, as records have it."""
+    return redact_url(source) if is_remote(source) else os.path.abspath(source)  # noqa: PTH100  (removes .. too)
 
 
 def stem_of(source: str) -> str:

@@ -73,6 +73,7 @@ from histostream.wsi.outputs.sinks.overview import Overview
 from histostream.wsi.outputs.sinks.summary import Summary
 from histostream.wsi.outputs.sinks.tiff import LabelTiff, ProbabilityTiff
 from histostream.wsi.records import to_json
+from histostream.wsi.slides.coordinates import origin_px
 from histostream.wsi.slides.damage import Damage
 from histostream.wsi.slides.reader import mpp_source
 from histostream.wsi.slides.resolution import SlideView
@@ -394,6 +395,7 @@ class SlideRun:
                 view.mpp,
                 sha256,
                 self.job.location,
+                view.bounds,
             ),
             DecodedBlocks(self.overview_blocks, decoded),
             tuple(DamagedBlock(**block) for block in context.damage.record()),
@@ -528,6 +530,7 @@ def _add_sinks(folder: OutputFolder, layout: SlideLayout, card: ModelCard, optio
             path,
             kinds,
             downsample=layout.view.downsample,
+            origin=origin_px(layout.view.bounds, options.coordinates),
             simplify_um=options.simplify_um,
         )
     elif counted_labels(info.classes):

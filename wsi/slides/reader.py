@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
+import stat
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from typing import Any, Protocol, Self, cast
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from histostream.wsi.errors import DamagedError, SlideError, reason
+from histostream.wsi.errors import DamagedError, SlideError, reason, unreadable
 from histostream.wsi.geometry import Box
 from histostream.wsi.optional import install_command
 from histostream.wsi.registry import Registry
@@ -21,6 +23,8 @@ from histostream.wsi.slides.pixel_size import PixelSize
 
 Pixels = NDArray[np.uint8]
 WHITE = 255  # of blocks that a file does not hold
+# What a system reports of a drive or of permissions; libraries use other numbers for contents that they do not know.
+UNREADABLE = {errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.ETIMEDOUT}
 # A reader is a module of this folder, or of an entry point. It declares ORDER (of the readers that
 # reader="auto" tries, the lowest first), SUFFIXES (of its files, by which folders are searched) and
 # open_reader(path), which returns a SlideReader or raises DeclinedError or SlideError.
@@ -146,10 +150,7 @@ def open_slide(path: str | Path, *, reader: str = "auto") -> SlideReader:
     (2, 4, 3)
     """
     path = Path(path)
-    if not path.exists():
-        raise SlideError(f"{path}: there is no such file; check the path")
-    if path.is_file() and path.stat().st_size == 0:
-        raise SlideError(f"{path}: the file is empty; copy it again")
+    _check_file(path)
     if reader != "auto":
         try:
             return cast(SlideReader, READERS.load(reader).open_reader(path))
@@ -162,6 +163,8 @@ def open_slide(path: str | Path, *, reader: str = "auto") -> SlideReader:
         try:
             return cast(SlideReader, module.open_reader(path))
         except DeclinedError as declined:
+            if isinstance(declined.__cause__, OSError) and declined.__cause__.errno in UNREADABLE:
+                raise unreadable(path, declined.__cause__) from declined
             reasons.append(f"{name}: {declined}")
     more = ""
     if importlib.util.find_spec("large_image_source_tifffile") is None:
@@ -170,6 +173,23 @@ def open_slide(path: str | Path, *, reader: str = "auto") -> SlideReader:
         f"{path}: no reader opens this file ({'; '.join(reasons)}); "
         f"check that it is a whole slide file of a known format{more}"
     )
+
+
+def _check_file(path: Path) -> None:
+    """Raise SlideError unless a path is a folder, or a file with content that the system gives out."""
+    try:
+        info = path.stat()
+        if stat.S_ISREG(info.st_mode) and info.st_size:
+            with path.open("rb", buffering=0) as file:
+                file.read(1)
+    except (FileNotFoundError, NotADirectoryError):
+        raise SlideError(f"{path}: there is no such file; check the path") from None
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if not (stat.S_ISREG(info.st_mode) or stat.S_ISDIR(info.st_mode)):
+        raise SlideError(f"{path}: a pipe or device, not a file; name a slide file")
+    if stat.S_ISREG(info.st_mode) and not info.st_size:
+        raise SlideError(f"{path}: the file is empty; copy it again")
 
 
 @cache

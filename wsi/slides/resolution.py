@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histostream.wsi.errors import SlideError
+from histostream.wsi.geometry import Box
 from histostream.wsi.slides.reader import SlideReader, mpp_source
 
 MIN_MPP, MAX_MPP = 0.001, 50.0  # um; electron micrographs are 0.005, a macro camera about 25
@@ -58,6 +59,11 @@ class SlideView:
     def channels(self) -> int:
         """3 (RGB) or 1 (grey)."""
         return self.slide.channels
+
+    @property
+    def bounds(self) -> Box | None:
+        """The box that was scanned, in pixels of OpenSlide's level 0; see `SlideReader`."""
+        return getattr(self.slide, "bounds", None)  # readers of other packages may not have it
 
     @property
     def downsample(self) -> float:
