@@ -66,6 +66,11 @@ class _OrView(GroupedCommand):
 @_model("--batch", type=int, help="Tiles per inference; default: depends on the device.")
 @_slide("--mpp", type=float, help="Resolution of the slide at full size, um per pixel.")
 @_slide("--roi", type=PATH, help="GeoJSON polygons (full-size pixels) to analyse.")
+@_slide(
+    "--mask",
+    type=PATH,
+    help="What to analyse: a PNG or TIFF of the slide (0: not), or GeoJSON; see docs/results.md.",
+)
 @_slide("--tissue/--no-tissue", default=True, help="Skip glass, or analyse it too.")
 @_slide("--force-upsampling", is_flag=True, help="Enlarge slides coarser than the model.")
 @_slide("--strict", is_flag=True, help="Stop a slide at a damaged block; default: skip the block.")
@@ -166,11 +171,11 @@ def main(geojson: bool, annotations: tuple[str, ...], **options: Any) -> None:
     """Segment whole slides; results go to OUT/<slide name>/.
 
     SLIDES are files, folders, patterns in quotes, URLs (s3://, gs://, https://), and .csv files
-    with the column path and optionally mpp, roi and name.
+    with the column path and optionally mpp, roi, mask and name.
 
     Repeat the command to continue after an interruption; finished slides are skipped. A slide that
     fails does not stop the others; OUT/cohort.csv lists the status of each. Exit status: 0 all done,
-    1 some failed, 2 a wrong option, 3 some slides have damaged blocks, 130 stopped.
+    1 some failed, 2 a wrong option, 3 some slides have damaged blocks, 4 some have no tissue, 130 stopped.
 
     histo-infer view OUT shows results in a browser, also during a run; see histo-infer view --help.
     """

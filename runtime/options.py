@@ -39,6 +39,8 @@ class Options:
         Resolution of the slide's level 0 in um per pixel, where the file has none or a wrong one.
     roi
         GeoJSON file; only its polygons (level 0 pixels) are analysed.
+    mask
+        PNG, TIFF or GeoJSON file of what is to be analysed; see `read_mask`.
     tissue
         Whether glass is left out.
     batch
@@ -83,6 +85,7 @@ class Options:
     blend: str = AUTO
     mpp: float | None = None
     roi: Path | None = None
+    mask: Path | None = None
     tissue: bool = True
     batch: int | None = None
     threads: int | None = None
@@ -117,8 +120,9 @@ class Options:
         the same for all of them.
         """
         values = {name: value for name, value in asdict(self).items() if name not in FREE}
-        if self.roi is not None:
-            values["roi"] = _content(self.roi)
+        for name in ("roi", "mask"):
+            path = getattr(self, name)
+            values[name] = None if path is None else _content(path)
         for name in SINK_OPTIONS:  # their order does not matter
             values[name] = sorted(set(values[name]))
         values_json: dict[str, Any] = to_json(values)

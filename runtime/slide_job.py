@@ -29,6 +29,8 @@ class SlideInput:
         Micrometres per pixel of level 0; None: as the file says.
     roi
         Path of a GeoJSON file with the regions to analyse.
+    mask
+        Path of an image or GeoJSON file of what is to be analysed.
     further
         Other columns of the list that names the slide.
     """
@@ -37,6 +39,7 @@ class SlideInput:
     name: str
     mpp: float | None = None
     roi: str | None = None
+    mask: str | None = None
     further: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 

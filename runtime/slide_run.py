@@ -29,6 +29,7 @@ from histostream.runtime.layout import SlideLayout, lay_out, open_for_model
 from histostream.runtime.options import OptionError, Options
 from histostream.runtime.process_memory import peak_memory_mib
 from histostream.runtime.record import (
+    AreaRecord,
     CrfRecord,
     DamagedBlock,
     DecodedBlocks,
@@ -45,6 +46,7 @@ from histostream.runtime.record import (
     fingerprint,
     read_run,
     versions,
+    why_nothing,
 )
 from histostream.runtime.report import REPORT
 from histostream.runtime.report.slide import slide_report
@@ -61,21 +63,24 @@ from histostream.runtime.stream.context import (
     join_devices,
 )
 from histostream.runtime.stream.memory import plan_bands
-from histostream.wsi.errors import StoppedError
+from histostream.wsi.errors import SlideError, StoppedError
+from histostream.wsi.outputs.area_outline import AREA_FILE, area_geojson
 from histostream.wsi.outputs.folder import OutputFolder
 from histostream.wsi.outputs.journal import Journal, JournalError, RunManifest, ViewInfo
 from histostream.wsi.outputs.label_rows import SlideInfo
 from histostream.wsi.outputs.memory_needs import MemoryNeeds
 from histostream.wsi.outputs.sinks import find_sink
 from histostream.wsi.outputs.sinks.object_files import Objects, object_needs
-from histostream.wsi.outputs.sinks.overview import Overview
-from histostream.wsi.outputs.sinks.summary import Summary
+from histostream.wsi.outputs.sinks.overview import Mark, Overview
+from histostream.wsi.outputs.sinks.summary import Summary, SummaryRecord
 from histostream.wsi.outputs.sinks.tiff import LabelTiff, ProbabilityTiff
 from histostream.wsi.records import to_json
 from histostream.wsi.slides.damage import Damage
 from histostream.wsi.slides.resolution import SlideView
 from histostream.wsi.slides.staging import SlideVersion, sha256_of, version_of
 from histostream.wsi.tiling.grid import TileGrid
+from histostream.wsi.tiling.strips import all_blocks_are_in
+from histostream.wsi.tiling.tissue import TissueMask
 
 
 class DoneError(Exception):
@@ -190,6 +195,8 @@ class SlideRun:
         Version of the slide's file, and `fingerprint` of the run.
     manifest
         What the journal says of the run; None where a new run has not planned its bands.
+    tissue
+        The tissue; None where it was not looked for.
     overview_blocks
         Blocks that were decoded for the overview.
     started, clock
@@ -205,6 +212,7 @@ class SlideRun:
     version: SlideVersion
     inputs: Mapping[str, Any]
     manifest: RunManifest | None
+    tissue: TissueMask | None
     overview_blocks: int
     sha256: Future[str]
     started: datetime
@@ -264,7 +272,7 @@ class SlideRun:
                 if options.crf is not None:
                     check_memory(options.crf, len(card.classes), options.max_memory_mib)
                 outputs = _add_sinks(folder, layout, card, options)
-                plan = RunPlan(path, folder.path, options, layout.grid, layout.roi)
+                plan = RunPlan(path, folder.path, options, layout.grid, layout.area)
                 counts = Counts(report=report)
                 context = RunContext(plan, layout.view, card, folder.write, damage, seconds, counts, stopping)
                 blocks = slide.decoded_blocks
@@ -272,7 +280,10 @@ class SlideRun:
                 pool = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="hash"))
                 stack.callback(hashing_stopped.set)
                 sha256 = pool.submit(sha256_of, path, hashing_stopped.is_set)  # beside other work
-            run = cls(job, engine, context, outputs, version, inputs, manifest, blocks, sha256, started, clock, stack)
+            tissue = layout.tissue
+            run = cls(
+                job, engine, context, outputs, version, inputs, manifest, tissue, blocks, sha256, started, clock, stack
+            )
             stack.push(run._band_stack)
             run._begin()
             yield run
@@ -314,15 +325,30 @@ class SlideRun:
         """
         folder = self.outputs.folder
         with self.context.seconds.time("finish"):
+            self._check_decoded()
             folder.finish()
             sha256 = self.sha256.result()
         files = folder.unpublished
-        record, summary = self._record(sha256, [*files, REPORT]), self.outputs.summary.record()
+        view, summary = self.context.view, self.outputs.summary.record()
+        record = self._record(sha256, [*files, REPORT, AREA_FILE], summary)
         folder.run.update(to_json(record))
+        base = view.slide.levels[0]
+        folder.add_text(AREA_FILE, area_geojson(self.context.plan.area.mask, base.width, base.height))
         folder.add_text(REPORT, slide_report(record, summary, files["overview.png"]))
         folder.after_publishing(self.context.journal.remove)
         self.stack.close()
         return SlideResult(folder.path, summary, record)
+
+    def _check_decoded(self) -> None:
+        """Raise SlideError if none of the blocks that the network should see could be decoded."""
+        context = self.context
+        damaged, grid = context.damage.of_level(context.view.level), context.plan.grid
+        if damaged and len(grid) and all_blocks_are_in(damaged, context.view, grid):
+            context.journal.remove()
+            raise SlideError(
+                f"{context.view.slide.path}: none of the {len(damaged)} blocks of level {context.view.level} that are "
+                "to be analysed can be decoded; copy or scan it again"
+            )
 
     def _begin(self) -> None:
         """Begin to read, unless the bands depend on the memory that is free when the device is."""
@@ -367,7 +393,7 @@ class SlideRun:
             context.journal.begin(self.manifest)
             return list(manifest.bands)
 
-    def _record(self, sha256: str, files: Sequence[str]) -> RunRecord:
+    def _record(self, sha256: str, files: Sequence[str], summary: SummaryRecord) -> RunRecord:
         context, engine, options, manifest = self.context, self.engine, self.job.options, self.manifest
         card, view, grid, counts = context.card, context.view, context.plan.grid, context.counts
         assert manifest is not None
@@ -378,7 +404,7 @@ class SlideRun:
         decoded = view.slide.decoded_blocks - self.overview_blocks + sum(b.source_blocks_decoded for b in several)
         objects = self.outputs.objects
         mpx_before = counts.pixels_before / 1e6
-        return RunRecord(
+        record = RunRecord(
             SlideRecord(
                 str(view.slide.path),
                 self.version.bytes,
@@ -418,8 +444,25 @@ class SlideRun:
             started=self.started.isoformat(timespec="seconds"),
             inputs=self.inputs,
             versions=versions(),
+            area=_area_record(self.tissue, view, summary.slide_mm2 or 0.0),
             outputs=tuple(sorted(files)),
         )
+        return record if summary.analysed_mm2 else replace(record, no_tissue=why_nothing(record))
+
+
+def _area_record(tissue: TissueMask | None, view: SlideView, slide_mm2: float) -> AreaRecord:
+    missing = getattr(view.slide, "missing", None)
+    absent = missing[view.level] if missing else None
+    absent_mm2 = None if absent is None else round(float(absent.mean()) * slide_mm2, 6)
+    if tissue is None:
+        return AreaRecord(absent_mm2=absent_mm2)
+    return AreaRecord(
+        round(tissue.mpp, 4),
+        round(tissue.margin_px * tissue.mpp, 2),
+        round(float(tissue.mask.mean()) * slide_mm2, 6),
+        None if tissue.unscanned is None else round(float(tissue.unscanned.mean()) * slide_mm2, 6),
+        absent_mm2,
+    )
 
 
 def _interrupted_run(
@@ -517,7 +560,8 @@ def _add_sinks(folder: OutputFolder, layout: SlideLayout, card: ModelCard, optio
     for name in dict.fromkeys(options.rasters):
         kind = find_sink("rasters", name)
         folder.add(kind.open(folder.path / kind.file, info, path))
-    folder.add(Overview(folder.path / "overview.png", info, to_channels(layout.overview, 3)))
+    marks = [] if layout.area.is_whole else [Mark("analysed area", layout.area.mask)]
+    folder.add(Overview(folder.path / "overview.png", info, to_channels(layout.overview, 3), marks))
     objects = None
     if kinds := options.object_sinks():
         objects = Objects(

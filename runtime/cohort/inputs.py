@@ -25,7 +25,8 @@ DICOM = ".dcm"
 IMAGES = frozenset({".png", ".jpg", ".jpeg"})  # not taken from folders, where most are thumbnails and masks
 LIST = ".csv"
 RESULTS = frozenset({RUN_FILE, JOURNAL})  # one of them is in each folder of results, finished or not
-COLUMNS = ("path", "mpp", "roi", "name")
+COLUMNS = ("path", "mpp", "roi", "mask", "name")
+FILES = ("roi", "mask")  # columns that name a file
 DELIMITERS = (",", ";", "\t")
 
 
@@ -43,8 +44,8 @@ def find_inputs(arguments: Sequence[str]) -> list[SlideInput]:
       sorted. Hidden files, folders of results, and PNG and JPEG files are left out;
     - a pattern such as ``/data/**/*.svs``, if no file has exactly this name. Matching PNG and JPEG files
       are slides; a ``.dcm`` file stands for its folder, if the folder holds no other slides;
-    - a list, ``.csv``: UTF-8 with a header; the columns are ``path`` and optionally ``mpp``, ``roi``
-      and ``name``; others are kept for the results. Paths are relative to the list's folder;
+    - a list, ``.csv``: UTF-8 with a header; the columns are ``path`` and optionally ``mpp``, ``roi``,
+      ``mask`` and ``name``; others are kept for the results. Paths are relative to the list's folder;
     - a folder (ending with ``/``) or pattern of ``s3://`` or ``gs://``.
 
     Inputs that are equal are taken once. A slide may appear twice under different names.
@@ -71,9 +72,9 @@ def find_inputs(arguments: Sequence[str]) -> list[SlideInput]:
                 f"{slide.name}/: give one of them another name (column `name` of a .csv), "
                 "or run them with different --out folders"
             )
-        if (other.mpp, other.roi, other.further) != (slide.mpp, slide.roi, slide.further):
+        if (other.mpp, other.roi, other.mask, other.further) != (slide.mpp, slide.roi, slide.mask, slide.further):
             raise InputError(
-                f"{redact_url(slide.source)} is named twice, with different mpp, roi or other columns: "
+                f"{redact_url(slide.source)} is named twice, with different mpp, roi, mask or other columns: "
                 "name it once, or give one of them another name (column `name` of a .csv)"
             )
     return list(inputs.values())
@@ -184,7 +185,7 @@ def _read_list(path: str) -> Iterator[SlideInput]:
     if "path" not in names:
         raise InputError(
             f"{path}, line {line}: no column `path` (found: {', '.join(header) or 'nothing'}); "
-            "the first line names the columns: path,mpp,roi,name"
+            "the first line names the columns: path,mpp,roi,mask,name"
         )
     for name in names:
         if name and names.count(name) > 1:
@@ -202,18 +203,20 @@ def _read_list(path: str) -> Iterator[SlideInput]:
 
 def _slide_of_row(line: str, folder: Path, cells: dict[str, str]) -> SlideInput:
     """Return the slide of a row of a list; errors begin with ``line``."""
-    source, roi, name = cells["path"], cells.get("roi") or None, cells.get("name")
+    source, name = cells["path"], cells.get("name")
+    files = {column: cells[column] for column in FILES if cells.get(column)}
     if not source or "\0" in source:
         raise InputError(f"{line}: no path of a slide ({source!r}); fill in the path or remove the line")
-    if roi and is_remote(roi):
-        raise InputError(f"{line}: roi {roi!r} is not a local file; download it and give its path")
+    for column, file in files.items():
+        if is_remote(file):
+            raise InputError(f"{line}: {column} {file!r} is not a local file; download it and give its path")
     if not is_remote(source):
         source = str(folder / source)
     return SlideInput(
         source,
         _plain_name(source, name, f"{line}: "),
         mpp=_mpp(line, cells.get("mpp", "")),
-        roi=str(folder / roi) if roi else None,
+        **{column: str(folder / file) for column, file in files.items()},
         further={key: cell for key, cell in cells.items() if key and key not in COLUMNS},
     )
 
