@@ -69,9 +69,10 @@ class _OrView(GroupedCommand):
 @_slide(
     "--mask",
     type=PATH,
-    help="What to analyse: a PNG or TIFF of the slide (0: not), or GeoJSON; see docs/results.md.",
+    help="What to analyse: an image of the slide (0: not), or GeoJSON (not Ignore*, pen, fold, blur).",
 )
 @_slide("--tissue/--no-tissue", default=True, help="Skip glass, or analyse it too.")
+@_slide("--artefacts", is_flag=True, help="Leave out pen ink and tissue that is out of focus.")
 @_slide("--force-upsampling", is_flag=True, help="Enlarge slides coarser than the model.")
 @_slide("--strict", is_flag=True, help="Stop a slide at a damaged block; default: skip the block.")
 @_tiles("--overlap", "overlap_px", type=int, metavar="PX", help="Pixels that tiles share; default: 64.")

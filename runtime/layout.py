@@ -10,22 +10,25 @@ from numpy.typing import NDArray
 
 from histostream.runtime.bundle.card import ModelCard
 from histostream.runtime.crf.params import CrfError
-from histostream.runtime.options import Options
+from histostream.runtime.options import OptionError, Options
+from histostream.runtime.record import AreaRecord
 from histostream.runtime.stream.blend import aligned_overlap_px, check_blend, exact_overlap_px
 from histostream.wsi.errors import SlideError
 from histostream.wsi.geometry import Box
-from histostream.wsi.outputs.sinks.overview import overview_size
+from histostream.wsi.outputs.sinks.overview import Mark, overview_size
 from histostream.wsi.slides.channels import open_for_channels, takes_colors
 from histostream.wsi.slides.damage import Damage, Undamaged
 from histostream.wsi.slides.reader import SlideReader
 from histostream.wsi.slides.resolution import SlideView, at_mpp, thumbnail
-from histostream.wsi.tiling.area import AnalysedArea
+from histostream.wsi.tiling.area import AnalysedArea, missing_blocks
+from histostream.wsi.tiling.artefacts import Artefacts, find_artefacts
 from histostream.wsi.tiling.grid import TileGrid
 from histostream.wsi.tiling.polygons import RegionOfInterest, read_roi
 from histostream.wsi.tiling.tissue import TissueMask, find_tissue, mask_px, reduced
 from histostream.wsi.tiling.user_mask import UserMask, read_mask
 
 DEFAULT_OVERLAP_PX = 64
+HATCHED = (("pen ink", (255, 128, 0)), ("out of focus", (0, 160, 160)))  # artefacts on the overview, and their colours
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +43,8 @@ class SlideLayout:
         Its tiles; those that do not touch the analysed area are left out.
     area
         What is analysed.
-    tissue
-        The tissue; None where it was not looked for.
+    tissue, artefacts
+        The tissue, and what of it is left out; None where they were not looked for.
     overview
         (h, w, C) uint8, the slide at the size of ``overview.png``.
     """
@@ -50,7 +53,35 @@ class SlideLayout:
     grid: TileGrid
     area: AnalysedArea
     tissue: TissueMask | None
+    artefacts: Artefacts | None
     overview: NDArray[np.uint8]
+
+    def record(self, slide_mm2: float) -> AreaRecord:
+        """Return what run.json records of the area; ``slide_mm2`` is that of the slide."""
+        view, tissue, artefacts = self.view, self.tissue, self.artefacts
+
+        def mm2(mask: NDArray[np.bool_] | None) -> float | None:
+            return None if mask is None else round(float(mask.mean()) * slide_mm2, 6)
+
+        absent = mm2(missing_blocks(view))
+        if tissue is None:
+            return AreaRecord(absent_mm2=absent)
+        return AreaRecord(
+            round(tissue.mpp, 4),
+            round(tissue.margin_px * tissue.mpp, 2),
+            mm2(tissue.mask),
+            mm2(tissue.unscanned),
+            absent,
+            None if artefacts is None else mm2(artefacts.pen),
+            None if artefacts is None else mm2(artefacts.blurred),
+        )
+
+    def marks(self) -> list[Mark]:
+        """Return what is marked on ``overview.png``: the analysed area, and the artefacts that are left out."""
+        marks = [] if self.area.is_whole else [Mark("analysed area", self.area.mask)]
+        masks = [] if self.artefacts is None else self.artefacts.masks
+        marks += [Mark(f"{name}: left out", mask, color) for (name, color), mask in zip(HATCHED, masks, strict=False)]
+        return marks
 
 
 def open_for_model(path: Path, card: ModelCard) -> SlideReader:
@@ -82,6 +113,8 @@ def lay_out(slide: SlideReader, card: ModelCard, options: Options, damage: Damag
         If the overlap or the blending does not fit the model.
     SlideError
         If the slide cannot be read or has no resolution, or a region or mask leaves no tissue.
+    OptionError
+        If artefacts are to be found for such a model.
     CrfError
         If a CRF is requested for a model of other channels than RGB or grey.
     """
@@ -90,19 +123,23 @@ def lay_out(slide: SlideReader, card: ModelCard, options: Options, damage: Damag
         raise CrfError(f"--crf compares colours, and this model takes {taken}; leave --crf out")
     view = at_mpp(slide, card.mpp, slide_mpp=options.mpp, force=options.force_upsampling)
     grid = lay_tiles(view.width, view.height, card, options)
+    looks_for_tissue = options.tissue and takes_colors(card.channels)  # tissue is found by its colour
+    if options.artefacts and not looks_for_tissue:
+        raise OptionError("--artefacts judges colours, and this model takes other channels; leave --artefacts out")
     regions, masks = _given(view, options)  # bad ones are refused before the slide is read
     readable = view if damage is None else replace(view, slide=Undamaged(slide, damage))
     overview_px = max(overview_size(view.width, view.height))
-    looks_for_tissue = options.tissue and takes_colors(card.channels)  # tissue is found by its colour
     picture = thumbnail(readable, max(overview_px, mask_px(view)) if looks_for_tissue else overview_px)
     tissue = find_tissue(view, preview=picture, damaged=_damaged(damage)) if looks_for_tissue else None
+    artefacts = find_artefacts(readable, picture, tissue) if tissue is not None and options.artefacts else None
     if tissue is not None:
-        masks = [tissue.mask, *masks]
+        left_out = [] if artefacts is None else artefacts.masks
+        masks = [tissue.mask, *(~mask for mask in left_out), *masks]
     area = AnalysedArea.of(view, masks, regions)
     if not area.mask.any():
         _refuse_empty(options, looks_for_tissue)
     grid = grid if area.is_whole else grid.where(area.tiles(grid))
-    return SlideLayout(view, grid, area, tissue, reduced(view, overview_px, picture))
+    return SlideLayout(view, grid, area, tissue, artefacts, reduced(view, overview_px, picture))
 
 
 def lay_tiles(width: int, height: int, card: ModelCard, options: Options) -> TileGrid:

@@ -43,6 +43,8 @@ class Options:
         PNG, TIFF or GeoJSON file of what is to be analysed; see `read_mask`.
     tissue
         Whether glass is left out.
+    artefacts
+        Whether pen ink and tissue out of focus are left out; see `find_artefacts`.
     batch
         Tiles per inference; None: what suits the device.
     threads
@@ -87,6 +89,7 @@ class Options:
     roi: Path | None = None
     mask: Path | None = None
     tissue: bool = True
+    artefacts: bool = False
     batch: int | None = None
     threads: int | None = None
     max_memory_mib: int | None = None
@@ -107,6 +110,8 @@ class Options:
                 raise OptionError(f"{name}={value}: use 1 or more")
         if self.overlap_px is not None and self.overlap_px < 0:
             raise OptionError(f"overlap_px={self.overlap_px}: use 0 or more")
+        if self.artefacts and not self.tissue:
+            raise OptionError("artefacts are looked for in tissue: leave out one of --artefacts and --no-tissue")
         self._check_files()
 
     def for_model(self, card: ModelCard) -> Options:

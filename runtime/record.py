@@ -198,6 +198,9 @@ class AreaRecord:
         Area of the tissue with its margin, and of what the scanner filled with one colour.
     absent_mm2
         Area of the blocks that the file does not hold.
+    pen_mm2, blurred_mm2
+        Area of pen ink, and of blocks of 64 um out of focus; None where they were not looked for, and where the slide
+        is too coarse to judge its focus.
     """
 
     mask_mpp: float | None = None
@@ -205,6 +208,8 @@ class AreaRecord:
     tissue_mm2: float | None = None
     unscanned_mm2: float | None = None
     absent_mm2: float | None = None
+    pen_mm2: float | None = field(default=None, metadata=OMIT)
+    blurred_mm2: float | None = field(default=None, metadata=OMIT)
     further: Mapping[str, Any] = field(default_factory=dict)
 
 

@@ -29,18 +29,18 @@ class SlideInput:
         Micrometres per pixel of level 0; None: as the file says.
     roi
         Path of a GeoJSON file with the regions to analyse.
-    mask
-        Path of an image or GeoJSON file of what is to be analysed.
     further
         Other columns of the list that names the slide.
+    mask
+        Path of an image or GeoJSON file of what is to be analysed.
     """
 
     source: str
     name: str
     mpp: float | None = None
     roi: str | None = None
-    mask: str | None = None
     further: Mapping[str, str] = field(default_factory=dict, hash=False)
+    mask: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,6 @@ from histostream.runtime.layout import SlideLayout, lay_out, open_for_model
 from histostream.runtime.options import OptionError, Options
 from histostream.runtime.process_memory import peak_memory_mib
 from histostream.runtime.record import (
-    AreaRecord,
     CrfRecord,
     DamagedBlock,
     DecodedBlocks,
@@ -71,7 +70,7 @@ from histostream.wsi.outputs.label_rows import SlideInfo
 from histostream.wsi.outputs.memory_needs import MemoryNeeds
 from histostream.wsi.outputs.sinks import find_sink
 from histostream.wsi.outputs.sinks.object_files import Objects, object_needs
-from histostream.wsi.outputs.sinks.overview import Mark, Overview
+from histostream.wsi.outputs.sinks.overview import Overview
 from histostream.wsi.outputs.sinks.summary import Summary, SummaryRecord
 from histostream.wsi.outputs.sinks.tiff import LabelTiff, ProbabilityTiff
 from histostream.wsi.records import to_json
@@ -80,7 +79,6 @@ from histostream.wsi.slides.resolution import SlideView
 from histostream.wsi.slides.staging import SlideVersion, sha256_of, version_of
 from histostream.wsi.tiling.grid import TileGrid
 from histostream.wsi.tiling.strips import all_blocks_are_in
-from histostream.wsi.tiling.tissue import TissueMask
 
 
 class DoneError(Exception):
@@ -139,7 +137,7 @@ def segment_slide(
     >>> engine = open_engine(default_bundle(), backend="cpu")
     >>> result = segment_slide(Path("slide.svs"), engine, Path("results"))
     >>> result.folder.as_posix(), round(result.summary.analysed_mm2, 2)
-    ('results/slide', 0.1)
+    ('results/slide', 0.03)
     """
     slide = SlideInput(str(path), stem_of(str(path)))
     job = SlideJob(slide, out, options or Options(), restart=restart, skip_done=False)
@@ -195,8 +193,8 @@ class SlideRun:
         Version of the slide's file, and `fingerprint` of the run.
     manifest
         What the journal says of the run; None where a new run has not planned its bands.
-    tissue
-        The tissue; None where it was not looked for.
+    layout
+        What of the slide is analysed.
     overview_blocks
         Blocks that were decoded for the overview.
     started, clock
@@ -212,7 +210,7 @@ class SlideRun:
     version: SlideVersion
     inputs: Mapping[str, Any]
     manifest: RunManifest | None
-    tissue: TissueMask | None
+    layout: SlideLayout
     overview_blocks: int
     sha256: Future[str]
     started: datetime
@@ -280,9 +278,8 @@ class SlideRun:
                 pool = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="hash"))
                 stack.callback(hashing_stopped.set)
                 sha256 = pool.submit(sha256_of, path, hashing_stopped.is_set)  # beside other work
-            tissue = layout.tissue
             run = cls(
-                job, engine, context, outputs, version, inputs, manifest, tissue, blocks, sha256, started, clock, stack
+                job, engine, context, outputs, version, inputs, manifest, layout, blocks, sha256, started, clock, stack
             )
             stack.push(run._band_stack)
             run._begin()
@@ -444,25 +441,10 @@ class SlideRun:
             started=self.started.isoformat(timespec="seconds"),
             inputs=self.inputs,
             versions=versions(),
-            area=_area_record(self.tissue, view, summary.slide_mm2 or 0.0),
+            area=self.layout.record(summary.slide_mm2 or 0.0),
             outputs=tuple(sorted(files)),
         )
         return record if summary.analysed_mm2 else replace(record, no_tissue=why_nothing(record))
-
-
-def _area_record(tissue: TissueMask | None, view: SlideView, slide_mm2: float) -> AreaRecord:
-    missing = getattr(view.slide, "missing", None)
-    absent = missing[view.level] if missing else None
-    absent_mm2 = None if absent is None else round(float(absent.mean()) * slide_mm2, 6)
-    if tissue is None:
-        return AreaRecord(absent_mm2=absent_mm2)
-    return AreaRecord(
-        round(tissue.mpp, 4),
-        round(tissue.margin_px * tissue.mpp, 2),
-        round(float(tissue.mask.mean()) * slide_mm2, 6),
-        None if tissue.unscanned is None else round(float(tissue.unscanned.mean()) * slide_mm2, 6),
-        absent_mm2,
-    )
 
 
 def _interrupted_run(
@@ -560,8 +542,7 @@ def _add_sinks(folder: OutputFolder, layout: SlideLayout, card: ModelCard, optio
     for name in dict.fromkeys(options.rasters):
         kind = find_sink("rasters", name)
         folder.add(kind.open(folder.path / kind.file, info, path))
-    marks = [] if layout.area.is_whole else [Mark("analysed area", layout.area.mask)]
-    folder.add(Overview(folder.path / "overview.png", info, to_channels(layout.overview, 3), marks))
+    folder.add(Overview(folder.path / "overview.png", info, to_channels(layout.overview, 3), layout.marks()))
     objects = None
     if kinds := options.object_sinks():
         objects = Objects(

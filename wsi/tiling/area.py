@@ -99,11 +99,16 @@ class AnalysedArea:
                 scores[outside] = 0
 
 
-def _blocks(view: SlideView) -> list[Cells]:
-    """Return which blocks of the view's level the file holds; nothing where it holds all."""
+def missing_blocks(view: SlideView) -> NDArray[np.bool_] | None:
+    """Return (rows, columns) bool: the blocks of a view's level that the file does not hold; None if it holds all."""
     # Readers of other packages may be older than the attribute.
     missing = getattr(view.slide, "missing", None) or ()
-    absent = missing[view.level] if view.level < len(missing) else None
+    return missing[view.level] if view.level < len(missing) else None
+
+
+def _blocks(view: SlideView) -> list[Cells]:
+    """Return which blocks of the view's level the file holds; nothing where it holds all."""
+    absent = missing_blocks(view)
     if absent is None or not absent.any():
         return []
     return [Cells.of_blocks(~absent, view.slide.block_px[view.level], view.scale, view.width, view.height)]

@@ -52,12 +52,15 @@ class TissueMask:
         Micrometres per pixel of the overview.
     margin_px
         By how many pixels tissue was widened.
+    dark_ground
+        Whether the slide is dark, and tissue bright, as with fluorescence.
     """
 
     mask: NDArray[np.bool_]
     unscanned: NDArray[np.bool_] | None = None
     mpp: float = MASK_MPP
     margin_px: int = 0
+    dark_ground: bool = False
 
     def tiles(self, grid: TileGrid) -> NDArray[np.bool_]:
         """Return (rows, columns) bool: the tiles whose write box touches tissue."""
@@ -113,10 +116,10 @@ def find_tissue(
     if mpp / view.downsample < LIGHT_MPP:
         return TissueMask(np.ones((height, width), np.bool_), None, mask_mpp)
     um2 = mpp**2 * (view.width / width) * (view.height / height)
-    tissue, unscanned = _is_tissue(overview, um2, _drawn(damaged, view, overview))
+    tissue, unscanned, dark_ground = _is_tissue(overview, um2, _drawn(damaged, view, overview))
     tissue = _without_gaps(_pieces(tissue, min_area_um2 / um2, CELL_UM2 / um2), unscanned, min_area_um2 / um2)
     margin_px = max(1, round(MARGIN_UM / mask_mpp))
-    return TissueMask(dilated(tissue, margin_px) & ~unscanned, unscanned, mask_mpp, margin_px)
+    return TissueMask(dilated(tissue, margin_px) & ~unscanned, unscanned, mask_mpp, margin_px, dark_ground)
 
 
 def mask_px(view: SlideView, max_px: int = MASK_PX) -> int:
@@ -141,13 +144,13 @@ def reduced(view: SlideView, longest_px: int, preview: NDArray[np.uint8] | None)
 
 def _is_tissue(
     overview: NDArray[np.uint8], um2: float, damaged: NDArray[np.bool_]
-) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Return (H, W) bool each: the tissue on an overview (H, W, C), and the areas that were not scanned.
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_], bool]:
+    """Return (H, W) bool each: the tissue on an overview, the areas that were not scanned; and if its ground is dark.
 
     Parameters
     ----------
     overview
-        The whole slide.
+        (H, W, C) uint8, the whole slide.
     um2
         Area of its pixels.
     damaged
@@ -162,14 +165,14 @@ def _is_tissue(
     scanned = ~filled if not filled.all() else np.ones_like(filled)
     if np.median(brightness[scanned]) < DARK_GROUND:
         bright: NDArray[np.bool_] = brightness > _otsu(brightness)
-        return bright, np.zeros_like(bright)
+        return bright, np.zeros_like(bright), True
     signal = absorption[scanned & (absorption > FILLED)]
     glass = min(np.percentile(signal, GLASS_PERCENTILE), MAX_GLASS) if len(signal) else 0
     # A lighter filling looks like glass, and is none of tissue anyway.
     dark = [filling.mask for filling in fillings if filling.absorption > glass + ABSORBED]
     unscanned = np.logical_or.reduce(dark) if dark else np.zeros_like(filled)
     absorbing: NDArray[np.bool_] = absorption > glass + ABSORBED
-    return absorbing & ~dilated(unscanned, RIM_PX), unscanned
+    return absorbing & ~dilated(unscanned, RIM_PX), unscanned, False
 
 
 def _otsu(signal: NDArray[np.uint8]) -> int:

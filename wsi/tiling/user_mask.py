@@ -118,4 +118,5 @@ def _marked(path: Path) -> NDArray[np.bool_]:
         raise SlideError(
             f"{path}: cannot be read as a mask ({reason(error)}); save it as PNG, or give GeoJSON (.geojson)"
         ) from error
-    return np.atleast_3d(pixels).astype(np.bool_).any(axis=2, keepdims=True)[..., 0]
+    marked: NDArray[np.bool_] = np.logical_or.reduce(np.atleast_3d(pixels) != 0, axis=2)
+    return marked
