@@ -79,7 +79,13 @@ class _OrView(GroupedCommand):
     type=click.Choice(COORDINATES),
     help="Where pixels of --roi and outlines begin: at the scanned area (QuPath), or as OpenSlide counts (MIRAX).",
 )
+@_slide(
+    "--mask",
+    type=PATH,
+    help="What to analyse: an image of the slide (0: not), or GeoJSON (not Ignore*, pen, fold, blur).",
+)
 @_slide("--tissue/--no-tissue", default=True, help="Skip glass, or analyse it too.")
+@_slide("--artefacts", is_flag=True, help="Leave out pen ink and tissue that is out of focus.")
 @_slide("--force-upsampling", is_flag=True, help="Enlarge slides coarser than the model.")
 @_slide("--strict", is_flag=True, help="Stop a slide at a damaged block; default: skip the block.")
 @_tiles("--overlap", "overlap_px", type=int, metavar="PX", help="Pixels that tiles share; default: 64.")
@@ -186,11 +192,11 @@ def main(geojson: bool, annotations: tuple[str, ...], **options: Any) -> None:
     """Segment whole slides; results go to OUT/<slide name>/.
 
     SLIDES are files, folders, patterns in quotes, URLs (s3://, gs://, https://), and .csv files
-    with the column path and optionally mpp, roi and name.
+    with the column path and optionally mpp, roi, mask and name.
 
     Repeat the command to continue after an interruption; finished slides are skipped. A slide that
     fails does not stop the others; OUT/cohort.csv lists the status of each. Exit status: 0 all done,
-    1 some failed, 2 a wrong option, 3 some slides have damaged blocks, 130 stopped.
+    1 some failed, 2 a wrong option, 3 some slides have damaged blocks, 4 some have no tissue, 130 stopped.
 
     histo-infer view OUT shows results in a browser, also during a run; see histo-infer view --help.
     """

@@ -26,7 +26,7 @@ from histostream.runtime.engines.base import Engine
 from histostream.runtime.engines.opener import open_engine
 from histostream.runtime.messages import JsonFormatter, JsonMessages, Messages, TextMessages
 from histostream.runtime.options import Options
-from histostream.runtime.outcome import FAILED, NOT_BEGUN
+from histostream.runtime.outcome import FAILED, NO_TISSUE, NOT_BEGUN
 from histostream.runtime.process_memory import return_buffers_at_once
 from histostream.runtime.slide_job import SlideInput, SlideJob
 from histostream.wsi.console import show_only_our_warnings
@@ -35,7 +35,7 @@ from histostream.wsi.option_types import CPU
 from histostream.wsi.optional import require
 from histostream.wsi.report.figures import rough_duration, size
 from histostream.wsi.slides.sources.base import redact_url
-from histostream.wsi.tiling.tissue import read_polygons
+from histostream.wsi.tiling.polygons import read_polygons
 
 GPU_BACKENDS = ("cuda", "tensorrt")
 MAX_NOTES = 3  # about names of slides; in some cohorts every slide has one
@@ -152,7 +152,7 @@ def run(**options: Any) -> int:
     if stop.signal is not None:
         messages.error("stopped; what is finished is kept, and the same command continues from there")
         return 128 + stop.signal
-    return 1 if counts[FAILED] else 3 if damaged else 0
+    return 1 if counts[FAILED] else 3 if damaged else 4 if counts[NO_TISSUE] else 0
 
 
 def _print_notes(slides: list[SlideInput], messages: Messages) -> None:
@@ -173,8 +173,11 @@ def _job(request: Request, options: Options, slide: SlideInput) -> SlideJob:
     """Return the job of one slide; columns of a .csv take precedence over the options."""
     mpp = options.mpp if slide.mpp is None else slide.mpp
     roi = options.roi if slide.roi is None else Path(slide.roi)
+    mask = options.mask if slide.mask is None else Path(slide.mask)
     requested = {"backend": request.backend, "precision": request.precision}
-    return SlideJob(slide, request.out, replace(options, mpp=mpp, roi=roi), requested, request.stage, request.restart)
+    return SlideJob(
+        slide, request.out, replace(options, mpp=mpp, roi=roi, mask=mask), requested, request.stage, request.restart
+    )
 
 
 def _crf_options(bundle: Path, request: Request) -> CrfOptions:

@@ -48,8 +48,12 @@ class Options:
     coordinates
         Where level 0 begins in ``roi`` and in files of objects: "qupath", at the corner of the area that was
         scanned; "openslide", at the corner of OpenSlide's level 0, which may be larger (MIRAX).
+    mask
+        PNG, TIFF or GeoJSON file of what is to be analysed; see `read_mask`.
     tissue
         Whether glass is left out.
+    artefacts
+        Whether pen ink and tissue out of focus are left out; see `find_artefacts`.
     batch
         Tiles per inference; None: what suits the device.
     threads
@@ -95,7 +99,9 @@ class Options:
     channels: tuple[int, ...] | None = None
     roi: Path | None = None
     coordinates: str = COORDINATES[0]
+    mask: Path | None = None
     tissue: bool = True
+    artefacts: bool = False
     batch: int | None = None
     threads: int | None = None
     max_memory_mib: int | None = None
@@ -120,6 +126,8 @@ class Options:
             raise OptionError(f"channels={self.channels}: name channels by their numbers, from 0")
         if self.coordinates not in COORDINATES:
             raise OptionError(f"coordinates={self.coordinates!r}: use {' or '.join(COORDINATES)}")
+        if self.artefacts and not self.tissue:
+            raise OptionError("artefacts are looked for in tissue: leave out one of --artefacts and --no-tissue")
         self._check_files()
 
     def for_model(self, card: ModelCard) -> Options:
@@ -160,8 +168,9 @@ class Options:
         the same for all of them.
         """
         values = {name: value for name, value in asdict(self).items() if name not in FREE}
-        if self.roi is not None:
-            values["roi"] = _content(self.roi)
+        for name in ("roi", "mask"):
+            path = getattr(self, name)
+            values[name] = None if path is None else _content(path)
         for name in SINK_OPTIONS:  # their order does not matter
             values[name] = sorted(set(values[name]))
         values_json: dict[str, Any] = to_json(values)

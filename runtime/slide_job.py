@@ -35,6 +35,8 @@ class SlideInput:
         What a user should know about the name or the path; empty if they are as given.
     problem
         Why the slide cannot be run at all; empty if it can be tried.
+    mask
+        Path of an image or GeoJSON file of what is to be analysed.
     """
 
     source: str
@@ -44,6 +46,7 @@ class SlideInput:
     further: Mapping[str, str] = field(default_factory=dict, hash=False)
     note: str = ""
     problem: str = ""
+    mask: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

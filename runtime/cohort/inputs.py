@@ -30,7 +30,8 @@ NO_DICOM = frozenset({".csv", ".geojson", ".gz", ".jpeg", ".jpg", ".json", ".md"
 IMAGES = frozenset({".png", ".jpg", ".jpeg"})  # not taken from folders, where most are thumbnails and masks
 LIST = ".csv"
 RESULTS = frozenset({RUN_FILE, JOURNAL})  # one of them is in each folder of results, finished or not
-COLUMNS = ("path", "mpp", "roi", "name")
+COLUMNS = ("path", "mpp", "roi", "mask", "name")
+FILES = ("roi", "mask")  # columns that name a file
 DELIMITERS = (",", ";", "\t")
 
 
@@ -48,8 +49,8 @@ def find_inputs(arguments: Sequence[str], out: Path | None = None) -> list[Slide
       sorted. Hidden files, folders of results, and PNG and JPEG files are left out;
     - a pattern such as ``/data/**/*.svs``, if no file has exactly this name. Matching PNG and JPEG files
       are slides; a ``.dcm`` file stands for its folder, if the folder holds no other slides;
-    - a list, ``.csv``: UTF-8 with a header; the columns are ``path`` and optionally ``mpp``, ``roi``
-      and ``name``; others are kept for the results. Paths are relative to the list's folder;
+    - a list, ``.csv``: UTF-8 with a header; the columns are ``path`` and optionally ``mpp``, ``roi``,
+      ``mask`` and ``name``; others are kept for the results. Paths are relative to the list's folder;
     - a folder (ending with ``/``) or pattern of ``s3://`` or ``gs://``.
 
     Windows paths are looked for as `find_windows_path` does. Inputs that are equal are taken once. A
@@ -79,9 +80,9 @@ def find_inputs(arguments: Sequence[str], out: Path | None = None) -> list[Slide
     for slide in (slide for argument in arguments for slide in _inputs_of(argument)):
         key = (_absolute(slide.source), slide.name or _stem(slide.source), slide.problem)
         other = found.setdefault(key, slide)
-        if (other.mpp, other.roi, other.further) != (slide.mpp, slide.roi, slide.further):
+        if (other.mpp, other.roi, other.mask, other.further) != (slide.mpp, slide.roi, slide.mask, slide.further):
             problem = (
-                f"{redact_url(slide.source)} is named twice, with different mpp, roi or other columns: "
+                f"{redact_url(slide.source)} is named twice, with different mpp, roi, mask or other columns: "
                 "name it once, or give one of them another name (column `name` of a .csv)"
             )
             found[key] = replace(other, problem=problem)
@@ -254,7 +255,7 @@ def _read_list(path: str) -> Iterator[SlideInput]:
     if "path" not in names:
         raise InputError(
             f"{path}, line {line}: no column `path` (found: {', '.join(header) or 'nothing'}); "
-            "the first line names the columns: path,mpp,roi,name"
+            "the first line names the columns: path,mpp,roi,mask,name"
         )
     for name in names:
         if name and names.count(name) > 1:
@@ -272,7 +273,8 @@ def _read_list(path: str) -> Iterator[SlideInput]:
 
 def _slide_of_row(line: str, folder: Path, cells: dict[str, str]) -> SlideInput:
     """Return the slide of a row of a list; errors begin with ``line``."""
-    path, roi, name = cells["path"], cells.get("roi") or None, cells.get("name") or ""
+    path, name = cells["path"], cells.get("name") or ""
+    files = {column: cells[column] for column in FILES if cells.get(column)}
     slide = SlideInput(
         path or line,
         name,
@@ -284,17 +286,18 @@ def _slide_of_row(line: str, folder: Path, cells: dict[str, str]) -> SlideInput:
         return replace(slide, name="", problem=problem)
     if name and not is_plain_name(name):
         return replace(slide, name="", problem=f"{line}: {no_name(name)}")
-    if roi and is_remote(roi):
-        raise InputError(f"{line}: roi {roi!r} is not a local file; download it and give its path")
-    if roi:
-        roi = (find_windows_path(roi, folder)[0] if is_windows_path(roi) else "") or str(folder / roi)
+    for column, file in files.items():
+        if is_remote(file):
+            raise InputError(f"{line}: {column} {file!r} is not a local file; download it and give its path")
+        files[column] = (find_windows_path(file, folder)[0] if is_windows_path(file) else "") or str(folder / file)
+    slide = replace(slide, roi=files.get("roi"), mask=files.get("mask"))
     if is_remote(path):
-        return replace(slide, roi=roi)
+        return slide
     if is_windows_path(path):
         found = _of_windows(path, folder)
         problem = found.problem and f"{line}: {found.problem}"
-        return replace(slide, source=found.source, roi=roi, note=found.note, problem=problem)
-    return replace(slide, source=str(folder / path), roi=roi)
+        return replace(slide, source=found.source, note=found.note, problem=problem)
+    return replace(slide, source=str(folder / path))
 
 
 def _without_doubtful(slides: Sequence[SlideInput]) -> Iterator[SlideInput]:
