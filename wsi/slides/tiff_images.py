@@ -104,28 +104,27 @@ def is_beside(name: str) -> bool:
 def choose_image(path: Path, images: list[TiffImage]) -> TiffImage:
     """Choose the image that is the slide: the first one that shows anything and is no overview of the whole glass.
 
-    A file that holds several such images is named in a warning.
+    The other images of the file are named in a warning.
     """
     if len(images) == 1:
         return images[0]
     compare = PageComparison()
     um = [_tag_um(image.base) for image in images]
     finest = min((side for side in um if side), default=None)
-    slides = [
+    slides = (
         image
         for image, side in zip(images, um, strict=True)
         if not (finest and side and side > MACRO * finest) and not compare.is_blank(image.base)
-    ]
-    chosen = slides[0] if slides else images[0]
-    if len(slides) > 1:
-        others = ", ".join(str(image) for image in slides if image is not chosen)
-        log.warning(
-            "%s: the file holds %d images; %s px is analysed, not %s: export those to files of their own",
-            path,
-            len(slides),
-            chosen,
-            others,
-        )
+    )
+    chosen = next(slides, images[0])
+    others = ", ".join(str(image) for image in images if image is not chosen)
+    log.warning(
+        "%s: the file holds %d images; %s px is analysed, not %s: export those to files of their own",
+        path,
+        len(images),
+        chosen,
+        others,
+    )
     return chosen
 
 
