@@ -60,8 +60,8 @@ class SlideRecord:
         As in `SlideView`; the last three are size and resolution of the label map.
     sha256
         Of the file's content.
-    bounds
-        As in `SlideReader`; None where the slide is all that OpenSlide shows.
+    bounds, notes
+        As in `SlideReader`; no bounds where the slide is all that OpenSlide shows.
     """
 
     path: str = ""
@@ -79,6 +79,7 @@ class SlideRecord:
     sha256: str = ""
     source: str = ""
     bounds: Box | None = field(default=None, metadata=OMIT)
+    notes: tuple[str, ...] = ()
     further: Mapping[str, Any] = field(default_factory=dict)
 
 

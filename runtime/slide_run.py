@@ -421,6 +421,7 @@ class SlideRun:
                 sha256,
                 self.job.location,
                 view.bounds,
+                tuple(getattr(view.slide, "notes", ())),
             ),
             DecodedBlocks(self.overview_blocks, decoded),
             tuple(DamagedBlock(**block) for block in context.damage.record()),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from histostream.wsi.slides.tiff_images import PageComparison
 GREY, RGB, PALETTE, YCBCR = 1, 2, 3, 6  # PhotometricInterpretation
 ASSOCIATED, UNASSOCIATED = 1, 2  # ExtraSamples: alpha, with which the colours are multiplied already, or not
 PLANES = ("CYX", "SYX")  # tifffile's axes of images with one plane for each channel
-log = logging.getLogger(__name__)
+ALL_TRANSPARENT = "by its alpha everything is transparent; alpha is ignored"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +57,7 @@ class Bands:
         return np.asarray(blended, np.uint8)
 
 
-def color_bands(path: Path, file: Any, page: Any) -> Bands:
+def color_bands(path: Path, file: Any, page: Any) -> tuple[Bands, tuple[str, ...]]:
     """Return the meaning of the bands of a TIFF page.
 
     Parameters
@@ -68,11 +67,15 @@ def color_bands(path: Path, file: Any, page: Any) -> Bands:
     file, page
         The open ``tifffile.TiffFile``, and a page of it.
 
+    Returns
+    -------
+    The meaning, and what a user should know: alpha that makes everything transparent, and a band without meaning
+    that is the same everywhere, are ignored.
+
     Raises
     ------
     SlideError
-        If it has channels that are no colours. Alpha that makes everything transparent, and a band without
-        meaning that is the same everywhere, are ignored, with a warning.
+        If it has channels that are no colours.
     """
     count, extra = int(page.samplesperpixel), [int(kind) for kind in page.extrasamples]
     axes = file.series[0].axes if file.series else ""
@@ -87,19 +90,18 @@ def color_bands(path: Path, file: Any, page: Any) -> Bands:
     if planes > 1 or count < colors or (unknown and colors == 1):
         raise not_colors(path, max(planes, count), channel_names(file.ome_metadata if file.is_ome else None))
     if not unknown and alpha is None:
-        return Bands(colors, count)
+        return Bands(colors, count), ()
     values = _constant_bands(page, [*unknown, *alphas[:1]])
     if filled := [band for band in unknown if band not in values]:
         raise SlideError(
             f"{path}: beside its colours it has {_listed(filled)}, of which it does not say what that is; "
             f"pass --channels 0,1,2 to read the colours alone"
         )
-    if unknown:
-        log.warning("%s: %s is the same everywhere, and is ignored", path, _listed(unknown))
+    notes = [f"{_listed(unknown)} is the same everywhere, and is ignored"] if unknown else []
     if alpha is not None and values.get(alpha) == 0:
-        log.warning("%s: by its alpha everything is transparent; alpha is ignored", path)
+        notes.append(ALL_TRANSPARENT)
         alpha = None
-    return Bands(colors, count, alpha, alpha is not None and kinds[alpha - colors] == ASSOCIATED)
+    return Bands(colors, count, alpha, alpha is not None and kinds[alpha - colors] == ASSOCIATED), tuple(notes)
 
 
 def not_colors(path: Path, count: int, names: Sequence[str]) -> SlideError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import logging
 import stat
 import threading
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from histostream.wsi.registry import Registry
 from histostream.wsi.slides.pixel_size import PixelSize
 
 Pixels = NDArray[np.uint8]
+log = logging.getLogger(__name__)
 WHITE = 255  # of blocks that a file does not hold
 # What a system reports of a drive or of permissions; libraries use other numbers for contents that they do not know.
 UNREADABLE = {errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.ETIMEDOUT}
@@ -73,6 +75,8 @@ class SlideReader(Protocol):
     bounds
         The box that was scanned, in pixels of OpenSlide's level 0, where OpenSlide shows more than that; level 0 of
         the reader is this box. None where both show the same.
+    notes
+        What a user should know of the file, as that it holds further images; each without the path.
     missing
         Per level, (rows, columns) bool: the blocks that the file does not hold because nothing was scanned there. They
         are read as white and are not damage. None where the file holds all blocks of the level.
@@ -87,6 +91,7 @@ class SlideReader(Protocol):
     channels: int
     decoded_blocks: int
     bounds: Box | None
+    notes: tuple[str, ...]
     missing: tuple[NDArray[np.bool_] | None, ...]
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
@@ -151,6 +156,13 @@ def open_slide(path: str | Path, *, reader: str = "auto") -> SlideReader:
     """
     path = Path(path)
     _check_file(path)
+    slide = _opened(path, reader)
+    for note in getattr(slide, "notes", ()):  # a reader of another package may not have any
+        log.warning("%s: %s", path, note)
+    return slide
+
+
+def _opened(path: Path, reader: str) -> SlideReader:
     if reader != "auto":
         try:
             return cast(SlideReader, READERS.load(reader).open_reader(path))
@@ -294,6 +306,7 @@ class BlockReader:
         self.mpp = pixel_size.um if pixel_size else None
         self.mpp_source = pixel_size.source if pixel_size else ""
         self.bounds: Box | None = None
+        self.notes: tuple[str, ...] = ()
         self.missing: tuple[NDArray[np.bool_] | None, ...] = (None,) * len(levels)
         self.decoded_blocks = 0
         self._lock = threading.Lock()

@@ -6,11 +6,9 @@ glass. A page is a level of the image that precedes it only if it shows the same
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,7 +30,6 @@ CHANCE = 2.0  # standard errors of the means of a copy that took every n-th pixe
 SAME_CORRELATION = 0.8  # of the means; copies have .95 and more, other parts of one slide hardly any
 BLANK = 3.0  # of 255: standard deviation of an image without content
 MACRO = 4.0  # an image with pixels so many times larger than another one's shows the whole glass
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +98,15 @@ def is_beside(name: str) -> bool:
     return any(word in name.lower() for word in BESIDE)
 
 
-def choose_image(path: Path, images: list[TiffImage]) -> TiffImage:
+def choose_image(images: list[TiffImage]) -> tuple[TiffImage, tuple[str, ...]]:
     """Choose the image that is the slide: the first one that shows anything and is no overview of the whole glass.
 
-    The other images of the file are named in a warning.
+    Returns
+    -------
+    The image, and what a user should know: the other images of the file.
     """
     if len(images) == 1:
-        return images[0]
+        return images[0], ()
     compare = PageComparison()
     um = [_tag_um(image.base) for image in images]
     finest = min((side for side in um if side), default=None)
@@ -118,14 +117,8 @@ def choose_image(path: Path, images: list[TiffImage]) -> TiffImage:
     )
     chosen = next(slides, images[0])
     others = ", ".join(str(image) for image in images if image is not chosen)
-    log.warning(
-        "%s: the file holds %d images; %s px is analysed, not %s: export those to files of their own",
-        path,
-        len(images),
-        chosen,
-        others,
-    )
-    return chosen
+    note = f"the file holds {len(images)} images; {chosen} px is analysed, not {others}"
+    return chosen, (f"{note}: export those to files of their own",)
 
 
 class PageComparison:

@@ -24,6 +24,7 @@ class ArraySlide:
     mpp: float | None = 0.25
     mpp_source: str = "test"
     bounds: Box | None = None
+    notes: tuple[str, ...] = ()
     missing: tuple[np.ndarray | None, ...] = ()
     downsamples: tuple[int, ...] = (1,)
     path: Path = Path("slide.svs")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histostream.wsi.errors import DamagedError, HistoError, SlideError, reason
-from histostream.wsi.slides.bands import Bands, color_bands
+from histostream.wsi.slides.bands import ALL_TRANSPARENT, Bands, color_bands
 from histostream.wsi.slides.dicom_series import is_dicom, missing_frames, series_files
 from histostream.wsi.slides.image_header import check_plain_image
 from histostream.wsi.slides.pixel_size import (
@@ -38,7 +37,6 @@ TRIED_BLOCKS = 3  # blocks that are decoded when a slide is opened, to see wheth
 DECODED_TIFF = frozenset({1, 5, 6, 7, 8, 32773, 32946, 33003, 33004, 33005, 34712})
 DECODED_DICOM = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51",
                  "1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91", "1.2.840.10008.1.2.5")  # fmt: skip
-log = logging.getLogger(__name__)
 
 
 class LargeImageReader(BlockReader):
@@ -55,6 +53,7 @@ class LargeImageReader(BlockReader):
         block_px = ((int(source.tileWidth), int(source.tileHeight)),) * len(levels)
         self._bands = facts.bands
         super().__init__(path, levels, block_px, facts.pixel_size, self._bands.colors)
+        self.notes = facts.notes
         self.missing = tuple(self._missing(level, facts.missing) for level in range(len(levels)))
         self._source = source
         self._reopening = threading.Lock()
@@ -180,6 +179,8 @@ class _Facts:
         Name of its compression, if that is none which is decoded for sure.
     missing
         Blocks that levels do not hold, as `SlideReader.missing`, each of another size.
+    notes
+        As `SlideReader.notes`.
     widths
         Widths of the levels of the slide; None: all that the source has.
     """
@@ -188,6 +189,7 @@ class _Facts:
     pixel_size: PixelSize | None
     compression: str = ""
     missing: list[NDArray[np.bool_]] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
     widths: set[int] | None = None
 
 
@@ -206,7 +208,8 @@ def _facts(path: Path, source: Any) -> _Facts:
     elif source.name == "dicom":
         facts = _dicom_facts(path, source)
     else:
-        facts = _Facts(_plain_bands(path, source, count), image_pixel_size(path))
+        bands, notes = _plain_bands(path, source, count)
+        facts = _Facts(bands, image_pixel_size(path), notes=notes)
     if frames > 1:
         raise SlideError(
             f"{path}: it holds {frames} frames of {count} bands (channels, planes or times); "
@@ -222,9 +225,9 @@ def _tiff_facts(path: Path, source: Any) -> _Facts:
 
     with tifffile.TiffFile(path, _multifile=False) as file:
         images = find_images(file)
-        image = choose_image(path, images) if images else TiffImage([file.pages.first])
+        image, notes = choose_image(images) if images else (TiffImage([file.pages.first]), ())
         base = image.base
-        bands = color_bands(path, file, base)
+        bands, of_bands = color_bands(path, file, base)
         if (source.sizeX, source.sizeY) != (base.imagewidth, base.imagelength):
             raise SlideError(
                 f"{path}: it holds several images, of which only the largest could be read; export the one to "
@@ -239,14 +242,14 @@ def _tiff_facts(path: Path, source: Any) -> _Facts:
             tiff_pixel_size(path, file, base),
             "" if known else getattr(base.compression, "name", str(base.compression)),
             [m for m in missing if m is not None],
+            (*notes, *of_bands),
             {page.imagewidth for page in image.pages} if images else None,
         )
 
 
 def _dicom_facts(path: Path, source: Any) -> _Facts:
     pyramids = source._dicom.pyramids
-    if len(pyramids) > 1:
-        log.warning("%s: the series holds %d pyramids; the first is analysed, not the others", path, len(pyramids))
+    notes = (f"the series holds {len(pyramids)} pyramids; the first is analysed, not the others",)
     base = pyramids[0][0]
     syntax = base.default_instance.image_data.transfer_syntax
     missing = [missing_frames(level) for level in pyramids[0]]
@@ -255,21 +258,21 @@ def _dicom_facts(path: Path, source: Any) -> _Facts:
         dicom_pixel_size(series_files(path)[0]),
         "" if syntax in DECODED_DICOM else syntax.name,
         [m for m in missing if m is not None],
+        notes if len(pyramids) > 1 else (),
         {level.size.width for level in pyramids[0]},
     )
 
 
-def _plain_bands(path: Path, source: Any, count: int) -> Bands:
-    """Return the meaning of the bands of a PNG or similar image, which is decoded as a whole."""
+def _plain_bands(path: Path, source: Any, count: int) -> tuple[Bands, tuple[str, ...]]:
+    """Return the meaning of the bands of a PNG or similar image, which is decoded as a whole, and notes."""
     if count not in BANDS:
         raise SlideError(f"{path}: it has {count} bands; export an RGB or grey image from it")
     bands = BANDS[count]
     if bands.alpha is not None and source.levels == 1:
         block = np.asarray(source.getTile(0, 0, 0, numpyAllowed="always", applyStyle=False))
         if not block[..., bands.alpha].any():
-            log.warning("%s: by its alpha everything is transparent; alpha is ignored", path)
-            return replace(bands, alpha=None)
-    return bands
+            return replace(bands, alpha=None), (ALL_TRANSPARENT,)
+    return bands, ()
 
 
 def _refuse_unreadable(path: Path) -> None:

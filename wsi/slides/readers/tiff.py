@@ -38,7 +38,9 @@ class TiffReader(BlockReader):
 
     name = "tiff"
 
-    def __init__(self, path: Path, file: Any, pages: list[Any], bands: Bands | None) -> None:
+    def __init__(
+        self, path: Path, file: Any, pages: list[Any], bands: Bands | None, notes: tuple[str, ...] = ()
+    ) -> None:
         # pages: tifffile.TiffPage, finest first; bands: None if they are values, all of which are returned
         base = pages[0]
         size = (base.imagewidth, base.imagelength)
@@ -47,6 +49,7 @@ class TiffReader(BlockReader):
         channels = base.samplesperpixel if bands is None else bands.colors
         super().__init__(path, levels, block_px, tiff_pixel_size(path, file, base), channels)
         self.dtype = base.dtype
+        self.notes = notes
         self.missing = tuple(missing_blocks(page) for page in pages)
         self._bands = bands if bands is not None and bands.count > bands.colors else None
         # tifffile makes these on first use, which would be a race between threads.
@@ -98,11 +101,12 @@ def open_reader(path: Path) -> TiffReader:
         vendor = scanner_format(path)
         if vendor or not understands(file):
             raise DeclinedError(f"its layout is that of {vendor or 'another program'}")
-        pages = choose_image(path, _images(file)).pages
-        _check_pages(pages)
-        for page in pages:
+        image, notes = choose_image(_images(file))
+        _check_pages(image.pages)
+        for page in image.pages:
             _check_colors(page)
-        return TiffReader(path, file, pages, color_bands(path, file, pages[0]))
+        bands, of_bands = color_bands(path, file, image.base)
+        return TiffReader(path, file, image.pages, bands, (*notes, *of_bands))
 
     return _open(path, open_colors)
 
