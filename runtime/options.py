@@ -155,7 +155,9 @@ class Options:
         OptionError
             If a class has no objects as large as ``min_area_um2``.
         """
-        wanted = bool(self.annotations or self.objects or "density" in self.rasters)
+        wanted = bool(self.annotations or self.objects) or any(
+            find_sink("rasters", name).counts_objects for name in self.rasters
+        )
         try:
             return with_rules(card.classes, self.min_area_um2, count_all=wanted)
         except ValueError as error:

@@ -6,6 +6,7 @@ import json
 import math
 import struct
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ DENSITY_FILE = "density.tif"
 CELL_UM = 64.0
 MIN_ANALYSED = 0.25  # of a cell; in slivers of tissue one object would be thousands per mm2
 UM_PER_CM = 1e4
-MAX_CELLS = 1 << 26  # of all classes in a file that is read
+MAX_CELLS = 1 << 25  # of all classes in a file that is read
 
 
 class Density:
@@ -159,7 +160,8 @@ def read_density(path: Path) -> DensityMap:
             pages = file.pages
             page = pages.first
             labels, cell, shape = _parse_description(page.description, len(pages)), page.resolution[0], page.shape
-            if page.dtype != np.float32 or len(shape) != 2 or not 0 < shape[0] * shape[1] * len(labels) <= MAX_CELLS:
+            kinds = {(one.shape, one.dtype) for one in pages}
+            if kinds != {(shape, np.dtype(np.float32))} or len(shape) != 2 or len(labels) * prod(shape) > MAX_CELLS:
                 raise ValueError(f"{shape} {page.dtype}")
             values = np.stack([one.asarray() for one in pages], axis=2)
     except (OSError, ValueError, TypeError, KeyError, LookupError, RuntimeError, MemoryError, struct.error) as error:
@@ -194,5 +196,10 @@ def _parse_description(text: str, pages: int) -> tuple[int, ...]:
     return labels
 
 
-# 4 bytes a cell and class, which is 4096 um2, and most models run at 0.25 to 1 um per pixel.
-SINK = SinkKind(DENSITY_FILE, lambda path, info, slide: Density(path, info), needs=_needs, bytes_per_px=0.001)
+SINK = SinkKind(
+    DENSITY_FILE,
+    lambda path, info, slide: Density(path, info),
+    needs=_needs,
+    bytes_per_px=0.001,  # 4 bytes a cell of 4096 um2 and class; most models run at 0.25 to 1 um per pixel
+    counts_objects=True,
+)
