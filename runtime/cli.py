@@ -32,18 +32,24 @@ _one_line_errors = one_line_errors(
 )
 
 
-class _OrView(GroupedCommand):
-    """``histo-infer``; ``histo-infer view`` is another command (a slide of that name is ``./view``)."""
+class _WithCommands(GroupedCommand):
+    """``histo-infer``; ``histo-infer view`` and others are commands (a slide of that name is ``./view``)."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if args[:1] == ["view"]:
-            from histostream.runtime.viewer.command import view
+        match args[:1]:
+            case ["view"]:
+                from histostream.runtime.viewer.command import view as command
+            case ["qupath"]:
+                from histostream.runtime.qupath.command import qupath as command
+            case ["dsa"]:
+                from histostream.runtime.dsa.command import dsa as command
+            case _:
+                return super().parse_args(ctx, args)
+        command.main(args[1:], prog_name=f"histo-infer {args[0]}")
+        raise AssertionError("a command ends the program")
 
-            view.main(args[1:], prog_name="histo-infer view")
-        return super().parse_args(ctx, args)
 
-
-@click.command(cls=_OrView, context_settings={"show_default": True})
+@click.command(cls=_WithCommands, context_settings={"show_default": True})
 @click.version_option(package_name="histostream")
 @click.argument("slides", nargs=-1, required=True)
 @_model("--model", "bundle", type=PATH, help="Model bundle; default: nuclei.")
@@ -198,7 +204,9 @@ def main(geojson: bool, annotations: tuple[str, ...], **options: Any) -> None:
     fails does not stop the others; OUT/cohort.csv lists the status of each. Exit status: 0 all done,
     1 some failed, 2 a wrong option, 3 some slides have damaged blocks, 4 some have no tissue, 130 stopped.
 
-    histo-infer view OUT shows results in a browser, also during a run; see histo-infer view --help.
+    histo-infer view OUT shows results in a browser, also during a run; histo-infer qupath OUT writes a
+    script that imports them into QuPath; histo-infer dsa is a task of the Digital Slide Archive. Each
+    has its own --help.
     """
     from histostream.runtime.command import run
 

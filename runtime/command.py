@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from histostream.runtime.bundle.card import default_bundle, read_card
+from histostream.runtime.choices import AUTO
 from histostream.runtime.cohort.inputs import find_inputs
 from histostream.runtime.cohort.processes import ProcessPool
 from histostream.runtime.cohort.worker import CONCURRENCY, CohortRecord, Executor, LocalExecutor
@@ -46,21 +47,21 @@ class Request:
     """The options of the command line beside `Options`; see ``histo-infer --help``."""
 
     slides: tuple[str, ...]
-    bundle: Path | None
     out: Path
-    backend: str
-    precision: str
-    devices: tuple[str, ...]
-    threads: int | None
-    crf: bool
-    crf_params: str | None
-    crf_uncertain: float | None
-    restart: bool
-    stage: Path | None
-    cluster: str | None
-    workers: int | None
-    dry_run: bool
-    log_json: bool
+    bundle: Path | None = None
+    backend: str = AUTO
+    precision: str = AUTO
+    devices: tuple[str, ...] = ()
+    threads: int | None = None
+    crf: bool = False
+    crf_params: str | None = None
+    crf_uncertain: float | None = None
+    restart: bool = False
+    stage: Path | None = None
+    cluster: str | None = None
+    workers: int | None = None
+    dry_run: bool = False
+    log_json: bool = False
 
     def check(self) -> None:
         """Refuse options that contradict each other.
@@ -92,9 +93,9 @@ class Request:
 def run(**options: Any) -> int:
     """Segment the slides; return the exit status.
 
-    ``options`` are the fields of `Request` and `Options`.
+    ``options`` are fields of `Request` and `Options`; those that are left out have their defaults.
     """
-    request = Request(**{entry.name: options.pop(entry.name) for entry in fields(Request)})
+    request = Request(**{entry.name: options.pop(entry.name) for entry in fields(Request) if entry.name in options})
     show_only_our_warnings("histo-infer", JsonFormatter() if request.log_json else None)
     return_buffers_at_once()
     messages: Messages = JsonMessages() if request.log_json else TextMessages()

@@ -161,6 +161,21 @@ def test_a_full_disk_leaves_nothing_under_a_final_name(tiny_bundle: Path, tmp_pa
     assert json.loads((folder / "run.json").read_text())["resumed"]["runs"] == 2
 
 
+@pytest.mark.parametrize("kind", ["missing", "folder", "not GeoJSON", "no polygon"])
+def test_a_region_that_cannot_be_used_is_one_line_before_any_slide_is_opened(
+    slide: Path, tiny_bundle: Path, tmp_path: Path, kind: str
+) -> None:
+    roi = tmp_path / "roi.geojson"
+    if kind == "folder":
+        roi.mkdir()
+    elif kind != "missing":
+        roi.write_text('{"type": "GeometryCollection", "geometries": []}' if kind == "no polygon" else "[")
+    slide.write_bytes(b"no slide")
+    line = one_clear_line(infer(slide, "--roi", roi, "--model", tiny_bundle, "--out", tmp_path / "out"))
+    assert "roi.geojson: " in line
+    assert not (tmp_path / "out").exists()
+
+
 def test_slides_that_would_share_a_folder_are_told_apart(slide: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     other = tmp_path / "other" / slide.name
     other.parent.mkdir()

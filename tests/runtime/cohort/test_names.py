@@ -86,6 +86,27 @@ def test_slides_that_are_added_later_rename_none(tmp_path: Path) -> None:
     assert names(tmp_path, "a/x.svs", out=out) == ["x"]
 
 
+def test_an_interrupted_run_keeps_its_folder_too(tmp_path: Path) -> None:
+    out, slides = tmp_path / "out", [tmp_path / folder / "x.tif" for folder in "ab"]
+    for seed, path in enumerate(slides):
+        path.parent.mkdir()
+        write_slide(path, random_pixels(300, 300, seed))
+    executor = LocalExecutor(IdentityEngine)
+    job = SlideJob(find_inputs([str(slides[0])], out)[0], out, OPTIONS)
+    asked: list[bool] = []
+
+    def stopping() -> bool:  # after the first strips
+        asked.append(True)
+        return len(asked) > 3
+
+    found = run_cohort([job], executor, stopping=stopping)
+    executor.close()
+    assert found[0].status == "stopped"
+    assert (out / "x" / ".journal").is_dir()
+    assert names(tmp_path, "b/x.tif", "a/x.tif", out=out) == ["b_x", "x"]
+    assert names(tmp_path, "b/x.tif", out=out) == ["b_x"], "the first slide is still to be continued"
+
+
 def test_the_folder_of_another_slide_is_not_used_while_that_slide_exists(tmp_path: Path) -> None:
     out, slide = tmp_path / "out", tmp_path / "a" / "x.svs"
     slide.parent.mkdir()
