@@ -60,13 +60,14 @@ class AnalysedArea:
         width, height = view.width, view.height
         cells = [Cells.of_picture(mask, width, height) for mask in masks]
         blocks = _blocks(view)
-        shape = masks[0].shape if masks else _coarse(width, height)
-        spans = Cells.of_picture(np.ones(shape, np.bool_), width, height)
         everything = [*cells, *blocks, *(region.cells(width, height) for region in regions)]
         if not everything:
             return cls((), (), np.ones((1, 1), np.bool_))
-        touched = [part.touches(spans.xs, spans.ys) for part in everything]
-        return cls((*cells, *blocks), tuple(regions), np.logical_and.reduce(touched))
+        first = cells[0] if cells else Cells.of_picture(np.ones(_coarse(width, height), np.bool_), width, height)
+        joined = first.keep.copy()
+        for part in everything[bool(cells) :]:
+            joined &= part.touches(first.xs, first.ys)
+        return cls((*cells, *blocks), tuple(regions), joined)
 
     @property
     def is_whole(self) -> bool:

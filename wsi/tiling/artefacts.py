@@ -73,7 +73,8 @@ def find_artefacts(view: SlideView, preview: NDArray[np.uint8] | None, tissue: T
     overview = reduced(view, max(tissue.mask.shape), preview)
     if overview.shape[2] < 3 or tissue.dark_ground:
         return Artefacts(np.zeros_like(tissue.mask), None)
-    return Artefacts(_pen(overview, tissue), _blurred(view, tissue.mask))
+    pen = _pen(overview, tissue)
+    return Artefacts(pen, _blurred(view, tissue.mask & ~pen))
 
 
 def blur_effect(grey: NDArray[np.float32], rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -117,7 +118,17 @@ def _pen(overview: NDArray[np.uint8], tissue: TissueMask) -> NDArray[np.bool_]:
     runs = Runs((ink & tissue.mask).view(np.uint8), corners=True)
     area = np.bincount(runs.component, weights=runs.end - runs.start, minlength=runs.components)
     kept = runs.painted(area * tissue.mpp**2 >= MIN_PEN_UM2)
-    return dilated(kept, max(1, round(PEN_MARGIN_UM / tissue.mpp))) & tissue.mask
+    pen = dilated(kept, max(1, round(PEN_MARGIN_UM / tissue.mpp))) & tissue.mask
+    return pen | _slivers(pen, tissue)
+
+
+def _slivers(pen: NDArray[np.bool_], tissue: TissueMask) -> NDArray[np.bool_]:
+    """Return (h, w) bool: what ink cuts off from the tissue, if it is no larger than a mark."""
+    runs = Runs((tissue.mask & ~pen).view(np.uint8), corners=True)
+    area = np.bincount(runs.component, weights=runs.end - runs.start, minlength=runs.components)
+    number = runs.painted(np.arange(1, runs.components + 1))
+    beside = np.isin(np.arange(1, runs.components + 1), number[dilated(pen, 1)])
+    return runs.painted(beside & (area * tissue.mpp**2 < MIN_PEN_UM2))
 
 
 def _blurred(view: SlideView, tissue: NDArray[np.bool_]) -> NDArray[np.bool_] | None:

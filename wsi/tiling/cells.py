@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFilter
 
 from histostream.wsi.geometry import Box
 from histostream.wsi.tiling.grid import TileGrid
@@ -90,10 +89,15 @@ def tile_spans(grid: TileGrid) -> tuple[Span, Span]:
 
 def dilated(mask: NDArray[np.bool_], radius_px: int) -> NDArray[np.bool_]:
     """Widen the marked parts of a mask (h, w) by some pixels, in a square."""
-    if radius_px < 1:
-        return mask
-    image = Image.fromarray(mask).convert("L").filter(ImageFilter.MaxFilter(2 * radius_px + 1))
-    return np.asarray(image) > 0
+    wide = mask.copy()
+    for shift in range(1, radius_px + 1):
+        wide[shift:] |= mask[:-shift]
+        wide[:-shift] |= mask[shift:]
+    wider = wide.copy()
+    for shift in range(1, radius_px + 1):
+        wider[:, shift:] |= wide[:, :-shift]
+        wider[:, :-shift] |= wide[:, shift:]
+    return wider
 
 
 def eroded(mask: NDArray[np.bool_], radius_px: int = 1) -> NDArray[np.bool_]:

@@ -14,7 +14,7 @@ from histostream.wsi.runs import Runs
 from histostream.wsi.slides.resolution import LIGHT_MPP, SlideView, thumbnail
 from histostream.wsi.tiling.cells import Cells, dilated, tile_spans
 from histostream.wsi.tiling.grid import TileGrid
-from histostream.wsi.tiling.unscanned import find_fillings
+from histostream.wsi.tiling.unscanned import channel_range, counts, find_fillings
 
 MASK_MPP = 8.0  # um, at least: single cells are not resolved on the overview
 MASK_PX = 4096  # longest side of the overview; 16 um per pixel on the largest slides, of 65 mm
@@ -161,13 +161,14 @@ def _is_tissue(
     filled = np.broadcast_to(filled, overview.shape[:2])
     image = Image.fromarray(overview[..., 0] if overview.shape[2] == 1 else overview)
     blurred = np.asarray(image.filter(ImageFilter.BoxBlur(BLUR_PX))).reshape(overview.shape)
-    brightness, absorption = blurred.max(axis=2), 255 - blurred.min(axis=2)
+    darkest, brightness = channel_range(blurred)
+    absorption = 255 - darkest
     scanned = ~filled if not filled.all() else np.ones_like(filled)
-    if np.median(brightness[scanned]) < DARK_GROUND:
+    if _percentile(brightness[scanned], 50) < DARK_GROUND:
         bright: NDArray[np.bool_] = brightness > _otsu(brightness)
         return bright, np.zeros_like(bright), True
     signal = absorption[scanned & (absorption > FILLED)]
-    glass = min(np.percentile(signal, GLASS_PERCENTILE), MAX_GLASS) if len(signal) else 0
+    glass = min(_percentile(signal, GLASS_PERCENTILE), MAX_GLASS) if len(signal) else 0
     # A lighter filling looks like glass, and is none of tissue anyway.
     dark = [filling.mask for filling in fillings if filling.absorption > glass + ABSORBED]
     unscanned = np.logical_or.reduce(dark) if dark else np.zeros_like(filled)
@@ -175,9 +176,17 @@ def _is_tissue(
     return absorbing & ~dilated(unscanned, RIM_PX), unscanned, False
 
 
+def _percentile(signal: NDArray[np.uint8], percent: float) -> float:
+    """Return what `numpy.percentile` returns, in a tenth of its time."""
+    upto = counts(signal).cumsum()
+    position = (len(signal) - 1) * percent / 100
+    low, high = np.searchsorted(upto, [np.floor(position), np.ceil(position)], side="right")
+    return float(low + (high - low) * (position % 1))
+
+
 def _otsu(signal: NDArray[np.uint8]) -> int:
     """Return the t for which the variance between <= t and > t is largest (Otsu 1979), within limits."""
-    count = np.bincount(signal.ravel(), minlength=256).astype(float)
+    count = counts(signal.ravel()).astype(float)
     below = np.cumsum(count)
     above = below[-1] - below
     total = np.cumsum(count * np.arange(256))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFilter
 
 from histostream.wsi.runs import Runs
 from histostream.wsi.tiling.cells import dilated
@@ -19,6 +19,9 @@ NEAR_BLACK = 16  # brightness of black, of 255, with what JPEG makes of it
 STEP = 64
 EDGE_PX = 2  # pixels of the overview in which a step is mixed
 MAX_COLORS = 4
+CHUNK_PX = 1 << 20  # counted at a time
+JPEG_PX = 16  # side of a block of colour: in those at an edge, a constant colour is not constant
+RINGING = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,18 @@ class Filling:
     absorption: int
 
 
+def channel_range(pixels: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Return (H, W) each: the darkest and the brightest channel of pixels (H, W, C)."""
+    channels = np.moveaxis(pixels, 2, 0)  # one after the other: numpy's min over a short axis takes ten times as long
+    return reduce(np.minimum, channels), reduce(np.maximum, channels)
+
+
+def counts(values: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Return how often each value occurs, (256,)."""
+    parts = (values[i : i + CHUNK_PX] for i in range(0, len(values), CHUNK_PX))  # bincount makes 8 bytes of each
+    return sum((np.bincount(part, minlength=256) for part in parts), np.zeros(256, np.int64))
+
+
 def find_fillings(overview: NDArray[np.uint8], um2: float, damaged: NDArray[np.bool_]) -> list[Filling]:
     """Find large areas of exactly one neutral colour on an overview.
 
@@ -52,38 +67,50 @@ def find_fillings(overview: NDArray[np.uint8], um2: float, damaged: NDArray[np.b
     damaged
         (H, W) bool, pixels that belong to no filling.
     """
-    least, most = overview.min(axis=2), overview.max(axis=2)
+    least, most = channel_range(overview)
     neutral = ~damaged & (most - least <= NEUTRAL)
-    constant = neutral & (_spread(overview) == 0)
+    constant = neutral & _is_constant(overview)
     min_px = max(1.0, MIN_FILLING_UM2 / um2)
     fillings = []
-    black = _areas(neutral & (most <= NEAR_BLACK), constant, min_px)
+    black = _areas(overview, constant & (most <= NEAR_BLACK), 0, min_px)
     if black.any():
         edge = dilated(black, EDGE_PX + 1) & ~dilated(black, EDGE_PX)
         # Where all is black there is nothing beside it to judge by.
         if edge.any() and np.median(most[edge]) >= STEP:
             fillings.append(Filling(black, 255))
-    count = np.bincount(least[constant & (most > NEAR_BLACK)], minlength=256)
+    count = counts(least[constant & (most > NEAR_BLACK)])
     for value in np.argsort(count)[: -MAX_COLORS - 1 : -1].tolist():
         if count[value] >= min_px and value < 255:  # white is what glass is, too
-            area = _areas(neutral & (least == value), constant, min_px)
+            area = _areas(overview, constant & (least == value), value, min_px)
             if area.any():
                 fillings.append(Filling(area, 255 - value))
     return fillings
 
 
-def _areas(color: NDArray[np.bool_], flat: NDArray[np.bool_], min_px: float) -> NDArray[np.bool_]:
-    """Return the pieces of a colour that are flat, with their borders, and have at least ``min_px`` pixels."""
-    runs = Runs((color & flat).view(np.uint8))
+def _areas(overview: NDArray[np.uint8], flat: NDArray[np.bool_], value: int, min_px: float) -> NDArray[np.bool_]:
+    """Return the flat pieces of at least ``min_px`` pixels, with what JPEG made of their borders."""
+    runs = Runs(flat.view(np.uint8))
     area = np.bincount(runs.component, weights=runs.end - runs.start, minlength=runs.components)
-    return dilated(runs.painted(area >= min_px), 1) & color
+    large = runs.painted(area >= min_px)
+    if not large.any():
+        return large
+    least, most = channel_range(overview)
+    similar = (least >= max(value - RINGING, 0)) & (most <= min(value + RINGING, 255))
+    for _ in range(JPEG_PX):  # outwards from the piece, so that nothing behind its edge is taken
+        wider = dilated(large, 1) & similar
+        if (wider == large).all():
+            break
+        large = wider
+    return large
 
 
-def _spread(overview: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return (H, W): the largest difference of a channel among a pixel and its eight neighbours."""
-    spread = np.zeros(overview.shape[:2], np.uint8)
-    for channel in range(overview.shape[2]):
-        image = Image.fromarray(np.ascontiguousarray(overview[..., channel]))
-        low, high = (np.asarray(image.filter(f(3))) for f in (ImageFilter.MinFilter, ImageFilter.MaxFilter))
-        np.maximum(spread, high - low, out=spread)
-    return spread
+def _is_constant(overview: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Return (H, W) bool: the pixels that are equal to their eight neighbours."""
+    differs = np.zeros(overview.shape[:2], np.bool_)
+    for channel in np.moveaxis(overview, 2, 0):
+        across, down = channel[:, 1:] != channel[:, :-1], channel[1:] != channel[:-1]
+        differs[:, 1:] |= across
+        differs[:, :-1] |= across
+        differs[1:] |= down
+        differs[:-1] |= down
+    return ~dilated(differs, 1)
