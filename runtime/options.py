@@ -17,6 +17,7 @@ from histostream.wsi.outputs.sinks import OPTIONS as SINK_OPTIONS
 from histostream.wsi.outputs.sinks import SinkKind, find_sink, sink_names
 from histostream.wsi.outputs.sinks.object_files import check_installed
 from histostream.wsi.records import to_json
+from histostream.wsi.slides.coordinates import COORDINATES
 from histostream.wsi.slides.staging import sha256_of
 
 FREE = ("batch", "threads", "max_memory_mib")  # options that do not change the result
@@ -39,10 +40,20 @@ class Options:
         labels, or no scores at the border of a tile.
     mpp
         Resolution of the slide's level 0 in um per pixel, where the file has none or a wrong one.
+    channels
+        For each of the model's channels the index of a channel of the slide, from 0; None: the slide's colours, or all
+        its channels in their order.
     roi
         GeoJSON file; only its polygons (level 0 pixels) are analysed.
+    coordinates
+        Where level 0 begins in ``roi`` and in files of objects: "qupath", at the corner of the area that was
+        scanned; "openslide", at the corner of OpenSlide's level 0, which may be larger (MIRAX).
+    mask
+        PNG, TIFF or GeoJSON file of what is to be analysed; see `read_mask`.
     tissue
         Whether glass is left out.
+    artefacts
+        Whether pen ink and tissue out of focus are left out; see `find_artefacts`.
     batch
         Tiles per inference; None: what suits the device.
     threads
@@ -85,8 +96,12 @@ class Options:
     overlap_px: int | None = None
     blend: str = AUTO
     mpp: float | None = None
+    channels: tuple[int, ...] | None = None
     roi: Path | None = None
+    coordinates: str = COORDINATES[0]
+    mask: Path | None = None
     tissue: bool = True
+    artefacts: bool = False
     batch: int | None = None
     threads: int | None = None
     max_memory_mib: int | None = None
@@ -107,10 +122,27 @@ class Options:
                 raise OptionError(f"{name}={value}: use 1 or more")
         if self.overlap_px is not None and self.overlap_px < 0:
             raise OptionError(f"overlap_px={self.overlap_px}: use 0 or more")
+        if self.channels is not None and (not self.channels or min(self.channels) < 0):
+            raise OptionError(f"channels={self.channels}: name channels by their numbers, from 0")
+        if self.coordinates not in COORDINATES:
+            raise OptionError(f"coordinates={self.coordinates!r}: use {' or '.join(COORDINATES)}")
+        if self.artefacts and not self.tissue:
+            raise OptionError("artefacts are looked for in tissue: leave out one of --artefacts and --no-tissue")
         self._check_files()
 
     def for_model(self, card: ModelCard) -> Options:
-        """Return the options with what is left to the model."""
+        """Return the options with what is left to the model.
+
+        Raises
+        ------
+        OptionError
+            If another number of channels is picked than the model has.
+        """
+        if self.channels is not None and len(self.channels) != card.channels:
+            names = f" ({', '.join(card.channel_names)})" if card.channel_names else ""
+            raise OptionError(
+                f"--channels picks {len(self.channels)}, and the model takes {card.channels}{names}: pick one for each"
+            )
         return replace(self, blend=card.default_blend) if self.blend == AUTO else self
 
     def classes_of(self, card: ModelCard) -> tuple[ClassInfo, ...]:
@@ -138,8 +170,9 @@ class Options:
         the same for all of them.
         """
         values = {name: value for name, value in asdict(self).items() if name not in FREE}
-        if self.roi is not None:
-            values["roi"] = _content(self.roi)
+        for name in ("roi", "mask"):
+            path = getattr(self, name)
+            values[name] = None if path is None else _content(path)
         for name in SINK_OPTIONS:  # their order does not matter
             values[name] = sorted(set(values[name]))
         values_json: dict[str, Any] = to_json(values)

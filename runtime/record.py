@@ -14,6 +14,7 @@ from typing import Any
 from histostream.runtime.bundle.card import ModelCard
 from histostream.runtime.options import Options
 from histostream.runtime.stream.context import DeviceRecord
+from histostream.wsi.geometry import Box
 from histostream.wsi.outputs.folder import RUN_FILE
 from histostream.wsi.outputs.sinks.summary import SummaryRecord
 from histostream.wsi.records import OMIT, from_json, to_json
@@ -53,10 +54,14 @@ class SlideRecord:
         Which reader opened it.
     mpp
         Micrometres per pixel of level 0, as the file says; None where it does not say.
+    mpp_source
+        Where the resolution of the run comes from: "--mpp", or the part of the file that says it, as "OME-XML".
     level, scale, downsample, width, height, result_mpp
         As in `SlideView`; the last three are size and resolution of the label map.
     sha256
         Of the file's content.
+    bounds, notes
+        As in `SlideReader`; no bounds where the slide is all that OpenSlide shows.
     """
 
     path: str = ""
@@ -64,6 +69,7 @@ class SlideRecord:
     modified: str = ""
     reader: str = ""
     mpp: float | None = None
+    mpp_source: str = ""
     level: int | None = None
     scale: float | None = None
     downsample: float | None = None
@@ -72,6 +78,8 @@ class SlideRecord:
     result_mpp: float | None = None
     sha256: str = ""
     source: str = ""
+    bounds: Box | None = field(default=None, metadata=OMIT)
+    notes: tuple[str, ...] = ()
     further: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -176,6 +184,34 @@ class ResumedRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class AreaRecord:
+    """What of a slide was analysed.
+
+    Attributes
+    ----------
+    mask_mpp, margin_um
+        Micrometres per pixel of the tissue mask, and by how much tissue was widened on it; None where no tissue
+        was looked for.
+    tissue_mm2, unscanned_mm2
+        Area of the tissue with its margin, and of what the scanner filled with one colour.
+    absent_mm2
+        Area of the blocks that the file does not hold.
+    pen_mm2, blurred_mm2
+        Area of pen ink, and of blocks of 64 um out of focus; None where they were not looked for, and where the slide
+        is too coarse to judge its focus.
+    """
+
+    mask_mpp: float | None = None
+    margin_um: float | None = None
+    tissue_mm2: float | None = None
+    unscanned_mm2: float | None = None
+    absent_mm2: float | None = None
+    pen_mm2: float | None = field(default=None, metadata=OMIT)
+    blurred_mm2: float | None = field(default=None, metadata=OMIT)
+    further: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class RunRecord:
     """What run.json holds. In files of other versions any field may be missing.
 
@@ -199,6 +235,10 @@ class RunRecord:
         The fingerprint of the run, see `fingerprint`.
     versions
         Of Python and packages.
+    area
+        What of the slide was analysed, and the resolution at which that was decided.
+    no_tissue
+        Why nothing was analysed, and what to do; None where something was.
     outputs
         Names of the result files.
     further
@@ -222,8 +262,19 @@ class RunRecord:
     started: str = ""
     inputs: Mapping[str, Any] | None = field(default=None, metadata=OMIT)
     versions: Mapping[str, str] = field(default_factory=dict)
+    area: AreaRecord | None = field(default=None, metadata=OMIT)
+    no_tissue: str | None = field(default=None, metadata=OMIT)
     outputs: tuple[str, ...] = ()
     further: Mapping[str, Any] = field(default_factory=dict)
+
+
+def why_nothing(run: RunRecord) -> str:
+    """Return why nothing of a slide was analysed, and what to do."""
+    if run.no_tissue is not None:
+        return run.no_tissue
+    if run.options.get("tissue", True):
+        return "no tissue was found, so nothing was analysed; --no-tissue analyses glass too"
+    return "the file holds no pixels of what is to be analysed; check the slide and its region of interest"
 
 
 def read_run(folder: Path) -> RunRecord | None:

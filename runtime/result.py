@@ -5,10 +5,11 @@ from __future__ import annotations
 import html
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -168,7 +169,7 @@ class SlideResult:
         version = SlideVersion(slide.bytes or 0, slide.modified)
         locator = SlideLocator(slide.source, version, slide.sha256)
         path = locator.find(None if slides is None else Path(slides))
-        return open_for_channels(path, self.run.model.card.channels or 3)
+        return open_for_channels(path, self.run.model.card.channels or 3, picked=_picked(self.run.options))
 
     def region(
         self,
@@ -325,6 +326,14 @@ class SlideResult:
         share = strength[labels][..., None]
         mixed = pixels * (1 - share) + colors[labels] * share
         return np.rint(mixed).astype(np.uint8)
+
+
+def _picked(options: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Return the channels that a run picked; None if it picked none, or its record is odd."""
+    picked = options.get("channels")
+    if not isinstance(picked, list) or not picked or not all(isinstance(i, int) and i >= 0 for i in picked):
+        return None
+    return tuple(picked)
 
 
 def _objects_text(entry: ClassSummary) -> str:

@@ -18,7 +18,7 @@ from histostream.runtime.cohort.worker import Worker
 from histostream.runtime.engines.base import Engine
 from histostream.runtime.engines.opener import open_engine
 from histostream.runtime.options import Options
-from histostream.runtime.outcome import DAMAGED, DONE, UNCHANGED
+from histostream.runtime.outcome import DAMAGED, DONE, NO_TISSUE, UNCHANGED
 from histostream.runtime.pixels import segment_pixels
 from histostream.runtime.result import ResultError, SlideResult
 from histostream.runtime.slide_job import SlideJob
@@ -123,7 +123,7 @@ class Segmenter:
         InputError
             If a folder or pattern cannot be used.
         """
-        slides = find_inputs([str(slide)])
+        slides = find_inputs([str(slide)], Path(out))
         if len(slides) != 1:
             raise ResultError(f"{slide}: these are {len(slides)} slides; run them one by one")
         job = SlideJob(slides[0], Path(out), options or Options(), self._requested, restart=restart)
@@ -134,7 +134,7 @@ class Segmenter:
                 outcome = running.result()
             finally:
                 stop.set()  # after Ctrl-C, or a notebook's stop: what is finished is kept
-        if outcome.status not in (DONE, DAMAGED, UNCHANGED):
+        if outcome.status not in (DONE, DAMAGED, NO_TISSUE, UNCHANGED):
             raise ResultError(outcome.reason)
         return SlideResult.read(job.folder)
 

@@ -30,14 +30,14 @@ from typing import Any, Protocol, Self, TypeVar
 from histostream.runtime.bundle.card import ModelCard
 from histostream.runtime.cuda.base import DeviceMemoryError
 from histostream.runtime.engines.base import Engine
-from histostream.runtime.outcome import DAMAGED, DONE, FAILED, LOCKED, NOT_BEGUN, STOPPED, UNCHANGED, Outcome
-from histostream.runtime.record import RunRecord, read_run, read_summary
+from histostream.runtime.outcome import DAMAGED, DONE, FAILED, LOCKED, NO_TISSUE, NOT_BEGUN, STOPPED, UNCHANGED, Outcome
+from histostream.runtime.record import RunRecord, read_run, read_summary, why_nothing
 from histostream.runtime.report import REPORT
 from histostream.runtime.report.cohort import CohortReport
 from histostream.runtime.result import SlideResult
 from histostream.runtime.slide_job import SlideJob
 from histostream.runtime.slide_run import DoneError, ManyDevices, SlideRun
-from histostream.wsi.errors import HistoError, StoppedError
+from histostream.wsi.errors import HistoError, StoppedError, unreadable
 from histostream.wsi.files import write_json, write_whole
 from histostream.wsi.outputs.lock import LockedError
 from histostream.wsi.outputs.sinks.summary import SummaryRecord
@@ -143,6 +143,8 @@ class Worker:
 
         May be called in several threads at once: they share the device.
         """
+        if job.slide.problem:
+            return Outcome(FAILED, job.slide.problem)
         clock = time.perf_counter()
         outcome: Outcome | None = None
         run: SlideRun | None = None
@@ -294,19 +296,22 @@ class CohortRecord:
 
 def outcome_of(result: SlideResult) -> Outcome:
     """Return the outcome of a slide that was run to its end."""
-    damaged = _damaged_blocks(result.run)
+    damaged, run, summary = _damaged_blocks(result.run), result.run, result.summary
+    if summary.analysed_mm2 == 0:
+        return Outcome(NO_TISSUE, why_nothing(run), run, summary)
     if not damaged:
-        return Outcome(DONE, run=result.run, summary=result.summary)
-    reason = f"{damaged}, left as background; run.json lists them"
-    return Outcome(DAMAGED, reason, result.run, result.summary)
+        return Outcome(DONE, run=run, summary=summary)
+    return Outcome(DAMAGED, f"{damaged}, left as background; run.json lists them", run, summary)
 
 
 def former_outcome(folder: Path) -> Outcome:
     """Return the outcome of a slide whose result another run has left."""
-    run = read_run(folder)
+    run, summary = read_run(folder), read_summary(folder)
+    if run is not None and summary is not None and summary.analysed_mm2 == 0:
+        return Outcome(NO_TISSUE, f"done before; {why_nothing(run)}", run, summary)
     damaged = _damaged_blocks(run)
     had = f", with {damaged}, left as background" if damaged else ""
-    return Outcome(UNCHANGED, f"done before{had}; --restart does it again", run, read_summary(folder))
+    return Outcome(UNCHANGED, f"done before{had}; --restart does it again", run, summary)
 
 
 def _outcome_of_error(job: SlideJob, error: Exception) -> Outcome:
@@ -324,6 +329,8 @@ def _outcome_of_error(job: SlideJob, error: Exception) -> Outcome:
         case HistoError():
             named = source.rstrip("/").rpartition("/")[2] in str(error)
             return Outcome(FAILED, str(error) if named else f"{source}: {error}")
+        case OSError():  # of any place where a drive may fail, as a stale handle does
+            return Outcome(FAILED, str(unreadable(source, error)))
     return Outcome(FAILED, f"{source}: {''.join(traceback.format_exception(error, limit=-3))}")
 
 
@@ -340,7 +347,7 @@ def _line(job: SlideJob, outcome: Outcome) -> dict[str, Any]:
         "path": job.source,
         "name": job.slide.name,
         "status": outcome.status,
-        "reason": " ".join(outcome.reason.split()),
+        "reason": " ".join("; ".join(text for text in (outcome.reason, job.slide.note) if text).split()),
         "seconds": outcome.seconds,
         "mpx": run.mpx,
         "mpx_per_s": run.mpx_per_s,

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from histostream.runtime.outcome import DAMAGED, DONE, FAILED, LOCKED, NOT_BEGUN, STOPPED, UNCHANGED, Outcome
+from histostream.runtime.outcome import DAMAGED, DONE, FAILED, LOCKED, NO_TISSUE, NOT_BEGUN, STOPPED, UNCHANGED, Outcome
 from histostream.runtime.report import REPORT
 from histostream.runtime.report.distribution import FLOOR, Distribution, distribution
 from histostream.runtime.report.picture import THUMBNAIL_PX, Picture, read_picture
 from histostream.wsi.outputs.sinks.summary import ClassSummary, SummaryRecord
 from histostream.wsi.report.page import css_color, render
 
-WORST_FIRST = (FAILED, DAMAGED, STOPPED, LOCKED, NOT_BEGUN, DONE, UNCHANGED)
+WORST_FIRST = (FAILED, DAMAGED, NO_TISSUE, STOPPED, LOCKED, NOT_BEGUN, DONE, UNCHANGED)
 WELL = (DONE, UNCHANGED)
 MAX_PICTURES = 200  # of 10 kB
 READERS = 2  # threads; reading an overview takes 60 ms and 12 MB

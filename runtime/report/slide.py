@@ -10,7 +10,7 @@ from typing import Any
 
 from histostream.runtime.choices import PRECISIONS
 from histostream.runtime.options import Options
-from histostream.runtime.record import RunRecord
+from histostream.runtime.record import RunRecord, why_nothing
 from histostream.runtime.report.picture import PICTURE_PX, Picture, read_picture
 from histostream.wsi.outputs.label_rows import background_label
 from histostream.wsi.outputs.sinks.overview import scale_bar
@@ -91,6 +91,7 @@ def slide_report(run: RunRecord, summary: SummaryRecord, overview: Path) -> str:
         picture=picture,
         scale_bar=_scale_bar(picture, summary),
         painted=painted,
+        nothing=why_nothing(run),
         largest=max((c for c in painted if c.share is not None), key=lambda c: c.share or 0, default=None),
         counted=counted,
         smallest=_smallest(run, summary),

@@ -177,14 +177,14 @@ def test_glass_is_left_out(tmp_path: Path) -> None:
     assert to_json(result.summary)["analysed_mm2"] == pytest.approx(analysed, rel=1e-4)
 
 
-def test_a_slide_of_glass_is_all_outside_and_said_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_slide_of_glass_is_all_outside_and_run_json_has_the_remedy(tmp_path: Path) -> None:
     path = write_slide(tmp_path / "glass.tif", np.full((300, 200, 3), 243, np.uint8))
     engine = identity_engine()
     result = segment_slide(path, engine, tmp_path / "out")
     assert engine.tiles == 0
     assert (labels_of(result.folder) == NOT_ANALYSED).all()
     assert to_json(result.summary)["analysed_mm2"] == 0
-    assert "--no-tissue" in caplog.text
+    assert "--no-tissue" in json.loads((result.folder / "run.json").read_text())["no_tissue"]
 
 
 def test_only_the_region_of_interest_is_analysed(noise_slide: Noise, tmp_path: Path) -> None:

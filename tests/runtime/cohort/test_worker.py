@@ -164,7 +164,7 @@ def test_the_next_slide_is_read_while_this_one_is_on_the_device(
     engine = Watched(pause_s=0.2)
     reads: list[float] = []
 
-    def opened(path: Path, card: ModelCard) -> Any:
+    def opened(path: Path, card: ModelCard, options: Options) -> Any:
         reads.append(time.monotonic())
         return open_slide(path)
 

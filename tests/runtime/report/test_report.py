@@ -268,7 +268,7 @@ def test_what_a_reader_must_know_is_said_above_all(result: SlideResult) -> None:
     nothing = tuple(replace(c, share=None, area_mm2=0) for c in result.summary.classes)
     empty = replace(result.summary, analysed_mm2=0, classes=nothing)
     page = parsed(slide_report(result.run, empty, result.folder / "none.png"))
-    assert "nothing was analysed" in warnings(page)
+    assert "Nothing was analysed" in warnings(page)
     assert not list(page.iter("img"))
 
 
@@ -503,7 +503,7 @@ def test_thousands_of_slides_are_one_small_page_made_at_once(tmp_path: Path) -> 
 def test_every_status_of_a_cohort_has_its_rank() -> None:
     words = {
         getattr(outcome_module, name)
-        for name in ("DONE", "DAMAGED", "UNCHANGED", "LOCKED", "FAILED", "STOPPED", "NOT_BEGUN")
+        for name in ("DONE", "DAMAGED", "UNCHANGED", "NO_TISSUE", "LOCKED", "FAILED", "STOPPED", "NOT_BEGUN")
     }
     assert set(WORST_FIRST) == words
 

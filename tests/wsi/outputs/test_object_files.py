@@ -178,7 +178,7 @@ def written(
     rows: int = 1 << 20,
     files: tuple[str, ...] = EVERY,
     classes: tuple[ClassInfo, ...] = CLASSES,
-    **options: float,
+    **options: Any,
 ) -> Path:
     info = SlideInfo("slide.svs", labels.shape[1], labels.shape[0], MPP, classes)
     with OutputFolder(path, "slide") as folder:

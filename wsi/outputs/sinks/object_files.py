@@ -52,6 +52,8 @@ class Objects:
         The files to write.
     downsample
         Pixels of level 0 per pixel of the label map, along one side.
+    origin
+        Where the slide begins in the coordinates of the files, in pixels of level 0.
     simplify_um
         Outlines may deviate by this, to have fewer points; 0: they follow the pixels.
 
@@ -74,10 +76,11 @@ class Objects:
         kinds: Sequence[SinkKind],
         *,
         downsample: float = 1.0,
+        origin: tuple[int, int] = (0, 0),
         simplify_um: float = 0.0,
     ) -> None:
         check_installed(kinds, simplify_um)
-        self._info, self._downsample = info, downsample
+        self._info, self._downsample, self._origin = info, downsample, origin
         self._integer = float(downsample).is_integer()  # coordinates without decimals are shorter to read
         self._tolerance_px = simplify_um / info.mpp * downsample
         background = background_label(info.classes)
@@ -133,21 +136,24 @@ class Objects:
 
     def _object(self, number: int, shape: Shape, rings: list[NDArray[np.float64]]) -> SlideObject:
         mpp, scale = self._info.mpp, self._downsample
-        left, top, right, bottom = (round(side * scale, DECIMALS) for side in shape.box)
+        x, y = self._origin
+        left, top, right, bottom = (
+            round(side * scale + start, DECIMALS) for side, start in zip(shape.box, (x, y, x, y), strict=True)
+        )
         return SlideObject(
             number,
             shape.value,
             shape.area_px * mpp**2,
             shape.perimeter_px * mpp,
             shape.eccentricity,
-            shape.x * scale,
-            shape.y * scale,
+            shape.x * scale + x,
+            shape.y * scale + y,
             (left, top, right, bottom),
             [ring.astype(np.int64) for ring in rings] if self._integer else rings,
         )
 
     def _scaled(self, ring: NDArray[np.int32]) -> NDArray[np.float64]:
-        return np.round(ring * self._downsample, DECIMALS)
+        return np.round(ring * self._downsample + self._origin, DECIMALS)
 
 
 def check_installed(kinds: Sequence[SinkKind], simplify_um: float) -> None:
