@@ -65,7 +65,7 @@ class Options:
         Slide or folder over which the statistics of normalisation layers are estimated; they become constants.
     triton
         Triton model repository to write as well.
-    objects
+    object_rules
         Which regions of some classes are objects, as ``("nucleus=8,touching", "stroma=no")``; see `parse_rules`.
     """
 
@@ -76,10 +76,10 @@ class Options:
     calibrate: Path | None = None
     freeze: Path | None = None
     triton: Path | None = None
-    objects: tuple[str, ...] = ()
+    object_rules: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        parse_rules(self.objects)
+        parse_rules(self.object_rules)
         for name in self.precisions:
             if name not in PRECISIONS:
                 raise OptionError(f"precision {name!r} does not exist: use {', '.join(PRECISIONS)}")
@@ -190,7 +190,7 @@ def write_bundle(network: Network, out: Path, options: Options, *, say: Say = la
         If ``out`` exists and is not a bundle, or cannot be written.
     """
     check_options(out, options)
-    network = replace(network, classes=with_object_rules(network.classes, parse_rules(options.objects)))
+    network = replace(network, classes=with_object_rules(network.classes, parse_rules(options.object_rules)))
     library = _find_library(options, say)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -110,7 +110,8 @@ def _bundle_options(command: Callable[..., None]) -> Callable[..., None]:
                 "estimated here, so that tiles agree.",
             ),
             click.option(
-                "--objects",
+                "--object-rule",
+                "object_rules",
                 multiple=True,
                 metavar="NAME=MIN[-MAX][,touching]|no",
                 help="Areas of the objects of a class in um2, or no: it is not counted; several times; nuclei: 8.",
@@ -338,11 +339,11 @@ def upgrade(bundle: Path, out: Path | None, **values: Any) -> None:
     _report(upgrade_bundle(bundle, out, Options(**values), say=click.echo), out)
 
 
-@main.command()
+@main.command("object-rules")
 @click.argument("bundle", type=PATH)
 @click.argument("rules", nargs=-1, required=True, metavar="NAME=MIN[-MAX][,touching]|no...")
 @_one_line_errors
-def objects(bundle: Path, rules: tuple[str, ...]) -> None:
+def object_rules(bundle: Path, rules: tuple[str, ...]) -> None:
     """Say in the card of BUNDLE which regions of its classes are objects.
 
     nucleus=8,touching: regions of at least 8 um2, of which large concave ones are taken for several that touch.

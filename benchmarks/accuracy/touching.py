@@ -92,9 +92,9 @@ def score(images: list[Judged]) -> dict[str, Any]:
         "reported_share": round(float(said.mean()), 4),
         "precision": round(hits / max(int(said.sum()), 1), 4),
         "recall": round(hits / max(int(true.sum()), 1), 4),
-        "error_mean": round(float(errors.mean()), 4),
-        "error_absolute_mean": round(float(np.abs(errors).mean()), 4),
-        "error_worst": round(float(np.abs(errors).max()), 4),
+        "error_mean": round(float(errors.mean()), 4) if len(errors) else None,
+        "error_absolute_mean": round(float(np.abs(errors).mean()), 4) if len(errors) else None,
+        "error_worst": round(float(np.abs(errors).max()), 4) if len(errors) else None,
         "nuclei_per_touching_object": round(float(nuclei[said].mean()), 2),
         "nuclei_per_other_object": round(float(nuclei[~said].mean()), 2),
     }

@@ -50,7 +50,7 @@ def test_a_rule_of_no_class_is_refused() -> None:
 def test_a_command_sets_the_rules_of_a_bundle_and_nothing_else(tmp_path: Path) -> None:
     bundle = shutil.copytree(default_bundle(), tmp_path / "bundle")
     before = read_card(bundle)
-    done = call(main, "objects", bundle, "nucleus=20-400")
+    done = call(main, "object-rules", bundle, "nucleus=20-400")
     assert done.returncode == 0, done.stderr
     assert "nucleus: objects of 20 to 400 um2, counted" in done.stdout
     after = read_card(bundle)
@@ -58,13 +58,13 @@ def test_a_command_sets_the_rules_of_a_bundle_and_nothing_else(tmp_path: Path) -
     assert (after.files, after.digest(), after.training) == (before.files, before.digest(), before.training)
     assert "nucleus: objects of 20 to 400 um2" in call(main, "inspect", bundle).stdout
 
-    wrong = call(main, "objects", bundle, "stroma=no")
+    wrong = call(main, "object-rules", bundle, "stroma=no")
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
     assert read_card(bundle) == after
 
 
 def test_a_wrong_rule_is_refused_before_the_export(tmp_path: Path) -> None:
-    done = call(main, "--method", "imems", "--out", tmp_path / "out", "--objects", "nucleus=x")
+    done = call(main, "--method", "imems", "--out", tmp_path / "out", "--object-rule", "nucleus=x")
     assert done.returncode == 2
     assert "rule 'nucleus=x'" in done.stderr
     assert not (tmp_path / "out").exists()

@@ -6,11 +6,10 @@ from pathlib import Path
 
 from histostream.wsi.outputs.label_rows import LabelRows, SlideInfo
 from histostream.wsi.outputs.memory_needs import MemoryNeeds
-from histostream.wsi.outputs.objects.components import BLOCK_PX
 from histostream.wsi.outputs.objects.counting import ObjectCounter, counted_labels, find_components
 
 LINE_BYTES = 10  # for each row of the slide: a class and a number, at both edges of a column band
-BUFFERS = 20 * BLOCK_PX  # temporaries of a block of rows; measured
+BUFFERS = 48 << 20  # blocks of the label map, and components that are not settled yet; measured
 
 
 class ObjectCounts:
