@@ -19,7 +19,7 @@ from histostream.runtime.engines.base import Engine, to_channels
 from histostream.runtime.engines.device_engine import DeviceEngine
 from histostream.runtime.engines.onnxruntime import quiet
 from histostream.runtime.engines.opener import open_engine
-from histostream.runtime.layout import plan_grid
+from histostream.runtime.layout import lay_out
 from histostream.runtime.options import Options
 from histostream.runtime.slide_run import segment_slide
 from histostream.runtime.stream.blend import Blender
@@ -27,12 +27,12 @@ from histostream.runtime.stream.device import DeviceStream
 from histostream.wsi.errors import HistoError
 from histostream.wsi.outputs.folder import OutputFolder
 from histostream.wsi.outputs.label_rows import SlideInfo
-from histostream.wsi.outputs.sinks.overview import Overview, overview_size
+from histostream.wsi.outputs.sinks.overview import Overview
 from histostream.wsi.outputs.sinks.summary import Summary
 from histostream.wsi.outputs.sinks.tiff import LabelTiff
 from histostream.wsi.records import to_json
 from histostream.wsi.slides.reader import open_slide
-from histostream.wsi.slides.resolution import at_mpp, thumbnail
+from histostream.wsi.slides.resolution import at_mpp
 from histostream.wsi.tiling.grid import Strip, Tile
 from histostream.wsi.tiling.strips import cut, read_strips
 
@@ -143,11 +143,10 @@ class Contender:
         self._scratch = scratch
         card = self.engine.card
         with open_slide(slide) as opened:
-            view = at_mpp(opened, card.mpp, slide_mpp=options.mpp, force=options.force_upsampling)
+            layout = lay_out(opened, card, self.options)
+            view, self.grid = layout.view, layout.grid
             assert view.mpp is not None  # at_mpp sets it
-            picture = thumbnail(view, max(overview_size(view.width, view.height)))
-            self.grid, _ = plan_grid(view, card, self.options, picture)
-            self._picture = to_channels(picture, 3)
+            self._picture = to_channels(layout.overview, 3)
             self._info = SlideInfo(slide.name, view.width, view.height, view.mpp, card.classes)
         if not len(self.grid):
             raise BenchError(f"{slide}: no tile is analysed; pass --no-tissue")

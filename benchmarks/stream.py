@@ -23,8 +23,8 @@ from histostream.benchmarks.report import write_result
 from histostream.benchmarks.timing import paired_ratio, time_in_turns
 from histostream.runtime import Engine, Options, default_bundle, open_engine, segment_slide
 from histostream.runtime.hardware import hardware
-from histostream.runtime.layout import plan_grid
-from histostream.wsi import at_mpp, cut, open_slide, read_strips
+from histostream.runtime.layout import lay_out
+from histostream.wsi import cut, open_slide, read_strips
 from histostream.wsi.records import to_json
 from histostream.wsi.synthetic import SyntheticSlide
 
@@ -34,8 +34,8 @@ TARGET = 1.10  # a run may take 10 % longer than the bare engine
 def slide_tiles(path: Path, engine: Engine, options: Options) -> np.ndarray:
     """Return every tile that a run would infer, (N, H, W, C)."""
     with open_slide(path) as slide:
-        view = at_mpp(slide, engine.card.mpp)
-        grid, _ = plan_grid(view, engine.card, options)
+        layout = lay_out(slide, engine.card, options)
+        view, grid = layout.view, layout.grid
         return np.stack(
             [
                 cut(strip, tile, width=grid.width, height=grid.height)

@@ -13,7 +13,7 @@ import click
 
 from histostream.runtime.choices import AUTO, BACKENDS, RUN_PRECISIONS, WINDOWS
 from histostream.wsi.console import GroupedCommand, memory_mib, one_line_errors, option_group, read_settings
-from histostream.wsi.option_types import DEVICES_METAVAR, DeviceList, WordList
+from histostream.wsi.option_types import DEVICES_METAVAR, DeviceList, IndexList, WordList
 from histostream.wsi.outputs.sinks import sink_names
 from histostream.wsi.slides.coordinates import COORDINATES
 
@@ -72,6 +72,12 @@ class _WithCommands(GroupedCommand):
 @_model("--threads", type=int, help="CPU threads; default: all cores.")
 @_model("--batch", type=int, help="Tiles per inference; default: depends on the device.")
 @_slide("--mpp", type=float, help="Resolution of the slide at full size, um per pixel.")
+@_slide(
+    "--channels",
+    type=IndexList(),
+    metavar="0,1,2",
+    help="Channels of the slide to analyse, one for each of the model's; default: its colours.",
+)
 @_slide("--roi", type=PATH, help="GeoJSON polygons (full-size pixels) to analyse.")
 @_slide(
     "--coordinates",
@@ -79,7 +85,13 @@ class _WithCommands(GroupedCommand):
     type=click.Choice(COORDINATES),
     help="Where pixels of --roi and outlines begin: at the scanned area (QuPath), or as OpenSlide counts (MIRAX).",
 )
+@_slide(
+    "--mask",
+    type=PATH,
+    help="What to analyse: an image of the slide (0: not), or GeoJSON (not Ignore*, pen, fold, blur).",
+)
 @_slide("--tissue/--no-tissue", default=True, help="Skip glass, or analyse it too.")
+@_slide("--artefacts", is_flag=True, help="Leave out pen ink and tissue that is out of focus.")
 @_slide("--force-upsampling", is_flag=True, help="Enlarge slides coarser than the model.")
 @_slide("--strict", is_flag=True, help="Stop a slide at a damaged block; default: skip the block.")
 @_tiles("--overlap", "overlap_px", type=int, metavar="PX", help="Pixels that tiles share; default: 64.")
@@ -109,7 +121,8 @@ class _WithCommands(GroupedCommand):
     show_default=False,
     type=WordList(sink_names("rasters")),
     metavar=",".join(sink_names("rasters")),
-    help="Write the label map as OME-TIFF (rgb: its colours, for QuPath), OME-Zarr or DICOM too.",
+    help="Write the label map as OME-TIFF (rgb: its colours, for QuPath), OME-Zarr or DICOM too; or the density of "
+    "objects.",
 )
 @_outputs("--geojson", is_flag=True, help="Write objects.geojson.gz, outlines for QuPath.")
 @_outputs(
@@ -126,7 +139,13 @@ class _WithCommands(GroupedCommand):
     metavar=",".join(sink_names("objects")),
     help="Write a table of objects: area, perimeter, eccentricity.",
 )
-@_outputs("--min-area", "min_area_um2", default=0.0, metavar="UM2", help="Leave smaller objects out.")
+@_outputs(
+    "--min-area",
+    "min_area_um2",
+    type=float,
+    metavar="UM2",
+    help="Leave smaller objects out, and out of the counts; default: as the model's card says (nuclei: 8).",
+)
 @_outputs(
     "--simplify",
     "simplify_um",
@@ -179,11 +198,11 @@ def main(geojson: bool, annotations: tuple[str, ...], **options: Any) -> None:
     """Segment whole slides; results go to OUT/<slide name>/.
 
     SLIDES are files, folders, patterns in quotes, URLs (s3://, gs://, https://), and .csv files
-    with the column path and optionally mpp, roi and name.
+    with the column path and optionally mpp, roi, mask and name.
 
     Repeat the command to continue after an interruption; finished slides are skipped. A slide that
     fails does not stop the others; OUT/cohort.csv lists the status of each. Exit status: 0 all done,
-    1 some failed, 2 a wrong option, 3 some slides have damaged blocks, 130 stopped.
+    1 some failed, 2 a wrong option, 3 some slides have damaged blocks, 4 some have no tissue, 130 stopped.
 
     histo-infer view OUT shows results in a browser, also during a run; histo-infer qupath OUT writes a
     script that imports them into QuPath; histo-infer dsa is a task of the Digital Slide Archive. Each

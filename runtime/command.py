@@ -27,7 +27,7 @@ from histostream.runtime.engines.base import Engine
 from histostream.runtime.engines.opener import open_engine
 from histostream.runtime.messages import JsonFormatter, JsonMessages, Messages, TextMessages
 from histostream.runtime.options import Options
-from histostream.runtime.outcome import FAILED, NOT_BEGUN
+from histostream.runtime.outcome import FAILED, NO_TISSUE, NOT_BEGUN
 from histostream.runtime.process_memory import return_buffers_at_once
 from histostream.runtime.slide_job import SlideInput, SlideJob
 from histostream.wsi.console import show_only_our_warnings
@@ -36,7 +36,7 @@ from histostream.wsi.option_types import CPU
 from histostream.wsi.optional import require
 from histostream.wsi.report.figures import rough_duration, size
 from histostream.wsi.slides.sources.base import redact_url
-from histostream.wsi.tiling.tissue import read_polygons
+from histostream.wsi.tiling.polygons import read_polygons
 
 GPU_BACKENDS = ("cuda", "tensorrt")
 MAX_NOTES = 3  # about names of slides; in some cohorts every slide has one
@@ -120,6 +120,11 @@ def run(**options: Any) -> int:
             return _plan(request, bundle, jobs)
         engine_message: list[str] = []
         executor = _open_executor(request, bundle, run_options, len(jobs), engine_message.append)
+        try:
+            run_options.for_model(executor.card)
+        except HistoError:
+            executor.close()
+            raise
     except HistoError as error:
         messages.error(str(error))
         return 1
@@ -148,7 +153,7 @@ def run(**options: Any) -> int:
     if stop.signal is not None:
         messages.error("stopped; what is finished is kept, and the same command continues from there")
         return 128 + stop.signal
-    return 1 if counts[FAILED] else 3 if damaged else 0
+    return 1 if counts[FAILED] else 3 if damaged else 4 if counts[NO_TISSUE] else 0
 
 
 def _print_notes(slides: list[SlideInput], messages: Messages) -> None:
@@ -169,8 +174,11 @@ def _job(request: Request, options: Options, slide: SlideInput) -> SlideJob:
     """Return the job of one slide; columns of a .csv take precedence over the options."""
     mpp = options.mpp if slide.mpp is None else slide.mpp
     roi = options.roi if slide.roi is None else Path(slide.roi)
+    mask = options.mask if slide.mask is None else Path(slide.mask)
     requested = {"backend": request.backend, "precision": request.precision}
-    return SlideJob(slide, request.out, replace(options, mpp=mpp, roi=roi), requested, request.stage, request.restart)
+    return SlideJob(
+        slide, request.out, replace(options, mpp=mpp, roi=roi, mask=mask), requested, request.stage, request.restart
+    )
 
 
 def _crf_options(bundle: Path, request: Request) -> CrfOptions:

@@ -139,15 +139,16 @@ def not_enough_disk(plans: Sequence[SlidePlan], out: Path) -> str:
 
 
 def _plan_slide(job: SlideJob, card: ModelCard, seconds_per_tile: float) -> SlidePlan:
-    source, folder, options = job.source, str(job.folder), job.options
+    source, folder = job.source, str(job.folder)
     if job.slide.problem:
         return SlidePlan(source, folder, problem=job.slide.problem)
+    options = job.options.for_model(card)
     if is_remote(job.slide.source):
         return SlidePlan(source, folder, "remote")
     if job.is_done(card):
         return SlidePlan(source, folder, "done")
     is_begun = not job.restart and Journal(job.folder).read() is not None
-    with open_for_model(Path(job.slide.source), card) as slide:
+    with open_for_model(Path(job.slide.source), card, options) as slide:
         layout = lay_out(slide, card, options)
         view, grid = layout.view, layout.grid
         tiles, tiles_in_all = len(grid), len(grid.xs) * len(grid.ys)

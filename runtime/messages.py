@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from histostream.runtime.bundle.card import ModelCard
 from histostream.runtime.cohort.worker import Report
-from histostream.runtime.outcome import DAMAGED, DONE, FAILED, LOCKED, NOT_BEGUN, STOPPED, UNCHANGED, Outcome
+from histostream.runtime.outcome import DAMAGED, DONE, FAILED, LOCKED, NO_TISSUE, NOT_BEGUN, STOPPED, UNCHANGED, Outcome
 from histostream.runtime.slide_job import SlideJob
 from histostream.wsi.console import fail
 from histostream.wsi.errors import printable
@@ -30,6 +30,7 @@ from histostream.wsi.records import to_json
 from histostream.wsi.report.figures import rough_duration
 
 COMMAND = "histo-infer"
+_LEVELS = {FAILED: "error", NO_TISSUE: "warning"}  # of statuses, in JSON
 PROGRESS_S = 30.0  # between two lines of progress, if stderr is not a terminal
 
 
@@ -90,8 +91,13 @@ class TextMessages:
             areas = ", ".join(
                 f"{c.name} {c.area_mm2 or 0:.3g} mm2 ({100 * (c.share or 0):.1f} %)" for c in summary.classes
             )
+            counts = "".join(
+                f"; {c.objects} objects of {c.name} ({c.objects_per_mm2 or 0:.0f}/mm2)"
+                for c in summary.classes
+                if c.objects is not None
+            )
             click.echo(
-                f"{name}: {areas}; {run.mpx or 0:.1f} Mpx in {run.seconds.total or 0:.1f} s "
+                f"{name}: {areas}{counts}; {run.mpx or 0:.1f} Mpx in {run.seconds.total or 0:.1f} s "
                 f"({run.mpx_per_s or 0:.2f} Mpx/s) -> {job.folder}"
             )
         if outcome.status == UNCHANGED:
@@ -146,7 +152,7 @@ class JsonMessages:
         """See `TextMessages.slide`."""
         run, summary = outcome.run, outcome.summary
         self._write(
-            "error" if outcome.status == FAILED else "info",
+            _LEVELS.get(outcome.status, "info"),
             "slide",
             slide=_file_name(job),
             status=outcome.status,
@@ -235,6 +241,7 @@ def _file_name(job: SlideJob) -> str:
 def _counts_in_words(counts: Mapping[str, int]) -> dict[str, int]:
     return {
         "done": counts[DONE] + counts[DAMAGED],
+        "without tissue": counts[NO_TISSUE],
         "unchanged": counts[UNCHANGED],
         "elsewhere": counts[LOCKED],
         "not finished": counts[STOPPED] + counts[NOT_BEGUN],

@@ -8,6 +8,7 @@ from histostream.runtime.record import RunRecord
 from histostream.wsi.outputs.sinks.summary import SummaryRecord
 
 DONE = "done"
+NO_TISSUE = "no tissue"  # done, and nothing was analysed
 DAMAGED = "damaged"  # done, with damaged blocks left as background
 UNCHANGED = "unchanged"  # done before, and slide, model and options are the same
 LOCKED = "elsewhere"  # another process is running it
@@ -23,7 +24,7 @@ class Outcome:
     Attributes
     ----------
     status
-        `DONE`, `DAMAGED`, `UNCHANGED`, `LOCKED`, `FAILED`, `STOPPED` or `NOT_BEGUN`.
+        `DONE`, `DAMAGED`, `NO_TISSUE`, `UNCHANGED`, `LOCKED`, `FAILED`, `STOPPED` or `NOT_BEGUN`.
     reason
         Explanation of the status; empty for `DONE`.
     run, summary

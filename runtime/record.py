@@ -17,7 +17,7 @@ from histostream.runtime.stream.context import DeviceRecord
 from histostream.wsi.geometry import Box
 from histostream.wsi.outputs.folder import RUN_FILE
 from histostream.wsi.outputs.sinks.summary import SummaryRecord
-from histostream.wsi.records import OMIT, from_json
+from histostream.wsi.records import OMIT, from_json, to_json
 from histostream.wsi.slides.staging import SlideVersion
 
 SUMMARY_FILE = "summary.json"
@@ -54,12 +54,14 @@ class SlideRecord:
         Which reader opened it.
     mpp
         Micrometres per pixel of level 0, as the file says; None where it does not say.
+    mpp_source
+        Where the resolution of the run comes from: "--mpp", or the part of the file that says it, as "OME-XML".
     level, scale, downsample, width, height, result_mpp
         As in `SlideView`; the last three are size and resolution of the label map.
     sha256
         Of the file's content.
-    bounds
-        As in `SlideReader`; None where the slide is all that OpenSlide shows.
+    bounds, notes
+        As in `SlideReader`; no bounds where the slide is all that OpenSlide shows.
     """
 
     path: str = ""
@@ -67,6 +69,7 @@ class SlideRecord:
     modified: str = ""
     reader: str = ""
     mpp: float | None = None
+    mpp_source: str = ""
     level: int | None = None
     scale: float | None = None
     downsample: float | None = None
@@ -76,6 +79,7 @@ class SlideRecord:
     sha256: str = ""
     source: str = ""
     bounds: Box | None = field(default=None, metadata=OMIT)
+    notes: tuple[str, ...] = ()
     further: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -171,21 +175,39 @@ class CrfRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class ObjectCount:
-    """How many objects of a class are in the files, and their mean area."""
-
-    name: str = ""
-    count: int | None = None
-    mean_um2: float | None = None
-    further: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
 class ResumedRecord:
     """How often the run was begun, and the megapixels that were done before the last begin."""
 
     runs: int | None = None
     mpx_before: float | None = None
+    further: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class AreaRecord:
+    """What of a slide was analysed.
+
+    Attributes
+    ----------
+    mask_mpp, margin_um
+        Micrometres per pixel of the tissue mask, and by how much tissue was widened on it; None where no tissue
+        was looked for.
+    tissue_mm2, unscanned_mm2
+        Area of the tissue with its margin, and of what the scanner filled with one colour.
+    absent_mm2
+        Area of the blocks that the file does not hold.
+    pen_mm2, blurred_mm2
+        Area of pen ink, and of blocks of 64 um out of focus; None where they were not looked for, and where the slide
+        is too coarse to judge its focus.
+    """
+
+    mask_mpp: float | None = None
+    margin_um: float | None = None
+    tissue_mm2: float | None = None
+    unscanned_mm2: float | None = None
+    absent_mm2: float | None = None
+    pen_mm2: float | None = field(default=None, metadata=OMIT)
+    blurred_mm2: float | None = field(default=None, metadata=OMIT)
     further: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -205,15 +227,18 @@ class RunRecord:
         The stage that the run waited for most.
     peak_memory_mib
         Of the process; None where the system does not say.
-    device, crf, objects, resumed
-        None where no GPU and no other device, no CRF and no file of objects was requested, and where
-        the run was not interrupted.
+    device, crf, resumed
+        None where no GPU and no other device and no CRF was requested, and where the run was not interrupted.
     started
         Time in ISO 8601.
     inputs
         The fingerprint of the run, see `fingerprint`.
     versions
         Of Python and packages.
+    area
+        What of the slide was analysed, and the resolution at which that was decided.
+    no_tissue
+        Why nothing was analysed, and what to do; None where something was.
     outputs
         Names of the result files.
     further
@@ -233,13 +258,23 @@ class RunRecord:
     peak_memory_mib: float | None = None
     device: DeviceRecord | None = field(default=None, metadata=OMIT)
     crf: CrfRecord | None = field(default=None, metadata=OMIT)
-    objects: tuple[ObjectCount, ...] | None = field(default=None, metadata=OMIT)
     resumed: ResumedRecord | None = field(default=None, metadata=OMIT)
     started: str = ""
     inputs: Mapping[str, Any] | None = field(default=None, metadata=OMIT)
     versions: Mapping[str, str] = field(default_factory=dict)
+    area: AreaRecord | None = field(default=None, metadata=OMIT)
+    no_tissue: str | None = field(default=None, metadata=OMIT)
     outputs: tuple[str, ...] = ()
     further: Mapping[str, Any] = field(default_factory=dict)
+
+
+def why_nothing(run: RunRecord) -> str:
+    """Return why nothing of a slide was analysed, and what to do."""
+    if run.no_tissue is not None:
+        return run.no_tissue
+    if run.options.get("tissue", True):
+        return "no tissue was found, so nothing was analysed; --no-tissue analyses glass too"
+    return "the file holds no pixels of what is to be analysed; check the slide and its region of interest"
 
 
 def read_run(folder: Path) -> RunRecord | None:
@@ -291,6 +326,7 @@ def fingerprint(
     values = {
         "slide": asdict(version),
         "model": card.digest(),
+        "objects": to_json([entry.rule for entry in options.classes_of(card)]),
         "options": {**options.for_model(card).result_options(), **requested},
         "histostream": metadata.version("histostream"),
     }

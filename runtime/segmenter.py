@@ -18,7 +18,7 @@ from histostream.runtime.cohort.worker import Worker
 from histostream.runtime.engines.base import Engine
 from histostream.runtime.engines.opener import open_engine
 from histostream.runtime.options import Options
-from histostream.runtime.outcome import DAMAGED, DONE, UNCHANGED
+from histostream.runtime.outcome import DAMAGED, DONE, NO_TISSUE, UNCHANGED
 from histostream.runtime.pixels import segment_pixels
 from histostream.runtime.result import ResultError, SlideResult
 from histostream.runtime.slide_job import SlideJob
@@ -137,7 +137,7 @@ class Segmenter:
                 outcome = running.result()
             finally:
                 stop.set()  # after Ctrl-C, or a notebook's stop: what is finished is kept
-        if outcome.status not in (DONE, DAMAGED, UNCHANGED):
+        if outcome.status not in (DONE, DAMAGED, NO_TISSUE, UNCHANGED):
             raise ResultError(outcome.reason)
         return SlideResult.read(job.folder)
 

@@ -35,6 +35,8 @@ class SlideInput:
         What a user should know about the name or the path; empty if they are as given.
     problem
         Why the slide cannot be run at all; empty if it can be tried.
+    mask
+        Path of an image or GeoJSON file of what is to be analysed.
     """
 
     source: str
@@ -44,6 +46,7 @@ class SlideInput:
     further: Mapping[str, str] = field(default_factory=dict, hash=False)
     note: str = ""
     problem: str = ""
+    mask: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,4 +131,6 @@ def stem_of(source: str) -> str:
         return name if source.endswith("/") else PurePosixPath(name).stem
     path = Path(source)
     is_folder = os.path.isdir(source)  # noqa: PTH112  (Path's raises where a parent is not to be searched)
-    return path.resolve().name if is_folder else path.stem
+    if is_folder:
+        return path.resolve().name
+    return path.name if path.suffix[1:].isdigit() else path.stem  # a DICOM file's name is often a UID, 1.2.840.1

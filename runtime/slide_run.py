@@ -34,7 +34,6 @@ from histostream.runtime.record import (
     DecodedBlocks,
     GridRecord,
     ModelRecord,
-    ObjectCount,
     ResumedRecord,
     RunRecord,
     SecondsRecord,
@@ -45,6 +44,7 @@ from histostream.runtime.record import (
     fingerprint,
     read_run,
     versions,
+    why_nothing,
 )
 from histostream.runtime.report import REPORT
 from histostream.runtime.report.slide import slide_report
@@ -61,22 +61,27 @@ from histostream.runtime.stream.context import (
     join_devices,
 )
 from histostream.runtime.stream.memory import plan_bands
-from histostream.wsi.errors import StoppedError
+from histostream.wsi.errors import SlideError, StoppedError
+from histostream.wsi.outputs.area_outline import AREA_FILE, area_geojson
 from histostream.wsi.outputs.folder import OutputFolder
 from histostream.wsi.outputs.journal import Journal, JournalError, RunManifest, ViewInfo
-from histostream.wsi.outputs.label_rows import SlideInfo
+from histostream.wsi.outputs.label_rows import ClassInfo, SlideInfo
 from histostream.wsi.outputs.memory_needs import MemoryNeeds
+from histostream.wsi.outputs.objects.counting import counted_labels
 from histostream.wsi.outputs.sinks import find_sink
+from histostream.wsi.outputs.sinks.object_counts import ObjectCounts, count_needs
 from histostream.wsi.outputs.sinks.object_files import Objects, object_needs
 from histostream.wsi.outputs.sinks.overview import Overview
-from histostream.wsi.outputs.sinks.summary import Summary
+from histostream.wsi.outputs.sinks.summary import Summary, SummaryRecord
 from histostream.wsi.outputs.sinks.tiff import LabelTiff, ProbabilityTiff
 from histostream.wsi.records import to_json
 from histostream.wsi.slides.coordinates import origin_px
 from histostream.wsi.slides.damage import Damage
+from histostream.wsi.slides.reader import mpp_source
 from histostream.wsi.slides.resolution import SlideView
 from histostream.wsi.slides.staging import SlideVersion, sha256_of, version_of
 from histostream.wsi.tiling.grid import TileGrid
+from histostream.wsi.tiling.strips import all_blocks_are_in
 
 
 class DoneError(Exception):
@@ -135,7 +140,7 @@ def segment_slide(
     >>> engine = open_engine(default_bundle(), backend="cpu")
     >>> result = segment_slide(Path("slide.svs"), engine, Path("results"))
     >>> result.folder.as_posix(), round(result.summary.analysed_mm2, 2)
-    ('results/slide', 0.1)
+    ('results/slide', 0.03)
     """
     slide = SlideInput(str(path), stem_of(str(path)))
     job = SlideJob(slide, out, options or Options(), restart=restart, skip_done=False)
@@ -164,11 +169,10 @@ class ManyDevices(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Outputs:
-    """The output folder of a run, and those of its sinks that also give numbers."""
+    """The output folder of a run, and the sink that also gives numbers."""
 
     folder: OutputFolder
     summary: Summary
-    objects: Objects | None
 
 
 @dataclass(slots=True, eq=False)
@@ -191,6 +195,8 @@ class SlideRun:
         Version of the slide's file, and `fingerprint` of the run.
     manifest
         What the journal says of the run; None where a new run has not planned its bands.
+    layout
+        What of the slide is analysed.
     overview_blocks
         Blocks that were decoded for the overview.
     started, clock
@@ -206,6 +212,7 @@ class SlideRun:
     version: SlideVersion
     inputs: Mapping[str, Any]
     manifest: RunManifest | None
+    layout: SlideLayout
     overview_blocks: int
     sha256: Future[str]
     started: datetime
@@ -253,7 +260,7 @@ class SlideRun:
         seconds = StageSeconds()
         with ExitStack() as stack:
             version = version_of(job.slide.source)
-            slide = stack.enter_context(open_for_model(path, card))
+            slide = stack.enter_context(open_for_model(path, card, options))
             folder = stack.enter_context(OutputFolder(job.out, job.folder.name, job.dead_processes))
             journal = Journal(folder.path)
             stack.push(lambda kind, *_: None if kind is None or journal.has_strips() else journal.remove())
@@ -265,7 +272,7 @@ class SlideRun:
                 if options.crf is not None:
                     check_memory(options.crf, len(card.classes), options.max_memory_mib)
                 outputs = _add_sinks(folder, layout, card, options)
-                plan = RunPlan(path, folder.path, options, layout.grid, layout.roi)
+                plan = RunPlan(path, folder.path, options, layout.grid, layout.area)
                 counts = Counts(report=report)
                 context = RunContext(plan, layout.view, card, folder.write, damage, seconds, counts, stopping)
                 blocks = slide.decoded_blocks
@@ -273,7 +280,9 @@ class SlideRun:
                 pool = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="hash"))
                 stack.callback(hashing_stopped.set)
                 sha256 = pool.submit(sha256_of, path, hashing_stopped.is_set)  # beside other work
-            run = cls(job, engine, context, outputs, version, inputs, manifest, blocks, sha256, started, clock, stack)
+            run = cls(
+                job, engine, context, outputs, version, inputs, manifest, layout, blocks, sha256, started, clock, stack
+            )
             stack.push(run._band_stack)
             run._begin()
             yield run
@@ -315,15 +324,32 @@ class SlideRun:
         """
         folder = self.outputs.folder
         with self.context.seconds.time("finish"):
+            self._check_decoded()
             folder.finish()
             sha256 = self.sha256.result()
         files = folder.unpublished
-        record, summary = self._record(sha256, [*files, REPORT]), self.outputs.summary.record()
+        view, summary = self.context.view, self.outputs.summary.record()
+        record = self._record(sha256, [*files, REPORT, AREA_FILE], summary)
         folder.run.update(to_json(record))
+        base = view.slide.levels[0]
+        origin = origin_px(view.bounds, self.job.options.coordinates)
+        area = area_geojson(self.context.plan.area.mask, base.width, base.height, origin)
+        folder.add_text(AREA_FILE, area)
         folder.add_text(REPORT, slide_report(record, summary, files["overview.png"]))
         folder.after_publishing(self.context.journal.remove)
         self.stack.close()
         return SlideResult(folder.path, summary, record)
+
+    def _check_decoded(self) -> None:
+        """Raise SlideError if none of the blocks that the network should see could be decoded."""
+        context = self.context
+        damaged, grid = context.damage.of_level(context.view.level), context.plan.grid
+        if damaged and len(grid) and all_blocks_are_in(damaged, context.view, grid):
+            context.journal.remove()
+            raise SlideError(
+                f"{context.view.slide.path}: none of the {len(damaged)} blocks of level {context.view.level} that are "
+                "to be analysed can be decoded; copy or scan it again"
+            )
 
     def _begin(self) -> None:
         """Begin to read, unless the bands depend on the memory that is free when the device is."""
@@ -368,7 +394,7 @@ class SlideRun:
             context.journal.begin(self.manifest)
             return list(manifest.bands)
 
-    def _record(self, sha256: str, files: Sequence[str]) -> RunRecord:
+    def _record(self, sha256: str, files: Sequence[str], summary: SummaryRecord) -> RunRecord:
         context, engine, options, manifest = self.context, self.engine, self.job.options, self.manifest
         card, view, grid, counts = context.card, context.view, context.plan.grid, context.counts
         assert manifest is not None
@@ -377,15 +403,15 @@ class SlideRun:
         waited = stages.pop("wait")
         several = [result.band for result in self._results if result.band is not None]
         decoded = view.slide.decoded_blocks - self.overview_blocks + sum(b.source_blocks_decoded for b in several)
-        objects = self.outputs.objects
         mpx_before = counts.pixels_before / 1e6
-        return RunRecord(
+        record = RunRecord(
             SlideRecord(
                 str(view.slide.path),
                 self.version.bytes,
                 self.version.modified,
                 view.slide.name,
                 view.slide.mpp,
+                "--mpp" if options.mpp is not None else mpp_source(view.slide),
                 view.level,
                 view.scale,
                 view.downsample,
@@ -395,6 +421,7 @@ class SlideRun:
                 sha256,
                 self.job.location,
                 view.bounds,
+                tuple(getattr(view.slide, "notes", ())),
             ),
             DecodedBlocks(self.overview_blocks, decoded),
             tuple(DamagedBlock(**block) for block in context.damage.record()),
@@ -415,13 +442,14 @@ class SlideRun:
                 sum(result.cells for result in self._results),
                 sum(result.cells_skipped for result in self._results),
             ),
-            objects=tuple(ObjectCount(*entry) for entry in objects.by_class()) if objects else None,
             resumed=ResumedRecord(manifest.runs, round(mpx_before, 3)) if manifest.runs > 1 else None,
             started=self.started.isoformat(timespec="seconds"),
             inputs=self.inputs,
             versions=versions(),
+            area=self.layout.record(summary.slide_mm2 or 0.0),
             outputs=tuple(sorted(files)),
         )
+        return record if summary.analysed_mm2 else replace(record, no_tissue=why_nothing(record))
 
 
 def _interrupted_run(
@@ -493,7 +521,7 @@ def _bands(context: RunContext, engine: Engine | ManyDevices) -> list[tuple[int,
 def _memory_needs(context: RunContext) -> MemoryNeeds:
     """Return the memory that the CRF and the chosen output files take."""
     options, view, tile_px = context.plan.options, context.view, context.plan.grid.tile_px
-    info = _slide_info(view, context.card)
+    info = _slide_info(view, options.classes_of(context.card))
     needs = MemoryNeeds()
     if options.crf is not None:
         needs += options.crf.needs(len(context.card.classes), view.channels, tile_px)
@@ -503,34 +531,39 @@ def _memory_needs(context: RunContext) -> MemoryNeeds:
         needs += object_needs(info)
         for kind in kinds:
             needs += kind.needs(info, tile_px)
+    elif counted_labels(info.classes):
+        needs += count_needs(info)
     return needs
 
 
-def _slide_info(view: SlideView, card: ModelCard) -> SlideInfo:
+def _slide_info(view: SlideView, classes: tuple[ClassInfo, ...]) -> SlideInfo:
     assert view.mpp is not None  # the card has a resolution, so the view has one
-    return SlideInfo(view.slide.path.name, view.width, view.height, view.mpp, card.classes)
+    return SlideInfo(view.slide.path.name, view.width, view.height, view.mpp, classes)
 
 
 def _add_sinks(folder: OutputFolder, layout: SlideLayout, card: ModelCard, options: Options) -> _Outputs:
-    info, path = _slide_info(layout.view, card), layout.view.slide.path
+    info, path = _slide_info(layout.view, options.classes_of(card)), layout.view.slide.path
     folder.add(LabelTiff(folder.path / "labels.tif", info))
     if options.probabilities:
         folder.add(ProbabilityTiff(folder.path / "probabilities.tif", info))
     for name in dict.fromkeys(options.rasters):
         kind = find_sink("rasters", name)
         folder.add(kind.open(folder.path / kind.file, info, path))
-    folder.add(Overview(folder.path / "overview.png", info, to_channels(layout.overview, 3)))
-    objects = None
+    folder.add(Overview(folder.path / "overview.png", info, to_channels(layout.overview, 3), layout.marks()))
+    counts: Objects | ObjectCounts | None = None
     if kinds := options.object_sinks():
-        objects = Objects(
+        counts = Objects(
             folder.path,
             info,
             path,
             kinds,
             downsample=layout.view.downsample,
             origin=origin_px(layout.view.bounds, options.coordinates),
-            min_area_um2=options.min_area_um2,
             simplify_um=options.simplify_um,
         )
-        folder.add(objects)
-    return _Outputs(folder, folder.add(Summary(folder.path, info)), objects)
+    elif counted_labels(info.classes):
+        counts = ObjectCounts(info)
+    if counts is not None:
+        folder.add(counts)  # before the summary, which takes the numbers over
+    counter = None if counts is None else counts.counter
+    return _Outputs(folder, folder.add(Summary(folder.path, info, counter)))

@@ -11,12 +11,15 @@ if TYPE_CHECKING:
     from histostream.wsi.outputs.label_rows import NOT_ANALYSED, ClassInfo, LabelRows, Sink, SlideInfo
     from histostream.wsi.slides.reader import BlockReader, DeclinedError, Level, SlideReader, open_slide
     from histostream.wsi.slides.resolution import SlideView, at_mpp, thumbnail
+    from histostream.wsi.tiling.area import AnalysedArea
     from histostream.wsi.tiling.grid import Strip, Tile, TileGrid
+    from histostream.wsi.tiling.polygons import RegionOfInterest, read_roi
     from histostream.wsi.tiling.strips import cut, read_strips
-    from histostream.wsi.tiling.tissue import RegionOfInterest, TissueMask, find_tissue, read_roi
+    from histostream.wsi.tiling.tissue import TissueMask, find_tissue
 
 __all__ = [
     "NOT_ANALYSED",
+    "AnalysedArea",
     "BlockReader",
     "Box",
     "ClassInfo",
@@ -53,8 +56,10 @@ _MODULES = {
     "outputs.label_rows": ("NOT_ANALYSED", "ClassInfo", "LabelRows", "Sink", "SlideInfo"),
     "slides.reader": ("BlockReader", "DeclinedError", "Level", "SlideReader", "open_slide"),
     "slides.resolution": ("SlideView", "at_mpp", "thumbnail"),
+    "tiling.area": ("AnalysedArea",),
     "tiling.grid": ("Strip", "Tile", "TileGrid"),
     "tiling.strips": ("cut", "read_strips"),
-    "tiling.tissue": ("RegionOfInterest", "TissueMask", "find_tissue", "read_roi"),
+    "tiling.polygons": ("RegionOfInterest", "read_roi"),
+    "tiling.tissue": ("TissueMask", "find_tissue"),
 }
 __getattr__ = import_on_use(__name__, _MODULES)

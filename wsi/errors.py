@@ -9,6 +9,8 @@
   StoppedError       the user stopped the program; not a HistoError, since nothing is wrong
 """
 
+import re
+
 
 class HistoError(Exception):
     """Base of all errors that the input causes, not the program.
@@ -48,12 +50,21 @@ def unreadable(source: object, error: OSError) -> SlideError:
     )
 
 
+OBJECT = re.compile(r"\s*<[^<>]*\bat 0x[0-9a-fA-F]+[^<>]*>")  # as Python shows an object without a text
 MAX_REASON = 300  # characters; some libraries quote a complete file
 
 
 def reason(error: BaseException) -> str:
-    """Return the message of a library's exception as one short line, or its class if it has none."""
-    line = printable(" ".join(str(error).split())) or type(error).__name__
+    """Return the message of a library's exception as one short line, or its class if it has none.
+
+    Python's names of objects in memory are left out, as <_io.BytesIO object at 0x7f12>: they say nothing to a user.
+
+    Examples
+    --------
+    >>> reason(ValueError("cannot identify image file <_io.BytesIO object at 0x7f12>"))
+    'cannot identify image file'
+    """
+    line = printable(" ".join(OBJECT.sub("", str(error)).split())) or type(error).__name__
     return line if len(line) <= MAX_REASON else f"{line[:MAX_REASON]}..."
 
 

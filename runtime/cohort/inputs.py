@@ -15,19 +15,23 @@ from pathlib import Path, PurePath
 from histostream.runtime.cohort.names import name_folders, no_name
 from histostream.runtime.cohort.windows_paths import find_windows_path, is_windows_path
 from histostream.runtime.slide_job import SlideInput, stem_of
-from histostream.wsi.errors import HistoError, SlideError
+from histostream.wsi.errors import HistoError, SlideError, unreadable
 from histostream.wsi.outputs.folder import RUN_FILE
 from histostream.wsi.outputs.journal import JOURNAL
+from histostream.wsi.slides.dicom_series import is_dicom, series_among, series_files
 from histostream.wsi.slides.reader import slide_suffixes
 from histostream.wsi.slides.resolution import LIGHT_MPP, MAX_MPP
 from histostream.wsi.slides.sources.base import is_plain_name, is_remote, redact_url
 from histostream.wsi.slides.staging import list_files
 
 DICOM = ".dcm"
+# Files beside slides that are never opened to see whether they are DICOM; such files often have no suffix.
+NO_DICOM = frozenset({".csv", ".geojson", ".gz", ".jpeg", ".jpg", ".json", ".md", ".png", ".txt", ".xml", ".zip"})
 IMAGES = frozenset({".png", ".jpg", ".jpeg"})  # not taken from folders, where most are thumbnails and masks
 LIST = ".csv"
 RESULTS = frozenset({RUN_FILE, JOURNAL})  # one of them is in each folder of results, finished or not
-COLUMNS = ("path", "mpp", "roi", "name")
+COLUMNS = ("path", "mpp", "roi", "mask", "name")
+FILES = ("roi", "mask")  # columns that name a file
 DELIMITERS = (",", ";", "\t")
 
 
@@ -41,12 +45,12 @@ def find_inputs(arguments: Sequence[str], out: Path | None = None) -> list[Slide
     An argument is one of
 
     - a slide file or its URL. It need not exist: the run reports a missing slide and goes on;
-    - a folder: one slide if it holds ``.dcm`` files (a DICOM series); otherwise every slide below it,
+    - a folder: one slide if it holds the files of a DICOM series; otherwise every slide below it, each series one,
       sorted. Hidden files, folders of results, and PNG and JPEG files are left out;
     - a pattern such as ``/data/**/*.svs``, if no file has exactly this name. Matching PNG and JPEG files
       are slides; a ``.dcm`` file stands for its folder, if the folder holds no other slides;
-    - a list, ``.csv``: UTF-8 with a header; the columns are ``path`` and optionally ``mpp``, ``roi``
-      and ``name``; others are kept for the results. Paths are relative to the list's folder;
+    - a list, ``.csv``: UTF-8 with a header; the columns are ``path`` and optionally ``mpp``, ``roi``,
+      ``mask`` and ``name``; others are kept for the results. Paths are relative to the list's folder;
     - a folder (ending with ``/``) or pattern of ``s3://`` or ``gs://``.
 
     Windows paths are looked for as `find_windows_path` does. Inputs that are equal are taken once. A
@@ -76,9 +80,9 @@ def find_inputs(arguments: Sequence[str], out: Path | None = None) -> list[Slide
     for slide in (slide for argument in arguments for slide in _inputs_of(argument)):
         key = (_absolute(slide.source), slide.name or _stem(slide.source), slide.problem)
         other = found.setdefault(key, slide)
-        if (other.mpp, other.roi, other.further) != (slide.mpp, slide.roi, slide.further):
+        if (other.mpp, other.roi, other.mask, other.further) != (slide.mpp, slide.roi, slide.mask, slide.further):
             problem = (
-                f"{redact_url(slide.source)} is named twice, with different mpp, roi or other columns: "
+                f"{redact_url(slide.source)} is named twice, with different mpp, roi, mask or other columns: "
                 "name it once, or give one of them another name (column `name` of a .csv)"
             )
             found[key] = replace(other, problem=problem)
@@ -167,11 +171,22 @@ def _sources_below(top: str) -> dict[str, str]:
 
 
 def _slides_among(folder: str, names: Iterable[str]) -> dict[str, str]:
-    """Return the slides among the files of one folder, or the folder if it is a DICOM series or holds both."""
+    """Return the slides among the files of one folder: the folder itself if it is one DICOM series.
+
+    Of several series, and of one beside other slides, the first file of each is returned.
+    """
     visible = sorted(name for name in names if not name.startswith("."))
     slides = [name for name in visible if _suffix(name) in slide_suffixes()]
-    if all(_suffix(name) != DICOM for name in visible):
-        return {os.path.join(folder, name): "" for name in slides}  # noqa: PTH118
+    sources = [os.path.join(folder, name) for name in slides]  # noqa: PTH118
+    others = [name for name in visible if name not in slides and _suffix(name) not in NO_DICOM]
+    try:
+        series = [] if is_remote(folder) else series_among(Path(folder, name) for name in others)
+    except OSError as error:
+        return {folder: str(unreadable(error.filename or folder, error))}
+    if len(series) > 1 or (series and slides):
+        return dict.fromkeys(sources + [str(files[0]) for files in series], "")
+    if not series and all(_suffix(name) != DICOM for name in visible):
+        return dict.fromkeys(sources, "")
     problem = ""
     if slides:
         problem = (
@@ -190,11 +205,23 @@ def _matches(pattern: str) -> dict[str, str]:
             sources |= _sources_below(match)
         elif any(os.path.lexists(Path(folder, name)) for name in RESULTS):
             continue
-        elif _suffix(match) == DICOM and (folder in sources or not _has_other_slides(folder)):
-            sources.setdefault(folder, "")
+        elif _suffix(match) == DICOM and (source := _series_of(match)) is not None:
+            sources.setdefault(source, "")
         elif _suffix(match) in slide_suffixes() | IMAGES | {DICOM}:
             sources.setdefault(match, "")
     return sources
+
+
+def _series_of(file: str) -> str | None:
+    """Return the source of the DICOM series of a file; None if the file is none, and lies beside other slides."""
+    folder = str(Path(file).parent)
+    try:
+        among = [] if _has_other_slides(folder) else list(_slides_among(folder, os.listdir(folder)))  # noqa: PTH208
+        if len(among) == 1:
+            return among[0]
+        return str(series_files(Path(file))[0]) if is_dicom(Path(file)) else None
+    except OSError:  # opening the file will say what is wrong
+        return None
 
 
 def _has_other_slides(folder: str) -> bool:
@@ -228,7 +255,7 @@ def _read_list(path: str) -> Iterator[SlideInput]:
     if "path" not in names:
         raise InputError(
             f"{path}, line {line}: no column `path` (found: {', '.join(header) or 'nothing'}); "
-            "the first line names the columns: path,mpp,roi,name"
+            "the first line names the columns: path,mpp,roi,mask,name"
         )
     for name in names:
         if name and names.count(name) > 1:
@@ -246,7 +273,8 @@ def _read_list(path: str) -> Iterator[SlideInput]:
 
 def _slide_of_row(line: str, folder: Path, cells: dict[str, str]) -> SlideInput:
     """Return the slide of a row of a list; errors begin with ``line``."""
-    path, roi, name = cells["path"], cells.get("roi") or None, cells.get("name") or ""
+    path, name = cells["path"], cells.get("name") or ""
+    files = {column: cells[column] for column in FILES if cells.get(column)}
     slide = SlideInput(
         path or line,
         name,
@@ -258,17 +286,18 @@ def _slide_of_row(line: str, folder: Path, cells: dict[str, str]) -> SlideInput:
         return replace(slide, name="", problem=problem)
     if name and not is_plain_name(name):
         return replace(slide, name="", problem=f"{line}: {no_name(name)}")
-    if roi and is_remote(roi):
-        raise InputError(f"{line}: roi {roi!r} is not a local file; download it and give its path")
-    if roi:
-        roi = (find_windows_path(roi, folder)[0] if is_windows_path(roi) else "") or str(folder / roi)
+    for column, file in files.items():
+        if is_remote(file):
+            raise InputError(f"{line}: {column} {file!r} is not a local file; download it and give its path")
+        files[column] = (find_windows_path(file, folder)[0] if is_windows_path(file) else "") or str(folder / file)
+    slide = replace(slide, roi=files.get("roi"), mask=files.get("mask"))
     if is_remote(path):
-        return replace(slide, roi=roi)
+        return slide
     if is_windows_path(path):
         found = _of_windows(path, folder)
         problem = found.problem and f"{line}: {found.problem}"
-        return replace(slide, source=found.source, roi=roi, note=found.note, problem=problem)
-    return replace(slide, source=str(folder / path), roi=roi)
+        return replace(slide, source=found.source, note=found.note, problem=problem)
+    return replace(slide, source=str(folder / path))
 
 
 def _without_doubtful(slides: Sequence[SlideInput]) -> Iterator[SlideInput]:

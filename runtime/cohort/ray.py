@@ -529,12 +529,12 @@ def _with_absolute_paths(job: SlideJob) -> SlideJob:
     slide = job.slide
     if not is_remote(slide.source):
         slide = replace(slide, source=str(Path(slide.source).absolute()))
-    roi = job.options.roi
+    files = {name: path.absolute() for name in ("roi", "mask") if (path := getattr(job.options, name)) is not None}
     return replace(
         job,
         slide=slide,
         out=job.out.absolute(),
-        options=replace(job.options, roi=None if roi is None else roi.absolute()),
+        options=replace(job.options, **files),
         stage=None if job.stage is None else job.stage.absolute(),
     )
 

@@ -30,8 +30,8 @@ from typing import Any, Protocol, Self, TypeVar
 from histostream.runtime.bundle.card import ModelCard
 from histostream.runtime.cuda.base import DeviceMemoryError
 from histostream.runtime.engines.base import Engine
-from histostream.runtime.outcome import DAMAGED, DONE, FAILED, LOCKED, NOT_BEGUN, STOPPED, UNCHANGED, Outcome
-from histostream.runtime.record import RunRecord, read_run, read_summary
+from histostream.runtime.outcome import DAMAGED, DONE, FAILED, LOCKED, NO_TISSUE, NOT_BEGUN, STOPPED, UNCHANGED, Outcome
+from histostream.runtime.record import RunRecord, read_run, read_summary, why_nothing
 from histostream.runtime.report import REPORT
 from histostream.runtime.report.cohort import CohortReport
 from histostream.runtime.result import SlideResult
@@ -296,19 +296,22 @@ class CohortRecord:
 
 def outcome_of(result: SlideResult) -> Outcome:
     """Return the outcome of a slide that was run to its end."""
-    damaged = _damaged_blocks(result.run)
+    damaged, run, summary = _damaged_blocks(result.run), result.run, result.summary
+    if summary.analysed_mm2 == 0:
+        return Outcome(NO_TISSUE, why_nothing(run), run, summary)
     if not damaged:
-        return Outcome(DONE, run=result.run, summary=result.summary)
-    reason = f"{damaged}, left as background; run.json lists them"
-    return Outcome(DAMAGED, reason, result.run, result.summary)
+        return Outcome(DONE, run=run, summary=summary)
+    return Outcome(DAMAGED, f"{damaged}, left as background; run.json lists them", run, summary)
 
 
 def former_outcome(folder: Path) -> Outcome:
     """Return the outcome of a slide whose result another run has left."""
-    run = read_run(folder)
+    run, summary = read_run(folder), read_summary(folder)
+    if run is not None and summary is not None and summary.analysed_mm2 == 0:
+        return Outcome(NO_TISSUE, f"done before; {why_nothing(run)}", run, summary)
     damaged = _damaged_blocks(run)
     had = f", with {damaged}, left as background" if damaged else ""
-    return Outcome(UNCHANGED, f"done before{had}; --restart does it again", run, read_summary(folder))
+    return Outcome(UNCHANGED, f"done before{had}; --restart does it again", run, summary)
 
 
 def _outcome_of_error(job: SlideJob, error: Exception) -> Outcome:
@@ -355,6 +358,14 @@ def _line(job: SlideJob, outcome: Outcome) -> dict[str, Any]:
     }
     for entry in summary.classes:
         line[f"{entry.name}_mm2"] = entry.area_mm2
+    for entry in summary.classes:
+        if entry.objects is not None:
+            line |= {
+                f"{entry.name}_objects": entry.objects,
+                f"{entry.name}_objects_per_mm2": entry.objects_per_mm2,
+                f"{entry.name}_mean_object_um2": entry.mean_object_um2,
+                f"{entry.name}_touching_share": entry.touching_share,
+            }
     for name, value in job.slide.further.items():
         line[f"{name} (given)" if name in line else name] = value
     return line

@@ -261,7 +261,7 @@ class ColumnBand:
                 context.write(part)
 
     def _leave_out(self, part: LabelRows, damaged: Iterable[Box]) -> None:
-        """Set damaged blocks to the background, and pixels outside the region to `NOT_ANALYSED`."""
+        """Set damaged blocks to the background, and pixels outside of the analysed area to `NOT_ANALYSED`."""
         context, (height, width) = self._context, part.labels.shape
         classes = context.card.classes
         label = background_label(classes)
@@ -275,8 +275,7 @@ class ColumnBand:
             if part.probabilities is not None:
                 one_hot = SCORE_MAX * (np.arange(len(classes)) == background)
                 part.probabilities[block][analysed] = one_hot.astype(np.uint16)
-        if context.plan.roi is not None:
-            part.labels[~context.plan.roi.inside(rows_box)] = NOT_ANALYSED
+        context.plan.area.leave_out(rows_box, part.labels, part.probabilities)
 
 
 def _write_journalled(context: RunContext, journal: BandJournal) -> set[Box]:

@@ -17,8 +17,8 @@ from histostream.wsi.outputs.label_rows import LabelRows
 from histostream.wsi.records import OMIT
 from histostream.wsi.slides.damage import Damage
 from histostream.wsi.slides.resolution import SlideView
+from histostream.wsi.tiling.area import AnalysedArea
 from histostream.wsi.tiling.grid import TileGrid
-from histostream.wsi.tiling.tissue import RegionOfInterest
 
 
 @dataclass(slots=True)
@@ -129,15 +129,15 @@ class RunPlan:
         How to run.
     grid
         The tiles of the whole slide.
-    roi
-        The region of interest: nothing outside of it is labelled.
+    area
+        What is analysed: nothing outside of it is labelled.
     """
 
     path: Path
     folder: Path
     options: Options
     grid: TileGrid
-    roi: RegionOfInterest | None
+    area: AnalysedArea
 
 
 @dataclass(frozen=True, slots=True)

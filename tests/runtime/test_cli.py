@@ -255,7 +255,7 @@ def test_rasters_are_written_where_they_are_asked_for(slide: Path, tiny_bundle: 
     assert "done before" in again.stdout
     wrong = infer(*command, "--rasters", "zarr")
     assert wrong.returncode == 2
-    assert "'zarr' is none of dicom-seg, ome-tiff, ome-tiff-rgb, ome-zarr" in wrong.stderr
+    assert "'zarr' is none of density, dicom-seg, ome-tiff, ome-tiff-rgb, ome-zarr" in wrong.stderr
 
 
 @pytest.mark.full
@@ -277,4 +277,4 @@ def test_objects_are_written_where_they_are_asked_for(slide: Path, tiny_bundle: 
     wrong = infer(*command, "--objects", "xlsx")
     assert wrong.returncode == 2
     assert "'xlsx' is none of csv, parquet" in wrong.stderr
-    assert "none is written" in infer(*command, "--min-area", "9").stderr
+    assert "none is written" in infer(*command, "--simplify", "9").stderr

@@ -113,6 +113,9 @@ def test_each_file_has_a_square_where_its_reader_looks_for_it(slide: Path, tmp_p
     folder = segment_slide(slide, engine(), tmp_path / "out", options).folder
     expected = SQUARE if coordinates == "qupath" else moved(SQUARE)
     assert [box_of(points) for points in outlines(folder)] == [expected]
+    area = json.loads((folder / "tissue.geojson").read_text())
+    start = (0, 0) if coordinates == "qupath" else ORIGIN
+    assert [box_of(f["geometry"]["coordinates"][0]) for f in area["features"]] == [Box(*start, *SIZE)]
     annotation = json.loads((folder / "annotations.json").read_text())
     assert [box_of(element["points"]) for element in annotation["elements"]] == [expected]
     header, line = (folder / "objects.csv").read_text().splitlines()

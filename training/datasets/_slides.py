@@ -28,7 +28,8 @@ from histostream.wsi.geometry import Box
 from histostream.wsi.slides.reader import SlideReader, open_slide, slide_suffixes
 from histostream.wsi.slides.resolution import MAX_MPP, MAX_UPSAMPLING, MIN_MPP, SlideView, at_mpp
 from histostream.wsi.tiling.grid import TileGrid
-from histostream.wsi.tiling.tissue import Polygon, find_tissue, read_polygons
+from histostream.wsi.tiling.polygons import Polygon, read_polygons
+from histostream.wsi.tiling.tissue import find_tissue
 
 ROI = "roi"  # name, in any case, of polygons around what was annotated
 OPEN_SLIDES = 32  # files held open at once

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -89,6 +89,14 @@ def read_strips(
         pool.shutdown(wait=True)
 
 
+def all_blocks_are_in(blocks: Collection[Box], view: SlideView, grid: TileGrid) -> bool:
+    """Whether all blocks of the view's level that the tiles of a grid need are among some boxes of the level."""
+    block_w, block_h = view.slide.block_px[view.level]
+    keys = {(box.y // block_h, box.x // block_w) for box in blocks}
+    rows = [row for row in range(len(grid.ys)) if grid.row(row)]
+    return all(keys.issuperset(_needs_of(view, grid, row).blocks) for row in rows)
+
+
 def cut(strip: Strip, tile: Tile, *, width: int, height: int) -> NDArray[np.uint8]:
     """Cut one tile out of its strip; beyond the slide's border, the slide is mirrored.
 
@@ -131,6 +139,17 @@ class _Needs:
     blocks: list[BlockKey]
 
 
+def _needs_of(view: SlideView, grid: TileGrid, row: int) -> _Needs:
+    tiles = grid.row(row)
+    block_w, block_h = view.slide.block_px[view.level]
+    rows = _inside(tiles[0].read.y, tiles[0].read.bottom, view.height)
+    runs = _joined([_inside(tile.read.x, tile.read.right, view.width) for tile in tiles])
+    columns = {c for run in runs for c in _lattice(view.source_columns(*run), block_w)}
+    block_rows = _lattice(view.source_rows(*rows), block_h)
+    blocks = [(row, column) for row in block_rows for column in sorted(columns)]
+    return _Needs(tiles, rows, runs, blocks)
+
+
 class _BlockWindow:
     """Makes strips, and keeps the decoded blocks that later strips need."""
 
@@ -150,7 +169,7 @@ class _BlockWindow:
 
     def strip(self, row: int) -> tuple[list[Tile], Strip]:
         """Prepare one row of tiles; rows must come in order."""
-        needs = self._needs(row)
+        needs = _needs_of(self._view, self._grid, row)
         missing = [key for key in needs.blocks if key not in self._blocks]
         self._blocks.update(zip(missing, self._pool.map(self._decode, missing), strict=True))
         strip = self._assemble(needs)
@@ -168,16 +187,6 @@ class _BlockWindow:
             rows_read = _inside(self._grid.ys[row], self._grid.ys[row] + height, size)
             first = min(first, self._view.source_rows(*rows_read)[0] // block_h)
         return keep_from
-
-    def _needs(self, row: int) -> _Needs:
-        view, tiles = self._view, self._grid.row(row)
-        block_w, block_h = view.slide.block_px[view.level]
-        rows = _inside(tiles[0].read.y, tiles[0].read.bottom, view.height)
-        runs = _joined([_inside(tile.read.x, tile.read.right, view.width) for tile in tiles])
-        columns = {c for run in runs for c in _lattice(view.source_columns(*run), block_w)}
-        block_rows = _lattice(view.source_rows(*rows), block_h)
-        blocks = [(row, column) for row in block_rows for column in sorted(columns)]
-        return _Needs(tiles, rows, runs, blocks)
 
     def _decode(self, key: BlockKey) -> NDArray[np.uint8]:
         view = self._view

@@ -141,8 +141,9 @@ def test_a_run_leaves_a_valid_report_with_every_class_and_file(result: SlideResu
     table = rows(page)
     for entry in result.summary.classes:
         assert [entry.name, figure(entry.area_mm2), percent(entry.share)] in table
-    for objects in result.run.objects or ():
-        assert [objects.name, figure(objects.count), figure(objects.mean_um2)] in table
+    for entry in result.objects.values():
+        numbers = map(figure, (entry.objects, entry.objects_per_mm2, entry.mean_object_um2))
+        assert [entry.name, *numbers, percent(entry.touching_share)] in table
     published = json.loads((result.folder / "run.json").read_text())["outputs"]
     assert "report.html" in published
     links = {unquote_to_bytes(a.get("href", ""))[2:].decode() for a in page.iter("a")}
@@ -156,7 +157,7 @@ def test_a_run_leaves_a_valid_report_with_every_class_and_file(result: SlideResu
 
 def test_the_count_of_objects_is_that_of_the_table(result: SlideResult) -> None:
     lines = (result.folder / "objects.csv").read_text().splitlines()[1:]
-    counts = [(entry.count or 0, entry.mean_um2 or 0.0) for entry in result.run.objects or ()]
+    counts = [(entry.objects or 0, entry.mean_object_um2 or 0.0) for entry in result.objects.values()]
     assert sum(count for count, _ in counts) == len(lines)
     areas = [float(line.split(",")[9]) for line in lines]
     assert sum(count * mean_um2 for count, mean_um2 in counts) == pytest.approx(sum(areas), rel=1e-3)
@@ -267,7 +268,7 @@ def test_what_a_reader_must_know_is_said_above_all(result: SlideResult) -> None:
     nothing = tuple(replace(c, share=None, area_mm2=0) for c in result.summary.classes)
     empty = replace(result.summary, analysed_mm2=0, classes=nothing)
     page = parsed(slide_report(result.run, empty, result.folder / "none.png"))
-    assert "nothing was analysed" in warnings(page)
+    assert "Nothing was analysed" in warnings(page)
     assert not list(page.iter("img"))
 
 
@@ -502,7 +503,7 @@ def test_thousands_of_slides_are_one_small_page_made_at_once(tmp_path: Path) -> 
 def test_every_status_of_a_cohort_has_its_rank() -> None:
     words = {
         getattr(outcome_module, name)
-        for name in ("DONE", "DAMAGED", "UNCHANGED", "LOCKED", "FAILED", "STOPPED", "NOT_BEGUN")
+        for name in ("DONE", "DAMAGED", "UNCHANGED", "NO_TISSUE", "LOCKED", "FAILED", "STOPPED", "NOT_BEGUN")
     }
     assert set(WORST_FIRST) == words
 

@@ -161,7 +161,7 @@ def test_rows_that_the_last_strip_left_white_are_uploaded_again(
     grid = TileGrid.cover(400, 112, tile_px=64, overlap_px=16)
     keep = np.ones((len(grid.ys), len(grid.xs)), np.bool_)
     keep[0, 2:6] = False
-    monkeypatch.setattr(layout, "plan_grid", lambda *_, **__: (grid.where(keep), None))
+    monkeypatch.setattr(layout, "lay_tiles", lambda *_: grid.where(keep))
     path = write_slide(tmp_path / "slide.tif", random_pixels(400, 112))
     run = on_both(path, PlaceDependentEngine(), tmp_path, ALL)
     assert run["device"]["bytes_uploaded"] == 2 * 64 * 400 * 3

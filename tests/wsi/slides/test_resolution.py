@@ -8,8 +8,10 @@ from typing import Self
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from histostream.wsi.errors import SlideError
+from histostream.wsi.geometry import Box
 from histostream.wsi.slides.reader import Level, check_box, open_slide
 from histostream.wsi.slides.resolution import SlideView, at_mpp, thumbnail
 
@@ -20,6 +22,10 @@ class ArraySlide:
 
     pixels: np.ndarray
     mpp: float | None = 0.25
+    mpp_source: str = "test"
+    bounds: Box | None = None
+    notes: tuple[str, ...] = ()
+    missing: tuple[np.ndarray | None, ...] = ()
     downsamples: tuple[int, ...] = (1,)
     path: Path = Path("slide.svs")
     name: str = "array"
@@ -27,11 +33,13 @@ class ArraySlide:
     levels: tuple[Level, ...] = field(init=False)
     block_px: tuple[tuple[int, int], ...] = field(init=False)
     channels: int = field(init=False)
+    missing: tuple[NDArray[np.bool_] | None, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         height, width, self.channels = self.pixels.shape
         self.levels = tuple(Level(width // d, height // d, float(d)) for d in self.downsamples)
         self.block_px = ((16, 16),) * len(self.levels)
+        self.missing = (None,) * len(self.levels)
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
         check_box(self.levels[level], x, y, width, height)

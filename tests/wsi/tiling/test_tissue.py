@@ -1,19 +1,17 @@
-"""Tissue is found on stained, unstained and dark slides; regions of interest are as drawn."""
+"""Tissue is found on stained, unstained and dark slides; what was not scanned is none."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from histostream.wsi.errors import SlideError
 from histostream.wsi.geometry import Box
 from histostream.wsi.slides.reader import open_slide
 from histostream.wsi.slides.resolution import SlideView, at_mpp
 from histostream.wsi.tiling.grid import TileGrid
-from histostream.wsi.tiling.tissue import RegionOfInterest, TissueMask, _without_small, find_tissue, read_roi
+from histostream.wsi.tiling.tissue import TissueMask, _pieces, find_tissue
 from tests.wsi.slides.test_resolution import ArraySlide
 
 GLASS, PINK, GREY_BLUE = (243, 242, 240), (220, 150, 190), (185, 190, 200)
@@ -64,10 +62,37 @@ def test_an_electron_micrograph_is_tissue_everywhere(scale: int) -> None:
     assert tissue.mask.all()
 
 
-def test_specks_are_dropped_by_their_area() -> None:
-    view = drawn(GLASS, PINK, Box(800, 800, 40, 40))  # 80 um x 80 um
-    assert not find_tissue(view).mask.any()
-    assert find_tissue(view, min_area_um2=3000).mask.any()
+def with_box(view: SlideView, box: Box, colour: tuple[int, ...]) -> SlideView:
+    """Return the view with a box of one colour, with the same noise."""
+    pixels = view.slide.read(0, 0, 0, view.width, view.height)
+    rows, columns = slice(box.y, box.bottom), slice(box.x, box.right)
+    noise = pixels[rows, columns].astype(np.int16) - np.median(pixels, axis=(0, 1)).astype(np.int16)
+    pixels[rows, columns] = np.clip(colour + noise, 0, 255)
+    return at_mpp(ArraySlide(pixels, mpp=view.mpp), None)
+
+
+def test_specks_are_dropped_by_their_area_where_there_are_larger_pieces() -> None:
+    speck = drawn(GLASS, PINK, Box(800, 800, 40, 40))  # 80 um x 80 um
+    both = with_box(speck, Box(100, 100, 60, 60), PINK)  # 120 um x 120 um
+    assert find_tissue(both).mask[20:50, 20:50].any()
+    assert not find_tissue(both).mask[190:220, 190:220].any()
+    assert find_tissue(both, min_area_um2=3000).mask[190:220, 190:220].any()
+
+
+@pytest.mark.parametrize("side", [16, 20, 40])  # 32 um and more
+def test_where_all_pieces_are_small_the_largest_are_kept(side: int) -> None:
+    cells = drawn(GLASS, PINK, Box(800, 800, side, side))
+    cells = with_box(cells, Box(400, 400, side // 2, side), PINK)  # half as large
+    mask = find_tissue(cells).mask
+    assert mask[200 : 200 + side // 4, 200 : 200 + side // 4].all()
+    assert mask[100 : 100 + side // 4, 100].all()
+    assert mask.sum() <= 2 * (side // 4 + 8) ** 2  # and no glass but the margin
+
+
+def test_gaps_within_tissue_are_tissue_up_to_the_least_area() -> None:
+    lumen = drawn(PINK, GLASS, Box(800, 800, 44, 44))  # 88 um x 88 um; narrower by the margin
+    assert find_tissue(lumen).mask.all()
+    assert not find_tissue(drawn(PINK, GLASS, Box(800, 800, 160, 160))).mask.all()
 
 
 def test_pieces_are_measured_whole_whatever_their_shape() -> None:
@@ -75,8 +100,10 @@ def test_pieces_are_measured_whole_whatever_their_shape() -> None:
     mask[0, 0:3] = mask[1, 3] = mask[2, 4:6] = True  # joined at corners: 6
     mask[4:9, 0] = mask[8, 0:5] = mask[4:9, 4] = True  # a U: 13
     mask[0, 10:12] = mask[5, 11] = mask[6, 0] = True  # 2, 1; the last belongs to the U
-    for least, pixels in [(1, 22), (2, 21), (3, 19), (7, 13), (14, 0)]:
-        kept = _without_small(mask, least)
+    cases = [(1, 1, 22), (2, 1, 21), (3, 1, 19), (7, 1, 13)]
+    cases += [(14, 1, 21), (200, 7, 13), (200, 14, 0)]  # none is so large: a tenth of the largest, if it is a cell
+    for least, cell, pixels in cases:
+        kept = _pieces(mask, least, cell)
         assert kept.sum() == pixels
         assert not (kept & ~mask).any()
 
@@ -109,99 +136,3 @@ def test_every_mask_pixel_keeps_the_tiles_that_it_lies_on() -> None:
 def test_real_slides(wsi_slides: Path, name: str, low: float, high: float) -> None:
     with open_slide(wsi_slides / name) as slide:
         assert low <= find_tissue(at_mpp(slide, None)).mask.mean() <= high
-
-
-def square(x: float, y: float, side: float) -> list[list[float]]:
-    return [[x, y], [x + side, y], [x + side, y + side], [x, y + side], [x, y]]
-
-
-def polygon(*rings: list[list[float]]) -> dict[str, object]:
-    return {"type": "Polygon", "coordinates": list(rings)}
-
-
-def saved(folder: Path, geometry: object) -> Path:
-    path = folder / "regions.geojson"
-    path.write_text(json.dumps(geometry))
-    return path
-
-
-SQUARE = polygon(square(400, 800, 320))
-
-
-@pytest.mark.parametrize(
-    "geometry",
-    [
-        SQUARE,
-        {"type": "Feature", "geometry": SQUARE, "properties": {}},
-        {"type": "FeatureCollection", "features": [{"type": "Feature", "geometry": SQUARE}]},
-        [{"type": "Feature", "geometry": SQUARE}, {"type": "Feature", "geometry": None}],
-        {"type": "MultiPolygon", "coordinates": [SQUARE["coordinates"]]},
-        {
-            "type": "GeometryCollection",
-            "geometries": [SQUARE, {"type": "Point", "coordinates": [1, 2]}],
-        },
-    ],
-    ids=["polygon", "feature", "collection", "list", "multipolygon", "geometries"],
-)
-def test_regions_are_read_from_every_kind_of_geojson(tmp_path: Path, geometry: object) -> None:
-    view = at_mpp(drawn(GLASS, PINK, None).slide, 4.0)  # half of level 0's pixels a side
-    region = read_roi(saved(tmp_path, geometry), view)
-    expected = np.zeros((800, 800), bool)
-    expected[400:560, 200:360] = True
-    inside = region.inside(Box(0, 0, 800, 800))
-    assert (inside != expected).sum() <= 2 * 160 + 1  # the outline's far sides count as inside
-    np.testing.assert_array_equal(region.inside(Box(190, 390, 50, 60)), inside[390:450, 190:240])
-    kept = region.tiles(TileGrid.cover(800, 800, tile_px=100, overlap_px=0))
-    assert np.argwhere(kept).tolist() == [[y, x] for y in (4, 5) for x in (2, 3)]
-
-
-def test_holes_stay_out_but_not_of_other_polygons(tmp_path: Path) -> None:
-    with_hole = polygon(square(100, 100, 600), square(200, 200, 400))
-    polygons = [polygon(square(300, 300, 100)), with_hole]
-    collection = {"type": "GeometryCollection", "geometries": polygons}
-    view = drawn(GLASS, PINK, None)
-    inside = read_roi(saved(tmp_path, collection), view).inside(Box(0, 0, PIXELS, PIXELS))
-    assert inside[150, 150]
-    assert not inside[250, 250]
-    assert inside[350, 350]
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("{", "not valid GeoJSON"),
-        ("3", "not valid GeoJSON"),
-        ("{}", "not valid GeoJSON"),
-        ('{"type": "Polygon", "coordinates": [[1, 2]]}', "not valid GeoJSON"),
-        ('{"type": "Polygon", "coordinates": []}', "not valid GeoJSON"),
-        ('{"type": "FeatureCollection", "features": []}', "holds no polygon"),
-        ('{"type": "Point", "coordinates": [1, 2]}', "holds no polygon"),
-        (json.dumps(polygon(square(-900, -900, 300))), "no polygon lies on the slide"),
-        (json.dumps(polygon(square(90000, 90000, 300))), "no polygon lies on the slide"),
-    ],
-)
-def test_files_without_regions_are_refused(tmp_path: Path, text: str, reason: str) -> None:
-    path = tmp_path / "regions.geojson"
-    path.write_text(text)
-    with pytest.raises(SlideError, match=rf"regions\.geojson: {reason}"):
-        read_roi(path, drawn(GLASS, PINK, None))
-
-
-def test_a_missing_region_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SlideError, match=r"none\.geojson: cannot be read"):
-        read_roi(tmp_path / "none.geojson", drawn(GLASS, PINK, None))
-
-
-def test_a_pixel_lies_inside_or_not_whatever_box_it_is_asked_with() -> None:
-    """Column bands and strips must meet without a seam, also at slanted edges and fractions."""
-    rng = np.random.default_rng(0)
-    for i in range(60):
-        rings = [rng.uniform(-20, 620, (int(rng.integers(3, 9)), 2))]
-        if i % 2:
-            rings.append(rng.uniform(100, 400, (4, 2)))
-        roi = RegionOfInterest((tuple(rings),), np.ones((1, 1), bool))
-        whole = roi.inside(Box(0, 0, 600, 600))
-        for x0, x1 in ((0, 200), (200, 451), (451, 600)):
-            for y0, y1 in ((0, 37), (37, 301), (301, 600)):
-                part = roi.inside(Box(x0, y0, x1 - x0, y1 - y0))
-                np.testing.assert_array_equal(part, whole[y0:y1, x0:x1])

@@ -1,13 +1,15 @@
-"""overview.png: the slide with its classes painted over it, a legend and a scale bar."""
+"""overview.png: the slide with its classes painted over it, what was analysed, a legend and a scale bar."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from math import floor, log10
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from histostream.wsi.files import remove, temporary_name, writing
 from histostream.wsi.outputs.label_rows import ClassInfo, LabelRows, SlideInfo, background_label
@@ -20,6 +22,9 @@ LEGEND_PX = 200
 CHUNK_ROWS = 128
 PNG_LEVEL = 3  # two thirds of the time of the default level, for a file 7 % larger
 LINE_PX = 24
+HATCH_PX = 6  # from one line of a hatching to the next
+OUTLINE = {True: (255, 255, 255), False: (0, 0, 0)}  # of the analysed area, on a dark and on a light ground
+DARK = 64  # median brightness
 
 
 def overview_size(width: int, height: int, longest_px: int = OVERVIEW_PX) -> tuple[int, int]:
@@ -40,6 +45,25 @@ def overview_size(width: int, height: int, longest_px: int = OVERVIEW_PX) -> tup
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A part of the slide that is marked on the overview, and named in the legend.
+
+    Attributes
+    ----------
+    name
+        Its name.
+    mask
+        (h, w) bool, over the whole slide, of any size.
+    color
+        It is hatched in this colour, red, green, blue; None: it is outlined.
+    """
+
+    name: str
+    mask: NDArray[np.bool_]
+    color: tuple[int, int, int] | None = None
+
+
 class Overview:
     """The slide's thumbnail with each class blended in by its share of the area.
 
@@ -51,16 +75,19 @@ class Overview:
         The slide.
     thumbnail
         (h, w, 3) uint8 of the whole slide, not larger than it; see `overview_size`.
+    marks
+        Parts that are outlined or hatched.
     """
 
-    def __init__(self, path: Path, info: SlideInfo, thumbnail: NDArray[np.uint8]) -> None:
+    def __init__(self, path: Path, info: SlideInfo, thumbnail: NDArray[np.uint8], marks: Sequence[Mark] = ()) -> None:
         height, width = thumbnail.shape[:2]
         if width > info.width or height > info.height or thumbnail.shape[2:] != (3,):
             raise ValueError(
                 f"thumbnail is {thumbnail.shape}, the slide {info.width} x {info.height} px: "
                 "pass (h, w, 3) of `overview_size`"
             )
-        self.path, self._info, self._thumbnail = path, info, thumbnail
+        self.path, self._info, self._thumbnail, self._marks = path, info, thumbnail, tuple(marks)
+        self._outline = OUTLINE[bool(np.median(thumbnail.max(axis=2)) < DARK)]
         background = background_label(info.classes)
         self._painted = [label for label in range(len(info.classes)) if label != background]
         self._step = max(1, min(info.width // width, info.height // height) // SAMPLES)
@@ -98,6 +125,8 @@ class Overview:
             paint = share @ colors.reshape(-1, 3)
             opacity = PAINT * share.sum(axis=2, keepdims=True)
             image[rows] = np.rint(self._thumbnail[rows] * (1 - opacity) + PAINT * paint)
+        for mark in self._marks:
+            _draw_mark(image, mark, self._outline)
         return image
 
     def finish(self) -> list[tuple[Path, Path]]:
@@ -114,12 +143,15 @@ class Overview:
     def _page(self) -> Image.Image:
         picture, classes = Image.fromarray(self.image()), self._info.classes
         bar_px, bar_text = scale_bar(self._info.mpp * self._info.width / picture.width)
-        height = max(picture.height, LINE_PX * (len(classes) + 3))
+        lines = len(classes) + len(self._marks)
+        height = max(picture.height, LINE_PX * (lines + 3))
         page = Image.new("RGB", (picture.width + LEGEND_PX, height), "white")
         page.paste(picture, (0, 0))
         draw, left = ImageDraw.Draw(page), picture.width + 12
         _draw_legend(draw, left, classes)
-        y = LINE_PX * (len(classes) + 1)
+        for i, mark in enumerate(self._marks, len(classes)):
+            _draw_key(page, left, i, mark)
+        y = LINE_PX * (lines + 1)
         draw.rectangle((left, y, left + bar_px - 1, y + 3), fill="black")
         draw.text((left, y + 8), bar_text, fill="black", font=ImageFont.load_default(13))
         return page
@@ -152,6 +184,35 @@ def _draw_legend(draw: ImageDraw.ImageDraw, left: int, classes: tuple[ClassInfo,
         draw.rectangle((left, y, left + 14, y + 14), fill=fill, outline="black")
         text = entry.name if painted else f"{entry.name} (not painted)"
         draw.text((left + 22, y), text, fill="black", font=font)
+
+
+def _draw_key(page: Image.Image, left: int, line: int, mark: Mark) -> None:
+    draw, y = ImageDraw.Draw(page), 10 + LINE_PX * line
+    if mark.color is None:
+        draw.rectangle((left, y + 3, left + 14, y + 11), outline="black")
+    else:
+        box = np.full((15, 15, 3), 255, np.uint8)
+        box[_hatching(15, 15)] = mark.color
+        page.paste(Image.fromarray(box), (left, y))
+    draw.text((left + 22, y), mark.name, fill="black", font=ImageFont.load_default(13))
+
+
+def _draw_mark(image: NDArray[np.uint8], mark: Mark, outline: tuple[int, int, int]) -> None:
+    """Outline or hatch a part of the slide on a picture of it."""
+    height, width = image.shape[:2]
+    rows, columns = (np.arange(n) * size // n for n, size in zip((height, width), mark.mask.shape, strict=True))
+    mask = mark.mask[rows][:, columns]
+    if mark.color is None:
+        inner = np.asarray(Image.fromarray(mask).convert("L").filter(ImageFilter.MinFilter(3))) > 0
+        image[mask & ~inner] = outline
+    else:
+        image[mask & _hatching(height, width)] = mark.color
+
+
+def _hatching(height: int, width: int) -> NDArray[np.bool_]:
+    """Return (h, w) bool: slanted lines."""
+    lines: NDArray[np.bool_] = np.add.outer(np.arange(height), np.arange(width)) % HATCH_PX < 2
+    return lines
 
 
 def _bins(bins: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 from histostream.wsi.errors import HistoError, SlideError, unreadable
+from histostream.wsi.slides.dicom_series import is_dicom, series_files
 from histostream.wsi.slides.sources.base import MAX_INDEX_BYTES, SlidePart, file_name, named_files
 
 SCHEMES: tuple[str, ...] = ()  # local paths have none
@@ -53,7 +54,9 @@ def _files(path: Path) -> Iterator[Path]:
     suffix = path.suffix.lower()
     if suffix == ".mrxs" and path.with_suffix("").is_dir():
         yield from sorted(file for file in path.with_suffix("").rglob("*") if file.is_file())
-    if suffix == ".dcm":  # a reader looks for the other files of the series beside it
+    if is_dicom(path):
+        yield from (file for file in series_files(path) if file != path)
+    elif suffix == ".dcm":  # without the preamble: which files are of its series is not known
         yield from sorted(f for f in path.parent.glob("[!.]*.dcm") if f.is_file() and f != path)
     if suffix in {".vms", ".vmu"}:
         with path.open("rb") as file:
