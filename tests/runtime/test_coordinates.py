@@ -6,6 +6,7 @@ The slides are MIRAX files that OpenSlide opens, with one red square on white at
 from __future__ import annotations
 
 import gzip
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,12 @@ import numpy as np
 import openslide
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from histostream.runtime.options import OptionError, Options
 from histostream.runtime.record import SlideRecord, read_run
 from histostream.runtime.slide_run import segment_slide
+from histostream.runtime.viewer.slide import TILE_PX, SlideTiles
 from histostream.wsi.errors import SlideError
 from histostream.wsi.geometry import Box
 from histostream.wsi.outputs.label_rows import ClassInfo
@@ -177,6 +180,22 @@ def test_the_scanned_area_is_recorded_and_older_records_are_read_without_it(slid
     assert run.slide.bounds == Box(*ORIGIN, *SIZE)
     assert from_json(SlideRecord, {"path": "a"}).bounds is None
     assert from_json(SlideRecord, {"bounds": {"x": 1}}).bounds is None
+
+
+def test_the_viewer_shows_the_scanned_area_at_every_level_stored_or_not(tmp_path: Path) -> None:
+    pixels = np.full((1024, 1280, 3), 240, np.uint8)
+    box = Box(704, 384, 192, 256)
+    pixels[box.y : box.bottom, box.x : box.right] = (200, 20, 20)
+    tiles = SlideTiles(write_mirax(tmp_path / "x.mrxs", pixels, grid=(20, 20), first=(7, 5), zooms=2))
+    assert (tiles.width, tiles.height) == (1280, 1024)
+    for level in range(tiles.levels):
+        side = 2 ** (tiles.levels - 1 - level)
+        column, row = box.x // side // TILE_PX, box.y // side // TILE_PX
+        tile = np.asarray(Image.open(io.BytesIO(tiles.jpeg(level, column, row)))).astype(int)
+        rows, columns = np.nonzero(tile[..., 0] - tile[..., 1] > 90)
+        x, y = (max(0, index * TILE_PX - 1) for index in (column, row))
+        assert abs(side * (columns.min() + x) - box.x) <= side
+        assert abs(side * (rows.min() + y) - box.y) <= side
 
 
 def test_unknown_coordinates_are_refused() -> None:
