@@ -31,12 +31,12 @@ class SlideInput:
         Path of a GeoJSON file with the regions to analyse.
     further
         Other columns of the list that names the slide.
+    mask
+        Path of an image or GeoJSON file of what is to be analysed.
     note
         What a user should know about the name or the path; empty if they are as given.
     problem
         Why the slide cannot be run at all; empty if it can be tried.
-    mask
-        Path of an image or GeoJSON file of what is to be analysed.
     """
 
     source: str
@@ -44,9 +44,9 @@ class SlideInput:
     mpp: float | None = None
     roi: str | None = None
     further: Mapping[str, str] = field(default_factory=dict, hash=False)
+    mask: str | None = None
     note: str = ""
     problem: str = ""
-    mask: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

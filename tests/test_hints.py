@@ -68,6 +68,7 @@ SENTENCE = {
     "of",
     "or",
     "out",
+    "picks",
     "says",
     "starts",
     "takes",
