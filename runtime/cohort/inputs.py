@@ -179,10 +179,11 @@ def _slides_among(folder: str, names: Iterable[str]) -> dict[str, str]:
     slides = [name for name in visible if _suffix(name) in slide_suffixes()]
     sources = [os.path.join(folder, name) for name in slides]  # noqa: PTH118
     others = [name for name in visible if name not in slides and _suffix(name) not in NO_DICOM]
-    try:
-        series = [] if is_remote(folder) else series_among(Path(folder, name) for name in others)
-    except OSError as error:
-        return {folder: str(unreadable(error.filename or folder, error))}
+    series, refused = ([], None) if is_remote(folder) else _series_among(Path(folder, name) for name in others)
+    # A file that cannot be read may be one of a series; beside slides alone it may be anything.
+    if refused is not None and (series or not slides or _suffix(str(refused[0])) == DICOM):
+        file, error = refused
+        return dict.fromkeys(sources, "") | {str(file) if slides else folder: str(unreadable(file, error))}
     if len(series) > 1 or (series and slides):
         return dict.fromkeys(sources + [str(files[0]) for files in series], "")
     if not series and all(_suffix(name) != DICOM for name in visible):
@@ -194,6 +195,21 @@ def _slides_among(folder: str, names: Iterable[str]) -> dict[str, str]:
             "name the slides, or use a pattern such as '*.svs'"
         )
     return {folder: problem}
+
+
+def _series_among(files: Iterable[Path]) -> tuple[list[list[Path]], tuple[Path, OSError] | None]:
+    """Return the DICOM series of some files, and the first file that cannot be read, with the error."""
+    readable, refused = [], None
+    for file in files:
+        try:
+            if is_dicom(file):
+                readable.append(file)
+        except OSError as error:
+            refused = refused or (file, error)
+    try:
+        return series_among(readable), refused
+    except OSError as error:
+        return [readable], refused or (readable[0], error)
 
 
 def _matches(pattern: str) -> dict[str, str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -127,6 +129,35 @@ def test_a_folder_that_cannot_be_listed_does_not_stop_the_others(
     assert "closed: the folder cannot be listed (Stale file handle)" in found[1].problem
     with pytest.raises(InputError, match="closed: the folder cannot be listed"):
         find_inputs([f"{tmp_path}/closed"])
+
+
+@pytest.mark.parametrize(
+    ("slides", "closed", "expected"),
+    [
+        (["a.svs"], "notes", [("a.svs", False)]),
+        (["a.svs"], "b.dcm", [("a.svs", False), ("b.dcm", True)]),
+        ([], "notes", [("", True)]),
+        ([], "b.dcm", [("", True)]),
+    ],
+)
+def test_a_file_that_cannot_be_read_does_not_hide_the_slides_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slides: list[str], closed: str, expected: list[tuple[str, bool]]
+) -> None:
+    touch(tmp_path, "in/" + closed, *(f"in/{name}" for name in slides), "other.svs")
+    opened = io.open
+
+    def refusing(file: object, *args: Any, **kwargs: Any) -> Any:
+        if str(file).endswith(closed):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+        return opened(file, *args, **kwargs)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(io, "open", refusing)
+    *found, other = find_inputs([str(tmp_path / "in"), str(tmp_path / "other.svs")])
+    assert [(slide.source, bool(slide.problem)) for slide in found] == [
+        (str(tmp_path / "in" / name).rstrip("/"), problem) for name, problem in expected
+    ]
+    assert not other.problem
+    assert all("Permission denied" in slide.problem and closed in slide.problem for slide in found if slide.problem)
 
 
 def test_the_same_slide_is_taken_once(tmp_path: Path) -> None:
