@@ -43,7 +43,8 @@ def with_tissue(seed: int = 0) -> NDArray[np.uint8]:
     pixels = np.full((HEIGHT, WIDTH, 3), (243, 242, 240), np.int16)
     pixels[((x - 420) / 260) ** 2 + ((y - 330) / 190) ** 2 < 1] = (205, 140, 180)
     pixels[640:660, 820:840] = (205, 140, 180)  # 10 um
-    return np.clip(pixels + rng.integers(-5, 6, pixels.shape), 0, 255).astype(np.uint8)
+    noisy: NDArray[np.int64] = pixels + rng.integers(-5, 6, pixels.shape)
+    return np.clip(noisy, 0, 255).astype(np.uint8)
 
 
 @pytest.fixture
