@@ -85,10 +85,11 @@ class SlidePlan:
         if self.state == "remote":
             return f"{name}: would be downloaded first, not opened -> {self.folder}"
         resumed = ", resumes an interrupted run" if self.state == "begun" else ""
+        nothing = "" if self.tiles else "no tissue, nothing to analyse: "
         return (
             f"{name}: {self.reader} reader, {self.width} x {self.height} px at "
             f"{self.slide_mpp:.4g} um/px, level {self.level} of {self.levels} at 1/{self.scale:.3g}"
-            f"; {self.tiles} of {self.tiles_in_all} tiles, about {rough_duration(self.seconds)}, "
+            f"; {nothing}{self.tiles} of {self.tiles_in_all} tiles, about {rough_duration(self.seconds)}, "
             f"{size(self.disk_bytes)}{resumed} -> {self.folder}"
         )
 

@@ -173,6 +173,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("DIR", "my-glands"):
         make_images(folder / name)
     make_onnx(folder / "unet.onnx")
+    Image.fromarray(np.full((60, 70), 255, np.uint8)).save(folder / "mask.png")
     return folder
 
 

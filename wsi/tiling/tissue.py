@@ -14,7 +14,7 @@ from histostream.wsi.runs import Runs
 from histostream.wsi.slides.resolution import LIGHT_MPP, SlideView, thumbnail
 from histostream.wsi.tiling.cells import Cells, dilated, tile_spans
 from histostream.wsi.tiling.grid import TileGrid
-from histostream.wsi.tiling.unscanned import channel_range, counts, find_fillings
+from histostream.wsi.tiling.unscanned import Filling, channel_range, counts, find_fillings
 
 MASK_MPP = 8.0  # um, at least: single cells are not resolved on the overview
 MASK_PX = 4096  # longest side of the overview; 16 um per pixel on the largest slides, of 65 mm
@@ -157,23 +157,27 @@ def _is_tissue(
         (H, W) bool, pixels that are not unscanned.
     """
     fillings = find_fillings(overview, um2, damaged)
-    filled = np.logical_or.reduce([filling.mask for filling in fillings], initial=False, dtype=np.bool_)
-    filled = np.broadcast_to(filled, overview.shape[:2])
     image = Image.fromarray(overview[..., 0] if overview.shape[2] == 1 else overview)
     blurred = np.asarray(image.filter(ImageFilter.BoxBlur(BLUR_PX))).reshape(overview.shape)
     darkest, brightness = channel_range(blurred)
     absorption = 255 - darkest
-    scanned = ~filled if not filled.all() else np.ones_like(filled)
-    if _percentile(brightness[scanned], 50) < DARK_GROUND:
+    scanned = ~_joined([f for f in fillings if f.absorption > MAX_GLASS + ABSORBED], brightness)  # others may be glass
+    if scanned.any() and _percentile(brightness[scanned], 50) < DARK_GROUND:
         bright: NDArray[np.bool_] = brightness > _otsu(brightness)
         return bright, np.zeros_like(bright), True
     signal = absorption[scanned & (absorption > FILLED)]
     glass = min(_percentile(signal, GLASS_PERCENTILE), MAX_GLASS) if len(signal) else 0
-    # A lighter filling looks like glass, and is none of tissue anyway.
-    dark = [filling.mask for filling in fillings if filling.absorption > glass + ABSORBED]
-    unscanned = np.logical_or.reduce(dark) if dark else np.zeros_like(filled)
+    # A lighter filling looks like glass, and is no tissue anyway.
+    unscanned = _joined([filling for filling in fillings if filling.absorption > glass + ABSORBED], brightness)
     absorbing: NDArray[np.bool_] = absorption > glass + ABSORBED
     return absorbing & ~dilated(unscanned, RIM_PX), unscanned, False
+
+
+def _joined(fillings: Sequence[Filling], like: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    joined = np.zeros(like.shape, np.bool_)
+    for filling in fillings:
+        joined |= filling.mask
+    return joined
 
 
 def _percentile(signal: NDArray[np.uint8], percent: float) -> float:

@@ -140,6 +140,8 @@ def test_a_slide_named_twice_has_to_be_meant_the_same(tmp_path: Path) -> None:
     assert len(listed(tmp_path, "path,mpp\na.svs,0.5\na.svs,.50\n")) == 1
     assert len(listed(tmp_path, "path,roi,name\na.svs,1.json,a1\na.svs,2.json,a2\n")) == 2
     with pytest.raises(InputError, match=r"a\.svs is named twice"):
+        listed(tmp_path, "path,mask\na.svs,1.png\na.svs,2.png\n")
+    with pytest.raises(InputError, match=r"a\.svs is named twice"):
         listed(tmp_path, "path,mpp\na.svs,0.5\na.svs,0.25\n")
     several = listed(tmp_path, "path,mpp\na.svs,0.5\nb.svs,\na.svs,0.25\n")
     assert ["named twice" in slide.problem for slide in several] == [True, False]
@@ -150,8 +152,8 @@ def test_a_slide_named_twice_has_to_be_meant_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 def test_a_list_gives_each_slide_its_settings(tmp_path: Path, delimiter: str, encoding: str, newline: str) -> None:
     rows = [
-        ["Path", "mpp", "roi", "name", "patient", "größe"],
-        ['"sub/a, b; c.svs"', "0.25", "a.geojson", "first", "7", "groß"],
+        ["Path", "mpp", "roi", "name", "patient", "größe", "mask"],
+        ['"sub/a, b; c.svs"', "0.25", "a.geojson", "first", "7", "groß", "m.png"],
         [],
         ["/abs/b.svs", "", "/abs/b.geojson", "", "", ""],
         ["s3://bucket/c.svs"],
@@ -159,7 +161,12 @@ def test_a_list_gives_each_slide_its_settings(tmp_path: Path, delimiter: str, en
     text = newline.join(delimiter.join(row) for row in rows)
     assert listed(tmp_path, text.encode(encoding)) == [
         SlideInput(
-            f"{tmp_path}/sub/a, b; c.svs", "first", 0.25, f"{tmp_path}/a.geojson", {"patient": "7", "größe": "groß"}
+            f"{tmp_path}/sub/a, b; c.svs",
+            "first",
+            0.25,
+            f"{tmp_path}/a.geojson",
+            {"patient": "7", "größe": "groß"},
+            f"{tmp_path}/m.png",
         ),
         SlideInput("/abs/b.svs", "b", None, "/abs/b.geojson", {"patient": "", "größe": ""}),
         SlideInput("s3://bucket/c.svs", "c", None, None, {"patient": "", "größe": ""}),
@@ -186,6 +193,7 @@ def test_a_list_of_paths_alone_needs_no_delimiter(tmp_path: Path) -> None:
         ("path,mpp\na.svs,1e999", "line 2: mpp '1e999' is not"),
         ("path,mpp\na.svs,0.04", "line 2: mpp '0.04' is not"),
         ("path,roi\na.svs,https://x/y.json", "line 2: roi 'https://x/y.json' is not a local file"),
+        ("path,mask\na.svs,s3://x/y.png", "line 2: mask 's3://x/y.png' is not a local file"),
         ('path\n"a.svs', r"line 2: not a \.csv \(.*\); check the quotes"),
         (b"path\na\nM\xfcller.svs", "line 3: not UTF-8"),
         ("path\na.svs".encode("utf-16"), "line 1: not UTF-8"),

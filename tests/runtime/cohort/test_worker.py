@@ -119,12 +119,15 @@ def test_what_is_done_is_left_out_while_nothing_has_changed(slides: list[Path], 
     crew.close()
 
 
-def test_a_region_of_interest_counts_by_its_content(slides: list[Path], crew: LocalExecutor, tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", ["roi", "mask"])
+def test_a_region_and_a_mask_count_by_their_content(
+    slides: list[Path], crew: LocalExecutor, tmp_path: Path, option: str
+) -> None:
     roi = tmp_path / "roi.geojson"
     square = [[10, 10], [150, 10], [150, 150], [10, 10]]
     roi.write_text(json.dumps({"type": "Polygon", "coordinates": [square]}))
     (task,) = tasks(slides[:1], tmp_path / "out")
-    task = replace(task, options=replace(ALL, roi=roi))
+    task = replace(task, options=replace(ALL, roi=roi) if option == "roi" else replace(ALL, mask=roi))
     assert statuses([task], crew) == ["done"]
     os.utime(roi, (0, 0))
     assert statuses([task], crew) == ["unchanged"]

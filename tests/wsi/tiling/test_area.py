@@ -30,7 +30,8 @@ def outside(area: AnalysedArea, box: Box) -> NDArray[np.bool_]:
     area.leave_out(box, labels, scores)
     np.testing.assert_array_equal(labels == NOT_ANALYSED, (scores == 0).all(axis=2))
     np.testing.assert_array_equal(labels == NOT_ANALYSED, (scores == 0).any(axis=2))
-    return labels == NOT_ANALYSED
+    left_out: NDArray[np.bool_] = labels == NOT_ANALYSED
+    return left_out
 
 
 def by_centres(mask: NDArray[np.bool_], width: int, height: int) -> NDArray[np.bool_]:

@@ -26,7 +26,8 @@ def scanned(seed: int = 1) -> Pixels:
     """Return glass with a piece of tissue, both with noise."""
     pixels = np.full((SIDE, SIDE, 3), (243, 242, 240), np.int16)
     pixels[150:250, 125:225] = (205, 140, 180)
-    return np.clip(pixels + np.random.default_rng(seed).integers(-5, 6, pixels.shape), 0, 255).astype(np.uint8)
+    noisy: NDArray[np.int64] = pixels + np.random.default_rng(seed).integers(-5, 6, pixels.shape)
+    return np.clip(noisy, 0, 255).astype(np.uint8)
 
 
 def jpeg(pixels: Pixels) -> Pixels:

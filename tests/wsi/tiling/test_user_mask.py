@@ -26,7 +26,8 @@ def analysed(path: Path, view: SlideView = VIEW) -> NDArray[np.bool_]:
     mask = read_mask(path, view)
     labels = np.zeros((view.height, view.width), np.uint8)
     AnalysedArea.of(view, mask.masks, mask.regions).leave_out(Box(0, 0, view.width, view.height), labels)
-    return labels == 0
+    kept: NDArray[np.bool_] = labels == 0
+    return kept
 
 
 HALF = np.zeros((40, 60), np.uint8)
