@@ -51,7 +51,8 @@ def counter_of(labels: Labels, classes: tuple[ClassInfo, ...], mpp: float = 0.5)
 
 def discs(*centers: tuple[float, float], radius: float = 9.0, size: int = 200) -> Labels:
     y, x = np.mgrid[:size, :size] + 0.5
-    return np.any([np.hypot(x - cx, y - cy) < radius for cx, cy in centers], axis=0).astype(np.uint8)
+    labels: Labels = np.any([np.hypot(x - cx, y - cy) < radius for cx, cy in centers], axis=0).astype(np.uint8)
+    return labels
 
 
 @pytest.fixture
@@ -222,7 +223,8 @@ def test_density_is_that_of_the_centroids_and_the_analysed_area(
         numbered, count = ndimage.label(labels == k + 1)
         sizes = ndimage.sum_labels(numbered > 0, numbered, range(1, count + 1))
         centers = np.array(ndimage.center_of_mass(numbered > 0, numbered, range(1, count + 1))) + 0.5
-        objects = np.histogram2d(*centers[sizes >= least_px].T, edges)[0]
+        chosen = centers[sizes >= least_px]
+        objects = np.histogram2d(chosen[:, 0], chosen[:, 1], edges)[0]
         with np.errstate(invalid="ignore", divide="ignore"):
             expected = np.where(mm2 >= 0.25 * 0.064**2, objects / mm2, np.nan)
         assert np.isnan(expected).any()
@@ -236,7 +238,8 @@ def test_a_density_map_says_its_scale_and_classes(tmp_path: Path) -> None:
     ((temporary, _),) = sink.finish()
     with tifffile.TiffFile(temporary) as file:
         page = file.pages.first
-        assert (page.dtype, page.shape) == (np.float32, (2, 2))
+        assert page.dtype == np.dtype(np.float32)
+        assert page.shape == (2, 2)
         assert page.resolution == (156.25, 156.25)  # per cm: 64 um
         assert page.resolutionunit == 3
         assert json.loads(page.description)["classes"] == [{"value": 1, "name": "nucleus"}]

@@ -9,7 +9,7 @@ from histostream.wsi.outputs.memory_needs import MemoryNeeds
 from histostream.wsi.outputs.objects.counting import ObjectCounter, counted_labels, find_components
 
 LINE_BYTES = 10  # for each row of the slide: a class and a number, at both edges of a column band
-BUFFERS = 48 << 20  # blocks of the label map, and components that are not settled yet; measured
+BUFFERS = 56 << 20  # blocks of the label map, and components that are not settled yet; measured
 
 
 class ObjectCounts:

@@ -71,8 +71,9 @@ class Density:
         height, width = part.labels.shape
         rows, first_rows = self._cells(part.y, height)
         columns, first_columns = self._cells(part.x, width)
-        analysed = np.add.reduceat(part.labels != NOT_ANALYSED, first_columns, axis=1, dtype=np.int64)
-        self._pixels[np.ix_(rows, columns)] += np.add.reduceat(analysed, first_rows, axis=0)
+        for row, top, bottom in zip(rows, first_rows, [*first_rows[1:], height], strict=True):
+            analysed = (part.labels[top:bottom] != NOT_ANALYSED).sum(axis=0)
+            self._pixels[row, columns] += np.add.reduceat(analysed, first_columns)
 
     def finish(self) -> list[tuple[Path, Path]]:
         """Write the file under its temporary name."""
