@@ -36,6 +36,7 @@ from histostream.runtime.hardware import hardware
 from histostream.runtime.process_memory import peak_memory_mib
 from histostream.wsi.outputs.folder import OutputFolder
 from histostream.wsi.outputs.label_rows import LabelRows, Sink, SlideInfo
+from histostream.wsi.outputs.objects.counting import with_rules
 from histostream.wsi.outputs.sinks import find_sink, sink_names
 from histostream.wsi.outputs.sinks.tiff import LabelTiff
 from histostream.wsi.synthetic import CLASSES
@@ -70,7 +71,7 @@ def open_raster(name: str, folder: Path, info: SlideInfo, slide: Path) -> Sink:
 def write(raw: Path | None, size: tuple[int, int], name: str, out: Path) -> dict[str, Any]:
     """Write a label map to one sink and measure it; ``raw=None`` is the gigapixel."""
     width, height = size
-    info = SlideInfo("synthetic", width, height, SLIDE.mpp, CLASSES)
+    info = SlideInfo("synthetic", width, height, SLIDE.mpp, with_rules(CLASSES, count_all=True))
     rows = gigapixel_rows() if raw is None else stored_rows(raw, width)
     first = next(rows)
     before, seconds, y = peak_memory_mib() or 0.0, 0.0, 0

@@ -23,4 +23,11 @@ for image in "${images[@]}"; do
     -m histostream.wsi.synthetic "$image.tif" --size 1024x1024
   "${run[@]}" "histostream:$image" "$image.tif" --out results
   test -s "$scratch/results/$image/labels.tif"
+
+  # The same as a task of the Digital Slide Archive.
+  docker build --file docker/dsa.Dockerfile --tag "histostream:dsa-$image" --build-arg "BASE=histostream:$image" docker
+  "${run[@]}" "histostream:dsa-$image" --list_cli
+  "${run[@]}" "histostream:dsa-$image" histo-infer --xml
+  "${run[@]}" "histostream:dsa-$image" histo-infer "/data/$image.tif" "/data/$image.anot"
+  test -s "$scratch/$image.anot"
 done

@@ -19,6 +19,7 @@ from histostream.export.convert.freeze import freeze_statistics
 from histostream.export.convert.int8 import Quantizer
 from histostream.export.convert.mixed_precision import find_mixed_precision, node_groups
 from histostream.export.graph.model import opset_of
+from histostream.export.object_rules import parse_rules, with_object_rules
 from histostream.export.parity import LIMITS, Judge, ParityError, ParityReport, run_graph
 from histostream.export.receptive_field.measure import MEASURED, ReceptiveField, label, receptive_field
 from histostream.export.receptive_field.perturbation import receptive_field_of
@@ -64,6 +65,8 @@ class Options:
         Slide or folder over which the statistics of normalisation layers are estimated; they become constants.
     triton
         Triton model repository to write as well.
+    object_rules
+        Which regions of some classes are objects, as ``("nucleus=8,touching", "stroma=no")``; see `parse_rules`.
     """
 
     precisions: tuple[str, ...] = tuple(PRECISIONS)
@@ -73,8 +76,10 @@ class Options:
     calibrate: Path | None = None
     freeze: Path | None = None
     triton: Path | None = None
+    object_rules: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        parse_rules(self.object_rules)
         for name in self.precisions:
             if name not in PRECISIONS:
                 raise OptionError(f"precision {name!r} does not exist: use {', '.join(PRECISIONS)}")
@@ -171,6 +176,8 @@ def write_bundle(network: Network, out: Path, options: Options, *, say: Say = la
 
     Raises
     ------
+    RuleError
+        If a rule of objects is of a class that the network does not have.
     GraphError, ParityError
         If the graph may not be deployed, or does not compute the same as the reference.
     TrialError
@@ -183,6 +190,7 @@ def write_bundle(network: Network, out: Path, options: Options, *, say: Say = la
         If ``out`` exists and is not a bundle, or cannot be written.
     """
     check_options(out, options)
+    network = replace(network, classes=with_object_rules(network.classes, parse_rules(options.object_rules)))
     library = _find_library(options, say)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

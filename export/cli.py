@@ -110,6 +110,13 @@ def _bundle_options(command: Callable[..., None]) -> Callable[..., None]:
                 "estimated here, so that tiles agree.",
             ),
             click.option(
+                "--object-rule",
+                "object_rules",
+                multiple=True,
+                metavar="NAME=MIN[-MAX][,touching]|no",
+                help="Areas of the objects of a class in um2, or no: it is not counted; several times; nuclei: 8.",
+            ),
+            click.option(
                 "--triton", type=PATH, metavar="REPO", help="Write the models to a Triton model repository too."
             ),
         )
@@ -332,6 +339,22 @@ def upgrade(bundle: Path, out: Path | None, **values: Any) -> None:
     _report(upgrade_bundle(bundle, out, Options(**values), say=click.echo), out)
 
 
+@main.command("object-rules")
+@click.argument("bundle", type=PATH)
+@click.argument("rules", nargs=-1, required=True, metavar="NAME=MIN[-MAX][,touching]|no...")
+@_one_line_errors
+def object_rules(bundle: Path, rules: tuple[str, ...]) -> None:
+    """Say in the card of BUNDLE which regions of its classes are objects.
+
+    nucleus=8,touching: regions of at least 8 um2, of which large concave ones are taken for several that touch.
+    gland=500-90000: of 500 to 90000 um2. stroma=no: not counted. Graphs and engines stay as they are.
+    """
+    from histostream.export.object_rules import set_object_rules
+
+    for entry in set_object_rules(bundle, rules).classes:
+        click.echo(f"{bundle}: {entry.name}: {entry.rule or 'no rule'}")
+
+
 @main.command()
 @click.argument("file", type=PATH)
 @_one_line_errors
@@ -345,6 +368,9 @@ def inspect(file: Path) -> None:
         return
     card = read_card(file)
     click.echo(f"{file}: {card.method}, {', '.join(c.name for c in card.classes)}")
+    for entry in card.classes:
+        if entry.rule is not None:
+            click.echo(f"{entry.name}: {entry.rule}")
     click.echo(
         f"tiles of {card.tile_px} px at {card.mpp:g} um/px, {card.channels} channels, {_halo(card)}, "
         f"{'depends on' if card.tile_statistics else 'no'} tile statistics"

@@ -13,8 +13,9 @@ import click
 
 from histostream.runtime.choices import AUTO, BACKENDS, RUN_PRECISIONS, WINDOWS
 from histostream.wsi.console import GroupedCommand, memory_mib, one_line_errors, option_group, read_settings
-from histostream.wsi.option_types import DEVICES_METAVAR, DeviceList, WordList
+from histostream.wsi.option_types import DEVICES_METAVAR, DeviceList, IndexList, WordList
 from histostream.wsi.outputs.sinks import sink_names
+from histostream.wsi.slides.coordinates import COORDINATES
 
 PATH = click.Path(path_type=Path)
 _model = option_group("Model and device")
@@ -31,18 +32,24 @@ _one_line_errors = one_line_errors(
 )
 
 
-class _OrView(GroupedCommand):
-    """``histo-infer``; ``histo-infer view`` is another command (a slide of that name is ``./view``)."""
+class _WithCommands(GroupedCommand):
+    """``histo-infer``; ``histo-infer view`` and others are commands (a slide of that name is ``./view``)."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if args[:1] == ["view"]:
-            from histostream.runtime.viewer.command import view
+        match args[:1]:
+            case ["view"]:
+                from histostream.runtime.viewer.command import view as command
+            case ["qupath"]:
+                from histostream.runtime.qupath.command import qupath as command
+            case ["dsa"]:
+                from histostream.runtime.dsa.command import dsa as command
+            case _:
+                return super().parse_args(ctx, args)
+        command.main(args[1:], prog_name=f"histo-infer {args[0]}")
+        raise AssertionError("a command ends the program")
 
-            view.main(args[1:], prog_name="histo-infer view")
-        return super().parse_args(ctx, args)
 
-
-@click.command(cls=_OrView, context_settings={"show_default": True})
+@click.command(cls=_WithCommands, context_settings={"show_default": True})
 @click.version_option(package_name="histostream")
 @click.argument("slides", nargs=-1, required=True)
 @_model("--model", "bundle", type=PATH, help="Model bundle; default: nuclei.")
@@ -65,7 +72,19 @@ class _OrView(GroupedCommand):
 @_model("--threads", type=int, help="CPU threads; default: all cores.")
 @_model("--batch", type=int, help="Tiles per inference; default: depends on the device.")
 @_slide("--mpp", type=float, help="Resolution of the slide at full size, um per pixel.")
+@_slide(
+    "--channels",
+    type=IndexList(),
+    metavar="0,1,2",
+    help="Channels of the slide to analyse, one for each of the model's; default: its colours.",
+)
 @_slide("--roi", type=PATH, help="GeoJSON polygons (full-size pixels) to analyse.")
+@_slide(
+    "--coordinates",
+    default=COORDINATES[0],
+    type=click.Choice(COORDINATES),
+    help="Where pixels of --roi and outlines begin: at the scanned area (QuPath), or as OpenSlide counts (MIRAX).",
+)
 @_slide(
     "--mask",
     type=PATH,
@@ -102,7 +121,8 @@ class _OrView(GroupedCommand):
     show_default=False,
     type=WordList(sink_names("rasters")),
     metavar=",".join(sink_names("rasters")),
-    help="Write the label map as OME-TIFF (rgb: its colours, for QuPath), OME-Zarr or DICOM too.",
+    help="Write the label map as OME-TIFF (rgb: its colours, for QuPath), OME-Zarr or DICOM too; or the density of "
+    "objects.",
 )
 @_outputs("--geojson", is_flag=True, help="Write objects.geojson.gz, outlines for QuPath.")
 @_outputs(
@@ -119,7 +139,13 @@ class _OrView(GroupedCommand):
     metavar=",".join(sink_names("objects")),
     help="Write a table of objects: area, perimeter, eccentricity.",
 )
-@_outputs("--min-area", "min_area_um2", default=0.0, metavar="UM2", help="Leave smaller objects out.")
+@_outputs(
+    "--min-area",
+    "min_area_um2",
+    type=float,
+    metavar="UM2",
+    help="Leave smaller objects out, and out of the counts; default: as the model's card says (nuclei: 8).",
+)
 @_outputs(
     "--simplify",
     "simplify_um",
@@ -178,7 +204,9 @@ def main(geojson: bool, annotations: tuple[str, ...], **options: Any) -> None:
     fails does not stop the others; OUT/cohort.csv lists the status of each. Exit status: 0 all done,
     1 some failed, 2 a wrong option, 3 some slides have damaged blocks, 4 some have no tissue, 130 stopped.
 
-    histo-infer view OUT shows results in a browser, also during a run; see histo-infer view --help.
+    histo-infer view OUT shows results in a browser, also during a run; histo-infer qupath OUT writes a
+    script that imports them into QuPath; histo-infer dsa is a task of the Digital Slide Archive. Each
+    has its own --help.
     """
     from histostream.runtime.command import run
 

@@ -16,6 +16,7 @@ from typing import Any
 import click
 
 from histostream.runtime.bundle.card import default_bundle, read_card
+from histostream.runtime.choices import AUTO
 from histostream.runtime.cohort.inputs import find_inputs
 from histostream.runtime.cohort.processes import ProcessPool
 from histostream.runtime.cohort.worker import CONCURRENCY, CohortRecord, Executor, LocalExecutor
@@ -34,8 +35,11 @@ from histostream.wsi.errors import HistoError
 from histostream.wsi.option_types import CPU
 from histostream.wsi.optional import require
 from histostream.wsi.report.figures import rough_duration, size
+from histostream.wsi.slides.sources.base import redact_url
+from histostream.wsi.tiling.polygons import read_polygons
 
 GPU_BACKENDS = ("cuda", "tensorrt")
+MAX_NOTES = 3  # about names of slides; in some cohorts every slide has one
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,21 +47,21 @@ class Request:
     """The options of the command line beside `Options`; see ``histo-infer --help``."""
 
     slides: tuple[str, ...]
-    bundle: Path | None
     out: Path
-    backend: str
-    precision: str
-    devices: tuple[str, ...]
-    threads: int | None
-    crf: bool
-    crf_params: str | None
-    crf_uncertain: float | None
-    restart: bool
-    stage: Path | None
-    cluster: str | None
-    workers: int | None
-    dry_run: bool
-    log_json: bool
+    bundle: Path | None = None
+    backend: str = AUTO
+    precision: str = AUTO
+    devices: tuple[str, ...] = ()
+    threads: int | None = None
+    crf: bool = False
+    crf_params: str | None = None
+    crf_uncertain: float | None = None
+    restart: bool = False
+    stage: Path | None = None
+    cluster: str | None = None
+    workers: int | None = None
+    dry_run: bool = False
+    log_json: bool = False
 
     def check(self) -> None:
         """Refuse options that contradict each other.
@@ -89,9 +93,9 @@ class Request:
 def run(**options: Any) -> int:
     """Segment the slides; return the exit status.
 
-    ``options`` are the fields of `Request` and `Options`.
+    ``options`` are fields of `Request` and `Options`; those that are left out have their defaults.
     """
-    request = Request(**{entry.name: options.pop(entry.name) for entry in fields(Request)})
+    request = Request(**{entry.name: options.pop(entry.name) for entry in fields(Request) if entry.name in options})
     show_only_our_warnings("histo-infer", JsonFormatter() if request.log_json else None)
     return_buffers_at_once()
     messages: Messages = JsonMessages() if request.log_json else TextMessages()
@@ -104,8 +108,11 @@ def run(**options: Any) -> int:
         request = request.on_device()
         bundle = request.bundle or default_bundle()
         run_options = Options(threads=request.threads, **options)
-        slides = find_inputs(request.slides)
+        slides = find_inputs(request.slides, request.out)
+        _print_notes(slides, messages)
         run_options.check_installed()
+        if run_options.roi is not None:
+            read_polygons(run_options.roi)  # a file that cannot be used is an error of the call, not of each slide
         if request.crf:
             run_options = replace(run_options, crf=_crf_options(bundle, request))
         jobs = [_job(request, run_options, slide) for slide in slides]
@@ -113,6 +120,11 @@ def run(**options: Any) -> int:
             return _plan(request, bundle, jobs)
         engine_message: list[str] = []
         executor = _open_executor(request, bundle, run_options, len(jobs), engine_message.append)
+        try:
+            run_options.for_model(executor.card)
+        except HistoError:
+            executor.close()
+            raise
     except HistoError as error:
         messages.error(str(error))
         return 1
@@ -142,6 +154,15 @@ def run(**options: Any) -> int:
         messages.error("stopped; what is finished is kept, and the same command continues from there")
         return 128 + stop.signal
     return 1 if counts[FAILED] else 3 if damaged else 4 if counts[NO_TISSUE] else 0
+
+
+def _print_notes(slides: list[SlideInput], messages: Messages) -> None:
+    """Print what a user should know about paths and names of slides; ``cohort.csv`` has all of it."""
+    notes = [f"{redact_url(slide.source)}: {slide.note}" for slide in slides if slide.note and not slide.problem]
+    for note in notes[:MAX_NOTES]:
+        messages.error(note)
+    if len(notes) > MAX_NOTES:
+        messages.error(f"{len(notes) - MAX_NOTES} more slides have such a note; cohort.csv lists them")
 
 
 def _record(out: Path, jobs: list[SlideJob]) -> AbstractContextManager[CohortRecord | None]:

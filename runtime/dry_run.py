@@ -16,7 +16,7 @@ from histostream.runtime.engines.base import Engine
 from histostream.runtime.layout import lay_out, open_for_model
 from histostream.runtime.options import Options
 from histostream.runtime.slide_job import SlideJob
-from histostream.wsi.errors import HistoError, printable
+from histostream.wsi.errors import HistoError, printable, unreadable
 from histostream.wsi.outputs.journal import Journal
 from histostream.wsi.outputs.sinks import find_sink
 from histostream.wsi.outputs.sinks.pyramid import LABEL_BYTES
@@ -112,6 +112,8 @@ def plan_slides(jobs: Sequence[SlideJob], engine: Engine, devices: int = 1) -> I
             yield _plan_slide(job, engine.card, seconds)
         except HistoError as error:
             yield SlidePlan(job.source, str(job.folder), problem=str(error))
+        except OSError as error:
+            yield SlidePlan(job.source, str(job.folder), problem=str(unreadable(job.source, error)))
 
 
 def seconds_of_tile(engine: Engine) -> float:
@@ -138,13 +140,16 @@ def not_enough_disk(plans: Sequence[SlidePlan], out: Path) -> str:
 
 
 def _plan_slide(job: SlideJob, card: ModelCard, seconds_per_tile: float) -> SlidePlan:
-    source, folder, options = job.source, str(job.folder), job.options
+    source, folder = job.source, str(job.folder)
+    if job.slide.problem:
+        return SlidePlan(source, folder, problem=job.slide.problem)
+    options = job.options.for_model(card)
     if is_remote(job.slide.source):
         return SlidePlan(source, folder, "remote")
     if job.is_done(card):
         return SlidePlan(source, folder, "done")
     is_begun = not job.restart and Journal(job.folder).read() is not None
-    with open_for_model(Path(job.slide.source), card) as slide:
+    with open_for_model(Path(job.slide.source), card, options) as slide:
         layout = lay_out(slide, card, options)
         view, grid = layout.view, layout.grid
         tiles, tiles_in_all = len(grid), len(grid.xs) * len(grid.ys)

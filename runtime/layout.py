@@ -17,6 +17,7 @@ from histostream.wsi.errors import SlideError
 from histostream.wsi.geometry import Box
 from histostream.wsi.outputs.sinks.overview import Mark, overview_size
 from histostream.wsi.slides.channels import open_for_channels, takes_colors
+from histostream.wsi.slides.coordinates import origin_px
 from histostream.wsi.slides.damage import Damage, Undamaged
 from histostream.wsi.slides.reader import SlideReader
 from histostream.wsi.slides.resolution import SlideView, at_mpp, thumbnail
@@ -84,15 +85,15 @@ class SlideLayout:
         return marks
 
 
-def open_for_model(path: Path, card: ModelCard) -> SlideReader:
-    """Open a slide with the channels that a model takes.
+def open_for_model(path: Path, card: ModelCard, options: Options) -> SlideReader:
+    """Open a slide with the channels that a model takes, or that the options pick for it.
 
     Raises
     ------
     SlideError
         If it cannot be opened, or does not have these channels.
     """
-    return open_for_channels(path, card.channels, card.channel_names)
+    return open_for_channels(path, card.channels, card.channel_names, options.channels)
 
 
 def lay_out(slide: SlideReader, card: ModelCard, options: Options, damage: Damage | None = None) -> SlideLayout:
@@ -157,8 +158,9 @@ def lay_tiles(width: int, height: int, card: ModelCard, options: Options) -> Til
 
 def _given(view: SlideView, options: Options) -> tuple[list[RegionOfInterest], list[NDArray[np.bool_]]]:
     """Read the region of interest and the mask that the options name."""
-    mask = UserMask() if options.mask is None else read_mask(options.mask, view)
-    roi = [] if options.roi is None else [read_roi(options.roi, view)]
+    origin = origin_px(view.bounds, options.coordinates)
+    mask = UserMask() if options.mask is None else read_mask(options.mask, view, origin)
+    roi = [] if options.roi is None else [read_roi(options.roi, view, origin)]
     return [*roi, *mask.regions], list(mask.masks)
 
 

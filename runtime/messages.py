@@ -91,8 +91,13 @@ class TextMessages:
             areas = ", ".join(
                 f"{c.name} {c.area_mm2 or 0:.3g} mm2 ({100 * (c.share or 0):.1f} %)" for c in summary.classes
             )
+            counts = "".join(
+                f"; {c.objects} objects of {c.name} ({c.objects_per_mm2 or 0:.0f}/mm2)"
+                for c in summary.classes
+                if c.objects is not None
+            )
             click.echo(
-                f"{name}: {areas}; {run.mpx or 0:.1f} Mpx in {run.seconds.total or 0:.1f} s "
+                f"{name}: {areas}{counts}; {run.mpx or 0:.1f} Mpx in {run.seconds.total or 0:.1f} s "
                 f"({run.mpx_per_s or 0:.2f} Mpx/s) -> {job.folder}"
             )
         if outcome.status == UNCHANGED:

@@ -11,10 +11,13 @@ from histostream.runtime.bundle.card import ModelCard
 from histostream.runtime.choices import AUTO
 from histostream.runtime.crf.options import CrfOptions
 from histostream.wsi.errors import HistoError
+from histostream.wsi.outputs.label_rows import ClassInfo
+from histostream.wsi.outputs.objects.counting import with_rules
 from histostream.wsi.outputs.sinks import OPTIONS as SINK_OPTIONS
 from histostream.wsi.outputs.sinks import SinkKind, find_sink, sink_names
 from histostream.wsi.outputs.sinks.object_files import check_installed
 from histostream.wsi.records import to_json
+from histostream.wsi.slides.coordinates import COORDINATES
 from histostream.wsi.slides.staging import sha256_of
 
 FREE = ("batch", "threads", "max_memory_mib")  # options that do not change the result
@@ -37,8 +40,14 @@ class Options:
         labels, or no scores at the border of a tile.
     mpp
         Resolution of the slide's level 0 in um per pixel, where the file has none or a wrong one.
+    channels
+        For each of the model's channels the index of a channel of the slide, from 0; None: the slide's colours, or all
+        its channels in their order.
     roi
         GeoJSON file; only its polygons (level 0 pixels) are analysed.
+    coordinates
+        Where level 0 begins in ``roi`` and in files of objects: "qupath", at the corner of the area that was
+        scanned; "openslide", at the corner of OpenSlide's level 0, which may be larger (MIRAX).
     mask
         PNG, TIFF or GeoJSON file of what is to be analysed; see `read_mask`.
     tissue
@@ -64,12 +73,13 @@ class Options:
     objects
         Tables of objects to write: "csv" (objects.csv), "parquet" (objects.parquet).
     min_area_um2
-        Smaller objects are left out of those files.
+        Smaller objects are neither counted nor in those files; None: as the model's card says.
     simplify_um
         How far outlines may deviate, to have fewer points; 0: they follow the pixels.
     rasters
         Further formats of the label map to write: "ome-tiff" (labels.ome.tif), "ome-tiff-rgb"
-        (labels.rgb.ome.tif, its colours), "ome-zarr" (labels.ome.zarr), "dicom-seg" (labels.dcm).
+        (labels.rgb.ome.tif, its colours), "ome-zarr" (labels.ome.zarr), "dicom-seg" (labels.dcm); and "density"
+        (density.tif), objects per mm2.
 
     Other packages may add values of ``annotations``, ``objects`` and ``rasters``; see
     `histostream.wsi.outputs.sinks`.
@@ -86,7 +96,9 @@ class Options:
     overlap_px: int | None = None
     blend: str = AUTO
     mpp: float | None = None
+    channels: tuple[int, ...] | None = None
     roi: Path | None = None
+    coordinates: str = COORDINATES[0]
     mask: Path | None = None
     tissue: bool = True
     artefacts: bool = False
@@ -99,7 +111,7 @@ class Options:
     strict: bool = False
     annotations: tuple[str, ...] = ()
     objects: tuple[str, ...] = ()
-    min_area_um2: float = 0.0
+    min_area_um2: float | None = None
     simplify_um: float = 0.0
     rasters: tuple[str, ...] = ()
 
@@ -110,13 +122,46 @@ class Options:
                 raise OptionError(f"{name}={value}: use 1 or more")
         if self.overlap_px is not None and self.overlap_px < 0:
             raise OptionError(f"overlap_px={self.overlap_px}: use 0 or more")
+        if self.channels is not None and (not self.channels or min(self.channels) < 0):
+            raise OptionError(f"channels={self.channels}: name channels by their numbers, from 0")
+        if self.coordinates not in COORDINATES:
+            raise OptionError(f"coordinates={self.coordinates!r}: use {' or '.join(COORDINATES)}")
         if self.artefacts and not self.tissue:
             raise OptionError("artefacts are looked for in tissue: leave out one of --artefacts and --no-tissue")
         self._check_files()
 
     def for_model(self, card: ModelCard) -> Options:
-        """Return the options with what is left to the model."""
+        """Return the options with what is left to the model.
+
+        Raises
+        ------
+        OptionError
+            If another number of channels is picked than the model has.
+        """
+        if self.channels is not None and len(self.channels) != card.channels:
+            names = f" ({', '.join(card.channel_names)})" if card.channel_names else ""
+            raise OptionError(
+                f"--channels picks {len(self.channels)}, and the model takes {card.channels}{names}: pick one for each"
+            )
         return replace(self, blend=card.default_blend) if self.blend == AUTO else self
+
+    def classes_of(self, card: ModelCard) -> tuple[ClassInfo, ...]:
+        """Return the classes of a model with the rules by which their objects are found and counted.
+
+        Classes whose card has no rule are counted where objects or their density are asked for.
+
+        Raises
+        ------
+        OptionError
+            If a class has no objects as large as ``min_area_um2``.
+        """
+        wanted = bool(self.annotations or self.objects) or any(
+            find_sink("rasters", name).counts_objects for name in self.rasters
+        )
+        try:
+            return with_rules(card.classes, self.min_area_um2, count_all=wanted)
+        except ValueError as error:
+            raise OptionError(f"--min-area does not fit the model's card: {error}") from error
 
     def result_options(self) -> dict[str, Any]:
         """Return the options that decide the bits of the result, as JSON values.
@@ -163,13 +208,13 @@ class Options:
                     raise OptionError(f"{option}={value!r}: use {' or '.join(sink_names(option))}")
         for name in ("min_area_um2", "simplify_um"):
             value = getattr(self, name)
-            if not 0 <= value < math.inf:
+            if value is not None and not 0 <= value < math.inf:
                 raise OptionError(f"{name}={value}: use 0 or more")
-            if value and not (self.annotations or self.objects):
-                raise OptionError(
-                    f"{name}={value} applies to files of objects, and none is written: "
-                    "pass --geojson, --annotations or --objects"
-                )
+        if self.simplify_um and not (self.annotations or self.objects):
+            raise OptionError(
+                f"simplify_um={self.simplify_um} applies to files of objects, and none is written: "
+                "pass --geojson, --annotations or --objects"
+            )
 
 
 def _content(path: Path) -> str:

@@ -14,9 +14,10 @@ from typing import Any
 from histostream.runtime.bundle.card import ModelCard
 from histostream.runtime.options import Options
 from histostream.runtime.stream.context import DeviceRecord
+from histostream.wsi.geometry import Box
 from histostream.wsi.outputs.folder import RUN_FILE
 from histostream.wsi.outputs.sinks.summary import SummaryRecord
-from histostream.wsi.records import OMIT, from_json
+from histostream.wsi.records import OMIT, from_json, to_json
 from histostream.wsi.slides.staging import SlideVersion
 
 SUMMARY_FILE = "summary.json"
@@ -53,10 +54,14 @@ class SlideRecord:
         Which reader opened it.
     mpp
         Micrometres per pixel of level 0, as the file says; None where it does not say.
+    mpp_source
+        Where the resolution of the run comes from: "--mpp", or the part of the file that says it, as "OME-XML".
     level, scale, downsample, width, height, result_mpp
         As in `SlideView`; the last three are size and resolution of the label map.
     sha256
         Of the file's content.
+    bounds, notes
+        As in `SlideReader`; no bounds where the slide is all that OpenSlide shows.
     """
 
     path: str = ""
@@ -64,6 +69,7 @@ class SlideRecord:
     modified: str = ""
     reader: str = ""
     mpp: float | None = None
+    mpp_source: str = ""
     level: int | None = None
     scale: float | None = None
     downsample: float | None = None
@@ -72,6 +78,8 @@ class SlideRecord:
     result_mpp: float | None = None
     sha256: str = ""
     source: str = ""
+    bounds: Box | None = field(default=None, metadata=OMIT)
+    notes: tuple[str, ...] = ()
     further: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -167,16 +175,6 @@ class CrfRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class ObjectCount:
-    """How many objects of a class are in the files, and their mean area."""
-
-    name: str = ""
-    count: int | None = None
-    mean_um2: float | None = None
-    further: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
 class ResumedRecord:
     """How often the run was begun, and the megapixels that were done before the last begin."""
 
@@ -229,9 +227,8 @@ class RunRecord:
         The stage that the run waited for most.
     peak_memory_mib
         Of the process; None where the system does not say.
-    device, crf, objects, resumed
-        None where no GPU and no other device, no CRF and no file of objects was requested, and where
-        the run was not interrupted.
+    device, crf, resumed
+        None where no GPU and no other device and no CRF was requested, and where the run was not interrupted.
     started
         Time in ISO 8601.
     inputs
@@ -261,7 +258,6 @@ class RunRecord:
     peak_memory_mib: float | None = None
     device: DeviceRecord | None = field(default=None, metadata=OMIT)
     crf: CrfRecord | None = field(default=None, metadata=OMIT)
-    objects: tuple[ObjectCount, ...] | None = field(default=None, metadata=OMIT)
     resumed: ResumedRecord | None = field(default=None, metadata=OMIT)
     started: str = ""
     inputs: Mapping[str, Any] | None = field(default=None, metadata=OMIT)
@@ -330,6 +326,7 @@ def fingerprint(
     values = {
         "slide": asdict(version),
         "model": card.digest(),
+        "objects": to_json([entry.rule for entry in options.classes_of(card)]),
         "options": {**options.for_model(card).result_options(), **requested},
         "histostream": metadata.version("histostream"),
     }

@@ -5,10 +5,11 @@ from __future__ import annotations
 import html
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,8 @@ from histostream.wsi.errors import HistoError, SlideError
 from histostream.wsi.optional import require
 from histostream.wsi.outputs.label_rows import ClassInfo, background_label
 from histostream.wsi.outputs.raster import Raster
-from histostream.wsi.outputs.sinks.summary import SummaryRecord
+from histostream.wsi.outputs.sinks.rasters.density import DENSITY_FILE, DensityMap, read_density
+from histostream.wsi.outputs.sinks.summary import ClassSummary, SummaryRecord
 from histostream.wsi.slides.channels import open_for_channels
 from histostream.wsi.slides.reader import SlideReader
 from histostream.wsi.slides.resolution import SlideView
@@ -48,6 +50,7 @@ class SlideResult:
 
         result = SlideResult.read("out/slide")
         result.areas                        # {"background": 3.1, "nucleus": 0.4}, mm2
+        result.objects["nucleus"].objects   # 5120; objects_per_mm2, mean_object_um2, touching_share
         result.labels[1000:2000, :500]      # read from labels.tif
         result.plot()
 
@@ -56,7 +59,7 @@ class SlideResult:
     folder
         The folder of ``labels.tif`` and the other files.
     summary
-        Area and share of each class, as in ``summary.json``.
+        Area, share and objects of each class, as in ``summary.json``.
     run
         Versions, options and times, as in ``run.json``.
     """
@@ -101,6 +104,23 @@ class SlideResult:
     def shares(self) -> dict[str, float]:
         """Share of each class in the analysed area; nan where nothing was analysed."""
         return {entry.name: _number(entry.share) for entry in self.summary.classes}
+
+    @property
+    def objects(self) -> dict[str, ClassSummary]:
+        """The classes whose objects are counted, with their number, density, mean area and share of touching ones."""
+        return {entry.name: entry for entry in self.summary.classes if entry.objects is not None}
+
+    @cached_property
+    def density(self) -> DensityMap | None:
+        """Objects per mm2 on a grid of 64 um; None if it was not written.
+
+        Raises
+        ------
+        SlideError
+            If ``density.tif`` cannot be read.
+        """
+        path = self.folder / DENSITY_FILE
+        return read_density(path) if path.name in self.run.outputs else None
 
     @property
     def mpp(self) -> float:
@@ -149,7 +169,7 @@ class SlideResult:
         version = SlideVersion(slide.bytes or 0, slide.modified)
         locator = SlideLocator(slide.source, version, slide.sha256)
         path = locator.find(None if slides is None else Path(slides))
-        return open_for_channels(path, self.run.model.card.channels or 3)
+        return open_for_channels(path, self.run.model.card.channels or 3, picked=_picked(self.run.options))
 
     def region(
         self,
@@ -263,8 +283,9 @@ class SlideResult:
         """Show overview and areas in a notebook."""
         lines = "".join(
             f"<tr><td style='border-left:1em solid {c.hex}'>{html.escape(c.name)}</td>"
-            f"<td>{self.areas[c.name]:.4g} mm²</td><td>{100 * self.shares[c.name]:.1f} %</td></tr>"
-            for c in self.classes
+            f"<td>{self.areas[c.name]:.4g} mm²</td><td>{100 * self.shares[c.name]:.1f} %</td>"
+            f"<td>{_objects_text(entry)}</td></tr>"
+            for c, entry in zip(self.classes, self.summary.classes, strict=True)
         )
         size = self.summary.width_px or 0, self.summary.height_px or 0
         picture = read_picture(self.folder / "overview.png", *size, NOTEBOOK_PX)
@@ -305,6 +326,18 @@ class SlideResult:
         share = strength[labels][..., None]
         mixed = pixels * (1 - share) + colors[labels] * share
         return np.rint(mixed).astype(np.uint8)
+
+
+def _picked(options: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Return the channels that a run picked; None if it picked none, or its record is odd."""
+    picked = options.get("channels")
+    if not isinstance(picked, list) or not picked or not all(isinstance(i, int) and i >= 0 for i in picked):
+        return None
+    return tuple(picked)
+
+
+def _objects_text(entry: ClassSummary) -> str:
+    return "" if entry.objects is None else f"{entry.objects} objects, {entry.objects_per_mm2 or 0:.0f} per mm²"
 
 
 def _number(value: float | None) -> float:

@@ -123,7 +123,7 @@ class Segmenter:
         InputError
             If a folder or pattern cannot be used.
         """
-        slides = find_inputs([str(slide)])
+        slides = find_inputs([str(slide)], Path(out))
         if len(slides) != 1:
             raise ResultError(f"{slide}: these are {len(slides)} slides; run them one by one")
         job = SlideJob(slides[0], Path(out), options or Options(), self._requested, restart=restart)

@@ -24,13 +24,17 @@ class SlideInput:
     source
         Local path or URL; that of a remote DICOM series ends with ``/``.
     name
-        Name of the folder of its results.
+        Name of the folder of its results. Empty where `name_folders` is to find one.
     mpp
         Micrometres per pixel of level 0; None: as the file says.
     roi
         Path of a GeoJSON file with the regions to analyse.
     further
         Other columns of the list that names the slide.
+    note
+        What a user should know about the name or the path; empty if they are as given.
+    problem
+        Why the slide cannot be run at all; empty if it can be tried.
     mask
         Path of an image or GeoJSON file of what is to be analysed.
     """
@@ -40,6 +44,8 @@ class SlideInput:
     mpp: float | None = None
     roi: str | None = None
     further: Mapping[str, str] = field(default_factory=dict, hash=False)
+    note: str = ""
+    problem: str = ""
     mask: str | None = None
 
 
@@ -89,7 +95,7 @@ class SlideJob:
     @property
     def location(self) -> str:
         """Where the slide is, for records: an absolute path, or a URL without its signature."""
-        return self.source if is_remote(self.slide.source) else str(Path(self.slide.source).absolute())
+        return absolute_source(self.slide.source)
 
     def is_done(self, card: ModelCard) -> bool:
         """Whether nothing is to be done: the folder holds the result of the same inputs.
@@ -107,6 +113,11 @@ class SlideJob:
         )
 
 
+def absolute_source(source: str) -> str:
+    """Return a slide's absolute path, or its URL without the signature, as records have it."""
+    return redact_url(source) if is_remote(source) else os.path.abspath(source)  # noqa: PTH100  (removes .. too)
+
+
 def stem_of(source: str) -> str:
     """Return the name of a slide's output folder: the file's without suffix, or the folder's.
 
@@ -120,4 +131,6 @@ def stem_of(source: str) -> str:
         return name if source.endswith("/") else PurePosixPath(name).stem
     path = Path(source)
     is_folder = os.path.isdir(source)  # noqa: PTH112  (Path's raises where a parent is not to be searched)
-    return path.resolve().name if is_folder else path.stem
+    if is_folder:
+        return path.resolve().name
+    return path.name if path.suffix[1:].isdigit() else path.stem  # a DICOM file's name is often a UID, 1.2.840.1

@@ -34,7 +34,6 @@ from histostream.runtime.record import (
     DecodedBlocks,
     GridRecord,
     ModelRecord,
-    ObjectCount,
     ResumedRecord,
     RunRecord,
     SecondsRecord,
@@ -66,15 +65,19 @@ from histostream.wsi.errors import SlideError, StoppedError
 from histostream.wsi.outputs.area_outline import AREA_FILE, area_geojson
 from histostream.wsi.outputs.folder import OutputFolder
 from histostream.wsi.outputs.journal import Journal, JournalError, RunManifest, ViewInfo
-from histostream.wsi.outputs.label_rows import SlideInfo
+from histostream.wsi.outputs.label_rows import ClassInfo, SlideInfo
 from histostream.wsi.outputs.memory_needs import MemoryNeeds
+from histostream.wsi.outputs.objects.counting import counted_labels
 from histostream.wsi.outputs.sinks import find_sink
+from histostream.wsi.outputs.sinks.object_counts import ObjectCounts, count_needs
 from histostream.wsi.outputs.sinks.object_files import Objects, object_needs
 from histostream.wsi.outputs.sinks.overview import Overview
 from histostream.wsi.outputs.sinks.summary import Summary, SummaryRecord
 from histostream.wsi.outputs.sinks.tiff import LabelTiff, ProbabilityTiff
 from histostream.wsi.records import to_json
+from histostream.wsi.slides.coordinates import origin_px
 from histostream.wsi.slides.damage import Damage
+from histostream.wsi.slides.reader import mpp_source
 from histostream.wsi.slides.resolution import SlideView
 from histostream.wsi.slides.staging import SlideVersion, sha256_of, version_of
 from histostream.wsi.tiling.grid import TileGrid
@@ -166,11 +169,10 @@ class ManyDevices(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Outputs:
-    """The output folder of a run, and those of its sinks that also give numbers."""
+    """The output folder of a run, and the sink that also gives numbers."""
 
     folder: OutputFolder
     summary: Summary
-    objects: Objects | None
 
 
 @dataclass(slots=True, eq=False)
@@ -258,7 +260,7 @@ class SlideRun:
         seconds = StageSeconds()
         with ExitStack() as stack:
             version = version_of(job.slide.source)
-            slide = stack.enter_context(open_for_model(path, card))
+            slide = stack.enter_context(open_for_model(path, card, options))
             folder = stack.enter_context(OutputFolder(job.out, job.folder.name, job.dead_processes))
             journal = Journal(folder.path)
             stack.push(lambda kind, *_: None if kind is None or journal.has_strips() else journal.remove())
@@ -330,7 +332,9 @@ class SlideRun:
         record = self._record(sha256, [*files, REPORT, AREA_FILE], summary)
         folder.run.update(to_json(record))
         base = view.slide.levels[0]
-        folder.add_text(AREA_FILE, area_geojson(self.context.plan.area.mask, base.width, base.height))
+        origin = origin_px(view.bounds, self.job.options.coordinates)
+        area = area_geojson(self.context.plan.area.mask, base.width, base.height, origin)
+        folder.add_text(AREA_FILE, area)
         folder.add_text(REPORT, slide_report(record, summary, files["overview.png"]))
         folder.after_publishing(self.context.journal.remove)
         self.stack.close()
@@ -399,7 +403,6 @@ class SlideRun:
         waited = stages.pop("wait")
         several = [result.band for result in self._results if result.band is not None]
         decoded = view.slide.decoded_blocks - self.overview_blocks + sum(b.source_blocks_decoded for b in several)
-        objects = self.outputs.objects
         mpx_before = counts.pixels_before / 1e6
         record = RunRecord(
             SlideRecord(
@@ -408,6 +411,7 @@ class SlideRun:
                 self.version.modified,
                 view.slide.name,
                 view.slide.mpp,
+                "--mpp" if options.mpp is not None else mpp_source(view.slide),
                 view.level,
                 view.scale,
                 view.downsample,
@@ -416,6 +420,8 @@ class SlideRun:
                 view.mpp,
                 sha256,
                 self.job.location,
+                view.bounds,
+                tuple(getattr(view.slide, "notes", ())),
             ),
             DecodedBlocks(self.overview_blocks, decoded),
             tuple(DamagedBlock(**block) for block in context.damage.record()),
@@ -436,7 +442,6 @@ class SlideRun:
                 sum(result.cells for result in self._results),
                 sum(result.cells_skipped for result in self._results),
             ),
-            objects=tuple(ObjectCount(*entry) for entry in objects.by_class()) if objects else None,
             resumed=ResumedRecord(manifest.runs, round(mpx_before, 3)) if manifest.runs > 1 else None,
             started=self.started.isoformat(timespec="seconds"),
             inputs=self.inputs,
@@ -516,7 +521,7 @@ def _bands(context: RunContext, engine: Engine | ManyDevices) -> list[tuple[int,
 def _memory_needs(context: RunContext) -> MemoryNeeds:
     """Return the memory that the CRF and the chosen output files take."""
     options, view, tile_px = context.plan.options, context.view, context.plan.grid.tile_px
-    info = _slide_info(view, context.card)
+    info = _slide_info(view, options.classes_of(context.card))
     needs = MemoryNeeds()
     if options.crf is not None:
         needs += options.crf.needs(len(context.card.classes), view.channels, tile_px)
@@ -526,16 +531,18 @@ def _memory_needs(context: RunContext) -> MemoryNeeds:
         needs += object_needs(info)
         for kind in kinds:
             needs += kind.needs(info, tile_px)
+    elif counted_labels(info.classes):
+        needs += count_needs(info)
     return needs
 
 
-def _slide_info(view: SlideView, card: ModelCard) -> SlideInfo:
+def _slide_info(view: SlideView, classes: tuple[ClassInfo, ...]) -> SlideInfo:
     assert view.mpp is not None  # the card has a resolution, so the view has one
-    return SlideInfo(view.slide.path.name, view.width, view.height, view.mpp, card.classes)
+    return SlideInfo(view.slide.path.name, view.width, view.height, view.mpp, classes)
 
 
 def _add_sinks(folder: OutputFolder, layout: SlideLayout, card: ModelCard, options: Options) -> _Outputs:
-    info, path = _slide_info(layout.view, card), layout.view.slide.path
+    info, path = _slide_info(layout.view, options.classes_of(card)), layout.view.slide.path
     folder.add(LabelTiff(folder.path / "labels.tif", info))
     if options.probabilities:
         folder.add(ProbabilityTiff(folder.path / "probabilities.tif", info))
@@ -543,16 +550,20 @@ def _add_sinks(folder: OutputFolder, layout: SlideLayout, card: ModelCard, optio
         kind = find_sink("rasters", name)
         folder.add(kind.open(folder.path / kind.file, info, path))
     folder.add(Overview(folder.path / "overview.png", info, to_channels(layout.overview, 3), layout.marks()))
-    objects = None
+    counts: Objects | ObjectCounts | None = None
     if kinds := options.object_sinks():
-        objects = Objects(
+        counts = Objects(
             folder.path,
             info,
             path,
             kinds,
             downsample=layout.view.downsample,
-            min_area_um2=options.min_area_um2,
+            origin=origin_px(layout.view.bounds, options.coordinates),
             simplify_um=options.simplify_um,
         )
-        folder.add(objects)
-    return _Outputs(folder, folder.add(Summary(folder.path, info)), objects)
+    elif counted_labels(info.classes):
+        counts = ObjectCounts(info)
+    if counts is not None:
+        folder.add(counts)  # before the summary, which takes the numbers over
+    counter = None if counts is None else counts.counter
+    return _Outputs(folder, folder.add(Summary(folder.path, info, counter)))

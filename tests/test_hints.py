@@ -25,11 +25,13 @@ COMMANDS = {
     "histo-export": ("histostream.export.cli", "main"),
     "histo-bench": ("histostream.benchmarks.cli", "main"),
     "histo-infer view": ("histostream.runtime.viewer.command", "view"),
+    "histo-infer qupath": ("histostream.runtime.qupath.command", "qupath"),
+    "histo-infer dsa": ("histostream.runtime.dsa.command", "dsa"),
 }
 # Messages of what a folder's code does for a command; that of another command names it.
 OF_FOLDER = {
     "wsi": tuple(COMMANDS),
-    "runtime": ("histo-infer", "histo-infer view"),
+    "runtime": tuple(name for name in COMMANDS if name.startswith("histo-infer")),
     "training": ("histo-train",),
     "export": ("histo-export",),
     "benchmarks": ("histo-bench",),
@@ -47,6 +49,7 @@ OTHER_PROGRAMS = {
     "--standalone": "torchrun",
     "--porcelain": "git",
     "--saved-model": "tf2onnx",
+    "--list": "slicer_cli_web",  # --list_cli
 }
 OPTION = re.compile(r"(?<![\w/{-])--[a-z][a-z-]*[a-z]")
 DECLARED = re.compile(r"--[a-z-]+(/--[a-z-]+)?(=.*)?")

@@ -237,6 +237,11 @@ def one_line_errors(
                 needed = {"onnxruntime": "cpu", **extras}.get(package, extra)
                 message = f"{package} is not installed: {install_command(needed)}"
                 status = 1
+            except BrokenPipeError:  # of the output, as with `| head`
+                raise
+            except OSError as error:  # where nothing better is known, as of a current folder that was removed
+                where = f"{error.filename}: " if error.filename else ""
+                message, status = f"{where}{error.strerror or error}; check that the folders and drives are there", 1
             except MemoryError:
                 message, status = f"out of memory; {out_of_memory}", 1
             except KeyboardInterrupt as error:

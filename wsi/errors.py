@@ -40,6 +40,16 @@ class StoppedError(Exception):
     """The user stopped the program; finished results are kept."""
 
 
+def unreadable(source: object, error: OSError) -> SlideError:
+    """Return the error for a slide that the system does not read; ``error`` says why."""
+    file = error.filename
+    other = f"{file}: " if isinstance(file, str) and file != str(source) else ""
+    return SlideError(
+        f"{source}: cannot be read ({printable(other + (error.strerror or reason(error)))}); "
+        "check its permissions and the drive that it is on"
+    )
+
+
 OBJECT = re.compile(r"\s*<[^<>]*\bat 0x[0-9a-fA-F]+[^<>]*>")  # as Python shows an object without a text
 MAX_REASON = 300  # characters; some libraries quote a complete file
 

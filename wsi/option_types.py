@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+MAX_DIGITS = 6  # of a number in a list
 CPU = "cpu"
 DEVICE_METAVAR = "auto|cpu|cuda|0"
 DEVICES_METAVAR = "auto|cpu|0,1,..."
@@ -67,6 +68,28 @@ class CountList(click.ParamType):  # type: ignore[type-arg]
                 self.fail(f"{word!r} is no number from 1 on, nor auto: give one", param, ctx)
             numbers.append(None if word == "auto" else int(word))
         return tuple(dict.fromkeys(numbers))
+
+
+class IndexList(click.ParamType):  # type: ignore[type-arg]
+    """A list of whole numbers from 0 on, with commas between them, as a tuple; numbers may be repeated.
+
+    Examples
+    --------
+    >>> IndexList().convert("0,2,2", None, None)
+    (0, 2, 2)
+    """
+
+    name = "list"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Read the numbers of a text."""
+        if isinstance(value, tuple):
+            return value
+        words = [word.strip() for word in value.split(",")]
+        for word in words:
+            if not (word.isascii() and word.isdecimal() and len(word) < MAX_DIGITS):
+                self.fail(f"{word!r} is no number from 0 on: give numbers with commas, as 0,1,2", param, ctx)
+        return tuple(map(int, words))
 
 
 class Device(click.ParamType):  # type: ignore[type-arg]

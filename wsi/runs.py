@@ -65,6 +65,26 @@ class Runs:
         value[self._filled] = number[self.component]
         return np.repeat(value, np.diff(self._edges)).reshape(height, width + 1)[:, :width]
 
+    def painted_border(self, number: NDArray[T]) -> tuple[NDArray[T], NDArray[T], NDArray[T], NDArray[T]]:
+        """Return the first and last row (W,), and the first and last column (H,), of `painted`."""
+        height, width = self._shape
+        value = number[self.component]
+        borders = []
+        for row in (0, height - 1):
+            line = np.zeros(width, number.dtype)
+            inside = slice(*np.searchsorted(self.row, (row, row + 1)))
+            start, length = self.start[inside], self.end[inside] - self.start[inside]
+            ends = np.cumsum(length)
+            columns = np.arange(length.sum()) + np.repeat(start - (ends - length), length)
+            line[columns] = np.repeat(value[inside], length)
+            borders.append(line)
+        for touches in (self.start == 0, self.end == width):
+            line = np.zeros(height, number.dtype)
+            line[self.row[touches]] = value[touches]
+            borders.append(line)
+        first, last, left, right = borders
+        return first, last, left, right
+
 
 def connected(n: int, a: Longs, b: Longs) -> Longs:
     """Return the lowest node that each of n nodes is connected to, by edges from a to b."""

@@ -21,6 +21,7 @@ from histostream.runtime.choices import BF16, PRECISIONS
 from histostream.wsi.errors import HistoError, reason
 from histostream.wsi.files import write_whole
 from histostream.wsi.outputs.label_rows import ROLES, ClassInfo
+from histostream.wsi.outputs.object_rule import ObjectRule, rule_by_name, rule_from_json, rule_to_json
 
 SCHEMA = 2
 OLD_SCHEMA = 1  # its scores are bytes, round(255 s), which loses labels where classes are close
@@ -50,8 +51,8 @@ class ModelCard:
     method
         Name of the method that trained it.
     classes
-        Name and display colour of each class, in label order; and the role "background" of one, unless its name says
-        so.
+        Name and display colour of each class, in label order; the role "background" of one, unless its name says so;
+        and which regions are objects. Cards without such a rule are read as if classes called nuclei had theirs.
     mpp
         Resolution that the network expects, in micrometres per pixel.
     channels
@@ -182,10 +183,13 @@ class ModelCard:
         """Return the SHA-256 of the card's content that describes the network.
 
         An engine names the card that it was built for by this digest, so engines in the bundle do
-        not change it. Parameters of the CRF, where the halo comes from and unknown keys do not belong to the network.
+        not change it. Parameters of the CRF, where the halo comes from, which regions are objects, and unknown keys do
+        not belong to the network.
         """
         content = _content(self)
         del content["crf"], content["halo_source"], content["further"]
+        for entry in content["classes"]:
+            entry.pop("objects", None)
         if self.schema == OLD_SCHEMA:  # as engines of that time have it
             del content["channel_names"], content["border_px"]
         for name in ("files", "parity"):
@@ -282,9 +286,18 @@ def read_file(bundle: Path, card: ModelCard, name: str) -> bytes:
 
 
 def _content(card: ModelCard) -> dict[str, Any]:
-    """Return the content of ``card.json``; an empty role is left out, as in older cards."""
+    """Return the content of ``card.json``; an empty role and a rule that is missing are left out, as in older cards."""
     content = {"schema": card.schema, **asdict(card)}
-    content["classes"] = [{k: v for k, v in entry.items() if k != "role" or v} for entry in content["classes"]]
+    content["classes"] = [_class_content(entry) for entry in card.classes]
+    return content
+
+
+def _class_content(entry: ClassInfo) -> dict[str, Any]:
+    content: dict[str, Any] = {"name": entry.name, "color": entry.color}
+    if entry.role:
+        content["role"] = entry.role
+    if entry.rule is not None:
+        content["objects"] = rule_to_json(entry.rule)
     return content
 
 
@@ -312,7 +325,8 @@ def _parse(content: dict[str, Any]) -> ModelCard:
         if not isinstance(digest, str):
             raise TypeError(f"sha256 {_short(digest)} of {_short(file)} has the wrong type")
     classes = tuple(
-        ClassInfo(_class_name(c["name"]), _color(c["color"]), _role(c.get("role", ""))) for c in content.pop("classes")
+        ClassInfo(_class_name(c["name"]), _color(c["color"]), _role(c.get("role", "")), _rule(c))
+        for c in content.pop("classes")
     )
     names = tuple(content.pop("channel_names"))
     return ModelCard(classes=classes, channel_names=names, further=further, **content)
@@ -335,6 +349,11 @@ def _role(value: Any) -> str:
     if value not in ROLES:
         raise ValueError(f"role {_short(value)} of a class is not one of {ROLES}")
     return str(value)
+
+
+def _rule(entry: dict[str, Any]) -> ObjectRule | None:
+    """Return which regions of a class are objects; that of its name, where the card does not say."""
+    return rule_from_json(entry["objects"]) if "objects" in entry else rule_by_name(str(entry["name"]))
 
 
 def _color(values: Any) -> tuple[int, int, int]:

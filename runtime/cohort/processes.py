@@ -397,8 +397,9 @@ def _run_band(
     """Run one band into its journal."""
     plan, counts = job.plan, Counts()
     counts.report = lambda done, total: report(counts.tiles, done, counts.pixels_before)
-    with open_for_model(plan.path, engine.card) as slide:
-        options, damage = plan.options, Damage(slide)
+    options = plan.options
+    with open_for_model(plan.path, engine.card, options) as slide:
+        damage = Damage(slide)
         view = at_mpp(slide, engine.card.mpp, slide_mpp=options.mpp, force=options.force_upsampling)
         context = RunContext(
             plan, view, engine.card, lambda part: None, damage, counts=counts, stopping=stopping

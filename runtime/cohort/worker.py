@@ -37,7 +37,7 @@ from histostream.runtime.report.cohort import CohortReport
 from histostream.runtime.result import SlideResult
 from histostream.runtime.slide_job import SlideJob
 from histostream.runtime.slide_run import DoneError, ManyDevices, SlideRun
-from histostream.wsi.errors import HistoError, StoppedError
+from histostream.wsi.errors import HistoError, StoppedError, unreadable
 from histostream.wsi.files import write_json, write_whole
 from histostream.wsi.outputs.lock import LockedError
 from histostream.wsi.outputs.sinks.summary import SummaryRecord
@@ -143,6 +143,8 @@ class Worker:
 
         May be called in several threads at once: they share the device.
         """
+        if job.slide.problem:
+            return Outcome(FAILED, job.slide.problem)
         clock = time.perf_counter()
         outcome: Outcome | None = None
         run: SlideRun | None = None
@@ -327,6 +329,8 @@ def _outcome_of_error(job: SlideJob, error: Exception) -> Outcome:
         case HistoError():
             named = source.rstrip("/").rpartition("/")[2] in str(error)
             return Outcome(FAILED, str(error) if named else f"{source}: {error}")
+        case OSError():  # of any place where a drive may fail, as a stale handle does
+            return Outcome(FAILED, str(unreadable(source, error)))
     return Outcome(FAILED, f"{source}: {''.join(traceback.format_exception(error, limit=-3))}")
 
 
@@ -343,7 +347,7 @@ def _line(job: SlideJob, outcome: Outcome) -> dict[str, Any]:
         "path": job.source,
         "name": job.slide.name,
         "status": outcome.status,
-        "reason": " ".join(outcome.reason.split()),
+        "reason": " ".join("; ".join(text for text in (outcome.reason, job.slide.note) if text).split()),
         "seconds": outcome.seconds,
         "mpx": run.mpx,
         "mpx_per_s": run.mpx_per_s,
@@ -354,6 +358,14 @@ def _line(job: SlideJob, outcome: Outcome) -> dict[str, Any]:
     }
     for entry in summary.classes:
         line[f"{entry.name}_mm2"] = entry.area_mm2
+    for entry in summary.classes:
+        if entry.objects is not None:
+            line |= {
+                f"{entry.name}_objects": entry.objects,
+                f"{entry.name}_objects_per_mm2": entry.objects_per_mm2,
+                f"{entry.name}_mean_object_um2": entry.mean_object_um2,
+                f"{entry.name}_touching_share": entry.touching_share,
+            }
     for name, value in job.slide.further.items():
         line[f"{name} (given)" if name in line else name] = value
     return line

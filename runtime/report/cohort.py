@@ -27,7 +27,21 @@ MAX_SHARES = 16  # classes in the bar of a slide
 
 @dataclass(frozen=True, slots=True)
 class ClassOverSlides:
-    """A class over all slides: its area and share, and median and distribution of its shares of the slides."""
+    """A class over all slides.
+
+    Attributes
+    ----------
+    area_mm2, share
+        Its area, and its share of what was analysed.
+    median, plot
+        Median and distribution of its shares of the slides.
+    objects
+        Number of its objects; None where they are not counted.
+    per_mm2
+        Median over the slides of its objects per mm2.
+    touching
+        Share of its objects that are probably several that touch.
+    """
 
     name: str
     color: tuple[int, ...]
@@ -35,6 +49,9 @@ class ClassOverSlides:
     share: float | None
     median: float | None
     plot: Distribution | None
+    objects: int | None
+    per_mm2: float | None
+    touching: float | None
 
 
 class CohortReport:
@@ -97,6 +114,7 @@ class CohortReport:
             troubles=troubles[:MAX_TROUBLES],
             troubles_left=max(0, len(troubles) - MAX_TROUBLES),
             classes=classes[:MAX_CLASSES],
+            counted=[entry.name for entry in classes[:MAX_CLASSES] if entry.objects is not None],
             classes_left=max(0, len(classes) - MAX_CLASSES),
             median_rate=median(rates) if rates else None,
             times=distribution(times) if times else None,
@@ -155,6 +173,20 @@ def _classes(summaries: Sequence[SummaryRecord]) -> list[ClassOverSlides]:
                 area / analysed if analysed > 0 else None,
                 median(shares) if shares else None,
                 distribution(shares, limit=1.0) if shares else None,
+                *_objects(entries),
             )
         )
     return classes
+
+
+def _objects(entries: Sequence[ClassSummary]) -> tuple[int | None, float | None, float | None]:
+    """Return the last three values of `ClassOverSlides`."""
+    counts = [entry.objects for entry in entries if entry.objects is not None]
+    rates = [entry.objects_per_mm2 for entry in entries if entry.objects_per_mm2 is not None]
+    several = [(entry.objects or 0, entry.touching_share) for entry in entries if entry.touching_share is not None]
+    of = sum(count for count, _ in several)
+    return (
+        sum(counts) if counts else None,
+        median(rates) if rates else None,
+        sum(count * share for count, share in several) / of if of else None,
+    )

@@ -76,6 +76,7 @@ def slide_report(run: RunRecord, summary: SummaryRecord, overview: Path) -> str:
     picture = read_picture(overview, summary.width_px or 0, summary.height_px or 0, PICTURE_PX)
     background = background_label(summary.classes)
     painted = [entry for label, entry in enumerate(summary.classes) if label != background]
+    counted = [entry for entry in painted if entry.objects is not None]
     precision = run.model.engine.rpartition(" ")[2]  # the name of an engine ends with its precision
     return render(
         __package__,
@@ -92,6 +93,9 @@ def slide_report(run: RunRecord, summary: SummaryRecord, overview: Path) -> str:
         painted=painted,
         nothing=why_nothing(run),
         largest=max((c for c in painted if c.share is not None), key=lambda c: c.share or 0, default=None),
+        counted=counted,
+        smallest=_smallest(run, summary),
+        touching=any(entry.touching_share is not None for entry in counted),
         upsampled=UPSAMPLED,
         damaged=_damaged_regions(run, summary),
         stages=_stages(run),
@@ -131,6 +135,15 @@ def _damaged_regions(run: RunRecord, summary: SummaryRecord) -> DamagedRegions |
         (summary.width_px or 0) * scale,
         (summary.height_px or 0) * scale,
     )
+
+
+def _smallest(run: RunRecord, summary: SummaryRecord) -> dict[str, float]:
+    """Return the smallest area of an object in um2 by the names of the classes that have one."""
+    rules = (run.inputs or {}).get("objects")
+    if not isinstance(rules, list) or len(rules) != len(summary.classes):
+        return {}
+    least = {entry.name: (rule or {}).get("min_area_um2") for entry, rule in zip(summary.classes, rules, strict=True)}
+    return {name: area for name, area in least.items() if area}
 
 
 def _stages(run: RunRecord) -> list[Stage]:

@@ -8,6 +8,7 @@
     /api/place/ROOT/NAME?x=&y=                 label and scores of a pixel of the label map
     /api/difference/ROOT/NAME/ROOT/NAME        share of pixels in which two label maps differ
     /overview/ROOT/NAME                        overview.png
+    /density/ROOT/NAME/LABEL                   float32, little-endian: objects per mm2 of a class, a row after the other
     /tiles/labels/ROOT/NAME/LEVEL/COLUMN/ROW   PNG, grey value = label; level 0 is the finest
     /tiles/slide/ROOT/NAME/LEVEL/COLUMN/ROW    JPEG; level 0 is the coarsest
 
@@ -58,6 +59,7 @@ from histostream.runtime.viewer.results import (
 from histostream.runtime.viewer.slide import SlideTiles
 from histostream.wsi.errors import HistoError, SlideError
 from histostream.wsi.outputs.label_rows import NOT_ANALYSED, background_label
+from histostream.wsi.outputs.sinks.rasters.density import DENSITY_FILE, DensityMap, grid_shape, read_density
 from histostream.wsi.outputs.sinks.summary import SummaryRecord
 from histostream.wsi.records import from_json
 
@@ -69,6 +71,7 @@ MAX_URL = 2000  # characters
 STATIC = {
     "viewer.css": "text/css; charset=utf-8",
     "viewer.js": "text/javascript; charset=utf-8",
+    "density.js": "text/javascript; charset=utf-8",
     "labels.js": "text/javascript; charset=utf-8",
     "pane.js": "text/javascript; charset=utf-8",
     "openseadragon/openseadragon.min.js": "text/javascript; charset=utf-8",
@@ -149,6 +152,7 @@ class Viewer:
         self._open_labels: _Cache[LabelMap] = _Cache()
         self._open_slides: _Cache[SlideTiles] = _Cache()
         self._differences: _Cache[Difference] = _Cache()
+        self._open_densities: _Cache[DensityMap] = _Cache()
 
     def answer(self, target: str) -> Answer:
         """Answer a GET request.
@@ -189,6 +193,12 @@ class Viewer:
             case ["overview", root, name]:
                 file = self._results.find(root, name).file("overview.png")
                 return Answer(file.read_bytes(), "image/png")
+            case ["density", root, name, label]:
+                return Answer(
+                    self._density_of(self._results.find(root, name), label),
+                    "application/octet-stream",
+                    immutable="v" in query,
+                )
             case ["tiles", kind, root, name, *numbers] if len(numbers) == 3:
                 if not all(re.fullmatch("[0-9]{1,7}", number, re.ASCII) for number in numbers):
                     raise ResultError("use numbers: /tiles/KIND/ROOT/NAME/LEVEL/COLUMN/ROW")
@@ -248,6 +258,7 @@ class Viewer:
                 "version": str(run.file("labels.tif").stat().st_mtime_ns),
                 "classes": _areas(from_json(SummaryRecord, run.json(SUMMARY_FILE)), view),
                 "progress": 1.0,
+                "density": self._describe_density(run, view),
             }
         try:
             slide = self._slide(view)
@@ -261,6 +272,46 @@ class Viewer:
         except HistoError as error:
             entry["image"], entry["why"] = None, str(error)
         return entry
+
+    def _describe_density(self, run: Run, view: LabelView) -> dict[str, Any] | None:
+        """Return what the page needs to show the density of objects; None if it was not written or is damaged."""
+        try:
+            density = self._density(run, view)
+        except HistoError:
+            return None
+        height, width, _ = density.values.shape
+        names = [entry.name for entry in view.info.classes]
+        return {
+            "width": width,
+            "height": height,
+            "cell_px": density.cell_um / view.info.mpp * view.downsample,
+            "classes": [{"label": label, "name": names[label]} for label in density.labels],
+        }
+
+    def _density_of(self, run: Run, label: str) -> bytes:
+        """Return the density map of a class."""
+        density = self._density(run, view_of_result(run))
+        if label not in map(str, density.labels):
+            raise ResultError(f"{run.name}: objects of this class are not counted; load the page again")
+        values = density.values[..., [str(k) for k in density.labels].index(label)]
+        return values.astype("<f4").tobytes()
+
+    def _density(self, run: Run, view: LabelView) -> DensityMap:
+        """Read the density map of a finished run.
+
+        Raises
+        ------
+        ResultError, SlideError
+            If there is none, it is damaged, or it is of another label map.
+        """
+        file = run.file(DENSITY_FILE)
+        stat = file.stat()
+        density = self._open_densities.get(
+            (run.key, stat.st_mtime_ns, stat.st_ino, stat.st_size), lambda: read_density(file)
+        )
+        if density.values.shape[:2] != grid_shape(view.info) or max(density.labels) >= len(view.info.classes):
+            raise ResultError(f"{run.name}: {file.name} is of another run; run the slide again")
+        return density
 
     def _pixel(self, run: Run, x: int, y: int) -> dict[str, Any]:
         """Return label and scores of a pixel of the label map."""
@@ -477,7 +528,7 @@ def _number(query: dict[str, list[str]], name: str) -> int:
 
 
 def _areas(summary: SummaryRecord, view: LabelView) -> list[dict[str, Any]]:
-    """Return name, colour, area in mm2 and share of each class, from the pixels in the summary."""
+    """Return name, colour, area in mm2, share and objects of each class, from the pixels in the summary."""
     pixels = [entry.pixels for entry in summary.classes if entry.pixels is not None]
     if len(pixels) != len(view.info.classes):
         raise ResultError("summary.json holds invalid values; run the slide again")
@@ -490,6 +541,9 @@ def _areas(summary: SummaryRecord, view: LabelView) -> list[dict[str, Any]]:
             "background": label == background,
             "area_mm2": count * pixel_mm2,
             "share": count / total if total else None,
+            "objects": summary.classes[label].objects,
+            "objects_per_mm2": summary.classes[label].objects_per_mm2,
+            "touching_share": summary.classes[label].touching_share,
         }
         for label, (entry, count) in enumerate(zip(view.info.classes, pixels, strict=True))
     ]

@@ -11,6 +11,7 @@ from histostream.benchmarks import rasters
 from histostream.benchmarks.rasters import FIRST, write
 from histostream.runtime.stream.memory import SLACK
 from histostream.wsi.outputs.label_rows import SlideInfo
+from histostream.wsi.outputs.objects.counting import with_rules
 from histostream.wsi.outputs.sinks import find_sink, sink_names
 from histostream.wsi.synthetic import CLASSES
 
@@ -35,7 +36,7 @@ def test_memory_follows_the_width_and_is_counted(name: str) -> None:
     whole, half = runs["synthetic"][name], runs["half"][name]
     assert whole["height"] == 2 * half["height"]
     assert whole["raster_mib"] == pytest.approx(half["raster_mib"], abs=2)
-    info = SlideInfo("synthetic", whole["width"], whole["height"], 0.5, CLASSES)
+    info = SlideInfo("synthetic", whole["width"], whole["height"], 0.5, with_rules(CLASSES, count_all=True))
     needs = find_sink("rasters", name).needs(info, 512)
     counted = needs.bytes_at_once + int(SLACK * needs.bytes_per_column * whole["width"])
     before = HIGHDICOM_MIB if name == "dicom-seg" else 0

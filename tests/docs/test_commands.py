@@ -28,6 +28,12 @@ COMMANDS = {
     "histo-export": "histostream.export.cli",
     "histo-bench": "histostream.benchmarks.cli",
 }
+# Commands of histo-infer that are no group of it.
+OF_INFER = {
+    "view": "histostream.runtime.viewer.command",
+    "qupath": "histostream.runtime.qupath.command",
+    "dsa": "histostream.runtime.dsa.command",
+}
 # Added to each `histo-train` of a page: a narrow network and two steps.
 SHORT_TRAINING = (
     "method.base_width=4",
@@ -40,15 +46,17 @@ SHORT_TRAINING = (
 # Added to each export of a page: such networks do not pass the parity check in INT8.
 SHORT_EXPORT = ("--precision", "fp32", "--tensorrt", "off")
 # Options of other programs that a page mentions.
-FOREIGN_OPTIONS = {"--depth", "--upgrade"}
+FOREIGN_OPTIONS = {"--build-arg", "--depth", "--no-crop", "--upgrade"}
 PAGES_WITH_COMMANDS = [page for page in PAGES if any(block.commands for block in blocks(page))]
 RUN = [(page, block) for page in PAGES for block in blocks(page) if block.commands and not block.not_run]
 
 
 def command_of(words: list[str]) -> tuple[click.Command, list[str]]:
     """Return the innermost command of a command line, and the words that are left for it."""
-    if words[:2] == ["histo-infer", "view"]:
-        return importlib.import_module("histostream.runtime.viewer.command").view, words[2:]
+    if words[0] == "histo-infer" and words[1:2] and words[1] in OF_INFER:
+        inner, rest = getattr(importlib.import_module(OF_INFER[words[1]]), words[1]), words[2:]
+        is_task = isinstance(inner, click.Group) and rest[:1] == ["histo-infer"]
+        return (inner.commands[rest[0]], rest[1:]) if is_task else (inner, rest)
     if words[:2] == ["python", "-m"]:
         return importlib.import_module(words[2]).main, words[3:]
     command: click.Command = importlib.import_module(COMMANDS[words[0]]).main
@@ -91,7 +99,7 @@ def test_the_options_of_a_page_exist(page: Path) -> None:
 def test_every_option_that_a_page_names_exists() -> None:
     known = set(FOREIGN_OPTIONS)
     queue: list[click.Command] = [importlib.import_module(module).main for module in COMMANDS.values()]
-    queue.append(command_of(["histo-infer", "view"])[0])
+    queue += [command_of(["histo-infer", name])[0] for name in OF_INFER]
     queue.append(command_of(["python", "-m", "histostream.benchmarks.accuracy.generative"])[0])
     while queue:
         command = queue.pop()

@@ -49,7 +49,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "--objects",
             "csv,parquet",
             "--rasters",
-            "ome-tiff,ome-tiff-rgb,ome-zarr,dicom-seg",
+            "ome-tiff,ome-tiff-rgb,ome-zarr,dicom-seg,density",
             "--backend",
             "cpu",
             "--no-tissue",
@@ -95,7 +95,9 @@ def test_every_file_is_named(results: Path) -> None:
 )
 def test_every_field_is_named(results: Path, name: str, section: str) -> None:
     written = set(fields(json.loads((results / name).read_text(encoding="utf-8"))))
-    classes = {f"{name}_mm2" for name in ("background", "nucleus")}  # CLASS_mm2
+    # CLASS_mm2 and the like stand for a column of each class.
+    by_class = [name.removeprefix("CLASS") for name in named(section) if name.startswith("CLASS_")]
+    classes = {f"{name}{column}" for name in ("background", "nucleus") for column in by_class}
     assert written - classes <= named(section)
 
 

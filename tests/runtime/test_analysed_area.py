@@ -147,7 +147,7 @@ def test_with_no_tissue_glass_is_analysed_too(slide: Path, tmp_path: Path) -> No
 def without_blocks(monkeypatch: pytest.MonkeyPatch, absent: NDArray[np.bool_]) -> None:
     """Have every slide lack some blocks, which are read as white."""
 
-    def opened(path: Path, card: object) -> SlideReader:
+    def opened(path: Path, *_: object) -> SlideReader:
         reader = open_slide(path)
         decode = reader._decode  # type: ignore[attr-defined]
 

@@ -161,12 +161,35 @@ def test_a_full_disk_leaves_nothing_under_a_final_name(tiny_bundle: Path, tmp_pa
     assert json.loads((folder / "run.json").read_text())["resumed"]["runs"] == 2
 
 
-def test_slides_that_would_overwrite_each_other_are_refused(slide: Path, tiny_bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["missing", "folder", "not GeoJSON", "no polygon"])
+def test_a_region_that_cannot_be_used_is_one_line_before_any_slide_is_opened(
+    slide: Path, tiny_bundle: Path, tmp_path: Path, kind: str
+) -> None:
+    roi = tmp_path / "roi.geojson"
+    if kind == "folder":
+        roi.mkdir()
+    elif kind != "missing":
+        roi.write_text('{"type": "GeometryCollection", "geometries": []}' if kind == "no polygon" else "[")
+    slide.write_bytes(b"no slide")
+    line = one_clear_line(infer(slide, "--roi", roi, "--model", tiny_bundle, "--out", tmp_path / "out"))
+    assert "roi.geojson: " in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_slides_that_would_share_a_folder_are_told_apart(slide: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     other = tmp_path / "other" / slide.name
     other.parent.mkdir()
     shutil.copy(slide, other)
-    line = one_clear_line(infer(slide, other, "--model", tiny_bundle, "--out", tmp_path / "out"))
-    assert "would both write" in line
+    out = tmp_path / "out"
+    done = infer(slide, other, "--model", tiny_bundle, "--out", out)
+    assert done.returncode == 0, done.stderr
+    folders = {path.parent.name for path in out.glob("*/run.json")}
+    assert folders == {f"{path.parent.name}_{slide.stem}" for path in (slide, other)}
+    for path in (slide, other):
+        named = f"{path.parent.name}_{slide.stem}"
+        line = f"{path}: its folder is {named}, because another slide has the name {slide.stem} too"
+        assert line in done.stderr
+        assert named in (out / "cohort.csv").read_text()
 
 
 @pytest.mark.parametrize(
@@ -232,7 +255,7 @@ def test_rasters_are_written_where_they_are_asked_for(slide: Path, tiny_bundle: 
     assert "done before" in again.stdout
     wrong = infer(*command, "--rasters", "zarr")
     assert wrong.returncode == 2
-    assert "'zarr' is none of dicom-seg, ome-tiff, ome-tiff-rgb, ome-zarr" in wrong.stderr
+    assert "'zarr' is none of density, dicom-seg, ome-tiff, ome-tiff-rgb, ome-zarr" in wrong.stderr
 
 
 @pytest.mark.full
@@ -254,4 +277,4 @@ def test_objects_are_written_where_they_are_asked_for(slide: Path, tiny_bundle: 
     wrong = infer(*command, "--objects", "xlsx")
     assert wrong.returncode == 2
     assert "'xlsx' is none of csv, parquet" in wrong.stderr
-    assert "none is written" in infer(*command, "--min-area", "9").stderr
+    assert "none is written" in infer(*command, "--simplify", "9").stderr

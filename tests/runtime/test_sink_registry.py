@@ -67,7 +67,7 @@ def infer(site: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
 def test_a_sink_of_another_package_is_offered_and_writes_its_file(
     site: Path, tmp_path: Path, tiny_bundle: Path
 ) -> None:
-    assert "count,dicom-seg" in infer(site, "--help").stdout
+    assert "count,density,dicom-seg" in infer(site, "--help").stdout
     slide = write_slide(tmp_path / "slide.tif", random_pixels(300, 200))
     out = tmp_path / "out"
     options = ("--model", tiny_bundle, "--backend", "cpu", "--no-tissue", "--rasters", "count")

@@ -7,6 +7,7 @@ import itertools
 import json
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import tifffile
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from histostream.runtime import slide_run as infer
 from histostream.runtime.bundle.card import Scores
@@ -22,6 +24,8 @@ from histostream.runtime.choices import WINDOWS
 from histostream.runtime.engines.base import to_channels
 from histostream.runtime.options import OptionError, Options
 from histostream.runtime.process_memory import MIB, MemoryLimitError, peak_memory_mib
+from histostream.runtime.record import fingerprint
+from histostream.runtime.report.slide import slide_report
 from histostream.runtime.result import SlideResult
 from histostream.runtime.slide_run import segment_slide
 from histostream.runtime.stream import memory
@@ -29,11 +33,21 @@ from histostream.runtime.stream.memory import bytes_per_column
 from histostream.wsi.errors import SlideError
 from histostream.wsi.outputs.label_rows import NOT_ANALYSED
 from histostream.wsi.outputs.memory_needs import MemoryNeeds
+from histostream.wsi.outputs.object_rule import ObjectRule
 from histostream.wsi.records import to_json
 from histostream.wsi.slides.reader import open_slide
 from histostream.wsi.slides.resolution import at_mpp
+from histostream.wsi.slides.staging import version_of
 from histostream.wsi.tiling.grid import TileGrid
-from tests.runtime.conftest import PlaceDependentEngine, as_shares, identity_engine, random_pixels, write_slide
+from tests.runtime.conftest import (
+    CARD,
+    IdentityEngine,
+    PlaceDependentEngine,
+    as_shares,
+    identity_engine,
+    random_pixels,
+    write_slide,
+)
 
 Noise = tuple[Path, NDArray[np.uint8]]
 ALL = Options(tissue=False, overlap_px=16, probabilities=True)
@@ -253,7 +267,8 @@ def test_grey_and_colour_are_converted_to_what_the_model_takes() -> None:
         {"overlap_px": -4},
         {"annotations": ("csv",)},
         {"objects": ("dsa",)},
-        {"min_area_um2": -1.0, "objects": ("csv",)},
+        {"min_area_um2": -1.0},
+        {"min_area_um2": float("nan")},
         {"simplify_um": float("nan"), "objects": ("csv",)},
         {"simplify_um": 0.5},
         {"rasters": ("ome-tif",)},
@@ -285,6 +300,79 @@ def test_objects_are_of_the_full_size_and_do_not_depend_on_bands(
         assert found == pytest.approx(area)
     assert max(float(line["right_px"]) for line in lines) == 2200
     assert {line["area_um2"] for line in lines} >= {"25.0", "50.0"}
+
+
+def test_objects_are_counted_without_files_of_objects(tmp_path: Path) -> None:
+    pixels = np.kron(random_pixels(60, 40), np.ones((7, 7, 1), np.uint8))
+    path = write_slide(tmp_path / "slide.tif", pixels)
+    rules = (ObjectRule(min_area_um2=20, touching=True), ObjectRule(counted=False), None)
+    classes = tuple(replace(entry, rule=rule) for entry, rule in zip(CARD.classes, rules, strict=True))
+    engine = IdentityEngine(replace(CARD, classes=classes))
+    result = segment_slide(path, engine, tmp_path / "out", ALL)
+    numbered, count = ndimage.label(labels_of(result.folder) == 0)
+    um2 = np.bincount(numbered.ravel())[1 : count + 1] * 0.25
+    red, green, blue = result.summary.classes
+    assert red.objects == (um2 >= 20).sum() < count
+    assert red.mean_object_um2 == pytest.approx(um2[um2 >= 20].mean(), abs=0.01)
+    assert red.objects_per_mm2 == pytest.approx((um2 >= 20).sum() / (pixels[..., 0].size * 0.25e-6), rel=1e-5)
+    assert (green.objects, blue.objects) == (None, None)
+    assert list(result.objects) == ["red"]
+
+    every = segment_slide(path, engine, tmp_path / "min", replace(ALL, min_area_um2=0, rasters=("density",)))
+    assert [entry.objects for entry in every.summary.classes] == [count, None, every.objects["blue"].objects]
+    density = every.density
+    assert density is not None
+    assert density.labels == (0, 2)
+    assert density.values.shape == (3, 4, 2)  # 140 x 210 um
+    area_mm2 = np.outer([64, 64, 12], [64, 64, 64, 18]) / 1e6
+    known = np.isfinite(density.values[..., 0])
+    np.testing.assert_array_equal(known, area_mm2 >= 0.25 * 0.064**2)
+    in_known = density.values[known, 0] * area_mm2[known]
+    np.testing.assert_allclose(in_known, np.rint(in_known), atol=1e-3)  # whole objects
+    assert in_known.sum() <= count
+    files = segment_slide(path, engine, tmp_path / "files", replace(ALL, objects=("csv",)))
+    with (files.folder / "objects.csv").open(newline="") as file:
+        listed = Counter(line["class"] for line in csv.DictReader(file))
+    assert listed["red"] == files.objects["red"].objects == red.objects
+    assert listed["green"] == ndimage.label(labels_of(result.folder) == 1)[1]  # an area: outlined, not counted
+    assert list(files.objects) == ["red", "blue"]
+
+
+def test_another_rule_is_another_result(tmp_path: Path) -> None:
+    path = write_slide(tmp_path / "slide.tif", random_pixels(90, 60))
+    cards = [
+        replace(CARD, classes=(replace(CARD.classes[0], rule=rule), *CARD.classes[1:]))
+        for rule in (None, ObjectRule(min_area_um2=8), ObjectRule(min_area_um2=9))
+    ]
+    found = [fingerprint(version_of(str(path)), card, ALL, {}) for card in cards]
+    assert len({card.digest() for card in cards}) == 1
+    assert len({json.dumps(entry) for entry in found}) == 3
+
+
+def test_a_smallest_area_beyond_the_largest_of_the_card_is_refused(tmp_path: Path) -> None:
+    path = write_slide(tmp_path / "slide.tif", random_pixels(90, 60))
+    classes = (replace(CARD.classes[0], rule=ObjectRule(max_area_um2=400)), *CARD.classes[1:])
+    with pytest.raises(OptionError, match="--min-area does not fit the model's card: max_area_um2=400"):
+        segment_slide(path, IdentityEngine(replace(CARD, classes=classes)), tmp_path, replace(ALL, min_area_um2=500))
+    assert not (tmp_path / "slide").exists()
+
+
+def test_a_result_of_a_version_without_counts_is_read(tmp_path: Path) -> None:
+    path = write_slide(tmp_path / "slide.tif", random_pixels(90, 60))
+    folder = segment_slide(path, identity_engine(), tmp_path / "out", replace(ALL, min_area_um2=0)).folder
+    assert SlideResult.read(folder).objects.keys() == {"red", "green", "blue"}
+    summary, run = (json.loads((folder / name).read_text()) for name in ("summary.json", "run.json"))
+    for entry in summary["classes"]:
+        for name in ("objects", "objects_per_mm2", "mean_object_um2", "touching_share"):
+            del entry[name]
+    run["objects"] = [{"name": "red", "count": 3, "mean_um2": 9.5}]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "run.json").write_text(json.dumps(run))
+    old = SlideResult.read(folder)
+    assert (old.objects, old.density) == ({}, None)
+    assert "objects" not in old._repr_html_()
+    assert old.run.further["objects"] == run["objects"]
+    slide_report(old.run, old.summary, folder / "overview.png")
 
 
 def test_a_grey_slide_runs(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ CLASS = {"name": "Tissue", "color": [0, 128, 96]}
 DECIMALS = 2  # of coordinates, in pixels of level 0
 
 
-def area_geojson(mask: NDArray[np.bool_], width: int, height: int) -> str:
+def area_geojson(mask: NDArray[np.bool_], width: int, height: int, origin: tuple[int, int] = (0, 0)) -> str:
     """Return a mask of a whole slide as a GeoJSON FeatureCollection (RFC 7946), an annotation for each piece.
 
     Parameters
@@ -25,12 +25,14 @@ def area_geojson(mask: NDArray[np.bool_], width: int, height: int) -> str:
         (h, w) bool.
     width, height
         Size of the slide in pixels of level 0, which is the unit of the coordinates.
+    origin
+        Where the slide begins in the coordinates, see `origin_px`.
     """
     scale = np.array([width / mask.shape[1], height / mask.shape[0]])
     features = [
         {
             "type": "Feature",
-            "geometry": {"type": "Polygon", "coordinates": [_closed(ring * scale) for ring in polygon]},
+            "geometry": {"type": "Polygon", "coordinates": [_closed(ring * scale + origin) for ring in polygon]},
             "properties": {"objectType": "annotation", "classification": CLASS},
         }
         for polygon in outlines(mask)

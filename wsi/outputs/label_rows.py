@@ -10,6 +10,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from histostream.wsi.outputs.object_rule import ObjectRule
+
 NOT_ANALYSED = 255  # label of pixels that were not analysed: outside the tissue mask or the ROI
 SCORE_MAX = 65535  # a score of 1; image libraries scale 16-bit values to 0..1 in the same way
 BACKGROUND = "background"  # role, and usual name, of the class that is not painted and has no objects
@@ -35,11 +37,14 @@ class ClassInfo:
         Red, green, blue, 0 to 255.
     role
         "background" for the class that is not painted and has no objects, else "". See `background_label`.
+    rule
+        Which regions of the class are objects; None where nobody says.
     """
 
     name: str
     color: tuple[int, int, int]
     role: str = ""
+    rule: ObjectRule | None = None
 
     def __post_init__(self) -> None:
         if len(self.color) != 3 or not all(0 <= value <= 255 for value in self.color):

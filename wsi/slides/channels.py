@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,24 +9,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.wsi.errors import HistoError, SlideError, reason
+from histostream.wsi.errors import HistoError, SlideError, printable, reason
+from histostream.wsi.slides.bands import PLANES, channel_names
 from histostream.wsi.slides.image_header import check_claim
+from histostream.wsi.slides.pixel_size import PixelSize, tiff_pixel_size
 from histostream.wsi.slides.reader import BlockReader, Level, SlideReader, downsample_between, open_slide
-from histostream.wsi.slides.readers.tiff import slide_mpp
 from histostream.wsi.slides.tiff_check import check_tiff, is_tiff
 
-INTERLEAVED, PLANES = ("YXS",), ("CYX", "SYX")  # tifffile's axes of what is read
-SINGLE = ("YX",)
-GREY = 1  # PhotometricInterpretation: 0 is black
-ALPHA = (1, 2)  # ExtraSamples: transparency, associated or not
+INTERLEAVED, SINGLE = ("YXS",), ("YX",)  # tifffile's axes of what is read, beside PLANES
+DARK = 0  # of blocks that a file does not hold: channels of fluorescence are dark where nothing is
 
 
 class ChannelReader(BlockReader):
-    """Reads blocks of all channels of a TIFF file, interleaved or one plane for each; see `SlideReader`."""
+    """Reads blocks of some channels of a TIFF file, interleaved or one plane for each; see `SlideReader`."""
 
     name = "channels"
 
-    def __init__(self, path: Path, levels: list[list[Any]], mpp: float | None, channels: int) -> None:
+    def __init__(
+        self, path: Path, levels: list[list[Any]], pixel_size: PixelSize | None, picked: Sequence[int]
+    ) -> None:
         # levels: for each level one tifffile.TiffPage, or one for each channel
         first = [pages[0] for pages in levels]
         base = (first[0].imagewidth, first[0].imagelength)
@@ -37,9 +36,12 @@ class ChannelReader(BlockReader):
             path,
             tuple(Level(w, h, downsample_between(base, (w, h))) for w, h in sizes),
             tuple(_block_px(page) for page in first),
-            mpp,
-            channels,
+            pixel_size,
+            len(picked),
         )
+        self.missing = tuple(_missing_in_all(pages, self.block_px[level]) for level, pages in enumerate(levels))
+        self._picked = list(picked)
+        self._planes = len(levels[0]) > 1
         # tifffile makes these on first use, which would be a race between threads.
         self._decoders = [
             [(p.decode, p.jpegtables, p.dataoffsets, p.databytecounts) for p in pages] for pages in levels
@@ -47,15 +49,33 @@ class ChannelReader(BlockReader):
         self._handle = path.open("rb", buffering=0)
 
     def _decode(self, level: int, row: int, column: int) -> NDArray[np.uint8]:
-        index = row * -(-self.levels[level].width // self.block_px[level][0]) + column
-        planes = []
-        for decode, tables, offsets, counts in self._decoders[level]:
-            with self._lock:
-                self._handle.seek(offsets[index])
-                data = self._handle.read(counts[index])
-            check_claim(data, math.prod(self.block_px[level]))
-            planes.append(decode(data, index, jpegtables=tables)[0][0])
-        return self._check(np.concatenate(planes, axis=2), level, row, column)
+        (width, height), size = self.block_px[level], self.levels[level]
+        index = row * -(-size.width // width) + column
+        decoders = self._decoders[level]
+        if self._planes:
+            planes = [self._decode_plane(*decoders[i], index, width * height) for i in self._picked]
+        else:
+            plane = self._decode_plane(*decoders[0], index, width * height)
+            planes = [None if plane is None else plane[..., self._picked]]
+        channels = self.channels // len(planes)
+        shape = min(height, size.height - row * height), min(width, size.width - column * width)
+        blocks = [
+            np.full((*shape, channels), DARK, np.uint8) if p is None else p[: shape[0], : shape[1]] for p in planes
+        ]
+        return self._check(np.concatenate(blocks, axis=2), level, row, column)
+
+    def _decode_plane(
+        self, decode: Any, tables: Any, offsets: Any, counts: Any, index: int, max_px: int
+    ) -> NDArray[np.uint8] | None:
+        """Decode one block of a page, (H, W, C); None if the file does not hold it."""
+        if not counts[index]:
+            return None
+        with self._lock:
+            self._handle.seek(offsets[index])
+            data = self._handle.read(counts[index])
+        check_claim(data, max_px)
+        pixels: NDArray[np.uint8] = decode(data, index, jpegtables=tables)[0][0]
+        return pixels
 
     def close(self) -> None:
         """Close the file."""
@@ -67,7 +87,9 @@ def takes_colors(channels: int) -> bool:
     return channels in (1, 3)
 
 
-def open_for_channels(path: Path, channels: int, names: Sequence[str] = ()) -> SlideReader:
+def open_for_channels(
+    path: Path, channels: int, names: Sequence[str] = (), picked: Sequence[int] | None = None
+) -> SlideReader:
     """Open a slide with the channels that a model takes.
 
     Parameters
@@ -76,15 +98,17 @@ def open_for_channels(path: Path, channels: int, names: Sequence[str] = ()) -> S
         The slide.
     channels, names
         Number of the model's channels, and their names; empty: they are numbered.
+    picked
+        For each of the model's channels the index of the slide's channel; None: colours, or all in their order.
 
     Raises
     ------
     SlideError
         If it cannot be opened, or does not have these channels.
     """
-    if takes_colors(channels):
+    if takes_colors(channels) and picked is None:
         return open_slide(path)
-    return open_channels(path, tuple(names) or numbered(channels))
+    return open_channels(path, tuple(names) or numbered(channels), picked)
 
 
 def numbered(channels: int) -> tuple[str, ...]:
@@ -92,20 +116,22 @@ def numbered(channels: int) -> tuple[str, ...]:
     return tuple(f"channel {i + 1}" for i in range(channels))
 
 
-def open_channels(path: Path, channels: tuple[str, ...]) -> ChannelReader:
-    """Open a TIFF or OME-TIFF file of 8 bits that has as many channels as a model takes.
+def open_channels(path: Path, channels: tuple[str, ...], picked: Sequence[int] | None = None) -> ChannelReader:
+    """Open a TIFF or OME-TIFF file of 8 bits that has the channels that a model takes.
 
     Parameters
     ----------
     path
-        The file. Its channels are taken in their order.
+        The file.
     channels
         The names of the model's channels, for errors.
+    picked
+        For each of them the index of the file's channel, from 0; None: the file has as many, in their order.
 
     Raises
     ------
     SlideError
-        If it is not such a file, or has another number of channels.
+        If it is not such a file, or does not have these channels.
     """
     wanted = f"the model takes {len(channels)} channels ({', '.join(channels)})"
     if not is_tiff(path):
@@ -117,58 +143,30 @@ def open_channels(path: Path, channels: tuple[str, ...]) -> ChannelReader:
         with tifffile.TiffFile(path, _multifile=False) as file:
             series = file.series[0]
             levels, found = _pages_of_levels(series)
-            if found != len(channels):
-                names = channel_names(file.ome_metadata if file.is_ome else None)
-                listed = f" ({', '.join(names)})" if names else ""
-                raise SlideError(f"{path}: it has {found} channels{listed}, {wanted}; use a model for its channels")
+            names = channel_names(file.ome_metadata if file.is_ome else None)
+            listed = f" ({', '.join(map(printable, names))})" if names else ""
+            if picked is None and found != len(channels):
+                raise SlideError(
+                    f"{path}: it has {found} channels{listed}, {wanted}; use a model for its channels, or pick one for "
+                    "each channel of the model with --channels"
+                )
+            if picked is not None and max(picked) >= found:
+                raise SlideError(
+                    f"{path}: --channels picks channel {max(picked)}, and it has {found}{listed}; "
+                    f"pick from 0 to {found - 1}"
+                )
             for page in (page for pages in levels for page in pages):
                 if page.bitspersample != 8 or page.sampleformat != 1:
                     raise SlideError(
                         f"{path}: its pixels are {page.dtype}, the model takes 8 bits; scale each channel to 0..255 as "
                         "the training images were"
                     )
-                if 0 in page.databytecounts:
-                    raise SlideError(f"{path}: some of its tiles are missing; write it again with all tiles")
-            return ChannelReader(path, levels, slide_mpp(path, file, levels[0][0]), found)
+            pixel_size = tiff_pixel_size(path, file, levels[0][0])
+            return ChannelReader(path, levels, pixel_size, range(found) if picked is None else picked)
     except (HistoError, MemoryError):
         raise
     except Exception as error:  # tifffile raises errors of any kind where tags contradict each other
         raise SlideError(f"{path}: cannot be read ({reason(error)}); write it again as OME-TIFF") from error
-
-
-def refuse_channels(path: Path) -> None:
-    """Refuse a TIFF file whose channels are no colours, for readers that would take a channel for transparency.
-
-    Raises
-    ------
-    SlideError
-        If it has several channels of grey values, and does not say that the last one is alpha.
-    """
-    if not is_tiff(path):
-        return
-    import tifffile
-
-    with tifffile.TiffFile(path, _multifile=False) as file:
-        page = file.pages.first
-        count, alpha = int(page.samplesperpixel), page.extrasamples[-1:]
-        if page.photometric != GREY or count == 1 or (alpha and int(alpha[0]) in ALPHA):
-            return
-        names = channel_names(file.ome_metadata if file.is_ome else None)
-    listed = f" ({', '.join(names)})" if names else ""
-    raise SlideError(
-        f"{path}: it has {count} channels{listed}, which are not colours: use a model for {count} channels, or export "
-        "an RGB or grey image from it"
-    )
-
-
-def channel_names(ome_xml: str | None) -> list[str]:
-    """Return the names of the channels in OME-XML; empty without all of them."""
-    try:
-        entries = ET.fromstring(ome_xml or "").findall(".//{*}Pixels/{*}Channel")
-    except ET.ParseError:
-        return []
-    names = [entry.get("Name", "") for entry in entries]
-    return names if all(names) else []
 
 
 def _pages_of_levels(series: Any) -> tuple[list[list[Any]], int]:
@@ -193,3 +191,10 @@ def _block_px(page: Any) -> tuple[int, int]:
     if page.is_tiled:
         return page.tilewidth, page.tilelength
     return page.imagewidth, min(page.rowsperstrip, page.imagelength)
+
+
+def _missing_in_all(pages: list[Any], block_px: tuple[int, int]) -> NDArray[np.bool_] | None:
+    """Return which blocks the file holds of no channel, as `SlideReader.missing`."""
+    wide, high = -(-pages[0].imagewidth // block_px[0]), -(-pages[0].imagelength // block_px[1])
+    missing = np.all([np.asarray(page.databytecounts)[: wide * high] == 0 for page in pages], axis=0)
+    return missing.reshape(high, wide) if missing.any() else None

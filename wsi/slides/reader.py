@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
-import math
+import logging
+import stat
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Protocol, Self, cast
+from typing import Any, Protocol, Self, cast
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from histostream.wsi.errors import DamagedError, SlideError, reason
+from histostream.wsi.errors import DamagedError, SlideError, reason, unreadable
 from histostream.wsi.geometry import Box
 from histostream.wsi.optional import install_command
 from histostream.wsi.registry import Registry
+from histostream.wsi.slides.pixel_size import PixelSize
 
 Pixels = NDArray[np.uint8]
-SQUARE_TOLERANCE = 0.10  # relative difference of x and y that still counts as a square pixel
+log = logging.getLogger(__name__)
+WHITE = 255  # of blocks that a file does not hold
+# What a system reports of a drive or of permissions; libraries use other numbers for contents that they do not know.
+UNREADABLE = {errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.ETIMEDOUT}
 # A reader is a module of this folder, or of an entry point. It declares ORDER (of the readers that
 # reader="auto" tries, the lowest first), SUFFIXES (of its files, by which folders are searched) and
 # open_reader(path), which returns a SlideReader or raises DeclinedError or SlideError.
@@ -60,10 +66,17 @@ class SlideReader(Protocol):
         end at multiples of it decode no block twice.
     mpp
         Micrometres per pixel of level 0, the mean of x and y; None if the file does not store it.
+    mpp_source
+        Where the file says it, as "OME-XML"; empty if it does not.
     channels
         3 (RGB), 1 (grey), or the number that a model takes.
     decoded_blocks
         Number of blocks decoded since the slide was opened.
+    bounds
+        The box that was scanned, in pixels of OpenSlide's level 0, where OpenSlide shows more than that; level 0 of
+        the reader is this box. None where both show the same.
+    notes
+        What a user should know of the file, as that it holds further images; each without the path.
     missing
         Per level, (rows, columns) bool: the blocks that the file does not hold because nothing was scanned there. They
         are read as white and are not damage. None where the file holds all blocks of the level.
@@ -74,8 +87,11 @@ class SlideReader(Protocol):
     levels: tuple[Level, ...]
     block_px: tuple[tuple[int, int], ...]
     mpp: float | None
+    mpp_source: str
     channels: int
     decoded_blocks: int
+    bounds: Box | None
+    notes: tuple[str, ...]
     missing: tuple[NDArray[np.bool_] | None, ...]
 
     def read(self, level: int, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
@@ -139,10 +155,14 @@ def open_slide(path: str | Path, *, reader: str = "auto") -> SlideReader:
     (2, 4, 3)
     """
     path = Path(path)
-    if not path.exists():
-        raise SlideError(f"{path}: there is no such file; check the path")
-    if path.is_file() and path.stat().st_size == 0:
-        raise SlideError(f"{path}: the file is empty; copy it again")
+    _check_file(path)
+    slide = _opened(path, reader)
+    for note in getattr(slide, "notes", ()):  # a reader of another package may not have any
+        log.warning("%s: %s", path, note)
+    return slide
+
+
+def _opened(path: Path, reader: str) -> SlideReader:
     if reader != "auto":
         try:
             return cast(SlideReader, READERS.load(reader).open_reader(path))
@@ -155,6 +175,8 @@ def open_slide(path: str | Path, *, reader: str = "auto") -> SlideReader:
         try:
             return cast(SlideReader, module.open_reader(path))
         except DeclinedError as declined:
+            if isinstance(declined.__cause__, OSError) and declined.__cause__.errno in UNREADABLE:
+                raise unreadable(path, declined.__cause__) from declined
             reasons.append(f"{name}: {declined}")
     more = ""
     if importlib.util.find_spec("large_image_source_tifffile") is None:
@@ -163,6 +185,23 @@ def open_slide(path: str | Path, *, reader: str = "auto") -> SlideReader:
         f"{path}: no reader opens this file ({'; '.join(reasons)}); "
         f"check that it is a whole slide file of a known format{more}"
     )
+
+
+def _check_file(path: Path) -> None:
+    """Raise SlideError unless a path is a folder, or a file with content that the system gives out."""
+    try:
+        info = path.stat()
+        if stat.S_ISREG(info.st_mode) and info.st_size:
+            with path.open("rb", buffering=0) as file:
+                file.read(1)
+    except (FileNotFoundError, NotADirectoryError):
+        raise SlideError(f"{path}: there is no such file; check the path") from None
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if not (stat.S_ISREG(info.st_mode) or stat.S_ISDIR(info.st_mode)):
+        raise SlideError(f"{path}: a pipe or device, not a file; name a slide file")
+    if stat.S_ISREG(info.st_mode) and not info.st_size:
+        raise SlideError(f"{path}: the file is empty; copy it again")
 
 
 @cache
@@ -225,22 +264,18 @@ def downsample_between(base: tuple[int, int], level: tuple[int, int]) -> float:
     return mean
 
 
-def square_mpp(path: Path, mpp_x: float | None, mpp_y: float | None) -> float | None:
-    """Return the mean of a pixel's width and height in micrometres; None if one is not known.
+def mpp_source(slide: SlideReader) -> str:
+    """Return where the resolution of a slide comes from; readers of other packages may not say it."""
+    return getattr(slide, "mpp_source", "")
 
-    Raises
-    ------
-    SlideError
-        If the pixels are not square.
-    """
-    if not mpp_x or not mpp_y or not (0 < mpp_x < math.inf and 0 < mpp_y < math.inf):
+
+def missing_blocks(page: Any) -> NDArray[np.bool_] | None:
+    """Return which tiles of a TIFF page, ``tifffile.TiffPage``, the file does not hold, as `SlideReader.missing`."""
+    counts = np.asarray(page.databytecounts)
+    if counts.all():
         return None
-    if abs(mpp_x - mpp_y) > SQUARE_TOLERANCE * max(mpp_x, mpp_y):
-        raise SlideError(
-            f"{path}: its pixels are {mpp_x:.4g} x {mpp_y:.4g} um, not square; "
-            "resample the slide to square pixels first"
-        )
-    return (mpp_x + mpp_y) / 2
+    wide, high = -(-page.imagewidth // page.tilewidth), -(-page.imagelength // page.tilelength)
+    return np.asarray(counts[: wide * high].reshape(high, wide) == 0)
 
 
 def check_box(level: Level, x: int, y: int, width: int, height: int) -> None:
@@ -264,10 +299,14 @@ class BlockReader:
         path: Path,
         levels: tuple[Level, ...],
         block_px: tuple[tuple[int, int], ...],
-        mpp: float | None,
+        pixel_size: PixelSize | None,
         channels: int,
     ) -> None:
-        self.path, self.levels, self.block_px, self.mpp, self.channels = path, levels, block_px, mpp, channels
+        self.path, self.levels, self.block_px, self.channels = path, levels, block_px, channels
+        self.mpp = pixel_size.um if pixel_size else None
+        self.mpp_source = pixel_size.source if pixel_size else ""
+        self.bounds: Box | None = None
+        self.notes: tuple[str, ...] = ()
         self.missing: tuple[NDArray[np.bool_] | None, ...] = (None,) * len(levels)
         self.decoded_blocks = 0
         self._lock = threading.Lock()

@@ -13,12 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histostream.wsi.errors import SlideError
-from histostream.wsi.slides.reader import SlideReader
+from histostream.wsi.geometry import Box
+from histostream.wsi.slides.reader import SlideReader, mpp_source
 
 MIN_MPP, MAX_MPP = 0.001, 50.0  # um; electron micrographs are 0.005, a macro camera about 25
 LIGHT_MPP = 0.05  # um; finer pixels come from an electron microscope: 100x oil is 0.1
 SAME_MPP = 0.02  # relative; less than scanners of one model differ by, and not worth a resampling
 MAX_UPSAMPLING = 2.02  # 2x, within the same tolerance of 1 %
+DOUBTED_UPSAMPLING = 8.0  # beyond it, a wrong resolution in the file is more likely than so coarse a scan
 BAND_BYTES = 64 << 20  # source pixels held at once while a thumbnail is made
 
 
@@ -57,6 +59,11 @@ class SlideView:
     def channels(self) -> int:
         """3 (RGB) or 1 (grey)."""
         return self.slide.channels
+
+    @property
+    def bounds(self) -> Box | None:
+        """The box that was scanned, in pixels of OpenSlide's level 0; see `SlideReader`."""
+        return getattr(self.slide, "bounds", None)  # readers of other packages may not have it
 
     @property
     def downsample(self) -> float:
@@ -164,9 +171,13 @@ def at_mpp(slide: SlideReader, mpp: float | None, *, slide_mpp: float | None = N
     if abs(level_mpp / mpp - 1) <= SAME_MPP + 1e-9:
         return SlideView(slide, level, 1.0, level_mpp)
     if level_mpp / mpp > MAX_UPSAMPLING and not force:
+        source = "--mpp" if slide_mpp is not None else mpp_source(slide)
+        by = f" by {source}" if source else ""
+        doubt = "if it was scanned finer, pass --mpp with the true resolution; otherwise "
         raise SlideError(
-            f"{slide.path}: it has {level_mpp:.4g} um per pixel, {mpp:g} is requested, which invents "
-            f"{level_mpp / mpp:.1f} pixels from one; pass --force-upsampling to do it anyway"
+            f"{slide.path}: it has {level_mpp:.4g} um per pixel{by}, {mpp:g} is requested, which invents "
+            f"{level_mpp / mpp:.1f} pixels from one; "
+            f"{doubt if level_mpp / mpp > DOUBTED_UPSAMPLING else ''}pass --force-upsampling to do it anyway"
         )
     return SlideView(slide, level, mpp / level_mpp, mpp)
 

@@ -83,24 +83,41 @@ class RegionOfInterest:
         return _rasterised(self.polygons, box) ^ self.excluded
 
 
-def read_roi(path: str | Path, view: SlideView) -> RegionOfInterest:
+def read_roi(path: str | Path, view: SlideView, origin: tuple[int, int] = (0, 0)) -> RegionOfInterest:
     """Read regions from a GeoJSON file, in pixels of level 0, as QuPath writes it.
+
+    Parameters
+    ----------
+    path
+        The file.
+    view
+        The slide.
+    origin
+        Where the slide begins in the file's coordinates, see `origin_px`.
 
     Raises
     ------
     SlideError
         If the file cannot be read, is not GeoJSON, or has no polygon on the slide.
     """
-    roi = RegionOfInterest.of(read_polygons(path, view.downsample), view)
+    roi = RegionOfInterest.of(read_polygons(path, view.downsample, origin), view)
     if not roi.mask.any():
         raise SlideError(
-            f"{path}: no polygon lies on the slide {view.slide.path}; "
-            "coordinates are pixels of level 0, check that the two belong together"
+            f"{path}: no polygon lies on the slide {view.slide.path}; coordinates are pixels of level 0, "
+            f"check that the two belong together{_other_origin(view, origin)}"
         )
     return roi
 
 
-def read_polygons(path: str | Path, downsample: float = 1.0) -> list[Polygon]:
+def _other_origin(view: SlideView, origin: tuple[int, int]) -> str:
+    """Return what else may be wrong with regions of a slide that OpenSlide places in a larger area."""
+    if view.bounds is None:
+        return ""
+    program = "QuPath" if origin == (view.bounds.x, view.bounds.y) else "OpenSlide"
+    return f", or pass --coordinates {program.lower()} if they were drawn in the coordinates of {program}"
+
+
+def read_polygons(path: str | Path, downsample: float = 1.0, origin: tuple[int, int] = (0, 0)) -> list[Polygon]:
     """Read the polygons of a GeoJSON file, in pixels of level 0, as QuPath writes it.
 
     Parameters
@@ -109,6 +126,8 @@ def read_polygons(path: str | Path, downsample: float = 1.0) -> list[Polygon]:
         The file.
     downsample
         Pixels of level 0 per pixel of the result's coordinates.
+    origin
+        Where the slide begins in the file's coordinates, see `origin_px`.
 
     Raises
     ------
@@ -117,7 +136,7 @@ def read_polygons(path: str | Path, downsample: float = 1.0) -> list[Polygon]:
     """
     try:
         geojson = json.loads(Path(path).read_text(encoding="utf-8"))
-        polygons = [Polygon(name, _rings(rings, downsample)) for name, rings in _polygons(geojson)]
+        polygons = [Polygon(name, _rings(rings, downsample, origin)) for name, rings in _polygons(geojson)]
     except OSError as error:
         raise SlideError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     except RecursionError as error:
@@ -158,7 +177,7 @@ def _name(properties: Any) -> str:
     return str(name or properties.get("name") or "")
 
 
-def _rings(coordinates: list[Any], downsample: float) -> tuple[NDArray[np.float64], ...]:
+def _rings(coordinates: list[Any], downsample: float, origin: tuple[int, int]) -> tuple[NDArray[np.float64], ...]:
     """Return a polygon's coordinates at level 0 as (N, 2) arrays in pixels of the view."""
     rings = tuple(np.asarray(ring, float)[:, :2] for ring in coordinates)
     if not rings or min(len(ring) for ring in rings) < 3:
@@ -168,7 +187,7 @@ def _rings(coordinates: list[Any], downsample: float) -> tuple[NDArray[np.float6
             raise ValueError("a corner is no pair of numbers")
         if not (np.abs(ring) <= MAX_DISTANCE_PX).all():  # false for nan too
             raise ValueError(f"a corner lies more than {MAX_DISTANCE_PX} px away, or is not a number")
-    return tuple(ring / downsample for ring in rings)
+    return tuple((ring - origin) / downsample for ring in rings)
 
 
 def _rasterised(polygons: Iterable[Sequence[NDArray[np.float64]]], box: Box) -> NDArray[np.bool_]:

@@ -43,13 +43,22 @@ class UserMask:
     regions: tuple[RegionOfInterest, ...] = ()
 
 
-def read_mask(path: str | Path, view: SlideView) -> UserMask:
+def read_mask(path: str | Path, view: SlideView, origin: tuple[int, int] = (0, 0)) -> UserMask:
     """Read which parts of a slide are to be analysed, from an image or from GeoJSON.
 
     Of a PNG or TIFF image of the whole slide, of any size, pixels of value 0 are not analysed, and all others are. Of
     GeoJSON (pixels of level 0) polygons are analysed, without those of a class such as Ignore*, pen, fold, blur or
     artefact (`EXCLUDED`, or with a name that ends with ``*``). If all polygons are of such classes, the rest is
     analysed.
+
+    Parameters
+    ----------
+    path
+        The file.
+    view
+        The slide.
+    origin
+        Where the slide begins in coordinates of GeoJSON, see `origin_px`.
 
     Raises
     ------
@@ -58,7 +67,7 @@ def read_mask(path: str | Path, view: SlideView) -> UserMask:
     """
     path = Path(path)
     if path.suffix.lower() in GEOJSON:
-        return UserMask(regions=_regions(path, view))
+        return UserMask(regions=_regions(path, view, origin))
     mask = _marked(path)
     height, width = mask.shape
     given, needed = width / height, view.width / view.height
@@ -72,8 +81,8 @@ def read_mask(path: str | Path, view: SlideView) -> UserMask:
     return UserMask(masks=(mask,))
 
 
-def _regions(path: Path, view: SlideView) -> tuple[RegionOfInterest, ...]:
-    polygons = read_polygons(path, view.downsample)
+def _regions(path: Path, view: SlideView, origin: tuple[int, int]) -> tuple[RegionOfInterest, ...]:
+    polygons = read_polygons(path, view.downsample, origin)
     excluded = [polygon for polygon in polygons if _is_excluded(polygon.name)]
     included = [polygon for polygon in polygons if not _is_excluded(polygon.name)]
     regions = [RegionOfInterest.of(included, view)] if included else []

@@ -19,6 +19,8 @@ export class Pane {
     this.palette = new Uint32Array(256);
     this.opacity = 1;
     this.other = null; // the pane to which labels are compared
+    this.density = null; // shown instead of the labels
+    this.high = 0; // the density with the last colour
     this.element = element;
     this.element.ariaLabel = `${run.name} of ${run.in}`;
     this.element.innerHTML =
@@ -94,6 +96,12 @@ export class Pane {
   /** Show where labels differ from another pane's, or all labels if it is null. */
   compareWith(other) {
     this.other = other;
+    this.repaint();
+  }
+
+  /** Show a density map, up to a value that has the last colour; null: the labels. */
+  showDensity(density, high) {
+    Object.assign(this, { density, high });
     this.repaint();
   }
 
@@ -186,7 +194,8 @@ export class Pane {
     const image = this.context.createImageData(width, height);
     const pixels = new Uint32Array(image.data.buffer);
     const labels = this.labels.sample(view);
-    if (this.other) this.paintDifferences(labels, this.other.labels.sample(view), pixels);
+    if (this.density) this.density.paint(view, pixels, this.high);
+    else if (this.other) this.paintDifferences(labels, this.other.labels.sample(view), pixels);
     else for (let i = 0; i < labels.length; i++) pixels[i] = this.palette[labels[i]];
     this.context.putImageData(image, 0, 0);
     this.showScale(1 / (scale * dense));

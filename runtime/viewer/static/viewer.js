@@ -1,6 +1,7 @@
 // The page: the slide on view, its position, and the colours of its classes. The address of the page
 // holds slide and position.
 
+import { Density, GRADIENT } from "./density.js";
 import { address } from "./labels.js";
 import { Pane } from "./pane.js";
 
@@ -111,6 +112,7 @@ async function openSlide(key, compare, place, mine) {
   panes = opened.map((run, i) => new Pane(sections[i], run, { moved, clicked: readPlace, touched }));
   leader = panes[0];
   at("differences").checked = false;
+  fillDensity();
   at("place").replaceChildren(element("p", "Click the slide, or press Enter to read its centre.", "hint"));
   document.title = `${opened[0].name} - HistoStream`;
   at("title").textContent = opened[0].name;
@@ -141,6 +143,7 @@ async function poll() {
         const run = await ask(`run/${address(pane.run.key)}`);
         if (mine !== opening) return;
         pane.update(run);
+        if (run.density) fillDensity();
       }
       notice("");
       showRuns();
@@ -181,12 +184,13 @@ function card(run) {
   const several = new Set(runs.map((other) => other.in)).size > 1;
   const details = [several ? run.in : "", run.status === "done" ? "" : run.status, run.error ?? ""];
   link.append(element("p", details.filter(Boolean).join(", "), "status"));
-  for (const { name, color, background, area_mm2, share } of run.classes ?? []) {
+  for (const { name, color, background, area_mm2, share, objects } of run.classes ?? []) {
     if (background) continue;
     const line = element("p", ` ${name} ${area(area_mm2)} mm² (${percent(share)})`);
     const dot = element("i");
     dot.style.background = color;
     line.prepend(dot);
+    if (objects !== null) line.append(`, ${objects} objects`);
     link.append(line);
   }
   return link;
@@ -333,6 +337,43 @@ async function showDifferences() {
   }
 }
 
+// ---- the density of objects
+
+let densities = 0; // counts the calls of showDensity(), so that late answers to an earlier call are dropped
+
+function fillDensity() {
+  const names = [...new Set(panes.flatMap(({ run }) => (run.density?.classes ?? []).map(({ name }) => name)))];
+  at("density").replaceChildren(new Option("not shown", ""), ...names.map((name) => new Option(name, name)));
+  at("density-section").hidden = !names.length;
+  showDensity();
+}
+
+async function showDensity() {
+  const mine = ++densities;
+  const name = at("density").value;
+  at("density-scale").hidden = !name;
+  at("density-error").textContent = "";
+  const shown = [...panes];
+  try {
+    const maps = await Promise.all(shown.map(({ run }) => (name && run.density ? Density.load(run, name) : null)));
+    if (mine !== densities) return;
+    const high = Math.max(0, ...maps.map((map) => map?.high ?? 0)); // one scale for both panes
+    shown.forEach((pane, i) => pane.showDensity(maps[i], high));
+    at("density-high").textContent = high.toLocaleString("en");
+    at("density-bar").style.background = GRADIENT;
+    const totals = shown.map(({ run }) => run.classes.find((entry) => entry.name === name)).filter(Boolean);
+    at("density-total").textContent = totals.map(objectsText).filter(Boolean).join("; ");
+  } catch (error) {
+    if (mine === densities) at("density-error").textContent = error.message;
+  }
+}
+
+function objectsText({ objects, objects_per_mm2, touching_share }) {
+  if (objects === null) return "";
+  const several = touching_share === null ? "" : `, ${percent(touching_share)} touching`;
+  return `${objects.toLocaleString("en")} objects, ${Math.round(objects_per_mm2 ?? 0)} per mm²${several}`;
+}
+
 // ---- a pixel
 
 async function readPlace(pane, x, y) {
@@ -341,12 +382,14 @@ async function readPlace(pane, x, y) {
   const um = pane.run.mpp / pane.run.downsample;
   for (const other of panes) other.mark(x, y);
   const answers = await Promise.all(
-    panes.map(async ({ run }) => {
+    panes.map(async (other) => {
+      const { run } = other;
       const [i, j] = [Math.floor(x / run.downsample), Math.floor(y / run.downsample)];
       const [right, bottom] = [run.width - 1, run.height - 1];
       try {
         const query = `x=${Math.min(i, right)}&y=${Math.min(j, bottom)}`;
-        return { run, ...(await ask(`place/${address(run.key)}?${query}`)) };
+        const density = other.density ? { name: other.density.name, per_mm2: other.density.at(x, y) } : null;
+        return { run, density, ...(await ask(`place/${address(run.key)}?${query}`)) };
       } catch (error) {
         return { run, error: error.message };
       }
@@ -357,12 +400,16 @@ async function readPlace(pane, x, y) {
   at("place").replaceChildren(element("p", where, "where"), ...answers.flatMap(placeLines));
 }
 
-function placeLines({ run, error, label, name, scores }) {
+function placeLines({ run, error, label, name, scores, density }) {
   const lines = panes.length > 1 ? [element("h3", `${run.in} / ${run.name}`)] : [];
   if (error) return [...lines, element("p", error)];
   const unfinished = run.status === "done" ? "" : " or not finished";
   const text = name === null ? `not analysed${unfinished}` : `${name} (label ${label})`;
   lines.push(element("p", text, "label"));
+  if (density) {
+    const value = Number.isNaN(density.per_mm2) ? "too little analysed" : `${Math.round(density.per_mm2)} per mm²`;
+    lines.push(element("p", `${density.name}: ${value}`, "density"));
+  }
   scores?.forEach((score, i) => {
     const line = element("label", run.classes[i].name, "score");
     const meter = element("meter");
@@ -402,6 +449,7 @@ const KEYS = {
   o: nextOpacity,
   c: () => compareWith(panes[1] ? "" : (at("compare").options[1]?.value ?? "")),
   d: () => panes.length === 2 && at("differences").click(),
+  h: nextDensity,
   "?": () => (at("keys").open ? at("keys").close() : at("keys").showModal()),
 };
 
@@ -409,6 +457,12 @@ function nextOpacity() {
   const i = OPACITIES.indexOf(Number(at("opacity").value));
   at("opacity").value = OPACITIES[(i + 1) % OPACITIES.length];
   applyOpacity();
+}
+
+function nextDensity() {
+  const { options, selectedIndex } = at("density");
+  at("density").selectedIndex = (selectedIndex + 1) % options.length;
+  showDensity();
 }
 
 function toggleClass(number) {
@@ -440,5 +494,6 @@ at("help").addEventListener("click", () => at("keys").showModal());
 at("opacity").addEventListener("input", applyOpacity);
 at("compare").addEventListener("change", () => compareWith(at("compare").value));
 at("differences").addEventListener("change", showDifferences);
+at("density").addEventListener("change", showDensity);
 window.addEventListener("hashchange", open);
 open();

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from histostream.runtime.bundle.card import CardError, read_card, read_file, write_card
+from histostream.runtime.bundle.card import CardError, default_bundle, read_card, read_file, write_card
+from histostream.wsi.outputs.object_rule import NUCLEI, ObjectRule
 from tests.runtime.conftest import CARD
 
 
@@ -49,6 +50,42 @@ def test_a_role_is_kept_and_cards_without_one_keep_their_digest(bundle: Path) ->
     write_card(with_role, bundle)
     assert read_card(bundle) == with_role
     assert with_role.digest() != card.digest()
+
+
+def test_a_rule_of_objects_is_kept_and_is_no_part_of_the_digest(bundle: Path) -> None:
+    card = read_card(bundle)
+    rules = (ObjectRule(min_area_um2=20, max_area_um2=400), ObjectRule(counted=False), ObjectRule())
+    classes = tuple(replace(entry, rule=rule) for entry, rule in zip(card.classes, rules, strict=True))
+    with_rules = replace(card, classes=classes)
+    write_card(with_rules, bundle)
+    content = json.loads((bundle / "card.json").read_text())["classes"]
+    assert [entry["objects"] for entry in content] == [{"min_area_um2": 20, "max_area_um2": 400}, False, {}]
+    assert read_card(bundle) == with_rules
+    assert with_rules.digest() == card.digest()  # engines of the bundle stay valid
+
+
+def test_a_card_without_rules_has_that_of_nuclei_for_nuclei_alone(bundle: Path) -> None:
+    names = ["background", "Nuclei", "tumour"]
+    change(bundle, classes=[{"name": name, "color": [1, 2, 3]} for name in names])
+    assert [entry.rule for entry in read_card(bundle).classes] == [None, NUCLEI, None]
+    off = {"name": "Nuclei", "color": [1, 2, 3], "objects": False}
+    change(bundle, classes=[off, {"name": "tumour", "color": [1, 2, 3]}])
+    assert read_card(bundle).classes[0].rule == ObjectRule(counted=False)
+
+
+@pytest.mark.parametrize("rule", [True, None, 8, {"min_area_um2": -1}, {"least": 8}, {"min_area_um2": float("nan")}])
+def test_a_rule_of_objects_that_cannot_be_is_refused(bundle: Path, rule: object) -> None:
+    classes = [{"name": name, "color": [1, 2, 3], "objects": rule} for name in "ab"]
+    change(bundle, classes=classes)
+    with pytest.raises(CardError, match=r"card\.json: .*export the model again"):
+        read_card(bundle)
+
+
+def test_the_card_that_ships_says_what_a_nucleus_is() -> None:
+    path = default_bundle() / "card.json"
+    background, nucleus = json.loads(path.read_text())["classes"]
+    assert nucleus["objects"] == {"min_area_um2": 8.0, "touching": True}
+    assert "objects" not in background
 
 
 def test_a_changed_file_is_refused(bundle: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from histostream.runtime.cohort.inputs import InputError, find_inputs
 from histostream.runtime.slide_job import SlideInput, stem_of
+from histostream.wsi.errors import SlideError
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -74,6 +76,7 @@ def test_a_folder_of_dicom_and_other_slides_is_ambiguous(tmp_path: Path) -> None
     touch(tmp_path, "a.dcm", "b.svs")
     with pytest.raises(InputError, match=r"holds DICOM files and other slides \(b\.svs\)"):
         find_inputs([str(tmp_path)])
+    assert [bool(slide.problem) for slide in find_inputs([str(tmp_path), "other.svs"])] == [True, False]
     assert names_in(tmp_path, f"{tmp_path}/*") == ["a.dcm", "b.svs"]
 
 
@@ -103,26 +106,33 @@ def test_a_pattern_or_folder_without_slides_is_an_error(tmp_path: Path, argument
         find_inputs([str(tmp_path / argument)])
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may list every folder")
-def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path) -> None:
-    touch(tmp_path, "a.svs", "closed/b.svs")
-    (tmp_path / "closed").chmod(0)
+def test_a_folder_that_cannot_be_listed_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    touch(tmp_path, "a.svs", "closed/b.svs", "z/c.svs")
+    scandir = os.scandir
+
+    def refusing(path: str) -> object:
+        if os.fspath(path).endswith("closed"):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    found = find_inputs([str(tmp_path)])
+    assert [(slide.name, bool(slide.problem)) for slide in found] == [
+        ("a", False),
+        (f"{tmp_path}/closed".strip("/").replace("/", "_"), True),
+        ("c", False),
+    ]
+    assert "closed: the folder cannot be listed (Stale file handle)" in found[1].problem
     with pytest.raises(InputError, match="closed: the folder cannot be listed"):
-        find_inputs([str(tmp_path)])
+        find_inputs([f"{tmp_path}/closed"])
 
 
 def test_the_same_slide_is_taken_once(tmp_path: Path) -> None:
     touch(tmp_path, "a.svs", "b.svs")
     twice = [str(tmp_path), f"{tmp_path}/a.svs", f"{tmp_path}/./x/../a.svs", f"{tmp_path}/*.svs"]
     assert [slide.name for slide in find_inputs(twice)] == ["a", "b"]
-
-
-def test_two_slides_of_one_name_are_refused(tmp_path: Path) -> None:
-    touch(tmp_path, "one/a.svs", "two/a.ndpi")
-    with pytest.raises(InputError, match=r"one/a\.svs and .*two/a\.ndpi would both write to a/"):
-        find_inputs([str(tmp_path)])
-    found = listed(tmp_path, "path,name\none/a.svs,\ntwo/a.ndpi,a2\n")
-    assert [slide.name for slide in found] == ["a", "a2"]
 
 
 def test_a_slide_named_twice_has_to_be_meant_the_same(tmp_path: Path) -> None:
@@ -133,6 +143,8 @@ def test_a_slide_named_twice_has_to_be_meant_the_same(tmp_path: Path) -> None:
         listed(tmp_path, "path,mask\na.svs,1.png\na.svs,2.png\n")
     with pytest.raises(InputError, match=r"a\.svs is named twice"):
         listed(tmp_path, "path,mpp\na.svs,0.5\na.svs,0.25\n")
+    several = listed(tmp_path, "path,mpp\na.svs,0.5\nb.svs,\na.svs,0.25\n")
+    assert ["named twice" in slide.problem for slide in several] == [True, False]
 
 
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
@@ -172,8 +184,8 @@ def test_a_list_of_paths_alone_needs_no_delimiter(tmp_path: Path) -> None:
         ("slide,mpp\na.svs,1", r"line 1: no column `path` \(found: slide, mpp\)"),
         ("path,path\na,b", "line 1: two columns 'path'"),
         ("path,mpp\n\n", "no slides after the header"),
-        ("path,mpp\na.svs,0.5\n,0.5", "line 3: no path of a slide"),
-        ("path,mpp\na.svs,0.5\nb\0.svs,", "line 3: no path of a slide"),
+        ("path,mpp\n,0.5", "line 2: no path of a slide"),
+        ("path,mpp\nb\0.svs,", "line 2: no path of a slide"),
         ("path\na,b.svs", "line 2: a cell without a column"),
         ("path,mpp,\na.svs,0.5,x", "line 2: a cell without a column"),
         ("path;mpp\na.svs;0,25", "line 2: mpp '0,25' is not a number from 0.05 to 50"),
@@ -195,6 +207,15 @@ def test_a_list_of_paths_alone_needs_no_delimiter(tmp_path: Path) -> None:
 def test_a_bad_list_is_refused_by_its_line(tmp_path: Path, text: str | bytes, message: str) -> None:
     with pytest.raises(InputError, match=rf"cohort\.csv(, |: ){message}"):
         listed(tmp_path, text)
+
+
+@pytest.mark.parametrize("row", [",x", "b\0.svs,", "b.svs,x/y", ".svs,", "ftp://host/b.svs,", "https://host/,"])
+def test_a_nameless_slide_of_a_list_does_not_stop_the_others(tmp_path: Path, row: str) -> None:
+    found = listed(tmp_path, f"path,name\na.svs,\n{row}\nc.svs,\n")
+    assert [bool(slide.problem) for slide in found] == [False, True, False]
+    assert found[1].name
+    assert "\n" not in found[1].problem
+    assert [found[0].name, found[2].name] == ["a", "c"]
 
 
 @pytest.mark.parametrize("name", ["none.csv", "https://host/list.csv"])
@@ -238,11 +259,23 @@ def test_a_url_that_ends_with_no_plain_name_is_refused(url: str) -> None:
         find_inputs([url])
 
 
-def test_signatures_are_not_shown(tmp_path: Path) -> None:
-    with pytest.raises(InputError) as caught:
-        find_inputs(["https://me:pass@h/a/x.svs?key=secret", "https://h/b/x.svs?key=secret"])
-    assert "https://h/a/x.svs and https://h/b/x.svs would both" in str(caught.value)
-    assert "secret" not in str(caught.value)
+def test_signatures_are_not_shown() -> None:
+    first, second = find_inputs(["https://me:pass@h/a/x.svs?key=secret", "https://h/b/x.svs?key=secret"])
+    assert (first.name, second.name) == ("a_x", "b_x")
+    bad = find_inputs(["https://me:pass@h/?key=secret", "b.svs"])[0]
+    assert "secret" not in first.note + second.note + bad.problem + bad.name
+    assert bad.problem
+
+
+def test_a_bucket_that_cannot_be_listed_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(url: str) -> list[str]:
+        raise SlideError(f"{url}: no credentials")
+
+    monkeypatch.setattr("histostream.runtime.cohort.inputs.list_files", refuse)
+    found = find_inputs(["s3://bucket/", "a.svs"])
+    assert [slide.problem for slide in found] == ["s3://bucket/: no credentials", ""]
+    with pytest.raises(InputError, match="no credentials"):
+        find_inputs(["s3://bucket/"])
 
 
 @pytest.fixture

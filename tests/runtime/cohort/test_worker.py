@@ -79,6 +79,23 @@ def test_a_slide_that_fails_is_reported_and_the_others_go_on(
     assert [line["name"] for line in said["slides"]] == ["a", "b", "c"]
 
 
+def test_the_table_has_counts_of_objects_without_opening_a_folder(
+    slides: list[Path], crew: LocalExecutor, tmp_path: Path
+) -> None:
+    wanted = [replace(job, options=replace(ALL, min_area_um2=2)) for job in tasks(slides, tmp_path / "out")]
+    wanted[2] = replace(wanted[2], options=ALL)  # whose classes have no rule
+    slides[1].write_bytes(b"no slide")
+    assert statuses(wanted, crew, tmp_path / "out") == ["done", "failed", "done"]
+    first, failed, uncounted = table(tmp_path / "out")
+    for entry in json.loads((tmp_path / "out" / "a" / "summary.json").read_text())["classes"]:
+        name = entry["name"]
+        assert int(first[f"{name}_objects"]) == entry["objects"] > 0
+        assert float(first[f"{name}_objects_per_mm2"]) == entry["objects_per_mm2"]
+        assert float(first[f"{name}_mean_object_um2"]) == entry["mean_object_um2"]
+        assert first[f"{name}_touching_share"] == ""  # no rule says that its objects are compact
+        assert failed[f"{name}_objects"] == uncounted[f"{name}_objects"] == ""
+
+
 def test_what_is_done_is_left_out_while_nothing_has_changed(slides: list[Path], tmp_path: Path) -> None:
     engine = PlaceDependentEngine()
     crew = LocalExecutor(lambda: engine)
@@ -150,7 +167,7 @@ def test_the_next_slide_is_read_while_this_one_is_on_the_device(
     engine = Watched(pause_s=0.2)
     reads: list[float] = []
 
-    def opened(path: Path, card: ModelCard) -> Any:
+    def opened(path: Path, card: ModelCard, options: Options) -> Any:
         reads.append(time.monotonic())
         return open_slide(path)
 

@@ -141,8 +141,9 @@ def test_a_run_leaves_a_valid_report_with_every_class_and_file(result: SlideResu
     table = rows(page)
     for entry in result.summary.classes:
         assert [entry.name, figure(entry.area_mm2), percent(entry.share)] in table
-    for objects in result.run.objects or ():
-        assert [objects.name, figure(objects.count), figure(objects.mean_um2)] in table
+    for entry in result.objects.values():
+        numbers = map(figure, (entry.objects, entry.objects_per_mm2, entry.mean_object_um2))
+        assert [entry.name, *numbers, percent(entry.touching_share)] in table
     published = json.loads((result.folder / "run.json").read_text())["outputs"]
     assert "report.html" in published
     links = {unquote_to_bytes(a.get("href", ""))[2:].decode() for a in page.iter("a")}
@@ -156,7 +157,7 @@ def test_a_run_leaves_a_valid_report_with_every_class_and_file(result: SlideResu
 
 def test_the_count_of_objects_is_that_of_the_table(result: SlideResult) -> None:
     lines = (result.folder / "objects.csv").read_text().splitlines()[1:]
-    counts = [(entry.count or 0, entry.mean_um2 or 0.0) for entry in result.run.objects or ()]
+    counts = [(entry.objects or 0, entry.mean_object_um2 or 0.0) for entry in result.objects.values()]
     assert sum(count for count, _ in counts) == len(lines)
     areas = [float(line.split(",")[9]) for line in lines]
     assert sum(count * mean_um2 for count, mean_um2 in counts) == pytest.approx(sum(areas), rel=1e-3)

@@ -6,6 +6,7 @@ import http.client
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -74,7 +75,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("viewed")
     pixels = np.kron(random_pixels(150, 110), np.ones((16, 16, 1), np.uint8))
     fine = write_slide(folder / "a fine & odd slide.tif", pixels[:1700, :2301], mpp=0.25)
-    segment_slide(fine, IdentityEngine(), folder / "out", ALL)
+    segment_slide(fine, IdentityEngine(), folder / "out", replace(ALL, rasters=("density",)))
     same = write_slide(folder / "same.tif", random_pixels(300, 200))
     segment_slide(same, PlaceDependentEngine(), folder / "out", replace(ALL, probabilities=False))
     return folder / "out"
@@ -113,6 +114,38 @@ def test_label_tiles_are_the_label_map_at_every_level(server: ViewServer, out: P
                     tile = ask(server, f"/tiles/labels/{FINE}/{level}/{column}/{row}").image
                     place = np.s_[row * 512 : row * 512 + 512, column * 512 : column * 512 + 512]
                     np.testing.assert_array_equal(tile, labels[place])
+
+
+def test_the_density_of_objects_is_that_of_the_file(server: ViewServer, out: Path) -> None:
+    run = ask(server, f"/api/run/{FINE}").json
+    values = tifffile.imread(out / "a fine & odd slide" / "density.tif")  # (class, row, column)
+    density = run["density"]
+    assert (density["height"], density["width"]) == values.shape[1:] == (7, 9)
+    assert density["cell_px"] == 64 / 0.25
+    assert [entry["name"] for entry in density["classes"]] == ["red", "green", "blue"]
+    for label in range(3):
+        found = np.frombuffer(ask(server, f"/density/{FINE}/{label}").body, "<f4").reshape(7, 9)
+        np.testing.assert_array_equal(found, values[label])
+    assert [ask(server, f"/density/{FINE}/{label}").status for label in ("3", "01", "-1", "x")] == [404] * 4
+    assert ask(server, "/density/0/same/0").status == 404
+    assert ask(server, "/api/run/0/same").json["density"] is None
+    objects = [entry["objects"] for entry in run["classes"]]
+    assert objects == [
+        entry["objects"] for entry in json.loads((out / "a fine & odd slide" / "summary.json").read_text())["classes"]
+    ]
+    assert min(objects) > 0
+
+
+@pytest.mark.parametrize("spoil", [lambda data: b"", lambda data: data[:300], lambda data: b"no TIFF"])
+def test_a_spoilt_density_map_leaves_the_labels(out: Path, tmp_path: Path, spoil: Callable[[bytes], bytes]) -> None:
+    folder = shutil.copytree(out / "a fine & odd slide", tmp_path / "copy" / "fine")
+    (folder / "density.tif").write_bytes(spoil((folder / "density.tif").read_bytes()))
+    with serving(tmp_path / "copy") as server:
+        run = ask(server, "/api/run/0/fine")
+        assert (run.status, run.json["density"]) == (200, None)
+        assert ask(server, "/density/0/fine/0").status in (404, 422)
+        tifffile.imwrite(folder / "density.tif", np.ones((5, 5), np.float32))  # of another program
+        assert ask(server, "/api/run/0/fine").json["density"] is None
 
 
 def test_slide_tiles_are_the_slide(server: ViewServer, out: Path) -> None:

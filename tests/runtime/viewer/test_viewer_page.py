@@ -89,7 +89,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("viewed")
     for seed, (name, mpp) in enumerate({"same": 0.5, "double": 0.25, "odd & 5+3 µ": 0.3}.items()):
         slide = write_slide(folder / f"{name}.tif", squares(seed), mpp=mpp, tile_px=256)
-        segment_slide(slide, IdentityEngine(), folder / "out", ALL)
+        options = replace(ALL, rasters=("density",)) if name == "odd & 5+3 µ" else ALL
+        segment_slide(slide, IdentityEngine(), folder / "out", options)
     return folder / "out"
 
 
@@ -197,6 +198,35 @@ def test_classes_are_toggled_coloured_and_faded_without_asking_the_server(page: 
     expected = 0.5 * slide[reds] + 0.5 * np.array((255, 204, 0))
     assert np.abs(half[reds] - expected).max() <= 1.5
     assert asked == []
+
+
+def test_the_heatmap_lies_on_its_cells_in_colours_that_rise_with_the_density(
+    page: Page, server: ViewServer, out: Path
+) -> None:
+    open_at(page, server, "odd & 5+3 µ", 900, 700, 0.5)
+    with_opacity(page, 100)
+    page.keyboard.press("h")
+    heat = seen(page).astype(int)
+    values = tifffile.imread(out / "odd & 5+3 µ" / "density.tif")[0]
+    side = 64 / 0.3  # pixels of the slide
+    top = float(page.locator("#density-high").inner_text().replace(",", ""))
+    found = {}
+    for row, column in np.ndindex(*values.shape):
+        x, y = (column + 0.5) * side, (row + 0.5) * side
+        at = round((x - 900) / 2 + PANE_PX[0] / 2), round((y - 700) / 2 + PANE_PX[1] / 2) - 50
+        if 5 < at[0] < PANE_PX[0] - 5 and 5 < at[1] < heat.shape[0] - 5 and x < 1860 and y < 1350:
+            found[row, column] = heat[at[1], at[0]]
+            assert np.ptp(heat[at[1] - 5 : at[1] + 6, at[0] - 5 : at[0] + 6], axis=(0, 1)).max() == 0  # one colour
+    assert len(found) > 20
+    order = sorted(found, key=lambda cell: values[cell])
+    brightness = [found[cell] @ (0.3, 0.6, 0.1) for cell in order]  # of viridis it rises with the value
+    assert np.corrcoef(brightness, [values[cell] for cell in order])[0, 1] > 0.98
+    assert np.nanpercentile(values, 98) <= top <= 5 * np.nanmax(values)
+    page.mouse.click(PANE_PX[0] / 2, 600 - PANE_PX[1] / 2)
+    middle = values[int(700 // side), int(900 // side)]
+    page.locator("#place").get_by_text(f"red: {round(float(middle))} per mm²").wait_for()
+    page.locator("#density").select_option("")
+    assert {tuple(colour) for colour in seen(page).reshape(-1, 3)} >= {(255, 0, 0), (0, 255, 0), (0, 0, 255)}
 
 
 def test_a_click_reads_label_scores_and_place(page: Page, server: ViewServer, out: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from histostream.wsi.outputs.label_rows import ClassInfo, LabelRows, SlideInfo, background_label
+from histostream.wsi.outputs.objects.counting import ObjectCount, with_rules
 from histostream.wsi.outputs.sinks.object_files import Objects
 from histostream.wsi.outputs.sinks.overview import Overview
 from histostream.wsi.outputs.sinks.summary import Summary
@@ -47,18 +48,20 @@ def test_a_role_counts_more_than_a_name() -> None:
 @pytest.mark.parametrize("name", ["Hintergrund", "glass"])
 def test_the_background_is_neither_painted_nor_counted_as_objects(tmp_path: Path, name: str) -> None:
     role = "background" if name == "glass" else ""
-    info = SlideInfo("slide", 8, 8, 0.5, (ClassInfo("tumour", RED), ClassInfo(name, (1, 2, 3), role)))
+    classes = with_rules((ClassInfo("tumour", RED), ClassInfo(name, (1, 2, 3), role)), count_all=True)
+    info = SlideInfo("slide", 8, 8, 0.5, classes)
     labels = np.ones((8, 8), np.uint8)
     labels[2:5, 2:5] = 0
     glass = np.full((8, 8, 3), 200, np.uint8)
     overview, summary = Overview(tmp_path / "overview.png", info, glass), Summary(tmp_path, info)
-    objects = Objects(tmp_path, info, tmp_path / "slide.tif", [], downsample=1.0, min_area_um2=0.0, simplify_um=0.0)
+    objects = Objects(tmp_path, info, tmp_path / "slide.tif", [])
     for sink in (overview, summary, objects):
         sink.write(LabelRows(0, 0, labels))
     objects.finish()
     assert (overview.image()[labels == 1] == 200).all()
     assert (overview.image()[labels == 0] != 200).any()
-    assert [entry[:2] for entry in objects.by_class()] == [("tumour", 1)]
+    assert objects.counter.count(0) == ObjectCount(1, 2.25, None)  # 9 pixels of 0.5 um
+    assert objects.counter.count(1) is None
     ((temporary, _), _) = summary.finish()
     roles = [entry["role"] for entry in json.loads(temporary.read_text())["classes"]]
     assert roles == ["", "background"]

@@ -7,6 +7,7 @@ import gzip
 import importlib.util
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from numpy.typing import NDArray
 from histostream.wsi.errors import OutputError
 from histostream.wsi.outputs.folder import OutputFolder
 from histostream.wsi.outputs.label_rows import NOT_ANALYSED, ClassInfo, LabelRows, SlideInfo
+from histostream.wsi.outputs.object_rule import ObjectRule
 from histostream.wsi.outputs.objects import simplify
+from histostream.wsi.outputs.objects.counting import with_rules
 from histostream.wsi.outputs.sinks import SinkKind, find_sink, object_files, sink_names
 from histostream.wsi.outputs.sinks.annotations.qupath import ANNOTATION_UM2
 from histostream.wsi.outputs.sinks.object_files import Objects
@@ -174,9 +177,10 @@ def written(
     band_px: int = 1 << 20,
     rows: int = 1 << 20,
     files: tuple[str, ...] = EVERY,
-    **options: float,
+    classes: tuple[ClassInfo, ...] = CLASSES,
+    **options: Any,
 ) -> Path:
-    info = SlideInfo("slide.svs", labels.shape[1], labels.shape[0], MPP, CLASSES)
+    info = SlideInfo("slide.svs", labels.shape[1], labels.shape[0], MPP, classes)
     with OutputFolder(path, "slide") as folder:
         folder.add(Objects(folder.path, info, SLIDE, kinds(*files), **options))
         for part in parts(labels, band_px, rows):
@@ -305,10 +309,24 @@ def test_tissue_with_many_holes_is_simplified_ring_by_ring(
 
 def test_small_objects_are_left_out_of_all_files(tmp_path: Path) -> None:
     every = table(written(tmp_path / "every", tissue()))
-    large = table(written(tmp_path / "large", tissue(), min_area_um2=40))
+    large = table(written(tmp_path / "large", tissue(), classes=with_rules(CLASSES, 40)))
     areas = [float(line["area_um2"]) for line in every]
     assert [float(line["area_um2"]) for line in large] == [a for a in areas if a >= 40]
     assert 0 < len(large) < len(every)
+
+
+def test_a_rule_of_one_class_leaves_the_others_alone(tmp_path: Path) -> None:
+    rules = (None, ObjectRule(min_area_um2=20, max_area_um2=60), ObjectRule(counted=False))
+    classes = tuple(replace(entry, rule=rule) for entry, rule in zip(CLASSES, rules, strict=True))
+    every = table(written(tmp_path / "every", tissue()))
+    chosen = table(written(tmp_path / "chosen", tissue(), classes=classes))
+    nuclei = [float(line["area_um2"]) for line in every if line["class"] == "nucleus"]
+    assert [float(line["area_um2"]) for line in chosen if line["class"] == "nucleus"] == [
+        area for area in nuclei if 20 <= area <= 60
+    ]
+    assert 0 < min(nuclei) < 20 < 60 < max(nuclei)
+    other = [[line["area_um2"] for line in lines if line["class"] != "nucleus"] for lines in (every, chosen)]
+    assert other[0] == other[1] != []  # a class that is not counted still has its outlines
 
 
 @pytest.mark.parametrize("value", [0, NOT_ANALYSED])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +18,9 @@ from scipy import ndimage
 from histostream.wsi.outputs.label_rows import NOT_ANALYSED
 from histostream.wsi.outputs.objects import components
 from histostream.wsi.outputs.objects.components import Complete, Components
+from histostream.wsi.outputs.objects.ellipse import eccentricity
 from histostream.wsi.outputs.objects.outline import trace
-from histostream.wsi.outputs.objects.store import Shape, Store, eccentricity
+from histostream.wsi.outputs.objects.store import Shape, Store
 from histostream.wsi.runs import Runs
 
 Labels = NDArray[np.uint8]
@@ -44,10 +45,15 @@ def with_scipy(labels: Labels) -> list[tuple[int, int, NDArray[np.bool_]]]:
 
 
 def components_of(
-    labels: Labels, band_px: int = 1 << 20, rows: int = 1 << 20, min_area: float = 0
+    labels: Labels,
+    band_px: int = 1 << 20,
+    rows: int = 1 << 20,
+    areas: Sequence[tuple[float, float]] = (),
+    *,
+    outlines: bool = True,
 ) -> Iterator[Complete]:
     height, width = labels.shape
-    found = Components(width, height, WANTED, min_area)
+    found = Components(width, height, WANTED, areas, outlines=outlines)
     for x in range(0, width, band_px):
         for y in range(0, height, rows):
             yield from found.add(x, y, labels[y : y + rows, x : x + band_px])
@@ -107,6 +113,24 @@ def test_objects_are_those_of_the_whole_map_however_it_is_cut(
 
 
 @pytest.mark.usefixtures("small_steps")
+@settings(max_examples=250, deadline=None)
+@given(label_maps, st.integers(1, 9), st.integers(1, 9))
+def test_objects_without_outlines_are_the_same_however_the_map_is_cut(labels: Labels, band_px: int, rows: int) -> None:
+    found = [
+        (int(c.first[i]), int(c.value[i]), int(c.area[i]), c.box[i].tolist(), c.moments[i].tolist())
+        for c in components_of(labels, band_px, rows, outlines=False)
+        for i in range(len(c.first))
+    ]
+    expected = []
+    for first, value, mask in with_scipy(labels):
+        y, x = np.nonzero(mask)
+        box = [x.min(), y.min(), x.max() + 1, y.max() + 1]
+        moments = [x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum()]
+        expected.append((first, value, len(x), box, moments))
+    assert sorted(found) == expected
+
+
+@pytest.mark.usefixtures("small_steps")
 @settings(max_examples=150, deadline=None)
 @given(label_maps, st.integers(1, 9), st.integers(1, 9))
 def test_rings_are_the_same_numbers_however_the_map_is_cut(
@@ -142,7 +166,7 @@ def test_pixels_that_meet_in_a_corner_are_two_objects(tmp_path: Path) -> None:
 def test_small_objects_are_left_out(tmp_path: Path) -> None:
     labels = np.zeros((9, 30), np.uint8)
     labels[1, 1:4], labels[5:7, 20:22] = 1, 2
-    found = stored(tmp_path, components_of(labels, min_area=3.5))
+    found = stored(tmp_path, components_of(labels, areas=[(3.5, np.inf)] * 2))
     assert [(s.value, s.area_px) for s in found] == [(2, 4)]
 
 

@@ -24,6 +24,7 @@ from pydicom.encaps import generate_frames
 from histostream.wsi.errors import OutputError, SlideError
 from histostream.wsi.outputs.folder import OutputFolder
 from histostream.wsi.outputs.label_rows import NOT_ANALYSED, ClassInfo, LabelRows, Sink, SlideInfo
+from histostream.wsi.outputs.objects.counting import with_rules
 from histostream.wsi.outputs.sinks import find_sink, sink_names
 from histostream.wsi.outputs.sinks.rasters import dicom_seg
 from histostream.wsi.outputs.sinks.rasters.dicom_seg import DicomSeg
@@ -47,7 +48,7 @@ SIZES = [(1, 1), (513, 1), (37, 1030), (2111, 1537)]
 
 
 def slide_info(width: int, height: int) -> SlideInfo:
-    return SlideInfo("slide é.svs", width, height, MPP, CLASSES)
+    return SlideInfo("slide é.svs", width, height, MPP, with_rules(CLASSES, count_all=True))
 
 
 def label_map(width: int, height: int, seed: int = 0) -> Array:

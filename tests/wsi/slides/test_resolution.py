@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from histostream.wsi.errors import SlideError
+from histostream.wsi.geometry import Box
 from histostream.wsi.slides.reader import Level, check_box, open_slide
 from histostream.wsi.slides.resolution import SlideView, at_mpp, thumbnail
 
@@ -21,6 +22,10 @@ class ArraySlide:
 
     pixels: np.ndarray
     mpp: float | None = 0.25
+    mpp_source: str = "test"
+    bounds: Box | None = None
+    notes: tuple[str, ...] = ()
+    missing: tuple[np.ndarray | None, ...] = ()
     downsamples: tuple[int, ...] = (1,)
     path: Path = Path("slide.svs")
     name: str = "array"

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from histostream.wsi.files import remove, writing
 from histostream.wsi.outputs.objects.components import Complete
+from histostream.wsi.outputs.objects.ellipse import eccentricity
 from histostream.wsi.outputs.objects.outline import Outlines, trace
 
 # Class; area; left, top, right, bottom; perimeter, eccentricity, centroid x, y; rings, points.
@@ -98,26 +99,6 @@ class Store:
         """Remove the file. Allowed twice."""
         self._file.close()
         remove([self._path])
-
-
-def eccentricity(area: NDArray[np.int64], moments: NDArray[np.object_]) -> NDArray[np.float64]:
-    """Return the eccentricity of the ellipses with the same area and moments as objects; see `Complete`.
-
-    Pixels are squares, which adds 1/12 to their variance along each axis, as in scikit-image.
-    """
-    n = area.astype(object)
-    x, y, xx, yy, xy = moments.T
-    # Integers up to the division: far from the origin the difference is lost in floating point.
-    along_x, along_y, both = (
-        ((n * square - product) / (n * n)).astype(np.float64)
-        for square, product in ((xx, x * x), (yy, y * y), (xy, x * y))
-    )
-    along_x, along_y = along_x + 1 / 12, along_y + 1 / 12
-    half = np.hypot((along_x - along_y) / 2, both)
-    middle = (along_x + along_y) / 2
-    ratio = (middle - half) / (middle + half)
-    eccentric: NDArray[np.float64] = np.sqrt(np.clip(1 - ratio, 0, 1))
-    return eccentric
 
 
 def _records(complete: Complete, outlines: Outlines) -> Iterator[bytes]:

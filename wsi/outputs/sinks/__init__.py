@@ -48,6 +48,8 @@ class SinkKind:
         that the file takes until it is complete.
     bytes_per_px
         Estimated size of the file for each analysed pixel.
+    counts_objects
+        Whether the file needs classes to be counted whose model has no rule of objects.
     module, extra
         An optional package that it needs, and the extra of HistoStream that installs it.
     """
@@ -56,6 +58,7 @@ class SinkKind:
     open: Callable[[Path, SlideInfo, Path], Any]
     needs: Callable[[SlideInfo, int], MemoryNeeds] = lambda info, tile_px: MemoryNeeds()
     bytes_per_px: float = 0.0
+    counts_objects: bool = False
     module: str = ""
     extra: str = ""
 

@@ -20,22 +20,23 @@ from histostream.wsi.files import temporary_name
 from histostream.wsi.optional import require
 from histostream.wsi.outputs.label_rows import LabelRows, SlideInfo, background_label
 from histostream.wsi.outputs.memory_needs import MemoryNeeds
-from histostream.wsi.outputs.objects.components import Components
+from histostream.wsi.outputs.objects.components import Complete
+from histostream.wsi.outputs.objects.counting import ObjectCounter, find_components
 from histostream.wsi.outputs.objects.simplify import simplify
 from histostream.wsi.outputs.objects.slide_object import ObjectFile, SlideObject
 from histostream.wsi.outputs.objects.store import Shape, Store
 from histostream.wsi.outputs.sinks import SinkKind
+from histostream.wsi.outputs.sinks.object_counts import LINE_BYTES
 
 DECIMALS = 2  # of coordinates, in pixels of level 0
 GROUP_POINTS = 1 << 16  # simplified at a time
 # Blocks of the label map, corners that may still change, rings that are traced; measured.
 BUFFERS = 64 << 20
-LINE_BYTES = 10  # for each row of the slide: a class and a number, at both edges of a column band
 STORE = "objects"  # name of the temporary file
 
 
 class Objects:
-    """Finds the objects of all classes but the background; see `Sink`.
+    """Finds the objects of all classes but the background, by the rules of the classes, and counts them; see `Sink`.
 
     The files do not depend on how the rows were cut.
 
@@ -51,8 +52,8 @@ class Objects:
         The files to write.
     downsample
         Pixels of level 0 per pixel of the label map, along one side.
-    min_area_um2
-        Smaller objects are left out.
+    origin
+        Where the slide begins in the coordinates of the files, in pixels of level 0.
     simplify_um
         Outlines may deviate by this, to have fewer points; 0: they follow the pixels.
 
@@ -60,6 +61,11 @@ class Objects:
     ------
     OutputError
         If a file cannot be written, or a library that it needs is not installed.
+
+    Attributes
+    ----------
+    counter
+        The counts of the classes that are counted, complete after `finish`.
     """
 
     def __init__(
@@ -70,19 +76,17 @@ class Objects:
         kinds: Sequence[SinkKind],
         *,
         downsample: float = 1.0,
-        min_area_um2: float = 0.0,
+        origin: tuple[int, int] = (0, 0),
         simplify_um: float = 0.0,
     ) -> None:
         check_installed(kinds, simplify_um)
-        self._info, self._downsample = info, downsample
+        self._info, self._downsample, self._origin = info, downsample, origin
         self._integer = float(downsample).is_integer()  # coordinates without decimals are shorter to read
         self._tolerance_px = simplify_um / info.mpp * downsample
-        self._background = background_label(info.classes)
-        labels = [label for label in range(len(info.classes)) if label != self._background]
-        min_area_px = min_area_um2 / info.mpp**2
-        self._components = Components(info.width, info.height, labels, min_area_px)
-        self._counts = np.zeros(len(info.classes), np.int64)
-        self._areas_um2 = np.zeros(len(info.classes))
+        background = background_label(info.classes)
+        labels = [label for label in range(len(info.classes)) if label != background]
+        self._components = find_components(info, labels, outlines=True)
+        self.counter = ObjectCounter(info)
         self._files: list[ObjectFile] = []
         self._store = Store(temporary_name(folder / STORE))
         try:
@@ -96,27 +100,15 @@ class Objects:
         """Return how many objects are complete."""
         return len(self._store)
 
-    def by_class(self) -> list[tuple[str, int, float | None]]:
-        """Return the name of each class, how many objects it has in the files, and their mean area in um2."""
-        return [
-            (entry.name, int(count), round(float(area / count), 2) if count else None)
-            for label, (entry, count, area) in enumerate(
-                zip(self._info.classes, self._counts, self._areas_um2, strict=True)
-            )
-            if label != self._background
-        ]
-
     def write(self, part: LabelRows) -> None:
         """Take the next rows."""
         for complete in self._components.add(part.x, part.y, part.labels):
-            self._store.add(complete)
+            self._add(complete)
 
     def finish(self) -> list[tuple[Path, Path]]:
         """Write the files under their temporary names."""
-        self._store.add(self._components.finish())
+        self._add(self._components.finish())
         for item in self._full_size():
-            self._counts[item.label] += 1
-            self._areas_um2[item.label] += item.area_um2
             for file in self._files:
                 file.write(item)
         self._store.remove()
@@ -127,6 +119,10 @@ class Objects:
         self._store.remove()
         for file in self._files:
             file.abort()
+
+    def _add(self, complete: Complete) -> None:
+        self._store.add(complete)
+        self.counter.add(complete)
 
     def _full_size(self) -> Iterator[SlideObject]:
         number = 1
@@ -140,21 +136,24 @@ class Objects:
 
     def _object(self, number: int, shape: Shape, rings: list[NDArray[np.float64]]) -> SlideObject:
         mpp, scale = self._info.mpp, self._downsample
-        left, top, right, bottom = (round(side * scale, DECIMALS) for side in shape.box)
+        x, y = self._origin
+        left, top, right, bottom = (
+            round(side * scale + start, DECIMALS) for side, start in zip(shape.box, (x, y, x, y), strict=True)
+        )
         return SlideObject(
             number,
             shape.value,
             shape.area_px * mpp**2,
             shape.perimeter_px * mpp,
             shape.eccentricity,
-            shape.x * scale,
-            shape.y * scale,
+            shape.x * scale + x,
+            shape.y * scale + y,
             (left, top, right, bottom),
             [ring.astype(np.int64) for ring in rings] if self._integer else rings,
         )
 
     def _scaled(self, ring: NDArray[np.int32]) -> NDArray[np.float64]:
-        return np.round(ring * self._downsample, DECIMALS)
+        return np.round(ring * self._downsample + self._origin, DECIMALS)
 
 
 def check_installed(kinds: Sequence[SinkKind], simplify_um: float) -> None:

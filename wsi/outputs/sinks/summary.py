@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from histostream.wsi.files import json_text, remove, write_temporary
 from histostream.wsi.outputs.label_rows import BACKGROUND, NOT_ANALYSED, LabelRows, SlideInfo, background_label
+from histostream.wsi.outputs.objects.counting import ObjectCounter
 from histostream.wsi.records import to_json
 
 COUNTED_PX = 1 << 18  # pixels counted at a time: they stay in a core's cache for all classes
@@ -36,6 +37,12 @@ class ClassSummary:
         Its area in the label map.
     share
         Of the analysed area; None where nothing was analysed.
+    objects, mean_object_um2
+        Number of objects and their mean area; None where they are not counted, or there is none.
+    objects_per_mm2
+        Objects per mm2 of the analysed area.
+    touching_share
+        Share of the objects that are probably several that touch; see `ObjectCount`.
     """
 
     label: int | None = None
@@ -45,6 +52,10 @@ class ClassSummary:
     pixels: int | None = None
     area_mm2: float | None = None
     share: float | None = None
+    objects: int | None = None
+    objects_per_mm2: float | None = None
+    mean_object_um2: float | None = None
+    touching_share: float | None = None
     further: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -77,7 +88,7 @@ class SummaryRecord:
 
 
 class Summary:
-    """Counts pixels of each class.
+    """Counts pixels of each class, and takes over the counts of its objects.
 
     Parameters
     ----------
@@ -85,10 +96,12 @@ class Summary:
         Where summary.json and summary.csv will be.
     info
         The slide.
+    counter
+        Counts its objects in a sink that is finished before this one; None: they are not counted.
     """
 
-    def __init__(self, folder: Path, info: SlideInfo) -> None:
-        self.folder, self._info = folder, info
+    def __init__(self, folder: Path, info: SlideInfo, counter: ObjectCounter | None = None) -> None:
+        self.folder, self._info, self._counter = folder, info, counter
         self._counts = np.zeros(256, np.int64)
         self._temporary: list[Path] = []
 
@@ -123,7 +136,18 @@ class Summary:
             pixels = int(self._counts[label])
             share = pixels / analysed if analysed else None
             role = BACKGROUND if label == background else ""
-            classes.append(ClassSummary(label, entry.name, entry.color, role, pixels, pixels * pixel_mm2, share))
+            classes.append(
+                ClassSummary(
+                    label,
+                    entry.name,
+                    entry.color,
+                    role,
+                    pixels,
+                    pixels * pixel_mm2,
+                    share,
+                    **self._objects(label, analysed * pixel_mm2),
+                )
+            )
         return SummaryRecord(
             info.name,
             info.mpp,
@@ -146,6 +170,19 @@ class Summary:
     def abort(self) -> None:
         """Remove what was written."""
         remove(self._temporary)
+
+    def _objects(self, label: int, analysed_mm2: float) -> dict[str, Any]:
+        """Return the counts of a class as arguments of `ClassSummary`."""
+        count = None if self._counter is None else self._counter.count(label)
+        if count is None:
+            return {}
+        per_mm2 = round(count.objects / analysed_mm2, 3) if analysed_mm2 else None
+        return {
+            "objects": count.objects,
+            "objects_per_mm2": per_mm2,
+            "mean_object_um2": count.mean_um2,
+            "touching_share": count.touching_share,
+        }
 
     def _csv(self) -> str:
         """Return one line for each class; the slide's values are in every line, so that tables can be joined."""

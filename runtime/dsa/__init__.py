@@ -1,0 +1,1 @@
+"""``histo-infer dsa``: a task of the Digital Slide Archive."""

@@ -1,0 +1,1 @@
+"""``histo-infer qupath``: results in QuPath."""
