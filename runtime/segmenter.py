@@ -99,6 +99,9 @@ class Segmenter:
     ) -> SlideResult:
         """Segment a slide into ``out/<slide's name>/``, as ``histo-infer`` does.
 
+        If that folder has the result of another slide of this name, which still exists, the name of the
+        slide's own folder is put before it.
+
         An existing result of the same slide, model and options is returned at once; an interrupted
         run is continued.
 

@@ -69,7 +69,12 @@ def judge(labels: Labels, instances: Instances, info: SlideInfo) -> Judged:
     is_half = 2 * shared_px >= size_px[pairs[0]]
     nuclei = np.bincount(pairs[1][is_half], minlength=regions.max() + 1)
     count = counter.count(NUCLEUS)
-    return Judged(said, nuclei[regions.ravel()[first]], count and count.touching_share, int((size_px[1:] > 0).sum()))
+    return Judged(
+        said,
+        nuclei[regions.ravel()[first]],
+        None if count is None else count.touching_share,
+        int((size_px[1:] > 0).sum()),
+    )
 
 
 def score(images: list[Judged]) -> dict[str, Any]:

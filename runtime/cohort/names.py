@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
-from histostream.runtime.record import read_run
+from histostream.runtime.record import SlideRecord, read_json
 from histostream.runtime.slide_job import SlideInput, absolute_source, stem_of
 from histostream.wsi.errors import SlideError
+from histostream.wsi.outputs.folder import RUN_FILE
 from histostream.wsi.outputs.journal import Journal, JournalError
+from histostream.wsi.records import from_json
 from histostream.wsi.slides.sources.base import file_name, is_plain_name, is_remote, redact_url
 from histostream.wsi.slides.staging import SlideVersion, version_of
 
@@ -196,9 +198,9 @@ def _owners(names: Iterable[str], folders: Mapping[str, list[Path]]) -> Iterator
     """Yield the folders of these names, and the slides that they belong to."""
     for name in names:
         for folder in folders.get(_key(name), ()):
-            run = read_run(folder)
+            run = read_json(folder / RUN_FILE)
             if run is not None:
-                slide = run.slide
+                slide = from_json(SlideRecord, run.get("slide"))  # the rest of thousands of files takes seconds
                 version = None if slide.bytes is None else SlideVersion(slide.bytes, slide.modified)
                 yield folder, _Owner(slide.source or slide.path, version)
                 continue

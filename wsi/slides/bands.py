@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from histostream.wsi.errors import SlideError, printable
 from histostream.wsi.slides.tiff_images import PageComparison
 
-GREY, RGB, PALETTE, YCBCR = 1, 2, 3, 6  # PhotometricInterpretation
+WHITE_IS_ZERO, GREY, RGB, PALETTE, YCBCR = 0, 1, 2, 3, 6  # PhotometricInterpretation
 ASSOCIATED, UNASSOCIATED = 1, 2  # ExtraSamples: alpha, with which the colours are multiplied already, or not
 PLANES = ("CYX", "SYX")  # tifffile's axes of images with one plane for each channel
 ALL_TRANSPARENT = "by its alpha everything is transparent; alpha is ignored"
@@ -97,7 +97,7 @@ def color_bands(path: Path, file: Any, page: Any) -> tuple[Bands, tuple[str, ...
             f"{path}: beside its colours it has {_listed(filled)}, of which it does not say what that is; "
             f"pass --channels 0,1,2 to read the colours alone"
         )
-    notes = [f"{_listed(unknown)} is the same everywhere, and is ignored"] if unknown else []
+    notes = [f"{_listed(unknown)} without a meaning: the same everywhere, and ignored"] if unknown else []
     if alpha is not None and values.get(alpha) == 0:
         notes.append(ALL_TRANSPARENT)
         alpha = None
@@ -126,7 +126,7 @@ def channel_names(ome_xml: str | None) -> list[str]:
 
 def _constant_bands(page: Any, bands: Sequence[int]) -> dict[int, int]:
     """Return the value of each of these bands that is the same in some tiles of a page, those of the most bytes."""
-    if not page.is_tiled:
+    if page.planarconfig != 1:  # a tile holds one band
         return {}
     samples = PageComparison().samples(page)
     values = {band: np.concatenate([tile[..., band].ravel() for tile in samples]) for band in bands if samples}

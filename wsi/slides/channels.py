@@ -15,6 +15,7 @@ from histostream.wsi.slides.image_header import check_claim
 from histostream.wsi.slides.pixel_size import PixelSize, tiff_pixel_size
 from histostream.wsi.slides.reader import BlockReader, Level, SlideReader, downsample_between, open_slide
 from histostream.wsi.slides.tiff_check import check_tiff, is_tiff
+from histostream.wsi.slides.tiff_images import piece_px
 
 INTERLEAVED, SINGLE = ("YXS",), ("YX",)  # tifffile's axes of what is read, beside PLANES
 DARK = 0  # of blocks that a file does not hold: channels of fluorescence are dark where nothing is
@@ -35,7 +36,7 @@ class ChannelReader(BlockReader):
         super().__init__(
             path,
             tuple(Level(w, h, downsample_between(base, (w, h))) for w, h in sizes),
-            tuple(_block_px(page) for page in first),
+            tuple(piece_px(page) for page in first),
             pixel_size,
             len(picked),
         )
@@ -184,13 +185,6 @@ def _pages_of_levels(series: Any) -> tuple[list[list[Any]], int]:
     if series.axes in PLANES and len(series.pages) == series.shape[0]:
         return [[page.aspage() for page in level.pages] for level in series.levels], int(series.shape[0])
     raise ValueError(f"its axes are {series.axes}: rows, columns and channels are needed, no stack and no time")
-
-
-def _block_px(page: Any) -> tuple[int, int]:
-    """Return (width, height) of the tiles of a page, or of its strips."""
-    if page.is_tiled:
-        return page.tilewidth, page.tilelength
-    return page.imagewidth, min(page.rowsperstrip, page.imagelength)
 
 
 def _missing_in_all(pages: list[Any], block_px: tuple[int, int]) -> NDArray[np.bool_] | None:

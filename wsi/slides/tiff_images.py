@@ -121,6 +121,13 @@ def choose_image(images: list[TiffImage]) -> tuple[TiffImage, tuple[str, ...]]:
     return chosen, (f"{note}: export those to files of their own",)
 
 
+def piece_px(page: Any) -> tuple[int, int]:
+    """Return (width, height) of the tiles of a page, or of its strips."""
+    if page.is_tiled:
+        return page.tilewidth, page.tilelength
+    return page.imagewidth, min(page.rowsperstrip, page.imagelength)
+
+
 class PageComparison:
     """Compares what pages of one file show, by a few of their tiles."""
 
@@ -171,14 +178,15 @@ class PageComparison:
 
     def _pixels(self, page: Any, box: Box) -> NDArray[Any] | None:
         """Return a box of a page, (H, W, C); None if one of its tiles is missing or cannot be decoded."""
-        columns = range(box.x // page.tilewidth, (box.right - 1) // page.tilewidth + 1)
-        rows = range(box.y // page.tilelength, (box.bottom - 1) // page.tilelength + 1)
-        wide = -(-page.imagewidth // page.tilewidth)
+        width, height = piece_px(page)
+        columns = range(box.x // width, (box.right - 1) // width + 1)
+        rows = range(box.y // height, (box.bottom - 1) // height + 1)
+        wide = -(-page.imagewidth // width)
         tiles = [[self._tile(page, row * wide + column) for column in columns] for row in rows]
         if any(tile is None for line in tiles for tile in line):
             return None
         joined = np.concatenate([np.concatenate(line, axis=1) for line in tiles], axis=0)  # type: ignore[arg-type]
-        x, y = box.x - columns[0] * page.tilewidth, box.y - rows[0] * page.tilelength
+        x, y = box.x - columns[0] * width, box.y - rows[0] * height
         return joined[y : y + box.height, x : x + box.width]
 
     def _tile(self, page: Any, index: int) -> NDArray[Any] | None:
@@ -196,7 +204,7 @@ class PageComparison:
         file.seek(page.dataoffsets[index])
         data = file.read(count)
         try:
-            check_claim(data, page.tilewidth * page.tilelength)
+            check_claim(data, math.prod(piece_px(page)))
             tile = page.decode(data, index, jpegtables=page.jpegtables)[0]
         except MemoryError:
             raise
@@ -241,16 +249,17 @@ def _richest(page: Any) -> list[int]:
 
 
 def _index_at(page: Any, x: int, y: int) -> int:
-    wide = -(-page.imagewidth // page.tilewidth)
-    column = min(x, page.imagewidth - 1) // page.tilewidth
-    return int(min(y, page.imagelength - 1) // page.tilelength * wide + column)
+    width, height = piece_px(page)
+    wide = -(-page.imagewidth // width)
+    return int(min(y, page.imagelength - 1) // height * wide + min(x, page.imagewidth - 1) // width)
 
 
 def _tile_box(page: Any, index: int) -> Box:
-    """Return the part of a page that a tile covers."""
-    row, column = divmod(index, -(-page.imagewidth // page.tilewidth))
-    x, y = column * page.tilewidth, row * page.tilelength
-    return Box(x, y, min(page.tilewidth, page.imagewidth - x), min(page.tilelength, page.imagelength - y))
+    """Return the part of a page that a tile or strip covers."""
+    width, height = piece_px(page)
+    row, column = divmod(index, -(-page.imagewidth // width))
+    x, y = column * width, row * height
+    return Box(x, y, min(width, page.imagewidth - x), min(height, page.imagelength - y))
 
 
 def _cell_means(pixels: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -393,7 +393,25 @@ def test_a_band_without_a_meaning_that_is_empty_is_ignored(
     tifffile.imwrite(tmp_path / "a.tif", with_band(value), **PLAIN, extrasamples=["unspecified"])
     with open_slide(tmp_path / "a.tif") as slide:
         np.testing.assert_array_equal(whole(slide), tissue(256, 256))
-    assert "band 4 is the same everywhere" in caplog.text
+    assert "band 4 without a meaning: the same everywhere" in caplog.text
+
+
+@pytest.mark.parametrize("options", [{}, {"tile": None, "rowsperstrip": 16}, {"compression": "zstd"}], ids=str)
+def test_grey_values_of_which_0_is_white_are_turned_round(tmp_path: Path, options: dict[str, Any]) -> None:
+    grey = tissue(256, 256)[..., 0]
+    tifffile.imwrite(tmp_path / "a.tif", 255 - grey, **PLAIN | {"photometric": "miniswhite"} | options)
+    with open_slide(tmp_path / "a.tif") as slide:
+        pixels = whole(slide)
+    np.testing.assert_array_equal(pixels, np.broadcast_to(grey[..., None], pixels.shape))
+
+
+@pytest.mark.parametrize("options", [{"tile": None, "rowsperstrip": 16}, {"compression": "zstd"}], ids=str)
+@pytest.mark.parametrize("kind", ["unassalpha", "unspecified"])
+def test_an_empty_fourth_band_is_ignored_in_every_layout(tmp_path: Path, kind: str, options: dict[str, Any]) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", with_band(0), **PLAIN | options, extrasamples=[kind])
+    with open_slide(tmp_path / "a.tif") as slide:
+        np.testing.assert_array_equal(whole(slide), tissue(256, 256))
+        assert slide.notes
 
 
 def fluorescence(path: Path, channels: int, form: str) -> NDArray[np.uint8]:

@@ -25,7 +25,6 @@ class ArraySlide:
     mpp_source: str = "test"
     bounds: Box | None = None
     notes: tuple[str, ...] = ()
-    missing: tuple[np.ndarray | None, ...] = ()
     downsamples: tuple[int, ...] = (1,)
     path: Path = Path("slide.svs")
     name: str = "array"

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histostream.wsi.errors import DamagedError, HistoError, SlideError, reason
-from histostream.wsi.slides.bands import ALL_TRANSPARENT, Bands, color_bands
+from histostream.wsi.slides.bands import ALL_TRANSPARENT, WHITE_IS_ZERO, Bands, color_bands
 from histostream.wsi.slides.dicom_series import is_dicom, missing_frames, series_files
 from histostream.wsi.slides.image_header import check_plain_image
 from histostream.wsi.slides.pixel_size import (
@@ -20,7 +20,7 @@ from histostream.wsi.slides.pixel_size import (
     image_pixel_size,
     tiff_pixel_size,
 )
-from histostream.wsi.slides.reader import BlockReader, DeclinedError, Level, missing_blocks
+from histostream.wsi.slides.reader import WHITE, BlockReader, DeclinedError, Level, missing_blocks
 from histostream.wsi.slides.tiff_check import check_tiff, is_tiff
 from histostream.wsi.slides.tiff_images import TiffImage, choose_image, find_images
 from histostream.wsi.slides.vendor import scanner_format
@@ -51,7 +51,7 @@ class LargeImageReader(BlockReader):
     def __init__(self, path: Path, source: Any, facts: _Facts) -> None:
         self._zs, levels = _levels(source, facts.widths)
         block_px = ((int(source.tileWidth), int(source.tileHeight)),) * len(levels)
-        self._bands = facts.bands
+        self._bands, self._inverted = facts.bands, facts.inverted
         super().__init__(path, levels, block_px, facts.pixel_size, self._bands.colors)
         self.notes = facts.notes
         self.missing = tuple(self._missing(level, facts.missing) for level in range(len(levels)))
@@ -104,6 +104,8 @@ class LargeImageReader(BlockReader):
         block = block[..., None] if block.ndim == 2 else block
         if block.shape[2] == self._bands.count:
             block = self._bands.color_of(block)
+        if self._inverted:
+            block = WHITE - block
         return self._check(block, level, row, column)
 
     def close(self) -> None:
@@ -181,6 +183,8 @@ class _Facts:
         Blocks that levels do not hold, as `SlideReader.missing`, each of another size.
     notes
         As `SlideReader.notes`.
+    inverted
+        Whether the source returns grey values of which 0 is white.
     widths
         Widths of the levels of the slide; None: all that the source has.
     """
@@ -190,6 +194,7 @@ class _Facts:
     compression: str = ""
     missing: list[NDArray[np.bool_]] = field(default_factory=list)
     notes: tuple[str, ...] = ()
+    inverted: bool = False
     widths: set[int] | None = None
 
 
@@ -243,6 +248,7 @@ def _tiff_facts(path: Path, source: Any) -> _Facts:
             "" if known else getattr(base.compression, "name", str(base.compression)),
             [m for m in missing if m is not None],
             (*notes, *of_bands),
+            int(base.photometric) == WHITE_IS_ZERO and source.name == "tifffile",  # the others turn them round
             {page.imagewidth for page in image.pages} if images else None,
         )
 
@@ -259,7 +265,7 @@ def _dicom_facts(path: Path, source: Any) -> _Facts:
         "" if syntax in DECODED_DICOM else syntax.name,
         [m for m in missing if m is not None],
         notes if len(pyramids) > 1 else (),
-        {level.size.width for level in pyramids[0]},
+        widths={level.size.width for level in pyramids[0]},
     )
 
 
