@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import openslide
 import pytest
 import shapely
 import tifffile
@@ -21,6 +23,7 @@ from histostream.runtime.slide_run import segment_slide
 from histostream.wsi.errors import SlideError
 from histostream.wsi.outputs.label_rows import NOT_ANALYSED
 from histostream.wsi.slides.reader import SlideReader, open_slide
+from histostream.wsi.tiling.cells import dilated, eroded
 from tests.runtime.conftest import (
     CARD,
     IdentityEngine,
@@ -141,13 +144,73 @@ def test_with_no_tissue_glass_is_analysed_too(slide: Path, tmp_path: Path) -> No
     assert shapely.Polygon(ring).equals(shapely.box(0, 0, WIDTH, HEIGHT))
 
 
+# ---- slides from the field
+
+
+def crop(wsi_slides: Path, x: int, y: int, side: int) -> NDArray[np.uint8]:
+    with openslide.OpenSlide(wsi_slides / "CMU-1-Small-Region.svs") as opened:
+        return np.asarray(opened.read_region((x, y), 0, (side, side)).convert("RGB"))
+
+
+def write_jpeg(path: Path, pixels: NDArray[np.uint8]) -> Path:
+    resolution = {"resolution": (2e4, 2e4), "resolutionunit": "CENTIMETER"}
+    args = {"compressionargs": {"level": 95}, "photometric": "rgb", "tile": (256, 256)}
+    tifffile.imwrite(path, pixels, compression="jpeg", **args, **resolution)  # type: ignore[arg-type]
+    return path
+
+
+def grey(pixels: NDArray[np.uint8]) -> None:
+    pixels[(pixels == 0).all(axis=2)] = 128
+
+
+def frame(pixels: NDArray[np.uint8]) -> None:
+    pixels[...] = np.where(np.pad(np.ones((500, 500, 1), bool), ((325, 199), (375, 149), (0, 0))), pixels, 0)
+
+
+def strip(pixels: NDArray[np.uint8]) -> None:
+    pixels[:, 740:840] = 0
+
+
+@pytest.mark.parametrize(
+    "change", [lambda pixels: None, grey, frame, strip], ids=["half-black", "grey", "frame", "strip"]
+)
+def test_areas_that_were_not_scanned_are_not_analysed(
+    wsi_slides: Path, tmp_path: Path, change: Callable[[NDArray[np.uint8]], None]
+) -> None:
+    pixels = np.zeros((1024, 1024, 3), np.uint8)
+    pixels[200:950, 250:1000] = 243
+    pixels[400:784, 450:834] = crop(wsi_slides, 900, 1000, 384)
+    scanned = np.full_like(pixels, 243)
+    scanned[400:784, 450:834] = pixels[400:784, 450:834]
+    options = replace(TISSUE, probabilities=False)
+    truth = segment_slide(write_jpeg(tmp_path / "all.tif", scanned), identity_engine(256), tmp_path / "out", options)
+    change(pixels)
+    filled = dilated(eroded((pixels == pixels[0, 0]).all(axis=2)), 1)  # without single pixels of tissue
+    slide = write_jpeg(tmp_path / "field.tif", pixels)
+    result = segment_slide(slide, identity_engine(256), tmp_path / "out", options)
+    analysed, expected = (labels_of(r.folder) != NOT_ANALYSED for r in (result, truth))
+    assert not (analysed & filled).any()
+    assert not (analysed & ~expected).any()
+    beside = dilated(filled, 64)  # 32 um
+    assert analysed[expected & ~beside].mean() > 0.999
+    assert result.run.area is not None
+    assert result.run.area.unscanned_mm2 == pytest.approx(filled.mean() * result.summary.slide_mm2, rel=0.1)
+
+
+def test_a_single_patch_is_analysed(wsi_slides: Path, tmp_path: Path) -> None:
+    slide = write_slide(tmp_path / "patch.tif", crop(wsi_slides, 900, 1100, 256))
+    result = segment_slide(slide, identity_engine(), tmp_path / "out", TISSUE)
+    assert result.run.no_tissue is None
+    assert result.summary.analysed_mm2 == pytest.approx((256 * 0.5e-3) ** 2, rel=0.02)
+
+
 # ---- blocks that the file does not hold
 
 
 def without_blocks(monkeypatch: pytest.MonkeyPatch, absent: NDArray[np.bool_]) -> None:
     """Have every slide lack some blocks, which are read as white."""
 
-    def opened(path: Path, card: object) -> SlideReader:
+    def opened(path: Path, *_: object) -> SlideReader:
         reader = open_slide(path)
         decode = reader._decode  # type: ignore[attr-defined]
 

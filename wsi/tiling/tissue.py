@@ -119,7 +119,8 @@ def find_tissue(
     tissue, unscanned, dark_ground = _is_tissue(overview, um2, _drawn(damaged, view, overview))
     tissue = _without_gaps(_pieces(tissue, min_area_um2 / um2, CELL_UM2 / um2), unscanned, min_area_um2 / um2)
     margin_px = max(1, round(MARGIN_UM / mask_mpp))
-    return TissueMask(dilated(tissue, margin_px) & ~unscanned, unscanned, mask_mpp, margin_px, dark_ground)
+    tissue = dilated(tissue, margin_px) & ~dilated(unscanned, 1)  # part of the pixels beside it was not scanned
+    return TissueMask(tissue, unscanned, mask_mpp, margin_px, dark_ground)
 
 
 def mask_px(view: SlideView, max_px: int = MASK_PX) -> int:

@@ -5,6 +5,7 @@ import { LabelTiles, NONE, address } from "./labels.js";
 
 const CRISP = 2; // screen pixels per slide pixel from which slide pixels are shown as squares
 const DIFFERENT = packed("#ff00ff");
+const OUTLINE = packed("#000000"); // of the analysed area, on the pixels beside it
 const BAR_PX = 140; // the scale bar is not longer
 
 export class Pane {
@@ -86,6 +87,12 @@ export class Pane {
     classes.forEach(({ color, shown }, label) => {
       if (shown) this.palette[label] = packed(color);
     });
+    this.repaint();
+  }
+
+  /** Whether the area that a finished run analysed is outlined. */
+  outline(shown) {
+    this.outlined = shown;
     this.repaint();
   }
 
@@ -197,8 +204,31 @@ export class Pane {
     if (this.density) this.density.paint(view, pixels, this.high);
     else if (this.other) this.paintDifferences(labels, this.other.labels.sample(view), pixels);
     else for (let i = 0; i < labels.length; i++) pixels[i] = this.palette[labels[i]];
+    if (this.outlined && this.run.progress === 1) this.paintOutline(labels, view, pixels);
     this.context.putImageData(image, 0, 0);
     this.showScale(1 / (scale * dense));
+  }
+
+  paintOutline(labels, { left, top, scale, width, height }, pixels) {
+    const { run } = this;
+    const inside = (start, size, count) => [
+      Math.max(0, Math.ceil(-start / scale - 0.5)),
+      Math.min(count, Math.ceil((size * run.downsample - start) / scale - 0.5)), // the slide's border is no outline
+    ];
+    const [x0, x1] = inside(left, run.width, width);
+    const [y0, y1] = inside(top, run.height, height);
+    for (let y = y0; y < y1; y++) {
+      for (let x = x0; x < x1; x++) {
+        const i = y * width + x;
+        if (labels[i] !== NONE) continue;
+        const beside =
+          (x > x0 && labels[i - 1] !== NONE) ||
+          (x + 1 < x1 && labels[i + 1] !== NONE) ||
+          (y > y0 && labels[i - width] !== NONE) ||
+          (y + 1 < y1 && labels[i + width] !== NONE);
+        if (beside) pixels[i] = OUTLINE;
+      }
+    }
   }
 
   paintDifferences(labels, others, pixels) {

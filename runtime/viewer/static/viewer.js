@@ -118,6 +118,7 @@ async function openSlide(key, compare, place, mine) {
   at("title").textContent = opened[0].name;
   fillCompare();
   applyOpacity();
+  applyOutline();
   showRuns();
   await Promise.all(panes.map((pane) => pane.opened));
   if (mine !== opening) return;
@@ -288,6 +289,10 @@ function setClass(name, change) {
 
 function applyClasses() {
   for (const pane of panes) pane.colour(pane.run.classes.map(({ name }) => classes.get(name)));
+}
+
+function applyOutline() {
+  for (const pane of panes) pane.outline(at("outline").checked);
 }
 
 function applyOpacity() {
@@ -494,6 +499,7 @@ at("help").addEventListener("click", () => at("keys").showModal());
 at("opacity").addEventListener("input", applyOpacity);
 at("compare").addEventListener("change", () => compareWith(at("compare").value));
 at("differences").addEventListener("change", showDifferences);
+at("outline").addEventListener("change", applyOutline);
 at("density").addEventListener("change", showDensity);
 window.addEventListener("hashchange", open);
 open();

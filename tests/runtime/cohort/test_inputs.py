@@ -197,7 +197,7 @@ def test_a_list_gives_each_slide_its_settings(tmp_path: Path, delimiter: str, en
             0.25,
             f"{tmp_path}/a.geojson",
             {"patient": "7", "größe": "groß"},
-            f"{tmp_path}/m.png",
+            mask=f"{tmp_path}/m.png",
         ),
         SlideInput("/abs/b.svs", "b", None, "/abs/b.geojson", {"patient": "", "größe": ""}),
         SlideInput("s3://bucket/c.svs", "c", None, None, {"patient": "", "größe": ""}),

@@ -22,6 +22,7 @@ from histostream.runtime.options import Options
 from histostream.runtime.slide_run import segment_slide
 from histostream.runtime.viewer.server import ViewServer
 from histostream.wsi.errors import StoppedError
+from histostream.wsi.tiling.cells import dilated
 from tests.runtime.conftest import IdentityEngine, write_slide
 from tests.runtime.viewer.viewing import serving, stop_after
 
@@ -227,6 +228,35 @@ def test_the_heatmap_lies_on_its_cells_in_colours_that_rise_with_the_density(
     page.locator("#place").get_by_text(f"red: {round(float(middle))} per mm²").wait_for()
     page.locator("#density").select_option("")
     assert {tuple(colour) for colour in seen(page).reshape(-1, 3)} >= {(255, 0, 0), (0, 255, 0), (0, 0, 255)}
+
+
+def test_the_analysed_area_is_outlined_and_the_slide_is_not(page: Page, tmp_path: Path) -> None:
+    """Here a pixel of the screen is one of the slide, and half of it is excluded."""
+    slide = write_slide(tmp_path / "half.tif", squares(1), tile_px=256)
+    mask = np.ones((45, 62), np.uint8)
+    mask[:, 31:] = mask[:20, :10] = 0
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    segment_slide(slide, IdentityEngine(), tmp_path / "out", replace(ALL, mask=tmp_path / "mask.png"))
+    with serving(tmp_path / "out") as server:
+        for x, y, zoom in ((930, 675, 1), (300, 600, 1), (930, 675, 0.3)):
+            open_at(page, server, "half", x, y, zoom)
+            with_outline = with_opacity(page, 100)
+            page.get_by_label("Outline of the analysed area").uncheck()
+            without = seen(page)
+            black = (with_outline == 0).all(axis=2)
+            np.testing.assert_array_equal(with_outline[~black], without[~black])
+            # Slide and labels have the same colours, so that only the outline is black.
+            height, width = black.shape
+            xs = (np.arange(width) + 0.5 - PANE_PX[0] / 2) / zoom + x
+            ys = (np.arange(height) + 50.5 - PANE_PX[1] / 2) / zoom + y
+            inside = np.logical_and.outer((ys > 0) & (ys < 1350), (xs > 0) & (xs < 1860))
+            rows, columns = (ys // SQUARE_PX).astype(int).clip(0, 44), (xs // SQUARE_PX).astype(int).clip(0, 61)
+            kept = mask[np.ix_(rows, columns)] > 0
+            expected = inside & ~kept & dilated(kept & inside, 1)
+            assert expected.sum() > 400
+            assert not (black & ~dilated(expected, 1)).any()  # the corners of squares, and half a pixel of the view
+            assert not (expected & ~dilated(black, 1)).any()
+            page.get_by_label("Outline of the analysed area").check()
 
 
 def test_a_click_reads_label_scores_and_place(page: Page, server: ViewServer, out: Path) -> None:

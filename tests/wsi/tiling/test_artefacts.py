@@ -42,8 +42,7 @@ def test_clean_slides_lose_little(wsi_slides: Path, name: str) -> None:
     assert found.blurred.mean() <= 0.01 * tissue.mask.mean()
 
 
-@pytest.mark.parametrize("ink", INKS)
-@pytest.mark.parametrize("name", SLIDES)
+@pytest.mark.parametrize(("name", "ink"), [*((SLIDES[0], ink) for ink in INKS), (SLIDES[1], "blue")])
 def test_a_stroke_of_ink_is_found_over_tissue_and_glass(wsi_slides: Path, name: str, ink: str) -> None:
     pixels, mpp = pixels_of(wsi_slides / name)
     height, width = pixels.shape[:2]
@@ -58,8 +57,7 @@ def test_a_stroke_of_ink_is_found_over_tissue_and_glass(wsi_slides: Path, name: 
     assert not (found.pen & ~dilated(truth, 6)).any()  # no farther than 48 um from it
 
 
-@pytest.mark.parametrize("sigma_um", [2, 4, 8])
-@pytest.mark.parametrize("name", SLIDES)
+@pytest.mark.parametrize(("name", "sigma_um"), [(SLIDES[0], 2), (SLIDES[0], 8), (SLIDES[1], 4)])
 def test_blurred_tissue_is_found_and_the_sharp_half_is_not(wsi_slides: Path, name: str, sigma_um: int) -> None:
     pixels, mpp = pixels_of(wsi_slides / name)
     smooth = np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(sigma_um / mpp)))
