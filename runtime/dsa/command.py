@@ -60,7 +60,9 @@ def _print_xml(context: click.Context, _: click.Parameter, asked: bool) -> None:
 @click.argument("output", type=PATH)
 @click.option("--region", default=WHOLE, metavar="X,Y,W,H", help="Rectangle in full-size pixels; -1: the whole slide.")
 @click.option("--mpp", default=0.0, help="Resolution of the slide at full size, um per pixel; 0: as its file says.")
-@click.option("--min-area", default=8.0, metavar="UM2", help="Leave smaller objects out.")
+@click.option(
+    "--min-area", default=0.0, metavar="UM2", help="Leave smaller objects out; 0: as the model's card says (nuclei: 8)."
+)
 @click.option("--model", type=PATH, help="Model bundle; default: nuclei.")
 @click.option("--glass", default="skip", type=click.Choice(("skip", "analyse")), help="Whether glass is left out.")
 @click.option("--precision", default="auto", type=click.Choice(RUN_PRECISIONS), help="Graph of the model to run.")
@@ -103,7 +105,7 @@ def task(
             mpp=mpp or None,
             tissue=glass == "skip",
             annotations=("dsa",),
-            min_area_um2=min_area,
+            min_area_um2=min_area or None,
         )
         results = [path.parent for path in out.glob("*/run.json")]
         if len(results) == 1:
