@@ -164,10 +164,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "slides").mkdir()
     SyntheticSlide(300, 300, 0.5, 2).write(folder / "slides" / "one.svs")
     (folder / "others").mkdir()
-    SyntheticSlide(300, 300, 0.5, 3).write(folder / "others" / "two.svs")
+    SyntheticSlide(300, 300, 0.5, 2).write(folder / "others" / "two.svs")
     for name in ("cohort.csv", "list.csv"):
         (folder / name).write_text("path,mpp\nothers/two.svs,0.5\n")
-    ring = [[0, 0], [300, 0], [300, 300], [0, 300], [0, 0]]
+    ring = [[0, 0], [700, 0], [700, 600], [0, 600], [0, 0]]
     for name in ("tumour.geojson", "regions.geojson"):
         (folder / name).write_text(json.dumps({"type": "Polygon", "coordinates": [ring]}))
     for name in ("DIR", "my-glands"):
