@@ -25,7 +25,7 @@ def test_nuclei_of_the_demo_slide_are_found_where_they_are(tmp_path: Path) -> No
     labels = np.asarray(tifffile.imread(result.folder / "labels.tif", level=0))
     analysed = labels != NOT_ANALYSED
     assert truth[analysed].sum() > 1000
-    assert truth[~analysed].sum() == 0
+    assert truth[~analysed].sum() < 0.001 * truth.sum()  # a nucleus alone in the glass may be left out
     confusion = Confusion(2)
     confusion.add(labels[analysed], truth[analysed])
     assert confusion.dice()[1] > 0.85
