@@ -30,7 +30,7 @@ UM_PER_UNIT = {
     **dict.fromkeys(("m", "meter", "metre"), 1e6),
     **dict.fromkeys(("inch", "in", '"'), 25_400.0),
 }
-APERIO = re.compile(r"\|\s*MPP\s*=\s*([0-9.,]+)")
+APERIO = re.compile(r"\|\s*MPP\s*=\s*([0-9.,]+(?:[eE][-+]?[0-9]+)?)")
 _QUOTED = r'(?:"|&quot;)([^"&<]+)(?:"|&quot;)'
 PHILIPS = re.compile(rf'Name="DICOM_PIXEL_SPACING"[^>]*>\s*{_QUOTED}\s+{_QUOTED}')
 

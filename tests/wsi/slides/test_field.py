@@ -288,6 +288,7 @@ def ini(section: str, **values: float) -> str:
         ({"resolution": (118.11, 118.11), "resolutionunit": "CENTIMETER"}, None, ""),  # 300 dpi
         ({"resolution": (100_000, 100_000), "resolutionunit": "INCH"}, 0.254, "TIFF resolution"),
         ({"description": "Aperio Image|AppMag = 20|MPP = 0,2525"}, 0.2525, "Aperio"),
+        ({"description": "Aperio Image|MPP = 2.5e-1|AppMag = 40"}, 0.25, "Aperio"),
         (
             {
                 "description": "Aperio Image|AppMag = 20",
