@@ -73,7 +73,7 @@ def find_images(file: Any, *, compare: bool = True) -> list[TiffImage]:
     """
     if file.is_ome:
         return [
-            TiffImage([level.keyframe for level in series.levels], series.name)
+            TiffImage([level.keyframe for level in series.levels if level.keyframe.is_tiled], series.name)
             for series in file.series
             if series.keyframe.is_tiled and not is_beside(series.name)
         ]

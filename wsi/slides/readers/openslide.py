@@ -102,10 +102,10 @@ def open_reader(path: Path) -> OpenSlideReader:
     SlideError
         If OpenSlide knows the scanner but does not open the file, or a TIFF was cut off or claims what cannot be true.
     """
+    check_tiff(path)  # OpenSlide opens such files and fails in the middle
     vendor = "" if path.is_dir() else scanner_format(path)
     if not vendor:
         raise DeclinedError("in no scanner's own layout")
-    check_tiff(path)  # OpenSlide opens such files and fails in the middle
     import openslide
 
     try:
