@@ -50,7 +50,7 @@ EXPECTED = {
     "slides/jpeg-scans.tif": "block 0, 0 .*it has 1009 scans",
     "slides/jpeg-noise.tif": "block 0, 0 of level 0 cannot be decoded",
     "slides/deflate-bomb.tif": "block 0, 0 of level 0 cannot be decoded",
-    "slides/tile-of-nothing.tif": "block 0, 0 of level 0 cannot be decoded",
+    "slides/tile-of-nothing.tif": ACCEPTED,  # it was never written
     "slides/strip-decoder.tif": "an image of 20 strips lists 1 places",
     "slides/claims-65500.jpg": "65500 x 65500 px, which its [0-9]+ bytes cannot hold",
     "slides/claims-30000.png": "30000 x 30000 px, which its [0-9]+ bytes cannot hold",

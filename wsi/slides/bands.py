@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from histostream.wsi.errors import SlideError, printable
-from histostream.wsi.slides.tiff_images import PageComparison
+from histostream.wsi.slides.tiff_images import PageComparison, series_of
 
 WHITE_IS_ZERO, GREY, RGB, PALETTE, YCBCR = 0, 1, 2, 3, 6  # PhotometricInterpretation
 ASSOCIATED, UNASSOCIATED = 1, 2  # ExtraSamples: alpha, with which the colours are multiplied already, or not
@@ -78,8 +78,8 @@ def color_bands(path: Path, file: Any, page: Any) -> tuple[Bands, tuple[str, ...
         If it has channels that are no colours.
     """
     count, extra = int(page.samplesperpixel), [int(kind) for kind in page.extrasamples]
-    axes = file.series[0].axes if file.series else ""
-    planes = file.series[0].shape[0] if axes in PLANES and page.samplesperpixel == 1 else 1
+    series = series_of(file)
+    planes = series[0].shape[0] if series and series[0].axes in PLANES and page.samplesperpixel == 1 else 1
     photometric = int(page.photometric)
     colors = {RGB: 3, YCBCR: 3}.get(photometric, 1)
     kinds = extra[len(extra) - (count - colors) :] if count > colors else []

@@ -30,7 +30,7 @@ UM_PER_UNIT = {
     **dict.fromkeys(("m", "meter", "metre"), 1e6),
     **dict.fromkeys(("inch", "in", '"'), 25_400.0),
 }
-APERIO = re.compile(r"\|\s*MPP\s*=\s*([0-9.,]+(?:[eE][-+]?[0-9]+)?)")
+APERIO_ENTRY = re.compile(r"\|\s*MPP\s*=\s*([^|\r\n]*)")
 _QUOTED = r'(?:"|&quot;)([^"&<]+)(?:"|&quot;)'
 PHILIPS = re.compile(rf'Name="DICOM_PIXEL_SPACING"[^>]*>\s*{_QUOTED}\s+{_QUOTED}')
 
@@ -157,6 +157,9 @@ def _spacing(path: Path, spacing: Any, source: str) -> PixelSize | None:
 
 def _tiff_sides(file: Any, page: Any) -> Iterator[tuple[str, Sides]]:
     """Yield the sides of pixels that a TIFF file states, the most reliable statement first."""
+    if file.is_svs and APERIO_ENTRY.search(file.pages.first.description):
+        yield "Aperio", _aperio(file)  # if it is no number, nothing else is trusted
+        return
     for source, statement in _STATEMENTS:
         try:
             sides = statement(file, page)
@@ -176,10 +179,9 @@ def _unprinted(um_per_unit: float, x: float, y: float) -> Sides:
     return (None, None) if max(sides) >= PRINTED_UM else sides
 
 
-def _aperio(file: Any, page: Any) -> Sides:
-    text = file.pages.first.description if file.is_svs else ""
-    match = APERIO.search(text)
-    um = _number(match[1].replace(",", ".")) if match else None
+def _aperio(file: Any) -> Sides:
+    match = APERIO_ENTRY.search(file.pages.first.description)
+    um = _number(match[1].strip().replace(",", ".")) if match else None
     return um, um
 
 
@@ -246,7 +248,6 @@ def _olympus_sis(file: Any, page: Any) -> Sides:
 
 # Each returns the sides of a pixel, or raises any error where the file does not say them.
 _STATEMENTS: tuple[tuple[str, Callable[[Any, Any], Sides]], ...] = (
-    ("Aperio", _aperio),
     ("OME-XML", _ome),
     ("Philips XML", _philips),
     ("ImageJ", _imagej),

@@ -7,8 +7,10 @@ glass. A page is a level of the image that precedes it only if it shows the same
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +31,11 @@ SAME_MEANS = 6.0  # of 255: mean difference of two copies of one image, scaled d
 CHANCE = 2.0  # standard errors of the means of a copy that took every n-th pixel, which are allowed too
 SAME_CORRELATION = 0.8  # of the means; copies have .95 and more, other parts of one slide hardly any
 BLANK = 3.0  # of 255: standard deviation of an image without content
+MAX_KNOWN = 1 << 14  # pairs of pages whose comparison is remembered
 MACRO = 4.0  # an image with pixels so many times larger than another one's shows the whole glass
+
+_known: dict[tuple[int, ...], bool] = {}  # results of `PageComparison.same`, the oldest first
+_known_lock = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +77,11 @@ def find_images(file: Any, *, compare: bool = True) -> list[TiffImage]:
     compare
         Whether a level must show the same as its image; else its size decides alone.
     """
-    if file.is_ome:
+    series_of_ome = series_of(file) if file.is_ome else []
+    if series_of_ome:
         return [
             TiffImage([level.keyframe for level in series.levels if level.keyframe.is_tiled], series.name)
-            for series in file.series
+            for series in series_of_ome
             if series.keyframe.is_tiled and not is_beside(series.name)
         ]
     images: list[TiffImage] = []
@@ -91,6 +98,16 @@ def find_images(file: Any, *, compare: bool = True) -> list[TiffImage]:
     for image in images:
         image.pages.sort(key=lambda page: -int(page.imagewidth))
     return images
+
+
+def series_of(file: Any) -> list[Any]:
+    """Return tifffile's series of a file; none if its descriptions contradict its pages."""
+    try:
+        return list(file.series)
+    except MemoryError:
+        raise
+    except Exception:  # tifffile raises errors of any kind
+        return []
 
 
 def is_beside(name: str) -> bool:
@@ -135,7 +152,20 @@ class PageComparison:
         self._tiles: dict[tuple[int, int], NDArray[Any] | None] = {}
 
     def same(self, fine: Any, coarse: Any) -> bool:
-        """Whether a coarse page is a reduced copy of a fine one."""
+        """Whether a coarse page is a reduced copy of a fine one; a file that is opened again is not compared again."""
+        info = Path(fine.parent.filehandle.path).stat()
+        key = info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, fine.offset, coarse.offset
+        with _known_lock:
+            if key in _known:
+                return _known[key]
+        is_same = self._looks_same(fine, coarse)
+        with _known_lock:
+            _known[key] = is_same
+            while len(_known) > MAX_KNOWN:
+                del _known[next(iter(_known))]
+        return is_same
+
+    def _looks_same(self, fine: Any, coarse: Any) -> bool:
         means = [pair for page in (coarse, fine) for pair in self._pairs(fine, coarse, page)]
         if not means:
             return True  # nothing can be compared
