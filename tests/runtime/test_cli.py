@@ -49,6 +49,7 @@ def test_a_real_slide_becomes_a_label_map(wsi_slides: Path, tiny_bundle: Path, t
         "overview.png",
         "summary.json",
         "summary.csv",
+        "tissue.geojson",
         "run.json",
         "report.html",
     }
