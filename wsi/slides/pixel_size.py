@@ -118,11 +118,8 @@ def image_pixel_size(path: Path) -> PixelSize | None:
     return square_pixel(path, _unprinted(25_400.0, float(x), float(y)), "resolution of the image")
 
 
-def dicom_pixel_size(path: Path) -> PixelSize | None:
-    """Find the pixel size in the header of a DICOM file."""
-    import pydicom
-
-    header = pydicom.dcmread(path, stop_before_pixels=True, force=True)
+def dicom_pixel_size(path: Path, header: Any) -> PixelSize | None:
+    """Find the pixel size in a ``pydicom.Dataset``, the header of level 0; ``path`` is the slide, for errors."""
     for groups in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
         for group in list(header.get(groups) or ())[:1]:
             for measures in list(group.get("PixelMeasuresSequence") or ())[:1]:

@@ -330,13 +330,13 @@ def test_dicom_says_the_size_of_pixels_in_one_of_its_attributes(wsi_slides: Path
 
     source = max((wsi_slides / "dicom-cmu-1-small-region-ybr").glob("*.dcm"), key=lambda file: file.stat().st_size)
     header = pydicom.dcmread(source)
-    found = dicom_pixel_size(source)
+    found = dicom_pixel_size(source, header)
     assert found is not None
     assert (round(found.um, 6), found.source) == (0.499, "DICOM PixelSpacing")
     del header.SharedFunctionalGroupsSequence
     header.ImagedVolumeWidth, header.ImagedVolumeHeight = 2.22, 2.967  # mm
     header.save_as(tmp_path / "a.dcm")
-    found = dicom_pixel_size(tmp_path / "a.dcm")
+    found = dicom_pixel_size(tmp_path / "a.dcm", pydicom.dcmread(tmp_path / "a.dcm"))
     assert found is not None
     assert (round(found.um, 6), found.source) == (1.0, "DICOM ImagedVolumeWidth")
 
@@ -510,6 +510,14 @@ def test_a_folder_of_one_series_without_suffixes_is_a_slide(wsi_slides: Path, tm
     with open_slide(tmp_path) as slide, open_slide(wsi_slides / "dicom-cmu-1-small-region-ybr") as expected:
         assert slide.levels == expected.levels
         np.testing.assert_array_equal(whole(slide, 2), whole(expected, 2))
+
+
+def test_the_size_of_pixels_is_that_of_the_finest_level_whatever_the_names(wsi_slides: Path, tmp_path: Path) -> None:
+    levels = sorted((wsi_slides / "dicom-cmu-1-small-region-ybr").glob("*.dcm"), key=lambda file: file.stat().st_size)
+    for i, file in enumerate(levels[-3:]):  # the coarsest first
+        shutil.copy(file, tmp_path / f"IM{i}")
+    with open_slide(tmp_path) as slide:
+        assert (slide.levels[0].width, slide.mpp) == (2220, pytest.approx(0.499))
 
 
 @pytest.fixture(autouse=True)

@@ -256,12 +256,12 @@ def _tiff_facts(path: Path, source: Any) -> _Facts:
 def _dicom_facts(path: Path, source: Any) -> _Facts:
     pyramids = source._dicom.pyramids
     notes = (f"the series holds {len(pyramids)} pyramids; the first is analysed, not the others",)
-    base = pyramids[0][0]
+    base = pyramids[0][0]  # the finest; files of a series may have any order
     syntax = base.default_instance.image_data.transfer_syntax
     missing = [missing_frames(level) for level in pyramids[0]]
     return _Facts(
-        BANDS[int(base.samples_per_pixel)] if hasattr(base, "samples_per_pixel") else BANDS[3],
-        dicom_pixel_size(series_files(path)[0]),
+        BANDS[int(source.getMetadata()["bandCount"])],
+        dicom_pixel_size(path, base.datasets[0].as_dataset()),
         "" if syntax in DECODED_DICOM else syntax.name,
         [m for m in missing if m is not None],
         notes if len(pyramids) > 1 else (),
