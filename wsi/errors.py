@@ -50,6 +50,12 @@ def unreadable(source: object, error: OSError) -> SlideError:
     )
 
 
+def no_longer_readable(path: object, error: Exception) -> SlideError:
+    """Return the error for an open slide that the system stops to read; ``error`` says why."""
+    problem = (error.strerror if isinstance(error, OSError) else None) or reason(error)
+    return SlideError(f"{path}: cannot be read any more ({problem}); check the drive that it is on")
+
+
 OBJECT = re.compile(r"\s*<[^<>]*\bat 0x[0-9a-fA-F]+[^<>]*>")  # as Python shows an object without a text
 MAX_REASON = 300  # characters; some libraries quote a complete file
 

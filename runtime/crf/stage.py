@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from histostream.runtime.crf import dense_crf
 from histostream.runtime.crf.options import CrfOptions
 from histostream.wsi.outputs.label_rows import NOT_ANALYSED, SCORE_MAX, LabelRows
+from histostream.wsi.slides.reader import WHITE
 from histostream.wsi.tiling.grid import Strip, Tile, TileGrid
-from histostream.wsi.tiling.strips import WHITE
 
 Value = TypeVar("Value", np.uint8, np.uint16)
 

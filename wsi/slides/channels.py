@@ -13,9 +13,16 @@ from histostream.wsi.errors import HistoError, SlideError, printable, reason
 from histostream.wsi.slides.bands import PLANES, channel_names
 from histostream.wsi.slides.image_header import check_claim
 from histostream.wsi.slides.pixel_size import PixelSize, tiff_pixel_size
-from histostream.wsi.slides.reader import BlockReader, Level, SlideReader, downsample_between, open_slide
+from histostream.wsi.slides.reader import (
+    BlockReader,
+    Level,
+    PositionedFile,
+    SlideReader,
+    downsample_between,
+    open_slide,
+)
 from histostream.wsi.slides.tiff_check import check_tiff, is_tiff
-from histostream.wsi.slides.tiff_images import piece_px
+from histostream.wsi.slides.tiff_images import missing_tiles, piece_px
 
 INTERLEAVED, SINGLE = ("YXS",), ("YX",)  # tifffile's axes of what is read, beside PLANES
 DARK = 0  # of blocks that a file does not hold: channels of fluorescence are dark where nothing is
@@ -40,14 +47,14 @@ class ChannelReader(BlockReader):
             pixel_size,
             len(picked),
         )
-        self.missing = tuple(_missing_in_all(pages, self.block_px[level]) for level, pages in enumerate(levels))
+        self.missing = tuple(missing_tiles(pages) for pages in levels)
         self._picked = list(picked)
         self._planes = len(levels[0]) > 1
         # tifffile makes these on first use, which would be a race between threads.
         self._decoders = [
             [(p.decode, p.jpegtables, p.dataoffsets, p.databytecounts) for p in pages] for pages in levels
         ]
-        self._handle = path.open("rb", buffering=0)
+        self._file = PositionedFile(path)
 
     def _decode(self, level: int, row: int, column: int) -> NDArray[np.uint8]:
         (width, height), size = self.block_px[level], self.levels[level]
@@ -71,16 +78,14 @@ class ChannelReader(BlockReader):
         """Decode one block of a page, (H, W, C); None if the file does not hold it."""
         if not counts[index]:
             return None
-        with self._lock:
-            self._handle.seek(offsets[index])
-            data = self._handle.read(counts[index])
+        data = self._file.read(offsets[index], counts[index])
         check_claim(data, max_px)
         pixels: NDArray[np.uint8] = decode(data, index, jpegtables=tables)[0][0]
         return pixels
 
     def close(self) -> None:
         """Close the file."""
-        self._handle.close()
+        self._file.close()
 
 
 def takes_colors(channels: int) -> bool:
@@ -185,10 +190,3 @@ def _pages_of_levels(series: Any) -> tuple[list[list[Any]], int]:
     if series.axes in PLANES and len(series.pages) == series.shape[0]:
         return [[page.aspage() for page in level.pages] for level in series.levels], int(series.shape[0])
     raise ValueError(f"its axes are {series.axes}: rows, columns and channels are needed, no stack and no time")
-
-
-def _missing_in_all(pages: list[Any], block_px: tuple[int, int]) -> NDArray[np.bool_] | None:
-    """Return which blocks the file holds of no channel, as `SlideReader.missing`."""
-    wide, high = -(-pages[0].imagewidth // block_px[0]), -(-pages[0].imagelength // block_px[1])
-    missing = np.all([np.asarray(page.databytecounts)[: wide * high] == 0 for page in pages], axis=0)
-    return missing.reshape(high, wide) if missing.any() else None

@@ -5,18 +5,19 @@ from __future__ import annotations
 import errno
 import importlib.util
 import logging
+import os
 import stat
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Protocol, Self, cast
+from typing import Protocol, Self, cast
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from histostream.wsi.errors import DamagedError, SlideError, reason, unreadable
+from histostream.wsi.errors import DamagedError, SlideError, no_longer_readable, reason, unreadable
 from histostream.wsi.geometry import Box
 from histostream.wsi.optional import install_command
 from histostream.wsi.registry import Registry
@@ -269,21 +270,40 @@ def mpp_source(slide: SlideReader) -> str:
     return getattr(slide, "mpp_source", "")
 
 
-def missing_blocks(page: Any) -> NDArray[np.bool_] | None:
-    """Return which tiles of a TIFF page, ``tifffile.TiffPage``, the file does not hold, as `SlideReader.missing`."""
-    counts = np.asarray(page.databytecounts)
-    if counts.all():
-        return None
-    wide, high = -(-page.imagewidth // page.tilewidth), -(-page.imagelength // page.tilelength)
-    return np.asarray(counts[: wide * high].reshape(high, wide) == 0)
-
-
 def check_box(level: Level, x: int, y: int, width: int, height: int) -> None:
     """Raise ValueError unless the box lies inside the level and has pixels."""
     if not (0 <= x < x + width <= level.width and 0 <= y < y + height <= level.height):
         raise ValueError(
             f"box x={x} y={y} {width}x{height} does not lie inside a level of {level.width}x{level.height} px"
         )
+
+
+class PositionedFile:
+    """An open file that several threads read from at once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._handle, self._lock = path, path.open("rb", buffering=0), threading.Lock()
+
+    def read(self, offset: int, count: int) -> bytes:
+        """Read some bytes.
+
+        Raises
+        ------
+        SlideError
+            If the file can no longer be read.
+        """
+        try:
+            if hasattr(os, "pread"):
+                return os.pread(self._handle.fileno(), count, offset)
+            with self._lock:  # Windows has no positioned read
+                self._handle.seek(offset)
+                return self._handle.read(count)
+        except OSError as error:
+            raise no_longer_readable(self._path, error) from error
+
+    def close(self) -> None:
+        """Close the file."""
+        self._handle.close()
 
 
 class BlockReader:

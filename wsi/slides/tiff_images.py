@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -143,6 +143,14 @@ def piece_px(page: Any) -> tuple[int, int]:
     if page.is_tiled:
         return page.tilewidth, page.tilelength
     return page.imagewidth, min(page.rowsperstrip, page.imagelength)
+
+
+def missing_tiles(pages: Sequence[Any]) -> NDArray[np.bool_] | None:
+    """Return which tiles or strips the file holds of none of some pages of one size, as `SlideReader.missing`."""
+    (width, height), page = piece_px(pages[0]), pages[0]
+    wide, high = -(-page.imagewidth // width), -(-page.imagelength // height)
+    missing = np.all([np.asarray(page.databytecounts)[: wide * high] == 0 for page in pages], axis=0)
+    return missing.reshape(high, wide) if missing.any() else None
 
 
 class PageComparison:

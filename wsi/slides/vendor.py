@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from histostream.wsi.errors import SlideError
-from histostream.wsi.slides.tiff_check import is_tiff
 
 # Formats of OpenSlide whose files are read as plain TIFF, or by a reader of their own.
 PLAIN = frozenset({"", "generic-tiff", "aperio", "dicom"})
@@ -18,23 +17,14 @@ FORM = frozenset({"frame", "multipage", "subifd", "virtual", "volumetric"})
 
 
 def scanner_format(path: Path) -> str:
-    """Return OpenSlide's name of a scanner's own layout, as "leica"; empty for plain TIFF and other files.
-
-    Raises
-    ------
-    SlideError
-        If a TIFF file has the marks of a scanner's layout, and OpenSlide does not know it as such.
-    """
+    """Return OpenSlide's name of a scanner's own layout, as "leica"; empty for plain TIFF and other files."""
     import openslide
 
     try:
         vendor = openslide.OpenSlide.detect_format(str(path)) or ""
     except openslide.OpenSlideError:
         vendor = ""
-    if vendor in PLAIN:
-        _refuse_unknown_layout(path)
-        return ""
-    return str(vendor)
+    return "" if vendor in PLAIN else str(vendor)
 
 
 def understands(file: Any) -> bool:
@@ -48,18 +38,24 @@ def understands(file: Any) -> bool:
     return not (set(file.pages.first.flags) - UNDERSTOOD - FORM)
 
 
-def _refuse_unknown_layout(path: Path) -> None:
-    if not is_tiff(path):
-        return
-    import tifffile
+def refuse_scanner_marks(path: Path, file: Any) -> None:
+    """Refuse a TIFF file of a scanner that OpenSlide does not know as such.
 
-    try:
-        with tifffile.TiffFile(path, _multifile=False) as file:
-            flags = set(file.pages.first.flags) if len(file.pages) else set()
-    except Exception:  # tifffile raises errors of any kind where tags contradict each other; a reader says which
-        return
-    for flag in sorted(flags & SCANNERS.keys()):
-        raise SlideError(
-            f"{path}: it has the marks of a file of {SCANNERS[flag]}, but OpenSlide does not know it as one; export "
-            "the slide as plain TIFF"
-        )
+    Parameters
+    ----------
+    path
+        The file, for which `scanner_format` found nothing.
+    file
+        The open ``tifffile.TiffFile``.
+
+    Raises
+    ------
+    SlideError
+        If the file has the marks of a scanner's own layout.
+    """
+    for flag, name in SCANNERS.items():
+        if flag in file.pages.first.flags:
+            raise SlideError(
+                f"{path}: it has the marks of a file of {name}, but OpenSlide does not know it as one; export "
+                "the slide as plain TIFF"
+            )

@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 from histostream.wsi.errors import SlideError
 from histostream.wsi.geometry import Box
 from histostream.wsi.slides.damage import read_block
-from histostream.wsi.slides.reader import read_from_blocks
+from histostream.wsi.slides.reader import WHITE, read_from_blocks
 from histostream.wsi.slides.resolution import SlideView
 from histostream.wsi.tiling.grid import Strip, Tile, TileGrid
 
-WHITE = 255
 PIECE_PX = 1024  # columns that one thread assembles at a time
 
 BlockKey = tuple[int, int]  # (row, column) in the level's lattice of blocks

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.wsi.errors import DamagedError, HistoError, SlideError, reason
+from histostream.wsi.errors import DamagedError, HistoError, SlideError, no_longer_readable, reason
 from histostream.wsi.slides.bands import ALL_TRANSPARENT, WHITE_IS_ZERO, Bands, color_bands
 from histostream.wsi.slides.dicom_series import is_dicom, missing_frames, series_files
 from histostream.wsi.slides.image_header import check_plain_image
@@ -20,10 +20,10 @@ from histostream.wsi.slides.pixel_size import (
     image_pixel_size,
     tiff_pixel_size,
 )
-from histostream.wsi.slides.reader import WHITE, BlockReader, DeclinedError, Level, missing_blocks
+from histostream.wsi.slides.reader import WHITE, BlockReader, DeclinedError, Level
 from histostream.wsi.slides.tiff_check import check_tiff, is_tiff
-from histostream.wsi.slides.tiff_images import TiffImage, choose_image, find_images
-from histostream.wsi.slides.vendor import scanner_format
+from histostream.wsi.slides.tiff_images import TiffImage, choose_image, find_images, missing_tiles
+from histostream.wsi.slides.vendor import refuse_scanner_marks, scanner_format
 
 ORDER = 100  # after the fast readers, since it opens everything
 SUFFIXES: tuple[str, ...] = ()  # folders are searched for the files of the other readers, and for DICOM
@@ -229,6 +229,7 @@ def _tiff_facts(path: Path, source: Any) -> _Facts:
     import tifffile
 
     with tifffile.TiffFile(path, _multifile=False) as file:
+        refuse_scanner_marks(path, file)
         images = find_images(file)
         image, notes = choose_image(images) if images else (TiffImage([file.pages.first]), ())
         base = image.base
@@ -241,7 +242,7 @@ def _tiff_facts(path: Path, source: Any) -> _Facts:
         if source.name == "openslide":  # it returns alpha, whatever the file has
             bands = replace(BANDS[4], colors=bands.colors) if bands.alpha is not None else BANDS[4]
         known = int(base.compression) in DECODED_TIFF
-        missing = [missing_blocks(page) for page in image.pages if page.is_tiled]
+        missing = [missing_tiles([page]) for page in image.pages if page.is_tiled]
         return _Facts(
             bands,
             tiff_pixel_size(path, file, base),
@@ -288,9 +289,7 @@ def _refuse_unreadable(path: Path) -> None:
         with file_path.open("rb") as file:
             file.read(1)
     except OSError as error:
-        raise SlideError(
-            f"{path}: cannot be read any more ({error.strerror or error}); check the drive that it is on"
-        ) from error
+        raise no_longer_readable(path, error) from error
 
 
 def _levels(source: Any, widths: set[int] | None) -> tuple[tuple[int, ...], tuple[Level, ...]]:

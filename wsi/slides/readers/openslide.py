@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.wsi.errors import SlideError, reason
+from histostream.wsi.errors import SlideError, no_longer_readable, reason
 from histostream.wsi.geometry import Box
 from histostream.wsi.slides.bands import Bands
 from histostream.wsi.slides.pixel_size import PixelSize, openslide_pixel_size, tiff_pixel_size
@@ -71,9 +71,7 @@ class OpenSlideReader(BlockReader):
                 try:
                     self._slide = openslide.OpenSlide(self.path)
                 except (OSError, openslide.OpenSlideError) as error:
-                    raise SlideError(
-                        f"{self.path}: cannot be read any more ({reason(error)}); check the drive that it is on"
-                    ) from error
+                    raise no_longer_readable(self.path, error) from error
                 return self._region(self._slide, level, row, column)
 
     def _region(self, slide: Any, level: int, row: int, column: int) -> NDArray[np.uint8]:

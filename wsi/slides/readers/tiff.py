@@ -7,7 +7,6 @@ files that were compared with OpenSlide and libtiff; large-image reads the other
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from histostream.wsi.errors import HistoError, SlideError, reason
+from histostream.wsi.errors import HistoError, reason
 from histostream.wsi.slides.bands import GREY, PALETTE, RGB, YCBCR, Bands, color_bands
 from histostream.wsi.slides.image_header import check_claim
 from histostream.wsi.slides.pixel_size import tiff_pixel_size
-from histostream.wsi.slides.reader import WHITE, BlockReader, DeclinedError, Level, downsample_between, missing_blocks
+from histostream.wsi.slides.reader import WHITE, BlockReader, DeclinedError, Level, PositionedFile, downsample_between
 from histostream.wsi.slides.tiff_check import check_tiff, is_tiff
-from histostream.wsi.slides.tiff_images import TiffImage, choose_image, find_images
-from histostream.wsi.slides.vendor import scanner_format, understands
+from histostream.wsi.slides.tiff_images import TiffImage, choose_image, find_images, missing_tiles
+from histostream.wsi.slides.vendor import refuse_scanner_marks, scanner_format, understands
 
 ORDER = 10
 SUFFIXES = (".svs", ".tif", ".tiff", ".ptif", ".ptiff", ".qptiff")
@@ -50,11 +49,11 @@ class TiffReader(BlockReader):
         super().__init__(path, levels, block_px, tiff_pixel_size(path, file, base), channels)
         self.dtype = base.dtype
         self.notes = notes
-        self.missing = tuple(missing_blocks(page) for page in pages)
+        self.missing = tuple(missing_tiles([page]) for page in pages)
         self._bands = bands if bands is not None and bands.count > bands.colors else None
         # tifffile makes these on first use, which would be a race between threads.
         self._decoders = [(p.decode, p.jpegtables, p.dataoffsets, p.databytecounts) for p in pages]
-        self._handle = path.open("rb", buffering=0)
+        self._file = PositionedFile(path)
 
     def _decode(self, level: int, row: int, column: int) -> NDArray[np.uint8]:
         decode, tables, offsets, counts = self._decoders[level]
@@ -62,28 +61,16 @@ class TiffReader(BlockReader):
         index = row * -(-self.levels[level].width // width) + column
         if not counts[index]:
             return np.full((height, width, self.channels), WHITE, self.dtype)
-        try:
-            data = self._pread(offsets[index], counts[index])
-        except OSError as error:
-            raise SlideError(
-                f"{self.path}: cannot be read any more ({error.strerror or error}); check the drive that it is on"
-            ) from error
+        data = self._file.read(offsets[index], counts[index])
         check_claim(data, math.prod(self.block_px[level]))
         pixels = decode(data, index, jpegtables=tables)[0][0]
         if self._bands is not None and pixels.shape[2] == self._bands.count:
             pixels = self._bands.color_of(pixels)
         return self._check(pixels, level, row, column)
 
-    def _pread(self, offset: int, count: int) -> bytes:
-        if hasattr(os, "pread"):
-            return os.pread(self._handle.fileno(), count, offset)
-        with self._lock:  # Windows has no positioned read
-            self._handle.seek(offset)
-            return self._handle.read(count)
-
     def close(self) -> None:
         """Close the file."""
-        self._handle.close()
+        self._file.close()
 
 
 def open_reader(path: Path) -> TiffReader:
@@ -99,6 +86,8 @@ def open_reader(path: Path) -> TiffReader:
 
     def open_colors(file: Any) -> TiffReader:
         vendor = scanner_format(path)
+        if not vendor:
+            refuse_scanner_marks(path, file)
         if vendor or not understands(file):
             raise DeclinedError(f"its layout is that of {vendor or 'another program'}")
         image, notes = choose_image(_images(file))
